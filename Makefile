@@ -1,0 +1,26 @@
+# The two commands of the README, and what they need. Everything is installed into .venv from requirements.txt, in one pass.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: .venv/installed
+	$(BIN)/python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .jax_cache .pytest_cache .ruff_cache

@@ -1,0 +1,129 @@
+"""The schema: every field of every config once, with its unit and meaning. Experiments start from `get_config()` and change what they study."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.init_from = ""  # workdir (or checkpoint directory) whose newest parameters to start from; "" starts fresh
+
+    c.tokenizer = ConfigDict()
+    c.tokenizer.kind = "bpe"  # "bpe": byte-level BPE trained on data.sources | "bytes" | "file": a Hugging Face tokenizer.json
+    c.tokenizer.path = ""  # kind "file": where tokenizer.json is
+    c.tokenizer.vocab = 512  # kind "bpe": entries, special tokens included
+
+    c.model = ConfigDict()
+    c.model.vocab = 0  # rows of the embedding; 0 takes the tokenizer's
+    c.model.width = 256  # D
+    c.model.layers = 6  # L, the dense ones included
+    c.model.dense_layers = 1  # the first layers have one dense FFN in place of experts
+    c.model.dense_width = 704  # hidden width of that FFN
+    c.model.mtp_depth = 1  # multi-token prediction modules; 0 for none
+    c.model.tie_embeddings = False  # output head = embedding transposed
+    c.model.norm_eps = 1e-6
+    c.model.init_std = 0.02  # standard deviation of every weight matrix
+    c.model.dtype = "float32"  # compute: "float32" | "bfloat16"; parameters are always float32
+    c.model.remat = "none"  # what a layer keeps for its backward pass: "none" keeps all | "full" keeps its input | "dots" keeps matmuls
+    c.model.scan_unroll = 1  # layers per iteration of the scan over layers
+    c.model.query_chunk = 512  # attention handles this many queries at a time
+    c.model.logit_chunk = 1024  # the output head handles this many tokens of a row at a time
+    c.model.expert_matmul = "auto"  # "auto" | "blocks" | "ragged" | "reference", see model/kernels/experts.py
+
+    c.model.attention = ConfigDict()
+    c.model.attention.heads = 8  # N
+    c.model.attention.query_rank = 128  # width of the query latent; 0 projects queries straight from the hidden state
+    c.model.attention.latent_rank = 64  # R, width of the key-value latent
+    c.model.attention.nope_width = 32  # per head, without position
+    c.model.attention.rope_width = 16  # per head, rotated; its key is shared by all heads
+    c.model.attention.value_width = 32  # per head
+    c.model.attention.rope_theta = 10_000.0
+    c.model.attention.gate = "element"  # sigmoid gate on the attention output: "none" | "head" | "element"
+
+    c.model.indexer = ConfigDict()
+    c.model.indexer.heads = 4  # I; 0 builds no indexer
+    c.model.indexer.width = 32  # C
+    c.model.indexer.rope_width = 16  # of the width, rotated
+    c.model.indexer.topk = 64  # keys each query attends to in sparse mode; min(topk, context)
+
+    c.model.moe = ConfigDict()
+    c.model.moe.experts = 8  # E, routed
+    c.model.moe.chosen = 2  # K, routed experts per token
+    c.model.moe.shared = 1  # experts every token goes through
+    c.model.moe.width = 176  # hidden width of one expert
+    c.model.moe.groups = 1  # experts are chosen from `chosen_groups` of `groups` groups
+    c.model.moe.chosen_groups = 1
+    c.model.moe.route_scale = 1.0  # multiplies the normalised gates of the routed experts
+
+    c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.expert = 1
+    c.mesh.tensor = 1
+
+    c.data = ConfigDict()
+    # One string a source: "stdlib" | "text:GLOB" | "jsonl:GLOB#FIELD" (.gz too) | "parquet:GLOB#FIELD" | "arrayrecord:GLOB#FIELD" (records are JSON, or text without #FIELD)
+    # | "task:NAME?min_ops=2&max_ops=4" (verifiable problems of data/tasks). For chat the FIELD holds the list of messages.
+    c.data.sources = ("stdlib",)
+    c.data.mixture = (1.0,)  # share of documents drawn from each source
+    c.data.validation = 0.05  # share of files (or records) held out, by hash
+    c.data.sequence = 256  # T, tokens a row
+    c.data.batch = 8  # B, rows a step, over all processes
+    c.data.fim_rate = 0.5  # share of documents made into fill-in-the-middle, by document, before packing
+    c.data.fim_spm = 0.5  # of those, the share written suffix-prefix-middle; the rest prefix-suffix-middle
+    c.data.fim_sources = ("stdlib", "text", "jsonl", "parquet", "arrayrecord")  # kinds of source FIM applies to (no task: its answer must stay last)
+    c.data.packing = "split"  # "split": concatenate then cut | "fit": first fit, documents stay whole
+    c.data.cross_document_attention = True  # attention crosses documents packed in one row (DeepSeek-V3 pretrains so; chat never does)
+    c.data.template = "think"  # how chat is written, see data/chat.py
+
+    c.train = ConfigDict()
+    c.train.stage = "dense"  # "dense": full attention | "warmup": full attention, only the indexer learns, by KL | "sparse": top-k attention, indexer learns by KL on the selected set
+    c.train.steps = 1_000
+    c.train.microbatches = 1  # the batch is cut into this many, gradients summed
+    c.train.learning_rate = 1e-3  # peak
+    c.train.warmup_steps = 50  # linear from 0
+    c.train.constant_steps = 0  # at the peak
+    c.train.cosine_steps = -1  # from the peak to final_ratio of it; -1 takes what is left
+    c.train.final_ratio = 0.1  # of the peak, constant to the end
+    c.train.beta1 = 0.9
+    c.train.beta2 = 0.95
+    c.train.weight_decay = 0.1  # on matrices only
+    c.train.clip_norm = 1.0  # of the global gradient; 0 for none
+    c.train.trainable = ".*"  # regular expression over parameter paths; the rest is frozen (stage "warmup" also freezes all but the indexer)
+    c.train.mtp_weight = 0.3  # lambda of arXiv 2412.19437, eq. 25
+    c.train.balance_weight = 1e-4  # alpha of the sequence-wise balance loss, eq. 17
+    c.train.router_bias_rate = 1e-3  # gamma: how far a step moves the router bias
+    c.train.indexer_weight = 1.0  # of the indexer's KL
+    c.train.log_every = 10  # steps
+    c.train.eval_every = 0  # steps; 0 evaluates at the end only
+    c.train.eval_batches = 8
+    c.train.save_every = 500  # steps; the last step is always saved
+    c.train.keep = 2  # checkpoints kept
+    c.train.max_skipped = 10  # steps in a row without finite gradients before the run stops
+
+    c.sampling = ConfigDict()
+    c.sampling.temperature = 1.0  # 0 is greedy
+    c.sampling.top_k = 0  # 0 for all
+    c.sampling.top_p = 1.0
+    c.sampling.max_prompt = 96  # tokens
+    c.sampling.max_new = 64  # tokens
+    c.sampling.attention = "sparse"  # "sparse" | "dense"
+
+    c.reinforce = ConfigDict()
+    c.reinforce.algorithm = "dr_grpo"  # a row of rl/algorithms.py
+    c.reinforce.task = "task:arithmetic"
+    c.reinforce.prompts = 16  # prompts a step
+    c.reinforce.group = 8  # G, completions a prompt
+    c.reinforce.minibatches = 1  # optimizer updates a pass over the rollout
+    c.reinforce.epochs = 1  # passes over each rollout
+    c.reinforce.kl_weight = -1.0  # of the divergence to the reference (the model RL started from); -1 takes the algorithm's own, 0 turns it off
+    c.reinforce.answer_reward = 1.0
+    c.reinforce.format_reward = 0.1
+    c.reinforce.old_logprobs = "sampler"  # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update
+
+    c.evaluate = ConfigDict()
+    c.evaluate.problems = 128  # held-out
+    c.evaluate.samples = 8  # completions a problem; pass@k for k up to this
+    c.evaluate.infill_documents = 64  # held-out; 0 for none
+    c.evaluate.bootstrap = 1_000  # resamples of the problems
+    return c

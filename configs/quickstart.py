@@ -1,0 +1,102 @@
+"""The whole road on a laptop: FIM pretraining on the standard library and word problems, the sparse indexer, cold start, Dr.GRPO.
+
+    python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
+
+One stage alone: --config=configs/quickstart.py:STAGE with pretrain, warmup, sparse, finetune or reinforce.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+TASK = "task:arithmetic?min_ops=2&max_ops=3"
+
+
+def common() -> ConfigDict:
+    c = base.get_config()
+    c.tokenizer.vocab = 512
+    c.model.width = 128
+    c.model.layers = 4
+    c.model.dense_layers = 1
+    c.model.dense_width = 384
+    c.model.attention.heads = 4
+    c.model.attention.query_rank = 96
+    c.model.attention.latent_rank = 64
+    c.model.moe.experts = 8
+    c.model.moe.chosen = 2
+    c.model.moe.width = 96
+    c.model.indexer.heads = 4
+    c.model.indexer.width = 32
+    c.model.indexer.topk = 32
+    c.model.tie_embeddings = True
+    c.data.sources = ("stdlib", TASK)
+    c.data.mixture = (0.3, 0.7)
+    c.data.sequence = 256
+    c.data.batch = 16
+    c.reinforce.task = TASK
+    return c
+
+
+def pretrain() -> ConfigDict:
+    c = common()
+    c.train.stage = "dense"
+    c.train.steps = 600
+    c.train.learning_rate = 3e-3
+    return c
+
+
+def warmup() -> ConfigDict:
+    c = common()
+    c.init_from = "runs/quickstart/pretrain"
+    c.train.stage = "warmup"
+    c.train.steps = 40
+    c.train.learning_rate = 3e-3
+    c.train.warmup_steps = 5
+    return c
+
+
+def sparse() -> ConfigDict:
+    c = common()
+    c.init_from = "runs/quickstart/warmup"
+    c.train.stage = "sparse"
+    c.train.steps = 60
+    c.train.learning_rate = 3e-4
+    c.train.warmup_steps = 5
+    return c
+
+
+def finetune() -> ConfigDict:
+    c = common()
+    c.init_from = "runs/quickstart/sparse"
+    c.data.sources = (f"{TASK}&count=400&style=chat",)
+    c.data.mixture = (1.0,)
+    c.train.stage = "sparse"
+    c.train.steps = 40
+    c.train.learning_rate = 5e-4
+    c.train.warmup_steps = 5
+    return c
+
+
+def reinforce() -> ConfigDict:
+    c = common()
+    c.init_from = "runs/quickstart/finetune"
+    c.train.stage = "sparse"
+    c.train.steps = 100
+    c.train.learning_rate = 3e-4
+    c.train.warmup_steps = 5
+    c.train.weight_decay = 0.0
+    c.reinforce.prompts = 16
+    c.reinforce.group = 8
+    c.sampling.max_prompt = 64
+    c.sampling.max_new = 48
+    return c
+
+
+STAGES = {stage.__name__: stage for stage in (pretrain, warmup, sparse, finetune, reinforce)}
+
+
+def get_config(stage: str = "") -> ConfigDict:
+    """One stage's config; without a name all of them, by name, for launch.quickstart."""
+    if stage:
+        return STAGES[stage]()
+    return ConfigDict({name: make() for name, make in STAGES.items()})

@@ -1,0 +1,1 @@
+"""From text files, records and tasks to batches of token ids."""

@@ -1,0 +1,41 @@
+"""Files that match a pattern, under names that stay the same when the whole folder moves."""
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Files:
+    """Sorted names, relative to `root`; the names decide the split, so a corpus may be copied elsewhere and keep its held-out files."""
+
+    root: Path
+    names: tuple[str, ...]
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+
+def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Which file an element is in, and its index there; `ends` says how many elements come before the end of each file."""
+    file = int(np.searchsorted(ends, index, side="right"))
+    return file, index - (int(ends[file - 1]) if file else 0)
+
+
+def match(spec: str, pattern: str) -> Files:
+    """Files that match `pattern`; ** crosses folders. The root is the folder before the first wildcard. Raises UserError if none does."""
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise UserError(f'data.sources: no file matches "{spec}" (looked from {Path.cwd()})')
+    fixed = []
+    for part in Path(pattern).parent.parts:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    root = Path(*fixed)
+    return Files(root, tuple(path.relative_to(root).as_posix() for path in paths))

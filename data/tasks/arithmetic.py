@@ -1,0 +1,192 @@
+"""Short word problems of addition, subtraction and, on request, multiplication: simple enough for a model that trains in minutes on one CPU.
+
+    A zoo has 7 birds. 5 more arrive. 3 leave. How many birds now?        trace 7+5=12;12-3=9        answer 9
+"""
+
+import random
+import re
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+from data.tasks.problem import Problem
+from errors import UserError
+
+
+class Context(NamedTuple):
+    """A place where things come and go. {who} is a name, {what} the things, {n} the number."""
+
+    start: str
+    what: tuple[str, ...]
+    more: tuple[str, ...]
+    fewer: tuple[str, ...]
+    aside: str  # a number that has nothing to do with the question
+
+
+NAMES = ("Ann", "Ben", "Eva", "Ian", "Kim", "Leo", "Mia", "Ned", "Sam", "Tom")
+CONTEXTS = (
+    Context(
+        start="{who} has {n} {what}.",
+        what=("pens", "coins", "cards", "hats"),
+        more=("{who} buys {n} more.", "{who} finds {n}."),
+        fewer=("{who} sells {n}.", "{who} loses {n}."),
+        aside="{who} is {n}.",
+    ),
+    Context(
+        start="A zoo has {n} {what}.",
+        what=("lions", "birds", "bears", "seals"),
+        more=("{n} more arrive.", "{n} are born."),
+        fewer=("{n} leave.", "{n} are sold."),
+        aside="It opens at {n}.",
+    ),
+    Context(
+        start="A class has {n} {what}.",
+        what=("kids", "boys", "girls"),
+        more=("{n} more join.", "{n} come in."),
+        fewer=("{n} go home.", "{n} leave."),
+        aside="It has {n} desks.",
+    ),
+    Context(
+        start="A garden has {n} {what}.",
+        what=("roses", "trees", "herbs"),
+        more=("{n} more grow.", "{n} are planted."),
+        fewer=("{n} die.", "{n} are cut."),
+        aside="It has {n} gates.",
+    ),
+    Context(
+        start="A bus has {n} {what}.",
+        what=("men", "people", "women"),
+        more=("{n} get on.", "{n} more sit down."),
+        fewer=("{n} get off.", "{n} walk away."),
+        aside="It is bus {n}.",
+    ),
+    Context(
+        start="{who} bakes {n} {what}.",
+        what=("cakes", "pies", "rolls"),
+        more=("{who} bakes {n} more.", "{who} gets {n}."),
+        fewer=("{who} eats {n}.", "{who} burns {n}."),
+        aside="It takes {n} hours.",
+    ),
+    Context(
+        start="A shop has {n} {what}.",
+        what=("books", "lamps", "cups"),
+        more=("It buys {n}.", "{n} more come in."),
+        fewer=("It sells {n}.", "{n} break."),
+        aside="It has {n} rooms.",
+    ),
+    Context(
+        start="A farm has {n} {what}.",
+        what=("cows", "pigs", "hens"),
+        more=("{n} more are born.", "It buys {n}."),
+        fewer=("It sells {n}.", "{n} run off."),
+        aside="It has {n} fields.",
+    ),
+)
+TIMES = {2: "Then the number doubles.", 3: "Then the number triples."}
+
+
+class Step(NamedTuple):
+    """left operator right = result, as a trace states it; whether it is true is another question."""
+
+    left: int
+    operator: str
+    right: int
+    result: int
+
+    @property
+    def true(self) -> bool:
+        return apply(self.left, self.operator, self.right) == self.result
+
+    def __str__(self) -> str:
+        return f"{self.left}{self.operator}{self.right}={self.result}"
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Parameters of the task.
+
+    Attributes:
+      min_ops, max_ops: steps of a problem, both included.
+      max_value: every number and every intermediate result is between 0 and this.
+      contexts: how many of the contexts to use, the first ones; 0 for all.
+      distractors: sentences with a number that does not matter.
+      multiply: 1 to let numbers double and triple, where they may.
+    """
+
+    name: ClassVar[str] = "arithmetic"
+
+    min_ops: int = 2
+    max_ops: int = 3
+    max_value: int = 20
+    contexts: int = 0
+    distractors: int = 0
+    multiply: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.min_ops <= self.max_ops:
+            raise UserError(f"min_ops = {self.min_ops}, max_ops = {self.max_ops}: must be 1 <= min_ops <= max_ops")
+        if self.max_value < 4:
+            raise UserError(f"max_value = {self.max_value}: must be at least 4")
+        if not 0 <= self.contexts <= len(CONTEXTS):
+            raise UserError(f"contexts = {self.contexts}: must be between 0 (all) and {len(CONTEXTS)}")
+        if not 0 <= self.distractors <= 4:
+            raise UserError(f"distractors = {self.distractors}: must be between 0 and 4")
+        if self.multiply not in (0, 1):
+            raise UserError(f"multiply = {self.multiply}: must be 0 or 1")
+
+    def problem(self, rng: random.Random) -> Problem:
+        steps = self._steps(rng, rng.randint(self.min_ops, self.max_ops))
+        context = rng.choice(CONTEXTS[: self.contexts or None])
+        words = {"who": rng.choice(NAMES), "what": rng.choice(context.what)}
+        sentences = [context.start.format(n=steps[0].left, **words)]
+        for step in steps:
+            sentence = TIMES[step.right] if step.operator == "*" else rng.choice(context.more if step.operator == "+" else context.fewer)
+            sentences.append(sentence.format(n=step.right, **words))
+        for _ in range(self.distractors):
+            sentences.insert(rng.randint(1, len(sentences)), context.aside.format(n=rng.randint(2, self.max_value), **words))
+        sentences.append(f"How many {words['what']} now?")
+        return Problem(" ".join(sentences), str(steps[-1].result), write_trace(steps), len(steps))
+
+    def slip(self, problem: Problem, rng: random.Random) -> Problem:
+        steps = read_trace(problem.trace)
+        first = rng.randrange(len(steps))
+        off, right = rng.choice((-2, -1, 1, 2)), steps[first].result
+        slipped = [*steps[:first], steps[first]._replace(result=right + off if right + off >= 0 else right - off)]
+        for step in steps[first + 1 :]:
+            left = slipped[-1].result
+            slipped.append(Step(left, step.operator, step.right, apply(left, step.operator, step.right)))
+        return replace(problem, trace=write_trace(slipped), answer=str(slipped[-1].result))
+
+    def _steps(self, rng: random.Random, ops: int) -> list[Step]:
+        """A chain of steps. What is named in the text is 2 or more, so that it is always a plural."""
+        value = rng.randint(2, self.max_value)
+        steps = []
+        for _ in range(ops):
+            most = {"+": self.max_value - value, "-": value}
+            if self.multiply and value > 0:
+                most["*"] = min(max(TIMES), self.max_value // value)
+            operator = rng.choice([operator for operator, bound in most.items() if bound >= 2])
+            right = rng.randint(2, most[operator])
+            steps.append(Step(value, operator, right, apply(value, operator, right)))
+            value = steps[-1].result
+        return steps
+
+
+def apply(left: int, operator: str, right: int) -> int:
+    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+def write_trace(steps: list[Step]) -> str:
+    """Steps as a trace: 7+5=12;12-3=9"""
+    return ";".join(str(step) for step in steps)
+
+
+def read_trace(trace: str) -> list[Step] | None:
+    """Steps of a trace, true or not, spaces wherever they are; None if it is not a trace."""
+    steps = []
+    for text in trace.split(";"):
+        found = re.fullmatch(r"\s*(-?\d+)\s*([-+*])\s*(\d+)\s*=\s*(-?\d+)\s*", text)
+        if found is None:
+            return None
+        left, operator, right, result = found.groups()
+        steps.append(Step(int(left), operator, int(right), int(result)))
+    return steps

@@ -1,0 +1,213 @@
+"""One face for every tokenizer: trained here, raw bytes, or a Hugging Face tokenizer.json.
+
+Text never makes a special id: a document that contains the characters "<|eos|>" is encoded as those characters. Special ids are asked for by name.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from errors import UserError
+
+SPECIALS = (
+    "<|pad|>", "<|bos|>", "<|eos|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
+    "<|user|>", "<|assistant|>", "<think>", "</think>", "<answer>", "</answer>",
+)  # fmt: skip
+
+# Parts of the text a model writes, so `decode` keeps them.
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# Spellings by family, most telling first. In DeepSeek's the document is begin, prefix, hole, suffix, end, middle (arXiv 2412.19437, section 4.1).
+FIM_SPELLINGS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
+BOS_SPELLINGS = ("<|bos|>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<bos>", "<s>")
+EOS_SPELLINGS = ("<|eos|>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>")
+PAD_SPELLINGS = ("<|pad|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
+
+# Some files do not flag their control tokens as special ("<｜fim▁hole｜>" in DeepSeek's, "<think>" in Qwen's); these spellings give them away.
+_CONTROL = re.compile(r"<[|｜].*[|｜]>")
+_KNOWN = {*SPECIALS, *BOS_SPELLINGS, *EOS_SPELLINGS, *PAD_SPELLINGS, *(token for spelling in FIM_SPELLINGS for token in spelling)}
+
+
+class Fim(NamedTuple):
+    """The ids that open the prefix, the suffix and the middle of a fill-in-the-middle document."""
+
+    prefix: int
+    suffix: int
+    middle: int
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+      vocab: number of ids, special ones included; every id is below it.
+      bos: id that begins a document, or None if the tokenizer has none.
+      eos: id that ends a document or a turn.
+      pad: id that fills the rest of a row; `eos` if the tokenizer has none of its own.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, name: str, roles: dict[str, str] | None = None):
+        """`name` says in errors which tokenizer it was; `roles` maps "bos", "eos", "pad" to token texts and goes before the usual spellings."""
+        backend.encode_special_tokens = True  # "<|eos|>" in a text is seven characters, not the end of the document
+        roles = roles or {}
+        self._backend = backend
+        self._name = name
+        added = backend.get_added_tokens_decoder()
+        self._special = {token.content: index for index, token in added.items() if token.special}
+        self._dropped = frozenset(index for text, index in self._special.items() if text not in TAGS)
+        self.vocab: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos: int | None = self._role(roles.get("bos"), BOS_SPELLINGS)
+        eos = self._role(roles.get("eos"), EOS_SPELLINGS)
+        if eos is None:
+            raise UserError(f"{name}: no token that ends a document (looked for {', '.join(EOS_SPELLINGS)})")
+        self.eos: int = eos
+        pad = self._role(roles.get("pad"), PAD_SPELLINGS)
+        self.pad: int = eos if pad is None else pad
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Never special ones, whatever the text says."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on as many threads as the machine has."""
+        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, drop_specials: bool = True) -> str:
+        """Text of ids. Special tokens are dropped, except the tags of a completion (<think>, <answer>), or all written out. Broken UTF-8 becomes U+FFFD."""
+        kept = [int(index) for index in ids if not (drop_specials and int(index) in self._dropped)]
+        return self._backend.decode(kept, skip_special_tokens=False)
+
+    def special(self, text: str) -> int | None:
+        """Id of a special token by its text, or None."""
+        return self._special.get(text)
+
+    @property
+    def fim(self) -> Fim:
+        """Fill-in-the-middle sentinels. Raises UserError if the tokenizer has none."""
+        for spelling in FIM_SPELLINGS:
+            if all(text in self._special for text in spelling):
+                return Fim(*(self._special[text] for text in spelling))
+        raise UserError(f"{self._name}: no fill-in-the-middle tokens (such as {' '.join(FIM_SPELLINGS[0])}); set data.fim_rate = 0 or take another tokenizer")
+
+    def save(self, path: str | Path) -> None:
+        """Writes a tokenizer.json that `load_tokenizer` and Hugging Face read."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half_written = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        half_written.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        half_written.replace(path)
+
+    def _role(self, named: str | None, spellings: Sequence[str]) -> int | None:
+        for text in ((named,) if named else ()) + tuple(spellings):
+            if text in self._special:
+                return self._special[text]
+        return None
+
+
+class Stream:
+    """Decodes ids one by one, for a reader who watches them come. Never shows half a UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # what is not yet shown, behind what was shown last: some decoders look at the token before
+        self._shown = 0  # of self._ids
+
+    def push(self, index: int) -> str:
+        """The text that this id completes; "" while a character is still open."""
+        self._ids.append(index)
+        before, after = self._texts()
+        if after.endswith("\ufffd"):
+            return ""
+        self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
+        return after[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end; a character that never closed becomes U+FFFD."""
+        before, after = self._texts()
+        self._ids, self._shown = [], 0
+        return after[len(before) :]
+
+    def _texts(self) -> tuple[str, str]:
+        return self._tokenizer.decode(self._ids[: self._shown]), self._tokenizer.decode(self._ids)
+
+
+def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """Byte-level BPE with digits split one by one, so that arithmetic can be learnt digit by digit. The same texts give the same tokenizer.
+
+    Args:
+      texts: what to learn merges from; a few megabytes are enough for a small vocabulary.
+      vocab: entries, the 256 bytes and the special tokens included. Fewer if the texts have no more pairs to merge.
+    """
+    if vocab < 256 + len(SPECIALS):
+        raise UserError(f"tokenizer.vocab = {vocab}: must be at least {256 + len(SPECIALS)} (256 bytes and {len(SPECIALS)} special tokens)")
+    backend = _byte_level(models.BPE())
+    specials = [AddedToken(text, special=True, normalized=False) for text in SPECIALS]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=specials, initial_alphabet=alphabet, show_progress=False))
+    return Tokenizer(backend, "bpe")
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """One id a byte, its value; the special tokens follow from 256."""
+    backend = _byte_level(models.BPE(vocab={char: value for value, char in enumerate(_byte_chars())}, merges=[]))
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
+    return Tokenizer(backend, "bytes")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Any Hugging Face tokenizer.json, or the directory it is in; which tokens begin and end a document is read from a tokenizer_config.json beside it, if any.
+
+    Raises UserError if there is no such file, or it is not a tokenizer.
+    """
+    path = Path(path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer file")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for token in saved["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in _KNOWN or _CONTROL.fullmatch(token["content"]) is not None
+        backend = tokenizers.Tokenizer.from_str(json.dumps(saved))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a Hugging Face tokenizer.json ({error})") from error
+    backend.no_padding()
+    backend.no_truncation()
+    return Tokenizer(backend, str(path), _roles(path.with_name("tokenizer_config.json")))
+
+
+def _roles(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    tokens = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+    return {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items() if token}
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_chars() -> Iterator[str]:
+    """The character byte-level BPE writes for each byte 0..255: itself where it is printable Latin-1, else the next one from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_in = iter(range(0x100, 0x200))
+    for value in range(256):
+        yield chr(value if value in printable else next(stand_in))

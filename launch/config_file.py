@@ -1,0 +1,105 @@
+"""A config file and the overrides of a command line become one ConfigDict. Whatever a person can get wrong there is one line."""
+
+import contextlib
+import importlib.util
+import re
+import traceback
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from errors import UserError
+from launch.door import must_be, no_such_field
+
+
+class Source(NamedTuple):
+    """A config as the command line gives it: PATH[:ARGUMENT], and the words `--config.a.b=VALUE`."""
+
+    path: str
+    overrides: tuple[str, ...]
+
+    def read(self) -> ConfigDict:
+        return overridden(get_config(self.path), self.overrides)
+
+
+def get_config(source: str) -> ConfigDict:
+    """What `get_config()` of the config file `PATH[:ARGUMENT]` returns. Raises UserError for whatever is wrong with it, with the file and line."""
+    module = load(source)
+    _, colon, argument = source.partition(":")
+    with blame(source.partition(":")[0]):
+        config = module.get_config(*[argument] if colon else [])
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{source}: get_config() must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def load(source: str) -> types.ModuleType:
+    """The module of the config file `PATH[:ARGUMENT]`. Raises UserError if there is none, it fails, or it has no get_config()."""
+    path = source.partition(":")[0]
+    if not Path(path).is_file():
+        nearest = [name for name in experiments() if Path(name).stem in path or Path(path).stem in name] or experiments()
+        raise UserError(f"--config={path}: no such file (there is {', '.join(nearest) or 'nothing in configs/'})")
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None:
+        raise UserError(f"--config={path}: must be a Python file")
+    module = importlib.util.module_from_spec(spec)
+    with blame(path):
+        spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path}: defines no get_config()")
+    return module
+
+
+def experiments() -> list[str]:
+    return [str(path) for path in sorted(Path("configs").glob("*.py")) if path.stem not in ("__init__", "base")]
+
+
+@contextlib.contextmanager
+def blame(path: str) -> Iterator[None]:
+    """Turns whatever the config file raises into one line that says where in the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).absolute() == Path(path).absolute()]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else 1
+        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts `--config.a.b=VALUE` from the other words before `--`."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    overrides = [word for word in argv[:end] if re.match(r"--?(no)?config\.", word)]
+    return overrides, [word for word in argv[:end] if word not in overrides] + list(argv[end:])
+
+
+def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """The config with `--config.a.b=VALUE` applied, each read by the type of the value it replaces. Raises UserError for a field or value that does not fit."""
+    replaced = {}
+    for word in overrides:
+        name, equals, value = word.partition("=")
+        there, path = config, "config"
+        for part in name[name.index(".") + 1 :].split("."):
+            if not isinstance(there, ConfigDict):
+                raise UserError(f"{path}.{part}: no such field ({path} is {there!r}, not a section)")
+            if part not in there:
+                raise no_such_field(path, part, there)
+            there, path = there[part], f"{path}.{part}"
+        if not equals and not isinstance(there, bool):
+            raise UserError(f"{word} needs a value: --{path}=VALUE")
+        replaced[path] = (value, there)
+    values = absl_flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(overrides))
+        values(["command", *overrides])
+    except (absl_flags.Error, ValueError, TypeError, KeyError) as error:
+        for path, (value, there) in replaced.items():
+            if f"--{path}=" in str(error):
+                raise must_be(type(there), value, path) from error
+        raise UserError(str(error)) from error
+    return values["config"].value

@@ -1,0 +1,118 @@
+"""Evaluates a run: unbiased pass@k on held-out problems with bootstrap intervals, and infilling with the suffix shown against without.
+
+    python -m launch.evaluate --workdir=runs/rl                                         the newest checkpoint of that run
+    python -m launch.evaluate --workdir=runs/rl/eval --config=configs/quickstart.py:reinforce --config.init_from=runs/rl --config.evaluate.samples=64
+
+Writes evaluation.json and samples.jsonl (every prompt, completion and reward) to the workdir.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from data.pipeline import documents, problems
+from data.tasks.problem import Problem
+from errors import UserError
+from launch.command import command
+from launch.door import Config
+from launch.reinforce import encode_problems, sampler, texts
+from launch.start import Start, load_variables, start
+from model.sharding import batch_sharding
+from rl.evaluate import pass_at_k_table
+from rl.rewards import score
+from train.infill import infill_rows, middle_losses
+from train.objective import language_objective
+from train.progress import Progress
+from train.step import make_evaluation
+
+ROWS = 256  # completions sampled at a time
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Returns what evaluation.json holds."""
+    begin = start(config, workdir, rows=config.data.batch // config.train.microbatches)
+    with jax.set_mesh(begin.mesh):
+        variables = load_variables(begin.model, begin.mesh, config.init_from or workdir)
+        result, samples = reasoning(begin, variables)
+        if config.evaluate.infill_documents:
+            result |= infilling(begin, variables)
+    if jax.process_index() == 0:
+        write(workdir / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        write(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        for row in result["pass_at_k"]:
+            print(f"pass@{row['k']:<4} {row['mean']:.3f}  ({row['low']:.3f} to {row['high']:.3f})")
+        print("".join(f"{name:<28} {value:.3f}\n" for name, value in result.items() if name.startswith("middle_loss")), end="")
+    return result
+
+
+def reasoning(begin: Start, variables: dict) -> tuple[dict, list[dict]]:
+    """pass@k for k = 1, 2, 4, ... up to the samples drawn, over held-out problems."""
+    e, task = begin.config.evaluate, begin.config.reinforce.task
+    held_out = problems(task, "validation", e.problems, seed=0)
+    at_once = max(ROWS // e.samples, 1)
+    at_once += -at_once % begin.mesh.size
+    sample_fn = sampler(begin, e.samples)
+    key = jax.random.fold_in(jax.random.key(begin.config.seed), 2)
+    correct_PN, formatted, lengths, samples = [], [], [], []
+    with Progress(len(held_out), "evaluate", unit="tokens") as progress:
+        for first in range(0, len(held_out), at_once):
+            chosen = held_out[first : first + at_once]
+            padded = chosen + [chosen[-1]] * (at_once - len(chosen))  # one shape, one compilation
+            completions, counts = complete(begin, sample_fn, variables, padded, jax.random.fold_in(key, first))
+            for problem, said in zip(chosen, np.array_split(np.asarray(completions, object), at_once), strict=False):
+                scored = [score(text, problem.answer, {"answer": 1.0, "format": 1.0})[1] for text in said]
+                correct_PN.append([parts["answer"] for parts in scored])
+                formatted += [parts["format"] for parts in scored]
+                samples += [
+                    {"prompt": problem.question, "completion": text, "answer": problem.answer, "reward": parts["answer"], "format": parts["format"]}
+                    for text, parts in zip(said, scored, strict=True)
+                ]
+            lengths += counts
+            progress.update(min(first + at_once, len(held_out)), {"pass@1": np.mean(correct_PN)}, sum(counts))
+    ks = [k for k in (2**i for i in range(20)) if k < e.samples] + [e.samples]
+    table = pass_at_k_table(np.asarray(correct_PN), ks, e.bootstrap, seed=0)
+    rows = [{"k": k, "mean": float(i.mean), "low": float(i.low), "high": float(i.high)} for k, i in table.items()]
+    return {
+        "pass_at_k": rows,
+        "problems": len(held_out),
+        "samples": e.samples,
+        "format": float(np.mean(formatted)),
+        "completion_length": float(np.mean(lengths)),
+    }, samples
+
+
+def complete(begin: Start, sample_fn, variables: dict, chosen: list[Problem], key) -> tuple[list[str], list[int]]:
+    """Completions as text, those of a problem side by side, and their lengths in tokens."""
+    prompts = encode_problems(begin, chosen)
+    sharding = batch_sharding(begin.mesh)
+    completions = sample_fn(variables, jax.device_put(prompts.tokens_PT, sharding), jax.device_put(prompts.segments_PT, sharding), key)
+    tokens_BC, mask_BC = np.asarray(completions.tokens_BC), np.asarray(completions.mask_BC)
+    return texts(begin.tokenizer, tokens_BC, mask_BC), mask_BC.sum(axis=1).tolist()
+
+
+def infilling(begin: Start, variables: dict) -> dict[str, float]:
+    config = begin.config
+    count = config.evaluate.infill_documents
+    count += -count % begin.mesh.size
+    found = [text for _, text in documents(config.data, "validation")]
+    order = np.random.default_rng(0).permutation(len(found))
+    rows = infill_rows([found[i] for i in order], begin.tokenizer, config.data.sequence, count)
+    evaluate_fn = jax.jit(make_evaluation(language_objective(begin.model, config.train)))
+    return middle_losses(rows, lambda batch: evaluate_fn(variables, begin.on_devices(batch)))
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as failure:
+        raise UserError(f"{path}: cannot write: {failure.strerror}") from failure
+
+
+if __name__ == "__main__":
+    command(run, config="recorded")

@@ -1,0 +1,114 @@
+"""Pretrains with fill-in-the-middle, trains the sparse indexer, or goes on with what another run left.
+
+    python -m launch.pretrain --config=configs/quickstart.py:pretrain --workdir=runs/mine
+    python -m launch.pretrain --config=configs/base.py --workdir=runs/mine --config.data.sources="('text:src/**/*.py',)" --config.train.steps=5000
+    python -m launch.pretrain --config=configs/base.py --workdir=runs/indexer --config.init_from=runs/mine --config.train.stage=warmup
+
+The same command again goes on where the run stopped. SIGTERM or Ctrl-C saves and ends it.
+"""
+
+from pathlib import Path
+
+import jax
+
+from data.pipeline import batches
+from errors import UserError
+from launch.command import command
+from launch.door import Config, claim
+from launch.start import Start, fresh_or_restored, start
+from train.checkpoint import Checkpoints
+from train.interrupt import Interrupt
+from train.metrics import Metrics
+from train.objective import language_objective
+from train.optimizer import make_optimizer
+from train.progress import Progress
+from train.state import TrainState
+from train.step import make_evaluation, make_step
+
+SHOWN = ("lm", "indexer_kl", "reward", "completion_length", "entropy")  # on the progress line, those a stage has
+
+
+def run(config: Config, workdir: Path) -> None:
+    claim(workdir, config, "pretrain")
+    train(config, workdir, stage="pretrain")
+
+
+def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> None:
+    """Trains on text, or on conversations; `stage` names the metrics."""
+    begin = start(config, workdir, rows=config.data.batch // config.train.microbatches)
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    stream = iter(batches(config.data, begin.tokenizer, split="train", seed=config.seed, chat=chat, **process))
+    objective = language_objective(begin.model, config.train)
+    optimizer = make_optimizer(config.train)
+
+    with jax.set_mesh(begin.mesh), Checkpoints(workdir / "checkpoints", config.train.keep) as checkpoints, Interrupt() as interrupt:
+        state = fresh_or_restored(begin, optimizer, checkpoints, stream)
+        done = int(state.step)
+        step_fn = jax.jit(make_step(begin.model, config.train, objective, optimizer), donate_argnums=0)
+        evaluate_fn = jax.jit(make_evaluation(objective))
+        tokens = config.data.batch * config.data.sequence
+        due = Due(config)
+        with Metrics(workdir, stage, resume_step=done) as metrics, Progress(config.train.steps, stage) as progress:
+            previous = None  # (step, metrics) still on the device: reading them a step late never blocks
+            for step in range(done + 1, config.train.steps + 1):
+                state, values = step_fn(state, begin.on_devices(next(stream)))
+                if previous:
+                    report(*previous, config, metrics, progress, tokens)
+                previous = (step, values)
+                if due.evaluation(step):
+                    report(*previous, config, metrics, progress, tokens)
+                    previous = None
+                    metrics.write(step, validate(begin, evaluate_fn, state, chat))
+                stopping = interrupt.stop_requested(step)
+                if due.save(step) or stopping:
+                    checkpoints.save(step, state, stream)
+                if stopping:
+                    break
+            if previous:
+                report(*previous, config, metrics, progress, tokens)
+
+
+class Due:
+    """What is to be done after which step; the last step has everything."""
+
+    def __init__(self, config: Config):
+        self.train = config.train
+
+    def _every(self, step: int, period: int) -> bool:
+        return step == self.train.steps or (period > 0 and step % period == 0)
+
+    def evaluation(self, step: int) -> bool:
+        return self.train.eval_batches > 0 and self._every(step, self.train.eval_every)
+
+    def save(self, step: int) -> bool:
+        return self._every(step, self.train.save_every)
+
+    def log(self, step: int) -> bool:
+        return step == 1 or self._every(step, self.train.log_every)
+
+
+def report(step: int, values: dict, config: Config, metrics: Metrics, progress: Progress, tokens: int) -> None:
+    """Shows and writes the values of a step. Raises UserError when too many steps in a row had no finite gradients."""
+    in_row = int(values["skipped_in_row"])
+    if in_row >= config.train.max_skipped:
+        raise UserError(f"step {step}: the gradients of the last {in_row} steps were not finite (train.max_skipped); lower train.learning_rate, or look at the data")
+    progress.update(step, {name: values[name] for name in SHOWN if name in values}, tokens)
+    if Due(config).log(step):
+        last = step == config.train.steps
+        metrics.write(step, {name: value for name, value in values.items() if last or value.ndim == 0} | {"tokens_per_s": progress.tokens_per_s})
+
+
+def validate(begin: Start, evaluate_fn, state: TrainState, chat: bool) -> dict[str, float]:
+    """Every term on the first eval_batches of the held-out documents, the same each time."""
+    config = begin.config
+    held_out = iter(batches(config.data, begin.tokenizer, split="validation", seed=0, chat=chat, process_index=jax.process_index(), process_count=jax.process_count()))
+    sums = None
+    for _ in range(config.train.eval_batches):
+        found = evaluate_fn(state.variables, begin.on_devices(next(held_out)))
+        sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
+    totals, weights = sums
+    return {f"validation_{name}": float(total) / max(float(weights[name]), 1.0) for name, total in totals.items()}
+
+
+if __name__ == "__main__":
+    command(run)

@@ -1,0 +1,102 @@
+"""How every run begins: the mesh, the tokenizer, the model's config, the state, fresh or restored."""
+
+import dataclasses
+import os
+import uuid
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from data.pipeline import make_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
+from errors import UserError
+from launch.door import Config, summarise
+from model.config import ModelConfig
+from model.sharding import batch_sharding, batch_shards, make_mesh
+from train.checkpoint import Checkpoints, restore_parameters
+from train.state import TrainState, abstract_state, count_parameters, fresh_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What does not change during a run."""
+
+    config: Config
+    model: ModelConfig  # config.model with the vocabulary filled in
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+    def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+        """This process's rows as part of the global batch."""
+        sharding = batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def start(config: Config, workdir: Path, rows: int) -> Start:
+    """Makes the mesh, finds or trains the tokenizer, and says what is about to run. `rows` is how many rows a microbatch has."""
+    compile_cache()
+    mesh = make_mesh(config.mesh)
+    if rows % batch_shards(mesh):
+        raise UserError(f"{rows} rows at a time do not divide over {batch_shards(mesh)} devices (mesh axes data x fsdp x expert); change data.batch, train.microbatches or the mesh")
+    tokenizer = workdir_tokenizer(config, workdir)
+    model = sized(config.model, tokenizer)
+    summarise(config, *count_parameters(model), mesh)
+    return Start(config, model, tokenizer, mesh)
+
+
+def compile_cache() -> None:
+    """Compiled programs are kept where JAX_COMPILATION_CACHE_DIR says; without it a run compiles anew."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def sized(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """With the tokenizer's vocabulary, unless the config names a larger one."""
+    if model.vocab == 0:
+        return dataclasses.replace(model, vocab=tokenizer.vocab)
+    if model.vocab < tokenizer.vocab:
+        raise UserError(f"model.vocab = {model.vocab}: the tokenizer has {tokenizer.vocab} entries; set at least that, or 0")
+    return model
+
+
+def workdir_tokenizer(config: Config, workdir: Path) -> Tokenizer:
+    """The workdir's own; else that of the run the parameters come from; else a new one. It is kept in the workdir from then on."""
+    own = workdir / "tokenizer.json"
+    if own.exists():
+        return load_tokenizer(own)
+    theirs = run_directory(config.init_from) / "tokenizer.json" if config.init_from else None
+    tokenizer = load_tokenizer(theirs) if theirs is not None and theirs.exists() else make_tokenizer(config.tokenizer, config.data)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        unfinished = workdir / f".tokenizer.{uuid.uuid4().hex}.json"
+        tokenizer.save(unfinished)
+        os.replace(unfinished, own)
+    return tokenizer
+
+
+def run_directory(path: str) -> Path:
+    """The workdir that a path to a workdir, its checkpoints or one of them belongs to."""
+    directory = Path(path)
+    if directory.name.isdigit():
+        directory = directory.parent
+    return directory.parent if directory.name == "checkpoints" else directory
+
+
+def fresh_or_restored(begin: Start, optimizer: optax.GradientTransformation, checkpoints: Checkpoints, cursor=None) -> TrainState:
+    """The newest checkpoint of this run, its cursor moved with it; else new, with the parameters of `init_from` if there is one."""
+    if checkpoints.latest() is not None:
+        return checkpoints.restore(abstract_state(begin.model, optimizer, begin.mesh), cursor)
+    state = fresh_state(begin.model, optimizer, begin.mesh, jax.random.key(begin.config.seed))
+    if begin.config.init_from:
+        variables = load_variables(begin.model, begin.mesh, begin.config.init_from)
+        state = state.replace(params=variables["params"], router=variables["router"])
+    return state
+
+
+def load_variables(model: ModelConfig, mesh: Mesh, path: str | Path) -> dict:
+    """{"params", "router"} of the newest checkpoint of a run, on this mesh."""
+    abstract = abstract_state(model, optax.identity(), mesh)
+    return restore_parameters(Path(path), {"params": abstract.params, "router": abstract.router})

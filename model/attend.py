@@ -1,0 +1,139 @@
+"""Attention proper: from queries, keys and values to the mixed values, dense or sparse, with what the indexer learns from.
+
+Two forms of the same function: `attend_expanded` over keys and values expanded per head (training, prefill), in chunks of queries so that no array of
+T x S x N ever lives; `attend_latent` over the latents themselves (decoding; the absorbed form, arXiv 2405.04434, section 2.1.2).
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.indexer import MASKED, IndexerQuery, indexer_kl, indexer_scores, select_topk
+
+STAGES = ("dense", "warmup", "sparse")
+
+
+@flax.struct.dataclass
+class IndexerReport:
+    """What one layer's indexer did, summed over queries. `recall` is the share of the true attention's mass on the keys that top-k would select, and
+    `recall_random` that of a uniformly random selection of as many; both over queries with more than topk keys, and 0 outside the warm-up stage."""
+
+    kl: Array
+    recall: Array
+    recall_random: Array
+    recall_weight: Array
+
+    @classmethod
+    def zero(cls) -> "IndexerReport":
+        return cls(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+
+
+class IndexerInputs(NamedTuple):
+    query: IndexerQuery  # of the queries
+    k_BSC: Array  # of the keys
+
+
+def softmax_over(logits_BNTS: Array, among_BTS: Array) -> Array:
+    """Softmax over the keys in `among`; all zeros where there is none."""
+    among_B1TS = among_BTS[:, None]
+    logits_BNTS = jnp.where(among_B1TS, logits_BNTS, MASKED)
+    unnormalised = jnp.where(among_B1TS, jnp.exp(logits_BNTS - jax.lax.stop_gradient(jnp.max(logits_BNTS, axis=-1, keepdims=True))), 0.0)
+    return unnormalised / jnp.maximum(jnp.sum(unnormalised, axis=-1, keepdims=True), 1e-30)
+
+
+def report_indexer(probs_BNTS: Array, scores_BTS: Array, among_BTS: Array, stage: str, topk: int) -> IndexerReport:
+    """The indexer's loss and, where attention was dense, its recall (arXiv 2512.02556, section 2.1)."""
+    target_BTS = jax.lax.stop_gradient(jnp.mean(probs_BNTS, axis=1))
+    kl = jnp.sum(indexer_kl(target_BTS, scores_BTS, among_BTS))
+    zero = jnp.zeros((), jnp.float32)
+    if stage != "warmup":
+        return IndexerReport(kl, zero, zero, zero)
+    candidates_BT = jnp.sum(among_BTS, axis=-1)
+    counts_BT = candidates_BT > topk
+    mass_BT = jnp.sum(jnp.where(select_topk(scores_BTS, among_BTS, topk), target_BTS, 0.0), axis=-1)
+    return IndexerReport(
+        kl=kl,
+        recall=jnp.sum(jnp.where(counts_BT, mass_BT, 0.0)),
+        recall_random=jnp.sum(jnp.where(counts_BT, topk / jnp.maximum(candidates_BT, 1), 0.0)),
+        recall_weight=jnp.sum(counts_BT, dtype=jnp.float32),
+    )
+
+
+def attend_expanded(
+    q_BTNH: Array, k_BSNH: Array, v_BSNV: Array, segments_BT: Array, indexer: IndexerInputs | None, *, stage: str, topk: int, query_chunk: int
+) -> tuple[Array, IndexerReport]:
+    """Causal attention inside each segment, over a whole sequence (T = S).
+
+    Args:
+      q_BTNH, k_BSNH, v_BSNV: per head, rotated, q already scaled by H ** -0.5.
+      segments_BT: 0 is padding and attends to nothing.
+      indexer: its queries and keys; needed by the stages "warmup" and "sparse".
+      stage: "dense" | "warmup" (dense, with the indexer's loss) | "sparse" (over the selected keys only, with the indexer's loss).
+      query_chunk: queries handled at a time; the backward pass recomputes a chunk when there are several.
+
+    Returns:
+      out_BTNV of v's dtype, zeros for padding, and the indexer's report.
+    """
+    T = q_BTNH.shape[1]
+    chunks = -(-T // query_chunk)
+    padding = chunks * query_chunk - T if chunks > 1 else 0
+    key_index_S = jnp.arange(T)
+
+    def attend_chunk(q_BCNH, query: IndexerQuery | None, query_segments_BC, query_index_C):
+        allowed_BCS = (query_index_C[:, None] >= key_index_S) & (query_segments_BC[..., None] == segments_BT[:, None]) & (query_segments_BC[..., None] > 0)
+        among_BCS, scores_BCS = allowed_BCS, None
+        if stage != "dense":
+            scores_BCS = indexer_scores(query.q_BTIC, indexer.k_BSC, query.w_BTI)
+            if stage == "sparse":
+                among_BCS = select_topk(scores_BCS, allowed_BCS, topk)
+        with jax.named_scope("attention"):
+            logits_BNCS = jnp.einsum("BCNH,BSNH->BNCS", q_BCNH, k_BSNH, preferred_element_type=jnp.float32)
+            probs_BNCS = softmax_over(logits_BNCS, among_BCS)
+            out_BCNV = jnp.einsum("BNCS,BSNV->BCNV", probs_BNCS.astype(v_BSNV.dtype), v_BSNV)
+        report = IndexerReport.zero() if stage == "dense" else report_indexer(probs_BNCS, scores_BCS, among_BCS, stage, topk)
+        return out_BCNV, report
+
+    query = None if stage == "dense" else indexer.query
+    # Recomputing the probabilities in the backward pass is cheaper than writing and reading [B, N, C, S] a few times, even when one chunk is all there is.
+    attend_chunk = jax.checkpoint(attend_chunk, prevent_cse=chunks == 1)
+    if chunks == 1:
+        return attend_chunk(q_BTNH, query, segments_BT, key_index_S)
+
+    def cut(x_BT):
+        """[B, T, ...] to [chunks, B, C, ...]; padded queries have segment 0."""
+        x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
+        return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], chunks, query_chunk, *x_BT.shape[2:]), 1, 0)
+
+    pieces = (*jax.tree.map(cut, (q_BTNH, query, segments_BT)), jnp.arange(chunks * query_chunk).reshape(chunks, query_chunk))
+
+    def step(total: IndexerReport, piece):
+        out_BCNV, report = attend_chunk(*piece)
+        return jax.tree.map(jnp.add, total, report), out_BCNV
+
+    report, out_nBCNV = jax.lax.scan(step, IndexerReport.zero(), pieces)
+    out_BTNV = jnp.moveaxis(out_nBCNV, 0, 1).reshape(q_BTNH.shape[0], chunks * query_chunk, *out_nBCNV.shape[3:])[:, :T]
+    return out_BTNV, report
+
+
+def attend_latent(q_BTNR: Array, latent_BSR: Array, value_rank: int, allowed_BTS: Array, indexer: IndexerInputs | None, *, topk: int) -> Array:
+    """Attention over latents: one key-value head of width R shared by all query heads, its first `value_rank` channels the value.
+
+    With an indexer and one query a row, only the selected latents are read; with several queries the selection is a mask.
+    q is already scaled. Returns out_BTNR [B, T, N, value_rank], to be expanded by the value up-projection.
+    """
+    if indexer is not None and topk < latent_BSR.shape[1]:
+        scores_BTS = indexer_scores(indexer.query.q_BTIC, indexer.k_BSC, indexer.query.w_BTI)
+        if q_BTNR.shape[1] == 1:
+            # Disallowed keys score -inf, sort last, and stay disallowed where fewer than topk are allowed.
+            _, index_Bk = jax.lax.top_k(jnp.where(allowed_BTS, scores_BTS, -jnp.inf)[:, 0], topk)
+            latent_BSR = jnp.take_along_axis(latent_BSR, index_Bk[:, :, None], axis=1)
+            allowed_BTS = jnp.take_along_axis(allowed_BTS, index_Bk[:, None], axis=2)
+        else:
+            allowed_BTS = select_topk(scores_BTS, allowed_BTS, topk)
+    with jax.named_scope("latent_attention"):
+        logits_BNTS = jnp.einsum("BTNR,BSR->BNTS", q_BTNR, latent_BSR, preferred_element_type=jnp.float32)
+        probs_BNTS = softmax_over(logits_BNTS, allowed_BTS).astype(latent_BSR.dtype)
+        return jnp.einsum("BNTS,BSR->BTNR", probs_BNTS, latent_BSR[..., :value_rank])

@@ -1,0 +1,118 @@
+"""Multi-head latent attention (arXiv 2412.19437, section 2.1.1) with a gated output (arXiv 2505.06708) and sparse selection (arXiv 2512.02556).
+
+    c_q = norm(W_qa h)                 the query latent
+    q   = W_qb c_q                     per head: a part without position, and a rotated part
+    c   = norm(W_kva h)                the key-value latent: what the cache holds
+    k_r = rope(W_kr h)                 one rotated key for all heads: the cache holds it too
+    [k; v] = W_kvb c                   per head
+    out = W_o (sigmoid(W_g h) * attention(q, [k; k_r], v))
+
+The expanded form computes k and v; the absorbed form moves W_kvb to the query and the output, and attends over c itself.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.attend import IndexerInputs, IndexerReport, attend_expanded, attend_latent
+from model.cache import LayerCache
+from model.config import ModelConfig
+from model.indexer import Indexer
+from model.norm import RMSNorm
+from model.rope import rope_angles, rotate_interleaved
+from model.sharding import constrain, named
+
+
+class LatentAttention(nn.Module):
+    """Parameters of MLA and its two forms."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c, a = self.config, self.config.attention
+        init = nn.initializers.normal(c.init_std)
+
+        def weight(name, shape, axes):
+            return self.param(name, named(init, axes), shape, jnp.float32)
+
+        if a.query_rank:
+            self.query_down = weight("query_down", (c.width, a.query_rank), ("width", "query_rank"))
+            self.query_norm = RMSNorm(c.norm_eps, axis="query_rank")
+        source, axis = (a.query_rank, "query_rank") if a.query_rank else (c.width, "width")
+        self.query_up = weight("query_up", (source, a.heads, a.query_width), (axis, "heads", "head_width"))
+        self.latent_down = weight("latent_down", (c.width, a.latent_rank + a.rope_width), ("width", "latent_rank"))
+        self.latent_norm = RMSNorm(c.norm_eps, axis="latent_rank")
+        self.key_up = weight("key_up", (a.latent_rank, a.heads, a.nope_width), ("latent_rank", "heads", "head_width"))
+        self.value_up = weight("value_up", (a.latent_rank, a.heads, a.value_width), ("latent_rank", "heads", "head_width"))
+        self.out = weight("out", (a.heads, a.value_width, c.width), ("heads", "head_width", "width"))
+        if a.gate == "head":
+            self.gate = weight("gate", (c.width, a.heads), ("width", "heads"))
+        elif a.gate == "element":
+            self.gate = weight("gate", (c.width, a.heads, a.value_width), ("width", "heads", "head_width"))
+        if c.indexer.heads:
+            self.indexer = Indexer(c)
+
+    def __call__(
+        self, hidden_BTD: Array, positions_BT: Array, segments_BT: Array, stage: str, past: LayerCache | None = None, allowed_BTS: Array | None = None, at: Array | None = None
+    ) -> tuple[Array, IndexerReport, LayerCache]:
+        """Attends and projects back to the width.
+
+        Without `past`: over the sequence itself, expanded form; returns its cache entries [B, T, ...].
+        With `past`: the tokens are written to its slots from `at` on and attend to the slots in `allowed_BTS`, absorbed form; returns the cache with them.
+        """
+        a, dtype = self.config.attention, hidden_BTD.dtype
+        angles_BTP = rope_angles(positions_BT, a.rope_width, a.rope_theta)
+        with jax.named_scope("projections"):
+            query_latent_BTR = self.query_norm(hidden_BTD @ self.query_down.astype(dtype)) if a.query_rank else hidden_BTD
+            q_BTNH = jnp.einsum("BTR,RNH->BTNH", query_latent_BTR, self.query_up.astype(dtype)) * jnp.asarray(a.query_width**-0.5, dtype)
+            q_BTNH = constrain(q_BTNH, "batch", "time", "heads", None)
+            q_nope_BTNH, q_rope_BTNP = q_BTNH[..., : a.nope_width], rotate_interleaved(q_BTNH[..., a.nope_width :], angles_BTP)
+            down_BTR = hidden_BTD @ self.latent_down.astype(dtype)
+            latent_BTR = self.latent_norm(down_BTR[..., : a.latent_rank])
+            k_rope_BTP = rotate_interleaved(down_BTR[..., None, a.latent_rank :], angles_BTP)[:, :, 0]
+        query = index_key_BTC = None
+        if self.config.indexer.heads and (stage != "dense" or past is None or past.index_key_BSC.shape[-1]):
+            query, index_key_BTC = self.indexer(hidden_BTD, query_latent_BTR, positions_BT)
+        no_key = jnp.zeros((*latent_BTR.shape[:2], 0), dtype)
+        entries = LayerCache(jnp.concatenate([latent_BTR, k_rope_BTP], axis=-1), no_key if index_key_BTC is None else index_key_BTC)
+
+        if past is None:
+            out_BTNV, report = self.expanded(q_nope_BTNH, q_rope_BTNP, latent_BTR, k_rope_BTP, segments_BT, None if query is None else IndexerInputs(query, index_key_BTC), stage)
+        else:
+            entries, report = past.write(entries, at), IndexerReport.zero()
+            out_BTNV = self.absorbed(q_nope_BTNH, q_rope_BTNP, entries, allowed_BTS, query if stage == "sparse" else None)
+        out_BTNV = self.gated(out_BTNV, hidden_BTD)
+        with jax.named_scope("output_projection"):
+            return jnp.einsum("BTNV,NVD->BTD", out_BTNV, self.out.astype(dtype)), report, entries
+
+    def expanded(self, q_nope_BTNH, q_rope_BTNP, latent_BSR, k_rope_BSP, segments_BT, indexer, stage) -> tuple[Array, IndexerReport]:
+        dtype, N = latent_BSR.dtype, self.config.attention.heads
+        with jax.named_scope("expand"):
+            k_nope_BSNH = jnp.einsum("BSR,RNH->BSNH", latent_BSR, self.key_up.astype(dtype))
+            k_rope_BSNP = jnp.broadcast_to(k_rope_BSP[:, :, None], (*k_rope_BSP.shape[:2], N, k_rope_BSP.shape[-1]))
+            k_BSNH = constrain(jnp.concatenate([k_nope_BSNH, k_rope_BSNP], axis=-1), "batch", "time", "heads", None)
+            v_BSNV = constrain(jnp.einsum("BSR,RNV->BSNV", latent_BSR, self.value_up.astype(dtype)), "batch", "time", "heads", None)
+        q_BTNH = jnp.concatenate([q_nope_BTNH, q_rope_BTNP], axis=-1)
+        return attend_expanded(q_BTNH, k_BSNH, v_BSNV, segments_BT, indexer, stage=stage, topk=self.config.indexer.topk, query_chunk=self.config.query_chunk)
+
+    def absorbed(self, q_nope_BTNH, q_rope_BTNP, cache: LayerCache, allowed_BTS, query) -> Array:
+        dtype, a = q_nope_BTNH.dtype, self.config.attention
+        with jax.named_scope("absorb"):
+            q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, self.key_up.astype(dtype))
+            q_BTNR = jnp.concatenate([q_latent_BTNR, q_rope_BTNP], axis=-1)
+        indexer = None if query is None else IndexerInputs(query, cache.index_key_BSC)
+        mixed_BTNR = attend_latent(q_BTNR, cache.latent_BSR, a.latent_rank, allowed_BTS, indexer, topk=self.config.indexer.topk)
+        return jnp.einsum("BTNR,RNV->BTNV", mixed_BTNR, self.value_up.astype(dtype))
+
+    def gated(self, out_BTNV: Array, hidden_BTD: Array) -> Array:
+        """Y * sigmoid(X W) before the output projection (arXiv 2505.06708, eq. 5, position G1); X is the normalised hidden state the queries come from."""
+        kind, dtype = self.config.attention.gate, hidden_BTD.dtype
+        if kind == "none":
+            return out_BTNV
+        with jax.named_scope("gate"):
+            if kind == "head":
+                gate_BTNV = (hidden_BTD @ self.gate.astype(dtype))[..., None]
+            else:
+                gate_BTNV = jnp.einsum("BTD,DNV->BTNV", hidden_BTD, self.gate.astype(dtype))
+            return out_BTNV * jax.nn.sigmoid(gate_BTNV)

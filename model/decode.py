@@ -1,0 +1,60 @@
+"""Reading and writing token by token: prefill fills a cache, decode_step extends it. Absorbed attention over latents (model/attend.py)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.cache import Cache
+from model.config import ModelConfig
+from model.norm import rms_norm
+from model.transformer import Block, Transformer, embed, logits_of
+
+
+class DecodeWeights(NamedTuple):
+    """A model's variables with the stacked layers taken apart, once, so that a step does not copy a layer's weights out of the stack."""
+
+    params: dict
+    layers: tuple[dict, ...]  # per layer {"params": ..., "router": ...}
+
+
+def decode_weights(config: ModelConfig, variables: dict) -> DecodeWeights:
+    """Cast to the compute type: a step then reads half the bytes in bfloat16. Norm scales and the router keep float32, as in training."""
+    layers = []
+    for name, count in (("dense_layers", config.dense_layers), ("moe_layers", config.moe_layers)):
+        layers += [{kind: jax.tree.map(lambda leaf, i=i: leaf[i], variables[kind].get(name, {})) for kind in ("params", "router")} for i in range(count)]
+    return DecodeWeights({name: leaf for name, leaf in variables["params"].items() if not name.endswith("_layers")}, tuple(layers))
+
+
+def prefill(config: ModelConfig, variables: dict, tokens_BT: Array, segments_BT: Array, slots: int, stage: str) -> tuple[Cache, Array]:
+    """Reads prompts, padded on the left (segment 0) so that each ends in the last column.
+
+    Returns the cache with `slots` slots (T of them filled) and the logits [B, V] after the last token.
+    """
+    positions_BT = jnp.maximum(jnp.cumsum(segments_BT > 0, axis=-1) - 1, 0)
+    output = Transformer(config).apply(variables, tokens_BT, positions_BT, segments_BT, stage=stage, mtp=False)
+    B, T = tokens_BT.shape
+    cache = Cache.empty(config, B, slots)
+    cache = Cache(
+        layers=tuple(layer.write(entries, 0) for layer, entries in zip(cache.layers, output.entries, strict=True)),
+        segments_BS=cache.segments_BS.at[:, :T].set(segments_BT),
+        next_position_B=positions_BT[:, -1] + 1,
+        length=jnp.asarray(T, jnp.int32),
+    )
+    return cache, logits_of(config, variables["params"], output.hidden_BTD[:, -1])
+
+
+def decode_step(config: ModelConfig, weights: DecodeWeights, tokens_B: Array, cache: Cache, stage: str) -> tuple[Cache, Array]:
+    """Reads one token a row; returns the longer cache and the logits [B, V] for the next. `stage` is "dense" or "sparse"."""
+    at = cache.length
+    segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BS, jnp.ones_like(tokens_B)[:, None], at, axis=1)
+    positions_B1 = cache.next_position_B[:, None]
+    x_B1D = embed(config, weights.params["embedding"], tokens_B[:, None])
+    layers = []
+    for index, (layer, past) in enumerate(zip(weights.layers, cache.layers, strict=True)):
+        block = Block(config, moe=index >= config.dense_layers)
+        x_B1D, (_, _, written) = block.apply(layer, x_B1D, positions_B1, jnp.ones_like(positions_B1), stage, past, (segments_BS > 0)[:, None], at)
+        layers.append(written)
+    hidden_BD = rms_norm(x_B1D[:, 0], weights.params["final_norm"]["scale"], config.norm_eps)
+    return Cache(tuple(layers), segments_BS, cache.next_position_B + 1, at + 1), logits_of(config, weights.params, hidden_BD)

@@ -1,0 +1,96 @@
+"""The lightning indexer of DeepSeek sparse attention (arXiv 2512.02556, section 2.1): which keys a query shall attend to, and the loss that teaches it."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.config import ModelConfig
+from model.norm import LayerNorm
+from model.rope import rope_angles, rotate_halves
+from model.sharding import named
+
+MASKED = -1e30  # finite, so that a row without any key gives no NaN
+
+
+class IndexerQuery(NamedTuple):
+    """What a query brings: heads' queries [B, T, I, C] and their weights [B, T, I], already scaled by (I * C) ** -0.5."""
+
+    q_BTIC: Array
+    w_BTI: Array
+
+
+def indexer_scores(q_BTIC: Array, k_BSC: Array, w_BTI: Array) -> Array:
+    """How much each query wants each key (arXiv 2512.02556, eq. 1).
+
+        I[t, s] = sum_i  w[t, i] * relu(q[t, i] . k[s])
+
+    Returns scores_BTS, float32. Not causal: the caller masks.
+    """
+    with jax.named_scope("indexer_scores"):
+        dot_BITS = jnp.einsum("BTIC,BSC->BITS", q_BTIC, k_BSC, preferred_element_type=jnp.float32)
+        return jnp.einsum("BTI,BITS->BTS", w_BTI.astype(jnp.float32), jax.nn.relu(dot_BITS))
+
+
+def select_topk(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
+    """The min(topk, allowed) best-scored allowed keys of each query, as a mask. Of equal scores the earlier key goes first. No gradient."""
+    with jax.named_scope("select_topk"):
+        if topk >= scores_BTS.shape[-1]:
+            return allowed_BTS
+        scores_BTS = jnp.where(allowed_BTS, jax.lax.stop_gradient(scores_BTS), -jnp.inf)
+        value_BTk, index_BTk = jax.lax.top_k(scores_BTS, topk)
+        # top_k puts equal scores in order of position, so its last entry bounds the selection in (score, position) order: no scatter needed.
+        threshold_BT1, last_BT1 = value_BTk[..., -1:], index_BTk[..., -1:]
+        tied_BTS = (scores_BTS == threshold_BT1) & (jnp.arange(scores_BTS.shape[-1]) <= last_BT1)
+        return ((scores_BTS > threshold_BT1) | tied_BTS) & allowed_BTS
+
+
+def indexer_kl(target_BTS: Array, scores_BTS: Array, among_BTS: Array) -> Array:
+    """KL(target || softmax of the scores over `among`), a value per query (arXiv 2512.02556, eq. 3 dense and eq. 4 sparse).
+
+    Args:
+      target_BTS: the main attention's probabilities, mean over heads: L1-normalised over `among`.
+      scores_BTS: the indexer's scores.
+      among_BTS: the keys compared: all allowed ones in the dense warm-up, the selected ones in the sparse stage.
+
+    Returns:
+      kl_BT float32, 0 where `among` is empty. The gradient reaches the scores alone.
+    """
+    with jax.named_scope("indexer_kl"):
+        target_BTS = jax.lax.stop_gradient(target_BTS)
+        log_predicted_BTS = jax.nn.log_softmax(jnp.where(among_BTS, scores_BTS, MASKED), axis=-1)
+        log_target_BTS = jnp.log(jnp.where(target_BTS > 0, target_BTS, 1.0))
+        return jnp.sum(jnp.where(among_BTS, target_BTS * (log_target_BTS - log_predicted_BTS), 0.0), axis=-1)
+
+
+class Indexer(nn.Module):
+    """Parameters of the indexer. Its inputs are detached here, so that its loss cannot reach the trunk."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c, i = self.config, self.config.indexer
+        source, axis = (c.attention.query_rank, "query_rank") if c.attention.query_rank else (c.width, "width")
+        init = nn.initializers.normal(c.init_std)
+        self.query = self.param("query", named(init, (axis, "replicated", "head_width")), (source, i.heads, i.width), jnp.float32)
+        self.key = self.param("key", named(init, ("width", "head_width")), (c.width, i.width), jnp.float32)
+        self.head_weight = self.param("head_weight", named(init, ("width", "replicated")), (c.width, i.heads), jnp.float32)
+        self.key_norm = LayerNorm(c.norm_eps, axis="head_width")
+
+    def __call__(self, hidden_BTD: Array, query_latent_BTR: Array, positions_BT: Array) -> tuple[IndexerQuery, Array]:
+        """Returns the queries and the keys [B, T, C] of these tokens. `query_latent` is the hidden state itself in a model without query latents."""
+        i = self.config.indexer
+        hidden_BTD, query_latent_BTR = jax.lax.stop_gradient((hidden_BTD, query_latent_BTR))
+        dtype = hidden_BTD.dtype
+        angles_BTP = rope_angles(positions_BT, i.rope_width, self.config.attention.rope_theta)
+
+        def rotate(x_BTNC):
+            return jnp.concatenate([rotate_halves(x_BTNC[..., : i.rope_width], angles_BTP), x_BTNC[..., i.rope_width :]], axis=-1)
+
+        with jax.named_scope("indexer_projections"):
+            q_BTIC = rotate(jnp.einsum("BTR,RIC->BTIC", query_latent_BTR, self.query.astype(dtype)))
+            k_BTC = rotate(self.key_norm(hidden_BTD @ self.key.astype(dtype))[:, :, None])[:, :, 0]
+            w_BTI = (hidden_BTD @ self.head_weight.astype(dtype)).astype(jnp.float32) * (i.heads * i.width) ** -0.5
+        return IndexerQuery(q_BTIC, w_BTI), k_BTC

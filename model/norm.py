@@ -1,0 +1,48 @@
+"""Normalisations, computed in float32 whatever the compute type."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.sharding import named
+
+
+def rms_norm(x_D: Array, scale_D: Array, eps: float) -> Array:
+    """x / rms(x) * scale over the last axis (arXiv 1910.07467, eq. 4). Returns x's dtype."""
+    x32 = x_D.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse_rms * scale_D).astype(x_D.dtype)
+
+
+def layer_norm(x_D: Array, scale_D: Array, bias_D: Array, eps: float) -> Array:
+    """(x - mean) / std * scale + bias over the last axis (arXiv 1607.06450). Returns x's dtype."""
+    x32 = x_D.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse_std = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return (centred * inverse_std * scale_D + bias_D).astype(x_D.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its scale."""
+
+    eps: float
+    axis: str = "width"
+
+    @nn.compact
+    def __call__(self, x_D: Array) -> Array:
+        scale_D = self.param("scale", named(nn.initializers.ones, (self.axis,)), (x_D.shape[-1],), jnp.float32)
+        return rms_norm(x_D, scale_D, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its scale and bias."""
+
+    eps: float
+    axis: str = "width"
+
+    @nn.compact
+    def __call__(self, x_D: Array) -> Array:
+        scale_D = self.param("scale", named(nn.initializers.ones, (self.axis,)), (x_D.shape[-1],), jnp.float32)
+        bias_D = self.param("bias", named(nn.initializers.zeros, (self.axis,)), (x_D.shape[-1],), jnp.float32)
+        return layer_norm(x_D, scale_D, bias_D, self.eps)

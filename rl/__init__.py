@@ -1,0 +1,1 @@
+"""Reinforcement learning: what a row of rl/algorithms.py is made of, rollouts, rewards and evaluation."""

@@ -1,0 +1,70 @@
+"""pass@k and how sure of it we are."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A mean over problems and the bootstrap interval around it."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def pass_at_k(n: np.ndarray | int, c: np.ndarray | int, k: np.ndarray | int) -> np.ndarray:
+    """The chance that at least one of k completions is correct, without bias, from c correct among n >= k sampled (Codex, arXiv 2107.03374, eq. 1).
+
+        1 - C(n - c, k) / C(n, k) = 1 - prod_{j < k} (n - c - j) / (n - j)
+
+    The product never overflows, and is 0 as soon as fewer than k completions are wrong. (1 - (1 - c/n)^k, the plug-in estimate, is too low.)
+
+    Args:
+      n, c, k: integers, or integer arrays that broadcast together.
+
+    Returns:
+      float64 of the broadcast shape.
+
+    Raises:
+      ValueError: unless 0 <= c <= n and 1 <= k <= n.
+    """
+    n, c, k = np.broadcast_arrays(*(np.asarray(x, np.int64) for x in (n, c, k)))
+    if np.any((c < 0) | (c > n) | (k < 1) | (k > n)):
+        raise ValueError("pass@k needs 0 <= c <= n and 1 <= k <= n")
+    all_wrong = np.ones(n.shape)
+    for j in range(int(k.max(initial=0))):
+        drawn = j < k
+        all_wrong = np.where(drawn, all_wrong * np.maximum(n - c - j, 0) / np.where(drawn, n - j, 1), all_wrong)
+    return 1 - all_wrong
+
+
+def bootstrap(values: np.ndarray, resamples: int, seed: int, level: float = 0.95) -> Interval:
+    """The mean of one value per problem, with the percentile bootstrap interval over problems.
+
+    Problems are resampled, not completions: the interval says how much the score would move on other problems of the same kind. The same seed and number of
+    problems draw the same problems, so to compare two models bootstrap their differences, problem by problem.
+
+    Args:
+      values: [P], one number per problem, P >= 1.
+      level: the share of resampled means inside the interval.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not values.size:
+        raise ValueError(f"bootstrap needs one value per problem, [P] with P >= 1, not shape {values.shape}")
+    draws = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def pass_at_k_table(correct_PN: np.ndarray, ks: Sequence[int], resamples: int, seed: int, level: float = 0.95) -> dict[int, Interval]:
+    """pass@k for each k, averaged over problems, with its interval.
+
+    Args:
+      correct_PN: bool, or 0 and 1: whether completion N of problem P is correct.
+      ks: each at most N. Greedy completions are all the same, and their pass@k is flat in k.
+    """
+    correct_PN = np.asarray(correct_PN)
+    n, c_P = correct_PN.shape[1], correct_PN.astype(bool).sum(axis=1)
+    return {k: bootstrap(pass_at_k(n, c_P, k), resamples=resamples, seed=seed, level=level) for k in ks}

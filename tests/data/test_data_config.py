@@ -1,0 +1,41 @@
+import dataclasses
+
+import pytest
+
+from configs import base
+from data.config import DataConfig, TokenizerConfig
+from errors import UserError
+
+
+@pytest.mark.parametrize("section, kind", [("tokenizer", TokenizerConfig), ("data", DataConfig)])
+def test_dataclasses_mirror_the_schema(section, kind):
+    schema = base.get_config()[section]
+    assert {field.name for field in dataclasses.fields(kind)} == set(schema.keys())
+    kind(**schema)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"fim_rate": 1.3}, "data.fim_rate = 1.3: must be between 0 and 1"),
+        ({"validation": 1.0}, "data.validation = 1.0: must be at least 0 and below 1"),
+        ({"mixture": (1.0, 2.0)}, "data.mixture = (1.0, 2.0): must have one share for each of the 1"),
+        ({"mixture": (0.0,)}, "every share must be above 0"),
+        ({"sources": ()}, "data.sources = (): must name at least one"),
+        ({"packing": "tight"}, "data.packing = 'tight': must be one of \"split\", \"fit\""),
+        ({"fim_sources": ("txt",)}, "data.fim_sources = 'txt'"),
+        ({"template": "chatml"}, "data.template = 'chatml'"),
+        ({"batch": 0}, "data.batch = 0"),
+    ],
+)
+def test_a_wrong_value_names_its_field(config, change, words):
+    with pytest.raises(UserError) as error:
+        config(**change)
+    assert words in str(error.value)
+
+
+def test_a_wrong_tokenizer_names_its_field():
+    with pytest.raises(UserError, match=r"tokenizer\.vocab = 100: must be at least 268"):
+        TokenizerConfig(kind="bpe", path="", vocab=100)
+    with pytest.raises(UserError, match=r"tokenizer\.path"):
+        TokenizerConfig(kind="file", path="", vocab=0)

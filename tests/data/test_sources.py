@@ -1,0 +1,148 @@
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from data.documents import subset, unit_hash
+from data.sources import open_source, stdlib_files
+from errors import UserError
+
+RECORDS = [{"question": f"q {index} 你", "solution": index} for index in range(40)]
+
+
+def bodies(spec, longest=1000):
+    source = open_source(str(spec), longest)
+    return [source[index].body for index in range(len(source))]
+
+
+def write_array_record(path, records: list[bytes]):
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def test_pieces_of_a_file_are_the_file(corpus):
+    for longest in (50, 64, 1000, 10**6):
+        source = open_source(f"text:{corpus}/*.txt", longest)
+        pieces = [source[index] for index in range(len(source))]
+        assert "".join(piece.body for piece in pieces) == "".join(path.read_text(encoding="utf-8") for path in sorted(corpus.glob("*.txt")))
+        assert sum(piece.begins for piece in pieces) == sum(piece.ends for piece in pieces) == 12
+        assert all(0 < len(piece.body.encode()) < 2 * longest for piece in pieces)
+
+
+def test_lines_are_cut_only_if_they_must(corpus):
+    assert all(body.endswith("\n") for body in bodies(f"text:{corpus}/*.txt", 100))
+
+
+def test_a_line_without_end_is_cut_between_characters(tmp_path):
+    text = "🙂" * 500 + "é" * 77
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    for longest in (5, 6, 7, 101):
+        pieces = bodies(f"text:{tmp_path}/long.txt", longest)
+        assert "".join(pieces) == text
+        assert len(pieces) > 1
+
+
+def test_standard_library_is_code_of_this_python():
+    names = stdlib_files().names
+    assert "argparse.py" in names and "json/decoder.py" in names
+    assert not any({"test", "tests", "site-packages", "idlelib"} & set(name.split("/")) for name in names)
+    source = open_source("stdlib", 4096)
+    assert all(source[index].body for index in range(0, len(source), 97))
+
+
+def test_record_formats_agree(tmp_path):
+    lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    (tmp_path / "a.jsonl").write_text("\n" + lines + "\n\n")  # blank lines are no records
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(lines)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet", row_group_size=7)
+    write_array_record(tmp_path / "a.arrayrecord", [line.encode() for line in lines.splitlines()])
+    write_array_record(tmp_path / "text.arrayrecord", [record["question"].encode() for record in RECORDS])
+    expected = [record["question"] for record in RECORDS]
+    for spec in ("jsonl:{}/*.jsonl#question", "jsonl:{}/*.gz#question", "parquet:{}/a.parquet#question", "arrayrecord:{}/a.arrayrecord#question"):
+        assert bodies(spec.format(tmp_path)) == expected
+    assert bodies(f"arrayrecord:{tmp_path}/text.arrayrecord") == expected
+
+
+def test_many_files_are_one_source(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"t": f"{name}{index}"}) + "\n" for index in range(3)))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert bodies(f"jsonl:{tmp_path}/*.jsonl#t") == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+def test_conversations_are_bodies(tmp_path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
+    assert bodies(f"jsonl:{tmp_path}/a.jsonl#messages") == bodies(f"parquet:{tmp_path}/a.parquet#messages") == [messages]
+
+
+@pytest.mark.parametrize("spec", ["stdlib", "text:{}/*.txt", "task:arithmetic?count=500"])
+def test_splits_are_disjoint_and_whole(corpus, spec):
+    source = open_source(spec.format(corpus), 200)
+    train, validation = subset(source, "train", 0.3), subset(source, "validation", 0.3)
+    keys = [{source.key(index) for index in part._indices} for part in (train, validation)]
+    assert not keys[0] & keys[1]
+    assert len(train) + len(validation) == len(source)
+
+
+def test_a_moved_corpus_keeps_its_split(corpus, tmp_path):
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in corpus.glob("*.txt"):
+        (moved / path.name).write_bytes(path.read_bytes())
+    names = [[document.name for document in subset(open_source(f"text:{root}/*.txt", 200), "validation", 0.3)] for root in (corpus, moved)]
+    assert names[0] == names[1] != []
+
+
+def test_hash_is_the_same_everywhere():
+    """A value computed once: a change of it would mix the held-out documents of every old run into training."""
+    assert unit_hash("argparse.py") == 0.9211056780453042
+    assert 0.45 < sum(unit_hash(str(index)) for index in range(1000)) / 1000 < 0.55  # uniform: the mean is within 0.028 three times out of a thousand
+
+
+def test_bad_sources(tmp_path):
+    def message(spec):
+        with pytest.raises(UserError) as error:
+            bodies(spec.format(tmp_path))
+        text = str(error.value)
+        assert "\n" not in text
+        return text
+
+    assert 'did you mean "jsonl"?' in message("json:{}/x")
+    assert 'no file matches "text:' in message("text:{}/*.md")
+    assert "does not say which field" in message("jsonl:{}/x.jsonl")
+    assert 'write just "stdlib"' in message("stdlib:*.py")
+    (tmp_path / "empty.txt").write_text("")
+    assert "only empty files" in message("text:{}/empty.txt")
+    (tmp_path / "latin.txt").write_bytes(b"x" * 1500 + b"\n" + "café".encode("latin-1"))
+    assert "latin.txt: not UTF-8 at byte 1504" in message("text:{}/latin.txt")
+    (tmp_path / "x.jsonl").write_text('{"question": "a", "answer": "b"}\n\n{"question": "a", "solution": "b"}\n')
+    assert message("jsonl:{}/x.jsonl#answer").endswith('x.jsonl:3: no field "answer" (has: "question", "solution")')
+    (tmp_path / "y.jsonl").write_text('{"a": 1}\n')
+    assert 'y.jsonl:1: field "a" is 1, neither text nor a list' in message("jsonl:{}/y.jsonl#a")
+    (tmp_path / "z.jsonl").write_text('{"a": "1"}\nnot json\n')
+    assert "z.jsonl:2: not JSON" in message("jsonl:{}/z.jsonl#a")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    assert "list.jsonl:1: a JSON list, not an object" in message("jsonl:{}/list.jsonl#a")
+    (tmp_path / "bad.jsonl.gz").write_bytes(b"not gzip")
+    assert "bad.jsonl.gz: not a whole gzip file" in message("jsonl:{}/*.gz#a")
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
+    assert "bad.parquet: not a Parquet file" in message("parquet:{}/bad.parquet#a")
+    pyarrow.parquet.write_table(pyarrow.table({"b": ["x"]}), tmp_path / "b.parquet")
+    assert 'b.parquet: no field "a" (has: "b")' in message("parquet:{}/b.parquet#a")
+    assert "not an ArrayRecord file" in message("arrayrecord:{}/bad.parquet#a")
+
+
+def test_a_split_without_documents_says_so(corpus):
+    source = open_source(f"text:{corpus}/00.txt", 1000)
+    with pytest.raises(UserError, match=r"has 1 documents, and data.validation = 0.0 leaves none for validation"):
+        subset(source, "validation", 0.0)
+    with pytest.raises(ValueError, match="split = 'test'"):
+        subset(source, "test", 0.5)

@@ -1,0 +1,122 @@
+import itertools
+import random
+import re
+
+import pytest
+
+from data.sources import open_source
+from data.tasks.arithmetic import Arithmetic, Step, read_trace
+from data.tasks.source import HELD_OUT, messages_of, parse_task, problems, text_of
+from errors import UserError
+
+PARAMETERS = [{}, {"min_ops": 1, "max_ops": 6, "max_value": 99, "multiply": 1}, {"max_value": 4}, {"distractors": 2, "contexts": 1}]
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_traces_verify(parameters):
+    task = Arithmetic(**parameters)
+    for index in range(500):
+        problem = task.problem(random.Random(str(index)))
+        steps = read_trace(problem.trace)
+        assert all(step.true for step in steps)
+        assert all(before.result == after.left for before, after in itertools.pairwise(steps))
+        assert problem.answer == str(steps[-1].result)
+        assert problem.ops == len(steps) and task.min_ops <= problem.ops <= task.max_ops
+        assert all(0 <= number <= task.max_value for step in steps for number in (step.left, step.right, step.result))
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS[:3])
+def test_question_asks_what_the_trace_works_out(parameters):
+    """The numbers of the question, in order, are the start and the operands of the trace ("doubles" and "triples" are 2 and 3)."""
+    for index in range(300):
+        problem = Arithmetic(**parameters).problem(random.Random(str(index)))
+        asked = re.findall(r"\d+", problem.question.replace("doubles", "2").replace("triples", "3"))
+        steps = read_trace(problem.trace)
+        assert [int(number) for number in asked] == [steps[0].left, *(step.right for step in steps)]
+
+
+def test_all_kinds_of_steps_appear():
+    seen = {step.operator for index in range(100) for step in read_trace(Arithmetic(multiply=1).problem(random.Random(str(index))).trace)}
+    assert seen == {"+", "-", "*"}
+
+
+def test_a_slip_is_one_wrong_step_and_what_follows():
+    task = Arithmetic(min_ops=1, max_ops=4, multiply=1)
+    for index in range(500):
+        rng = random.Random(str(index))
+        problem = task.problem(rng)
+        slipped = task.slip(problem, rng)
+        steps = read_trace(slipped.trace)
+        assert [step.true for step in steps].count(False) == 1
+        assert slipped.answer == str(steps[-1].result)
+        assert slipped.question == problem.question
+
+
+def test_read_trace():
+    assert read_trace("7+5=12;12-3=8") == [Step(7, "+", 5, 12), Step(12, "-", 3, 8)]
+    assert [step.true for step in read_trace(" 7 + 5 = 12 ; 12 - 3 = 8 ")] == [True, False]
+    assert all(read_trace(text) is None for text in ("", "7+5", "7+5=12;", "7+5=12 so 3", "a+1=2"))
+
+
+def test_problems_are_distinct_and_held_out():
+    """No question is in both splits, whatever the seed and the parameters: the hash of the question alone decides."""
+    train = problems("task:arithmetic", "train", 2000, seed=0) + problems("task:arithmetic?max_ops=2&style=chat", "train", 500, seed=7)
+    validation = problems("task:arithmetic", "validation", 200, seed=0) + problems("task:arithmetic?max_ops=2", "validation", 200, seed=9)
+    assert not {problem.question for problem in train} & {problem.question for problem in validation}
+    assert len({problem.question for problem in train[:2000]}) == 2000
+    assert problems("task:arithmetic", "train", 50, seed=1) == problems("task:arithmetic", "train", 50, seed=1)
+    assert problems("task:arithmetic", "train", 50, seed=1) != problems("task:arithmetic", "train", 50, seed=2)
+    assert problems("task:arithmetic", "train", 50, seed=1) == problems("task:arithmetic", "train", 100, seed=1)[:50]
+
+
+def test_source_has_as_many_documents_as_it_says():
+    source = open_source("task:arithmetic?count=700", 1000)
+    assert len(source) == 700 == len({source.key(index) for index in range(700)})
+    assert source.held_out == HELD_OUT
+
+
+def test_renderings():
+    problem = Arithmetic().problem(random.Random("0"))
+    assert text_of(problem) == f"Question: {problem.question}\nThought: {problem.trace}\nAnswer: {problem.answer}\n"
+    assert open_source("task:arithmetic?count=5", 1000)[3].body.startswith("Question: ")
+    for source in (open_source("task:arithmetic?count=5&style=chat", 1000), open_source("task:arithmetic?count=5", 1000, chat=True)):
+        question, solution = source[3].body
+        assert question == {"role": "user", "content": source.key(3)}
+        assert re.fullmatch(r"<think>.*</think><answer>\d+</answer>", solution["content"])
+    assert messages_of(problem)[1]["role"] == "assistant"
+
+
+def test_noise_is_the_share_of_slips():
+    source = open_source("task:arithmetic?count=1000&noise=0.3", 1000)
+    traces = [source[index].body.split("\n")[1].removeprefix("Thought: ") for index in range(1000)]
+    wrong = sum(not all(step.true for step in read_trace(trace)) for trace in traces)
+    assert 240 < wrong < 360  # 300, within four standard deviations (14.5)
+    assert [source[index] for index in range(10)] == [source[index] for index in range(10)]
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("task:arithmetics", "names no task"),
+        ("task:arithmetic?min_op=2", "no parameter min_op; did you mean min_ops?"),
+        ("task:arithmetic?min_ops=two", "min_ops = two is not of type int"),
+        ("task:arithmetic?min_ops=3&max_ops=2", "must be 1 <= min_ops <= max_ops"),
+        ("task:arithmetic?max_value=3", "max_value = 3: must be at least 4"),
+        ("task:arithmetic?contexts=99", "contexts = 99"),
+        ("task:arithmetic?noise=1.5", "noise = 1.5: must be between 0 and 1"),
+        ("task:arithmetic?style=rhyme", "style = rhyme"),
+    ],
+)
+def test_bad_parameters(spec, words):
+    with pytest.raises(UserError) as error:
+        parse_task(spec)
+    assert words in str(error.value)
+    assert spec in str(error.value)
+
+
+def test_more_problems_than_there_are():
+    few = "task:arithmetic?max_value=4&max_ops=1&min_ops=1&contexts=1"
+    with pytest.raises(UserError, match=r"has only about \d+ different problems for validation"):
+        problems(few, "validation", 1000, seed=0)
+    with pytest.raises(UserError, match=r"lower count = 5000"):
+        open_source(f"{few}&count=5000", 1000)

@@ -1,0 +1,192 @@
+"""A sweep runs each experiment once, whatever happens in between, and says what came out. The experiments are a few lines of Python, not training."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from errors import UserError
+from launch import sweep
+from launch.config_file import Source
+
+ROOT = Path(__file__).parents[2]
+
+# Stands for launch.pretrain: appends a line to a file each time it starts, then does what the fields tell it to.
+EXPERIMENT = '''
+import json, os, pathlib, sys, time
+flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+workdir = pathlib.Path(flags["workdir"])
+with (workdir / "starts").open("a") as file:
+    file.write(f"started {os.getpid()}\\n")
+rate = float(flags.get("config.train.learning_rate", 0))
+if rate == 2 and not pathlib.Path("repaired").exists():
+    sys.exit("error: diverged")
+while rate == 3 and not pathlib.Path("repaired").exists():
+    time.sleep(0.05)
+summary = {"pretrain": {"loss_last": 5 - rate, "text": "x", "on": True}, "steps": int(flags["config.train.steps"])}
+(workdir / "summary.json").write_text(json.dumps(summary))
+'''
+
+CONFIG = '''
+from configs.base import get_config
+
+def sweep(add):
+    """Which rate
+    is best?"""
+    for rate in RATES:
+        add({"train.learning_rate": rate})
+'''
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with the experiment in it, where the sweep is run."""
+    (tmp_path / "fakes").mkdir()
+    (tmp_path / "fakes/train.py").write_text(EXPERIMENT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(place, rates, body=CONFIG):
+    (place / "x.py").write_text(body.replace("RATES", repr(rates)))
+    return Source("x.py", ("--config.train.steps=7",))
+
+
+def go(source, parallel=2, show=()):
+    sweep.run(source, Path("runs"), command="fakes.train", parallel=parallel, show=show)
+
+
+def starts(place, rate):
+    return (place / f"runs/train.learning_rate={rate}/starts").read_text().count("started")
+
+
+def test_runs_all_and_tables_the_results(place, capsys):
+    go(write(place, (0.001, 1.0, 4)))
+    out = capsys.readouterr().out
+    assert out.index("Which rate is best?") < out.index("pretrain.loss_last")
+    with (place / "runs/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["train.learning_rate"], row["pretrain.loss_last"], row["steps"], row["exit"]) for row in rows] == [
+        ("0.001", "4.999", "7", "0"),
+        ("1.0", "4.0", "7", "0"),
+        ("4", "1.0", "7", "0"),
+    ]
+    assert "pretrain.text" not in rows[0] and "pretrain.on" not in rows[0]
+
+
+def test_show_chooses_the_columns(place, capsys):
+    go(write(place, (1.0,)), show=("steps",))
+    table = capsys.readouterr().out.split("Which rate is best?")[1]
+    assert "steps" in table and "pretrain.loss_last" not in table
+    with pytest.raises(UserError, match=r"--show=stpes: no run has it \(has: pretrain.loss_last, steps\)"):
+        go(write(place, (1.0,)), show=("stpes",))
+
+
+def test_finished_runs_are_kept_and_failed_ones_go_again(place, capsys):
+    source = write(place, (1.0, 2.0))
+    with pytest.raises(UserError) as error:
+        go(source)
+    assert str(error.value) == "1 of 2 runs failed: train.learning_rate=2.0 (exit 1, log runs/train.learning_rate=2.0/sweep.log)"
+    failed = next(line for line in capsys.readouterr().out.splitlines() if "FAILED, exit 1:  train.learning_rate=2.0" in line)
+    assert failed.endswith("error: diverged")
+    assert "error: diverged" in (place / "runs/train.learning_rate=2.0/sweep.log").read_text()
+    (place / "repaired").touch()
+    go(write(place, (1.0, 2.0, 4.0)))
+    assert [starts(place, rate) for rate in (1.0, 2.0, 4.0)] == [1, 2, 1]
+    assert "1 of 3 runs finished before" in capsys.readouterr().out
+
+
+def test_a_run_finished_with_another_config_goes_again(place):
+    source = write(place, (1.0,))
+    go(source)
+    go(source._replace(overrides=("--config.train.steps=8",)))
+    assert starts(place, 1.0) == 2
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_no_more_than_parallel_at_once(place, parallel, monkeypatch):
+    most, start = [], sweep._start
+
+    def counted(run, slot, slots):
+        alive.append(start(run, slot, slots))
+        most.append(sum(process.poll() is None for process in alive))
+        return alive[-1]
+
+    alive = []
+    monkeypatch.setattr(sweep, "_start", counted)
+    go(write(place, (1.0, 4.0, 4.5)), parallel)
+    assert max(most) == parallel
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_the_sweep_stops_its_runs(place, stop):
+    write(place, (3.0,))
+    argv = [sys.executable, "-m", "launch.sweep", "--config=x.py", "--command=fakes.train", "--workdir=runs", "--config.train.steps=7"]
+    started = place / "runs/train.learning_rate=3.0/starts"
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(stop)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "interrupted\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text().split()[1]), 0)
+    assert not (started.parent / "sweep.json").exists()
+
+
+def test_slots_share_out_the_devices(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    seen = []
+    for slot, slots in ((0, 2), (1, 2), (3, 4)):
+        words = (sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+        run = sweep.Run("x", {}, {}, words, tmp_path / f"{slot}{slots}")
+        sweep._start(run, slot, slots).wait()
+        seen.append(run.log.read_text().strip())
+    assert seen == ["4,6", "5", "4"]  # a fourth slot shares with the first
+
+
+BROKEN = {  # the body of sweep(add) -> what the line says; nothing may start
+    "": "x.py: defines no sweep(add)",
+    "pass": "x.py: sweep() adds no run",
+    "add({'train.rate': 1})": "x.py: run 1 of sweep(): config.train.rate: no such field",
+    "add({'seed': 1}); add({'seed': 'x'})": "x.py: run 2 of sweep(): config.seed = 'x': must be an int",
+    "add({'seed': 1}); add({'seed': 2}); add({'seed': 1})": "x.py: run 3 of sweep(): the same as run 1",
+    "add({}); add({'seed': 0})": "x.py: run 2 of sweep(): the same as run 1",
+    "add({'train.steps': 1})": "x.py: run 1 of sweep(): sets train.steps, and so does the command line",
+    "add({'model.moe.groups': 3})": "x.py: run 1 of sweep(): model.moe.groups = 3",
+    "1 / 0": "x.py:3: ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize("body", BROKEN)
+def test_what_is_wrong_is_said_before_anything_starts(place, body):
+    sweep_function = f"def sweep(add):\n    {body}" if body else ""
+    with pytest.raises(UserError) as error:
+        go(write(place, (), f"from configs.base import get_config\n{sweep_function}"))
+    assert str(error.value).startswith(BROKEN[body])
+    assert not (place / "runs").exists()
+
+
+def test_an_unknown_command_is_named(place):
+    with pytest.raises(UserError, match=r"--command=sample_: no such command"):
+        sweep.run(write(place, (1.0,)), Path("runs"), command="sample_", parallel=1, show=())
+
+
+def test_names_are_readable_stable_and_apart():
+    assert sweep.run_name({"train.learning_rate": 1e-3, "model.attention.gate": "element", "model.tie_embeddings": True}) == (
+        "train.learning_rate=0.001,model.attention.gate=element,model.tie_embeddings=true"
+    )
+    assert sweep.run_name({}) == "unchanged"
+    a, b = (sweep.run_name({"data.sources": (f"text:{glob}",)}) for glob in ("a/*.py", "a?*.py"))
+    assert a != b and not set(a + b) & set("/*'() ")
+    long = sweep.run_name({"data.sources": ("x" * 300,)})
+    assert len(long) < 255 and json.dumps(long) == f'"{long}"' and os.sep not in long

@@ -1,0 +1,119 @@
+"""Every line of metrics.jsonl is valid JSON, and there is one a step, also after a run that died."""
+
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from errors import UserError
+from train.metrics import Metrics, read_metrics
+
+
+def steps(workdir, stage="pretrain"):
+    return [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if line["stage"] == stage]
+
+
+def test_any_kind_of_number_becomes_strict_json(tmp_path):
+    values = {
+        "loss": jnp.float32(1.2),
+        "half": jnp.bfloat16(0.5),
+        "double": np.float64(0.1),
+        "count": np.int64(3),
+        "nan": jnp.float32(jnp.nan),
+        "inf": float("-inf"),
+        "load": jnp.array([[1.0, 0.5], [jnp.nan, 2.0]]),
+        "list": [1.5, np.float32(2.5), math.inf],
+        "name": "dr_grpo",
+    }
+    with Metrics(tmp_path / "new", "pretrain") as metrics:
+        metrics.write(jnp.int32(10), values)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads((tmp_path / "new" / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert abs(line.pop("time") - time.time()) < 60
+    assert line == {
+        "step": 10, "stage": "pretrain", "loss": 1.2, "half": 0.5, "double": 0.1, "count": 3, "nan": None, "inf": None,
+        "load": [[1.0, 0.5], [None, 2.0]], "list": [1.5, 2.5, None], "name": "dr_grpo",
+    }  # fmt: skip
+    assert math.isnan(read_metrics(tmp_path / "new" / "metrics.jsonl")[0]["nan"])
+
+
+def test_numbers_keep_every_bit(tmp_path):
+    numbers = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * np.float32(10.0) ** np.arange(-40, 35).repeat(14)[:1000].astype(np.float32)
+    with Metrics(tmp_path, "x") as metrics:
+        metrics.write(1, {"numbers": numbers})
+    np.testing.assert_array_equal(np.float32(read_metrics(tmp_path / "metrics.jsonl")[0]["numbers"]), numbers)
+
+
+def test_lines_are_there_at_once(tmp_path):
+    """A run that is killed has written what it measured."""
+    metrics = Metrics(tmp_path, "pretrain")
+    metrics.write(1, {"loss": 1.0})
+    assert steps(tmp_path) == [1]
+    metrics.close()
+
+
+def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path):
+    with Metrics(tmp_path, "warmup") as metrics:
+        metrics.write(99, {"loss": 0.0})
+    for resume_step, first in ((0, 0), (0, 0), (6, 7)):  # the second died before its first checkpoint
+        with Metrics(tmp_path, "pretrain", resume_step=resume_step) as metrics:
+            for step in range(first, 10):
+                metrics.write(step, {"loss": float(resume_step)})
+    assert steps(tmp_path) == list(range(10))
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["stage"] == "pretrain"] == [0.0] * 7 + [6.0] * 3
+    assert steps(tmp_path, "warmup") == [99]
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+
+
+def test_a_line_cut_short_is_dropped(tmp_path):
+    with Metrics(tmp_path, "pretrain") as metrics:
+        metrics.write(1, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "sta')
+    assert steps(tmp_path) == [1]
+    with Metrics(tmp_path, "pretrain") as metrics:
+        metrics.write(3, {"loss": 1.0})
+    assert steps(tmp_path) == [1, 3]
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[1, 2]\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a JSON object"):
+        read_metrics(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"none.jsonl: cannot read: No such file"):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+def test_tensorboard_has_the_scalars(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    with Metrics(tmp_path, "pretrain") as metrics:
+        metrics.write(5, {"loss": jnp.float32(1.5), "load": [1.0, 2.0], "nan": math.nan, "name": "x"})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, scalars = file.read_bytes(), {}
+    while data:  # length 8 bytes, its checksum 4, the event, its checksum 4
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        scalars |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        data = data[16 + length :]
+    assert scalars == {"pretrain/loss": (5, 1.5)}
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with Metrics(tmp_path / "x", "pretrain") as metrics:
+        metrics.write(1, {"loss": 1.0})
+    assert not (tmp_path / "x").exists()
+
+
+def test_unwritable_workdir_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/metrics.jsonl: cannot write: "):
+        Metrics(tmp_path / "file", "pretrain")

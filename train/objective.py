@@ -1,0 +1,130 @@
+"""What a step minimises: a sum of terms, each a total over a weight.
+
+The weights depend on the batch alone, so a step adds them up over the whole global batch before it differentiates anything:
+
+    loss = sum_j  coefficient_j * total_j / weight_j
+
+and the gradient of a microbatch is that of its totals over the *global* weights. Cutting the batch differently, over microbatches or devices, changes
+nothing but the order of summation. The same type serves pretraining, fine-tuning (here) and every RL loss (rl/objective.py).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.config import ModelConfig
+from model.transformer import LayerReports, Output, Transformer, shift_left, token_logprobs
+from train.config import TrainConfig
+
+
+class Totals(NamedTuple):
+    """What one microbatch adds: a total per term, tokens per expert [L', E], and quantities of which the largest is wanted."""
+
+    terms: dict[str, Array]
+    counts_LE: Array
+    maxima: dict[str, Array]
+
+    def __add__(self, other: "Totals") -> "Totals":
+        terms = {name: value + other.terms[name] for name, value in self.terms.items()}
+        return Totals(terms, self.counts_LE + other.counts_LE, jax.tree.map(jnp.maximum, self.maxima, other.maxima))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """
+    weights: batch -> {term: weight}, float32 scalars.
+    totals: (variables, batch) -> Totals. Terms without a coefficient are metrics only.
+    coefficients: of the terms that are minimised.
+    """
+
+    weights: Callable[[dict[str, Array]], dict[str, Array]]
+    totals: Callable[[dict, dict[str, Array]], Totals]
+    coefficients: dict[str, float]
+
+
+def target_weights(batch: dict[str, Array], ahead: int) -> Array:
+    """How much position t's prediction of token t + ahead counts: that token's weight, if it lies in the same segment. [B, T] float32."""
+    segments_BT = batch["segments"]
+    same_BT = (shift_left(segments_BT, ahead) == segments_BT) & (segments_BT > 0)
+    return shift_left(batch["weights"], ahead) * same_BT
+
+
+def prediction_total(config: ModelConfig, params, hidden_BTD: Array, batch: dict[str, Array], ahead: int) -> Array:
+    """Cross-entropy in nats, summed by `target_weights`."""
+    logprobs_BT, _ = token_logprobs(config, params, hidden_BTD, shift_left(batch["tokens"], ahead))
+    return -jnp.sum(logprobs_BT * target_weights(batch, ahead))
+
+
+def layer_weights(config: ModelConfig, stage: str, batch: dict[str, Array], mtp: bool) -> dict[str, Array]:
+    """Weights of the terms that the layers report."""
+    real_B = jnp.sum(batch["segments"] > 0, axis=-1).astype(jnp.float32)
+    depth = config.mtp_depth if mtp else 0
+    weights = {}
+    if config.moe_layers:
+        weights["balance"] = jnp.sum(real_B) * (config.moe_layers + depth)
+    if stage != "dense":
+        weights["indexer_kl"] = jnp.sum(real_B) * (config.layers + depth)
+    if stage == "warmup":
+        # Queries with more candidates than topk: the position inside the segment says how many there are.
+        counts = jnp.sum((batch["positions"] >= config.indexer.topk) & (batch["segments"] > 0), dtype=jnp.float32)
+        weights |= dict.fromkeys(("indexer_recall", "indexer_recall_random"), counts * (config.layers + depth))
+    return weights
+
+
+def layer_totals(config: ModelConfig, stage: str, reports: LayerReports) -> dict[str, Array]:
+    totals = {}
+    if config.moe_layers:
+        totals["balance"] = jnp.sum(reports.router.balance)
+    if stage != "dense":
+        totals["indexer_kl"] = jnp.sum(reports.indexer.kl)
+    if stage == "warmup":
+        totals |= {"indexer_recall": jnp.sum(reports.indexer.recall), "indexer_recall_random": jnp.sum(reports.indexer.recall_random)}
+    return totals
+
+
+def layer_coefficients(config: ModelConfig, train: TrainConfig) -> dict[str, float]:
+    coefficients = {}
+    if config.moe_layers and train.stage != "warmup":
+        coefficients["balance"] = train.balance_weight
+    if train.stage != "dense":
+        coefficients["indexer_kl"] = train.indexer_weight
+    return coefficients
+
+
+def language_objective(config: ModelConfig, train: TrainConfig) -> Objective:
+    """Next-token prediction, multi-token prediction, the indexer's KL and the balance loss. In stage "warmup" the KL alone is minimised; the rest is reported.
+
+    The MTP term is lambda / D * sum_k L^k (arXiv 2412.19437, eq. 24 and 25).
+    """
+    depths = range(1, config.mtp_depth + 1)
+
+    def weights(batch):
+        own = {"lm": jnp.sum(target_weights(batch, 1))} | {f"mtp_{k}": jnp.sum(target_weights(batch, k + 1)) for k in depths}
+        return own | layer_weights(config, train.stage, batch, mtp=True)
+
+    def totals(variables, batch):
+        output: Output = Transformer(config).apply(variables, batch["tokens"], batch["positions"], batch["segments"], stage=train.stage)
+        own = {"lm": prediction_total(config, variables["params"], output.hidden_BTD, batch, 1)}
+        for k, hidden_BTD in zip(depths, output.mtp_hidden, strict=True):
+            own[f"mtp_{k}"] = prediction_total(config, variables["params"], hidden_BTD, batch, k + 1)
+        return Totals(own | layer_totals(config, train.stage, output.reports), output.reports.router.counts_E, {})
+
+    coefficients = layer_coefficients(config, train)
+    if train.stage != "warmup":
+        coefficients |= {"lm": 1.0} | {f"mtp_{k}": train.mtp_weight / config.mtp_depth for k in depths}
+    return Objective(weights, totals, coefficients)
+
+
+def weighted_loss(objective: Objective, totals: dict[str, Array], weights: dict[str, Array]) -> Array:
+    """sum_j coefficient_j * total_j / weight_j; a term that nothing weighs is 0."""
+    terms = [c * totals[name] / jnp.where(weights[name] == 0, 1, weights[name]) for name, c in objective.coefficients.items()]
+    return sum(terms, start=jnp.zeros((), jnp.float32))
+
+
+def split_microbatches(batch: dict[str, Array], pieces: int) -> dict[str, Array]:
+    """[B, ...] to [pieces, B / pieces, ...], every device's rows cut alike."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0), batch)

@@ -1,0 +1,70 @@
+"""AdamW and its schedule, by optax; what is trained, and what decays."""
+
+import re
+
+import jax
+import optax
+
+from errors import UserError
+from train.config import TrainConfig
+
+
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, constant, cosine, constant: the shape of DeepSeek-V3's (arXiv 2412.19437, section 4.2)."""
+    peak = config.learning_rate
+    cosine_steps = config.cosine_steps
+    if cosine_steps == -1:
+        cosine_steps = max(config.steps - config.warmup_steps - config.constant_steps, 0)
+    pieces = [
+        (optax.linear_schedule(0.0, peak, config.warmup_steps), config.warmup_steps),
+        (optax.constant_schedule(peak), config.constant_steps),
+        (optax.cosine_decay_schedule(peak, max(cosine_steps, 1), alpha=config.final_ratio), cosine_steps),
+    ]
+    end = config.final_ratio * peak if cosine_steps else peak
+    pieces = [(piece, steps) for piece, steps in pieces if steps] + [(optax.constant_schedule(end), None)]
+    boundaries, at = [], 0
+    for _, steps in pieces[:-1]:
+        at += steps
+        boundaries.append(at)
+    # A step that starts at 0 would be wasted at learning rate 0: the schedule is read one step on.
+    joined = optax.join_schedules([piece for piece, _ in pieces], boundaries)
+    return lambda count: joined(count + 1) if config.warmup_steps else joined(count)
+
+
+def path_of(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def trainable(config: TrainConfig, params) -> dict:
+    """A tree of bools. What no loss reaches is frozen, so that decay cannot wear it away: the indexer in stage "dense" or without its loss, all else in
+    stage "warmup", the MTP modules without theirs."""
+    pattern = re.compile(config.trainable)
+
+    def one(path, _):
+        name = path_of(path)
+        if "indexer" in name.split("/"):
+            reached = config.stage != "dense" and config.indexer_weight > 0
+        else:
+            reached = config.stage != "warmup" and (config.mtp_weight > 0 or not name.startswith("mtp_"))
+        return reached and pattern.search(name) is not None
+
+    mask = jax.tree_util.tree_map_with_path(one, params)
+    if not any(jax.tree.leaves(mask)):
+        indexer = " (this stage trains the indexer alone: model.indexer.heads must not be 0)" if config.stage == "warmup" else ""
+        raise UserError(f"train.trainable = {config.trainable!r}: matches no parameter that stage {config.stage!r} trains{indexer}")
+    return mask
+
+
+def decays(params) -> dict:
+    """Weight decay falls on matrices, not on the scales and biases of norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Frozen parameters have no moments and do not count in the gradient's norm."""
+    adamw = optax.adamw(schedule(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decays)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.transforms.partition(
+        {True: optax.chain(clip, adamw), False: optax.set_to_zero()},
+        lambda params: trainable(config, params),
+    )

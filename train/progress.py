@@ -1,0 +1,82 @@
+"""How far a run is: a bar on a terminal, a plain line now and then in a log."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+WINDOW = 50  # updates the speed is measured over
+
+
+class Progress:
+    """Shows step, values, speed and time left. As a context manager; on processes other than the first it only measures.
+
+    Args:
+      total: steps of the run.
+      label: its name.
+      unit: what the speed counts.
+      every: seconds between two lines where there is no terminal.
+      console: where to.
+      clock: seconds, of any origin.
+    """
+
+    def __init__(self, total: int, label: str, unit: str = "tokens", every: float = 10.0, console: Console | None = None, clock: Callable = time.monotonic):
+        self.total, self.label, self.unit = total, label, unit
+        self._console = console or Console()
+        self._clock = clock
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=WINDOW + 1)  # (time, step, units of this update)
+        self._shown = -every
+        self._first = jax.process_index() == 0
+        self._bar = None
+        if self._first and self._console.is_terminal:
+            columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Bar(*columns, console=self._console)
+            self._task = self._bar.add_task(label, total=total, text="compiling")
+        self._every = 0.2 if self._bar else every
+
+    def update(self, step: int, values: Mapping[str, Any], tokens: int) -> None:
+        """Says that `step` is done.
+
+        Args:
+          step: steps done, of total.
+          values: name -> number to show. Arrays are fetched from the device only when they are shown.
+          tokens: units done since the last update.
+        """
+        now = self._clock()
+        self._recent.append((now, step, tokens))
+        if not self._first or (now - self._shown < self._every and step != self.total):
+            return
+        self._shown = now
+        text = "  ".join([f"{name} {float(value):.4g}" for name, value in values.items()] + self._speed())
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        else:
+            self._console.print(f"{self.label} {step}/{self.total}  {text}", highlight=False, soft_wrap=True)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over the last updates. The first step compiles, so the clock starts when it is done: 0 until the second is."""
+        start, *later = self._recent or [(0.0, 0, 0)]
+        return sum(tokens for _, _, tokens in later) / (later[-1][0] - start[0]) if later else 0.0
+
+    def _speed(self) -> list[str]:
+        if not self.tokens_per_s:
+            return []
+        (start, first, _), (now, step, _) = self._recent[0], self._recent[-1]
+        left = timedelta(seconds=round((self.total - step) * (now - start) / max(step - first, 1)))
+        return [f"{self.tokens_per_s:,.0f} {self.unit}/s", f"{left} left"]
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,84 @@
+"""Everything a run is, but for its place in the data: what a checkpoint saves and a step maps to the next."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from model import transformer
+from model.config import ModelConfig
+from model.sharding import replicated, shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: Array  # steps taken, skipped ones included
+    params: dict  # float32
+    router: dict  # the router biases: state that is no parameter
+    opt_state: optax.OptState
+    skipped: Array  # steps without finite gradients, in all
+    skipped_in_row: Array
+
+    @property
+    def variables(self) -> dict:
+        return {"params": self.params, "router": self.router}
+
+
+def make_state(config: ModelConfig, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    variables = nn.meta.unbox(transformer.init(config, key))
+    count = jnp.zeros((), jnp.int32)
+    return TrainState(count, variables["params"], variables["router"], optimizer.init(variables["params"]), count, count)
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state, with nothing allocated. An optimizer moment is sharded as its parameter."""
+    boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    where = shardings(boxed, mesh)
+    shapes = jax.eval_shape(lambda: make_state(config, optimizer, jax.random.key(0)))
+
+    def sharded(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    everywhere = replicated(mesh)
+    of_parameter = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(where["params"])}
+    moments = jax.tree_util.tree_map_with_path(lambda path, leaf: sharded(leaf, of_parameter.get(_names(path), everywhere)), shapes.opt_state)
+    return TrainState(
+        step=sharded(shapes.step, everywhere),
+        params=jax.tree.map(sharded, shapes.params, where["params"]),
+        router=jax.tree.map(sharded, shapes.router, where["router"]),
+        opt_state=moments,
+        skipped=sharded(shapes.skipped, everywhere),
+        skipped_in_row=sharded(shapes.skipped_in_row, everywhere),
+    )
+
+
+def _names(path) -> tuple[str, ...]:
+    """The dictionary keys of a path. Inside an optimizer state they are the parameter's own: optax wraps the tree of parameters in tuples."""
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str))
+
+
+def state_shardings(abstract):
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def fresh_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: Array) -> TrainState:
+    """A new state, each shard made where it lives."""
+    abstract = abstract_state(config, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda key: make_state(config, optimizer, key), out_shardings=state_shardings(abstract))(key)
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(all, active): active counts only the chosen share of the routed experts. MTP modules count, as they are trained; embedding included."""
+    params = nn.meta.unbox(jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))))["params"]
+    total = active = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        keys = [key.key for key in path]
+        routed = "moe" in keys and keys[-1] in ("gate", "up", "down") and "shared" not in keys
+        total += leaf.size
+        active += leaf.size * config.moe.chosen // config.moe.experts if routed else leaf.size
+    return total, active
+
