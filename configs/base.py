@@ -63,13 +63,14 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     # One string a source: "stdlib" | "text:GLOB" | "jsonl:GLOB#FIELD" (.gz too) | "parquet:GLOB#FIELD" | "arrayrecord:GLOB#FIELD" (records are JSON, or text without #FIELD)
-    # | "task:NAME?min_ops=2&max_ops=4" (verifiable problems of data/tasks). For chat the FIELD holds the list of messages.
+    # | "task:NAME?min_ops=2&max_ops=4" (verifiable problems; the task's own parameters, and count=20000, style=text|chat, noise=0.0: data/tasks).
+    # For chat the FIELD holds the list of messages.
     c.data.sources = ("stdlib",)
     c.data.mixture = (1.0,)  # share of documents drawn from each source
-    c.data.validation = 0.05  # share of files (or records) held out, by hash
+    c.data.validation = 0.05  # share of files (or records) held out, by hash; a task always holds out a tenth of its problems
     c.data.sequence = 256  # T, tokens a row
     c.data.batch = 8  # B, rows a step, over all processes
-    c.data.fim_rate = 0.5  # share of documents made into fill-in-the-middle, by document, before packing
+    c.data.fim_rate = 0.5  # share of documents made into fill-in-the-middle, before packing; a long one is cut to pieces of at most a row first
     c.data.fim_spm = 0.5  # of those, the share written suffix-prefix-middle; the rest prefix-suffix-middle
     c.data.fim_sources = ("stdlib", "text", "jsonl", "parquet", "arrayrecord")  # kinds of source FIM applies to (no task: its answer must stay last)
     c.data.packing = "split"  # "split": concatenate then cut | "fit": first fit, documents stay whole
@@ -122,8 +123,8 @@ def get_config() -> ConfigDict:
     c.reinforce.old_logprobs = "sampler"  # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update
 
     c.evaluate = ConfigDict()
-    c.evaluate.problems = 128  # held-out
+    c.evaluate.problems = 128  # held-out; 0 for none
     c.evaluate.samples = 8  # completions a problem; pass@k for k up to this
-    c.evaluate.infill_documents = 64  # held-out; 0 for none
+    c.evaluate.infill_documents = 64  # held-out, for infilling and the indexer's recall; 0 for none
     c.evaluate.bootstrap = 1_000  # resamples of the problems
     return c

@@ -1,4 +1,4 @@
-"""Evaluates a run: unbiased pass@k on held-out problems with bootstrap intervals, and infilling with the suffix shown against without.
+"""Evaluates a run: unbiased pass@k on held-out problems with bootstrap intervals, infilling with the suffix shown against without, the indexer's recall.
 
     python -m launch.evaluate --workdir=runs/rl                                         the newest checkpoint of that run
     python -m launch.evaluate --workdir=runs/rl/eval --config=configs/quickstart.py:reinforce --config.init_from=runs/rl --config.evaluate.samples=64
@@ -6,8 +6,8 @@
 Writes evaluation.json and samples.jsonl (every prompt, completion and reward) to the workdir.
 """
 
+import dataclasses
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -15,11 +15,12 @@ import numpy as np
 
 from data.pipeline import documents, problems
 from data.tasks.problem import Problem
-from errors import UserError
 from launch.command import command
 from launch.door import Config
+from launch.pretrain import validate
 from launch.reinforce import encode_problems, sampler, texts
 from launch.start import Start, load_variables, start
+from launch.summary import write_whole
 from model.sharding import batch_sharding
 from rl.evaluate import pass_at_k_table
 from rl.rewards import score
@@ -34,17 +35,22 @@ ROWS = 256  # completions sampled at a time
 def run(config: Config, workdir: Path) -> dict:
     """Returns what evaluation.json holds."""
     begin = start(config, workdir, rows=config.data.batch // config.train.microbatches)
+    result, samples = {}, []
     with jax.set_mesh(begin.mesh):
         variables = load_variables(begin.model, begin.mesh, config.init_from or workdir)
-        result, samples = reasoning(begin, variables)
+        if config.evaluate.problems:
+            result, samples = reasoning(begin, variables)
         if config.evaluate.infill_documents:
             result |= infilling(begin, variables)
+            if config.model.indexer.heads:
+                result |= recall(begin, variables)
     if jax.process_index() == 0:
-        write(workdir / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
-        write(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
-        for row in result["pass_at_k"]:
+        write_whole(workdir / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        write_whole(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        for row in result.get("pass_at_k", []):
             print(f"pass@{row['k']:<4} {row['mean']:.3f}  ({row['low']:.3f} to {row['high']:.3f})")
-        print("".join(f"{name:<28} {value:.3f}\n" for name, value in result.items() if name.startswith("middle_loss")), end="")
+        for name in [name for name in result if name.startswith(("middle_loss", "indexer"))]:
+            print(f"{name:<28} {result[name]:.3f}")
     return result
 
 
@@ -104,14 +110,13 @@ def infilling(begin: Start, variables: dict) -> dict[str, float]:
     return middle_losses(rows, lambda batch: evaluate_fn(variables, begin.on_devices(batch)))
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as failure:
-        raise UserError(f"{path}: cannot write: {failure.strerror}") from failure
+def recall(begin: Start, variables: dict) -> dict[str, float]:
+    """On held-out text, with dense attention: how much of its mass falls on the keys the indexer would select, against a random selection of as many."""
+    config = begin.config
+    dense = dataclasses.replace(config.train, stage="warmup")
+    evaluate_fn = jax.jit(make_evaluation(language_objective(begin.model, dense)))
+    found = validate(begin, evaluate_fn, variables, chat=False)
+    return {name: found[f"validation_{name}"] for name in ("indexer_recall", "indexer_recall_random", "indexer_kl")}
 
 
 if __name__ == "__main__":

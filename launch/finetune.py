@@ -13,9 +13,9 @@ from launch.door import Config, claim
 from launch.pretrain import train
 
 
-def run(config: Config, workdir: Path) -> None:
+def run(config: Config, workdir: Path) -> bool:
     claim(workdir, config, "finetune")
-    train(config, workdir, stage="finetune", chat=True)
+    return train(config, workdir, stage="finetune", chat=True)
 
 
 if __name__ == "__main__":

@@ -16,25 +16,26 @@ from errors import UserError
 from launch.command import command
 from launch.door import Config, claim
 from launch.start import Start, fresh_or_restored, start
+from launch.summary import stage_summary, write_summary
 from train.checkpoint import Checkpoints
 from train.interrupt import Interrupt
 from train.metrics import Metrics
 from train.objective import language_objective
 from train.optimizer import make_optimizer
 from train.progress import Progress
-from train.state import TrainState
 from train.step import make_evaluation, make_step
 
 SHOWN = ("lm", "indexer_kl", "reward", "completion_length", "entropy")  # on the progress line, those a stage has
 
 
-def run(config: Config, workdir: Path) -> None:
+def run(config: Config, workdir: Path) -> bool:
+    """Returns whether the run is done (and not stopped before its end)."""
     claim(workdir, config, "pretrain")
-    train(config, workdir, stage="pretrain")
+    return train(config, workdir, stage="pretrain")
 
 
-def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> None:
-    """Trains on text, or on conversations; `stage` names the metrics."""
+def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> bool:
+    """Trains on text, or on conversations; `stage` names the metrics. Returns whether all steps are done."""
     begin = start(config, workdir, rows=config.data.batch // config.train.microbatches)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     stream = iter(batches(config.data, begin.tokenizer, split="train", seed=config.seed, chat=chat, **process))
@@ -58,7 +59,7 @@ def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> None
                 if due.evaluation(step):
                     report(*previous, config, metrics, progress, tokens)
                     previous = None
-                    metrics.write(step, validate(begin, evaluate_fn, state, chat))
+                    metrics.write(step, validate(begin, evaluate_fn, state.variables, chat))
                 stopping = interrupt.stop_requested(step)
                 if due.save(step) or stopping:
                     checkpoints.save(step, state, stream)
@@ -66,6 +67,9 @@ def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> None
                     break
             if previous:
                 report(*previous, config, metrics, progress, tokens)
+        finished = int(state.step) >= config.train.steps
+    write_summary(workdir, {stage: stage_summary(config, workdir, stage)})
+    return finished
 
 
 class Due:
@@ -98,13 +102,13 @@ def report(step: int, values: dict, config: Config, metrics: Metrics, progress: 
         metrics.write(step, {name: value for name, value in values.items() if last or value.ndim == 0} | {"tokens_per_s": progress.tokens_per_s})
 
 
-def validate(begin: Start, evaluate_fn, state: TrainState, chat: bool) -> dict[str, float]:
+def validate(begin: Start, evaluate_fn, variables: dict, chat: bool) -> dict[str, float]:
     """Every term on the first eval_batches of the held-out documents, the same each time."""
     config = begin.config
     held_out = iter(batches(config.data, begin.tokenizer, split="validation", seed=0, chat=chat, process_index=jax.process_index(), process_count=jax.process_count()))
     sums = None
     for _ in range(config.train.eval_batches):
-        found = evaluate_fn(state.variables, begin.on_devices(next(held_out)))
+        found = evaluate_fn(variables, begin.on_devices(next(held_out)))
         sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
     totals, weights = sums
     return {f"validation_{name}": float(total) / max(float(weights[name]), 1.0) for name, total in totals.items()}

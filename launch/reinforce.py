@@ -24,6 +24,7 @@ from launch.command import command
 from launch.door import Config, claim
 from launch.pretrain import Due, report
 from launch.start import Start, fresh_or_restored, load_variables, start
+from launch.summary import stage_summary, write_summary
 from model.sharding import batch_sharding
 from rl.algorithms import Algorithm, get_algorithm
 from rl.objective import policy_objective, score_tokens
@@ -41,7 +42,8 @@ from train.step import make_step
 PROBLEMS = 4_096  # distinct training problems a run draws from
 
 
-def run(config: Config, workdir: Path) -> None:
+def run(config: Config, workdir: Path) -> bool:
+    """Returns whether all steps are done."""
     claim(workdir, config, "reinforce")
     r, updates = config.reinforce, config.reinforce.epochs * config.reinforce.minibatches
     begin = start(config, workdir, rows=r.prompts)
@@ -80,6 +82,9 @@ def run(config: Config, workdir: Path) -> None:
                     checkpoints.save(step, state)
                 if stopping:
                     break
+        finished = int(state.step) >= config.train.steps * updates
+    write_summary(workdir, {"reinforce": stage_summary(config, workdir, "reinforce")})
+    return finished
 
 
 def per_update(train: TrainConfig, updates: int) -> TrainConfig:

@@ -49,7 +49,9 @@ def start(config: Config, workdir: Path, rows: int) -> Start:
 
 
 def compile_cache() -> None:
-    """Compiled programs are kept where JAX_COMPILATION_CACHE_DIR says; without it a run compiles anew."""
+    """Compiled programs are kept between runs, in .jax_cache here or where JAX_COMPILATION_CACHE_DIR says."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.indexer import MASKED, IndexerQuery, indexer_kl, indexer_scores, select_topk
+from model.indexer import MASKED, IndexerQuery, indexer_kl, indexer_scores, ranked, select_topk
 
 STAGES = ("dense", "warmup", "sparse")
 
@@ -36,17 +36,17 @@ class IndexerInputs(NamedTuple):
     k_BSC: Array  # of the keys
 
 
-def softmax_over(logits_BNTS: Array, among_BTS: Array) -> Array:
-    """Softmax over the keys in `among`; all zeros where there is none."""
-    among_B1TS = among_BTS[:, None]
-    logits_BNTS = jnp.where(among_B1TS, logits_BNTS, MASKED)
-    unnormalised = jnp.where(among_B1TS, jnp.exp(logits_BNTS - jax.lax.stop_gradient(jnp.max(logits_BNTS, axis=-1, keepdims=True))), 0.0)
-    return unnormalised / jnp.maximum(jnp.sum(unnormalised, axis=-1, keepdims=True), 1e-30)
+def softmax_parts(logits_BNTS: Array, among_BTS: Array) -> tuple[Array, Array]:
+    """Softmax over the keys in `among` as (unnormalised_BNTS, sum_BNT1), to be divided where that is cheapest; zeros and a harmless sum where there is no key."""
+    # A bias and not a select: its backward pass is free, and a masked logit's exponential is exactly 0 either way.
+    logits_BNTS = logits_BNTS + jnp.where(among_BTS, 0.0, MASKED)[:, None]
+    largest_BNT1 = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits_BNTS, axis=-1, keepdims=True), MASKED / 2))
+    unnormalised_BNTS = jnp.exp(logits_BNTS - largest_BNT1)
+    return unnormalised_BNTS, jnp.maximum(jnp.sum(unnormalised_BNTS, axis=-1, keepdims=True), 1e-30)
 
 
-def report_indexer(probs_BNTS: Array, scores_BTS: Array, among_BTS: Array, stage: str, topk: int) -> IndexerReport:
+def report_indexer(target_BTS: Array, scores_BTS: Array, among_BTS: Array, stage: str, topk: int) -> IndexerReport:
     """The indexer's loss and, where attention was dense, its recall (arXiv 2512.02556, section 2.1)."""
-    target_BTS = jax.lax.stop_gradient(jnp.mean(probs_BNTS, axis=1))
     kl = jnp.sum(indexer_kl(target_BTS, scores_BTS, among_BTS))
     zero = jnp.zeros((), jnp.float32)
     if stage != "warmup":
@@ -91,9 +91,14 @@ def attend_expanded(
                 among_BCS = select_topk(scores_BCS, allowed_BCS, topk)
         with jax.named_scope("attention"):
             logits_BNCS = jnp.einsum("BCNH,BSNH->BNCS", q_BCNH, k_BSNH, preferred_element_type=jnp.float32)
-            probs_BNCS = softmax_over(logits_BNCS, among_BCS)
-            out_BCNV = jnp.einsum("BNCS,BSNV->BCNV", probs_BNCS.astype(v_BSNV.dtype), v_BSNV)
-        report = IndexerReport.zero() if stage == "dense" else report_indexer(probs_BNCS, scores_BCS, among_BCS, stage, topk)
+            weights_BNCS, sum_BNC1 = softmax_parts(logits_BNCS, among_BCS)
+            mixed_BNCV = jnp.einsum("BNCS,BSNV->BNCV", weights_BNCS.astype(v_BSNV.dtype), v_BSNV, preferred_element_type=jnp.float32)
+            out_BCNV = jnp.swapaxes(mixed_BNCV / sum_BNC1, 1, 2).astype(v_BSNV.dtype)
+        if stage == "dense":
+            return out_BCNV, IndexerReport.zero()
+        # The main attention's probabilities, mean over heads: what the indexer is taught. Detached.
+        target_BCS = jnp.einsum("BNCS,BNC->BCS", *jax.lax.stop_gradient((weights_BNCS, 1 / sum_BNC1[..., 0]))) / q_BCNH.shape[2]
+        report = report_indexer(target_BCS, scores_BCS, among_BCS, stage, topk)
         return out_BCNV, report
 
     query = None if stage == "dense" else indexer.query
@@ -128,12 +133,13 @@ def attend_latent(q_BTNR: Array, latent_BSR: Array, value_rank: int, allowed_BTS
         scores_BTS = indexer_scores(indexer.query.q_BTIC, indexer.k_BSC, indexer.query.w_BTI)
         if q_BTNR.shape[1] == 1:
             # Disallowed keys score -inf, sort last, and stay disallowed where fewer than topk are allowed.
-            _, index_Bk = jax.lax.top_k(jnp.where(allowed_BTS, scores_BTS, -jnp.inf)[:, 0], topk)
+            _, index_Bk = jax.lax.top_k(ranked(scores_BTS, allowed_BTS)[:, 0], topk)
             latent_BSR = jnp.take_along_axis(latent_BSR, index_Bk[:, :, None], axis=1)
             allowed_BTS = jnp.take_along_axis(allowed_BTS, index_Bk[:, None], axis=2)
         else:
             allowed_BTS = select_topk(scores_BTS, allowed_BTS, topk)
     with jax.named_scope("latent_attention"):
         logits_BNTS = jnp.einsum("BTNR,BSR->BNTS", q_BTNR, latent_BSR, preferred_element_type=jnp.float32)
-        probs_BNTS = softmax_over(logits_BNTS, allowed_BTS).astype(latent_BSR.dtype)
-        return jnp.einsum("BNTS,BSR->BTNR", probs_BNTS, latent_BSR[..., :value_rank])
+        weights_BNTS, sum_BNT1 = softmax_parts(logits_BNTS, allowed_BTS)
+        mixed_BNTR = jnp.einsum("BNTS,BSR->BNTR", weights_BNTS.astype(latent_BSR.dtype), latent_BSR[..., :value_rank], preferred_element_type=jnp.float32)
+        return jnp.swapaxes(mixed_BNTR / sum_BNT1, 1, 2).astype(latent_BSR.dtype)

@@ -34,12 +34,18 @@ def indexer_scores(q_BTIC: Array, k_BSC: Array, w_BTI: Array) -> Array:
         return jnp.einsum("BTI,BITS->BTS", w_BTI.astype(jnp.float32), jax.nn.relu(dot_BITS))
 
 
+def ranked(scores_BTS: Array, allowed_BTS: Array) -> Array:
+    """Scores as `top_k` shall see them: -inf where not allowed, and one zero only, since it puts -0 (a negative weight times relu's 0) below 0. No gradient."""
+    scores_BTS = jax.lax.stop_gradient(scores_BTS)
+    return jnp.where(allowed_BTS, jnp.where(scores_BTS == 0, 0.0, scores_BTS), -jnp.inf)
+
+
 def select_topk(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
     """The min(topk, allowed) best-scored allowed keys of each query, as a mask. Of equal scores the earlier key goes first. No gradient."""
     with jax.named_scope("select_topk"):
         if topk >= scores_BTS.shape[-1]:
             return allowed_BTS
-        scores_BTS = jnp.where(allowed_BTS, jax.lax.stop_gradient(scores_BTS), -jnp.inf)
+        scores_BTS = ranked(scores_BTS, allowed_BTS)
         value_BTk, index_BTk = jax.lax.top_k(scores_BTS, topk)
         # top_k puts equal scores in order of position, so its last entry bounds the selection in (score, position) order: no scatter needed.
         threshold_BT1, last_BT1 = value_BTk[..., -1:], index_BTk[..., -1:]

@@ -99,6 +99,11 @@ def shift_left(x_BT: Array, by: int) -> Array:
     return jnp.pad(x_BT[:, by:], [(0, 0), (0, by)] + [(0, 0)] * (x_BT.ndim - 2))
 
 
+def same_segment(segments_BT: Array, ahead: int) -> Array:
+    """Whether the token `ahead` places on is of the same segment. [B, T] bool."""
+    return (shift_left(segments_BT, ahead) == segments_BT) & (segments_BT > 0)
+
+
 class Transformer(nn.Module):
     """All parameters of the model and its forward pass over whole sequences."""
 
@@ -130,7 +135,9 @@ class Transformer(nn.Module):
         for depth, module in enumerate(self.mtp if mtp or self.is_initializing() else [], start=1):
             with jax.named_scope(f"mtp_{depth}"):
                 embedded_BTD = embed(self.config, self.embedding, shift_left(tokens_BT, depth))
-                previous_BTD, (indexer, router, _) = module(previous_BTD, embedded_BTD, positions_BT, segments_BT, stage)
+                # Where the token `depth` places on is of another segment the module has nothing to read: padding, to it.
+                its_segments_BT = jnp.where(same_segment(segments_BT, depth), segments_BT, 0)
+                previous_BTD, (indexer, router, _) = module(previous_BTD, embedded_BTD, positions_BT, its_segments_BT, stage)
                 mtp_hidden.append(self.mtp_norm[depth - 1](previous_BTD))
                 reports.append(jax.tree.map(lambda leaf: leaf[None], LayerReports(indexer, router)))
         reports = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports)
@@ -144,7 +151,8 @@ def embed(config: ModelConfig, embedding_VD: Array, tokens_BT: Array) -> Array:
 
 def init(config: ModelConfig, key: Array) -> dict:
     """Fresh variables {"params", "router"}, each leaf boxed with its logical axis names (`flax.linen.meta.unbox` takes them off). Use under `jax.eval_shape` for shapes alone."""
-    zeros = jnp.zeros((1, 2), jnp.int32)
+    rows = max(jax.sharding.get_abstract_mesh().size, 1)  # under a mesh a batch must divide over it, even one of which only the shapes matter
+    zeros = jnp.zeros((rows, 2), jnp.int32)
     variables = Transformer(config).init(key, zeros, zeros, zeros + 1, stage="sparse" if config.indexer.heads else "dense")
     return {"params": variables["params"], "router": variables.get("router", {})}
 

@@ -64,6 +64,7 @@ class EvaluateConfig:
     bootstrap: int
 
     def __post_init__(self):
-        for name in ("problems", "samples", "bootstrap"):
+        for name in ("samples", "bootstrap"):
             require(getattr(self, name) > 0, f"evaluate.{name}", getattr(self, name), "must be positive")
-        require(self.infill_documents >= 0, "evaluate.infill_documents", self.infill_documents, "must be 0 (none) or positive")
+        for name in ("problems", "infill_documents"):
+            require(getattr(self, name) >= 0, f"evaluate.{name}", getattr(self, name), "must be 0 (none) or positive")

@@ -25,8 +25,7 @@ def move_router(config: ModelConfig, router: dict, counts_LE: Array, rate: float
     return router | {"moe_layers": main} | mtp
 
 
-def worst_load(counts_LE: Array) -> Array:
-    """Load of the fullest expert over the mean, in the layer where that is worst; 1 is perfect balance."""
+def load(counts_LE: Array) -> Array:
+    """Tokens per expert over the layer's mean: 1 everywhere is perfect balance."""
     counts_LE = counts_LE.astype(jnp.float32)
-    mean_L1 = jnp.mean(counts_LE, axis=-1, keepdims=True)
-    return jnp.max(counts_LE / jnp.maximum(mean_L1, 1))
+    return counts_LE / jnp.maximum(jnp.mean(counts_LE, axis=-1, keepdims=True), 1)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.config import ModelConfig
-from model.transformer import LayerReports, Output, Transformer, shift_left, token_logprobs
+from model.transformer import LayerReports, Output, Transformer, same_segment, shift_left, token_logprobs
 from train.config import TrainConfig
 
 
@@ -48,9 +48,7 @@ class Objective:
 
 def target_weights(batch: dict[str, Array], ahead: int) -> Array:
     """How much position t's prediction of token t + ahead counts: that token's weight, if it lies in the same segment. [B, T] float32."""
-    segments_BT = batch["segments"]
-    same_BT = (shift_left(segments_BT, ahead) == segments_BT) & (segments_BT > 0)
-    return shift_left(batch["weights"], ahead) * same_BT
+    return shift_left(batch["weights"], ahead) * same_segment(batch["segments"], ahead)
 
 
 def prediction_total(config: ModelConfig, params, hidden_BTD: Array, batch: dict[str, Array], ahead: int) -> Array:
@@ -60,18 +58,22 @@ def prediction_total(config: ModelConfig, params, hidden_BTD: Array, batch: dict
 
 
 def layer_weights(config: ModelConfig, stage: str, batch: dict[str, Array], mtp: bool) -> dict[str, Array]:
-    """Weights of the terms that the layers report."""
-    real_B = jnp.sum(batch["segments"] > 0, axis=-1).astype(jnp.float32)
-    depth = config.mtp_depth if mtp else 0
+    """Weights of the terms that the layers report: tokens, summed over layers. To an MTP module those count whose next tokens it can read."""
+
+    def over_layers(layers: int, counts_BT: Array | bool) -> Array:
+        ahead = range(config.mtp_depth + 1) if mtp else (0,)
+        tokens = [jnp.sum(same_segment(batch["segments"], k) & counts_BT, dtype=jnp.float32) for k in ahead]
+        return layers * tokens[0] + sum(tokens[1:])
+
     weights = {}
     if config.moe_layers:
-        weights["balance"] = jnp.sum(real_B) * (config.moe_layers + depth)
+        weights["balance"] = over_layers(config.moe_layers, True)
     if stage != "dense":
-        weights["indexer_kl"] = jnp.sum(real_B) * (config.layers + depth)
+        weights["indexer_kl"] = over_layers(config.layers, True)
     if stage == "warmup":
         # Queries with more candidates than topk: the position inside the segment says how many there are.
-        counts = jnp.sum((batch["positions"] >= config.indexer.topk) & (batch["segments"] > 0), dtype=jnp.float32)
-        weights |= dict.fromkeys(("indexer_recall", "indexer_recall_random"), counts * (config.layers + depth))
+        recall = over_layers(config.layers, batch["positions"] >= config.indexer.topk)
+        weights |= {"indexer_recall": recall, "indexer_recall_random": recall}
     return weights
 
 

@@ -45,8 +45,9 @@ def trainable(config: TrainConfig, params) -> dict:
         if "indexer" in name.split("/"):
             reached = config.stage != "dense" and config.indexer_weight > 0
         else:
-            reached = config.stage != "warmup" and (config.mtp_weight > 0 or not name.startswith("mtp_"))
-        return reached and pattern.search(name) is not None
+            reached = config.stage != "warmup"
+        used = config.mtp_weight > 0 or not name.startswith("mtp_")
+        return reached and used and pattern.search(name) is not None
 
     mask = jax.tree_util.tree_map_with_path(one, params)
     if not any(jax.tree.leaves(mask)):

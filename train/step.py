@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 from model.config import ModelConfig
-from train.balance import move_router, worst_load
+from train.balance import load, move_router
 from train.config import TrainConfig
 from train.objective import Objective, Totals, split_microbatches, weighted_loss
 from train.optimizer import schedule, trainable
@@ -47,7 +47,7 @@ def loss_and_gradient(objective: Objective, mask: dict, state: TrainState, batch
 def make_step(config: ModelConfig, train: TrainConfig, objective: Objective, optimizer: optax.GradientTransformation) -> Step:
     """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    A step whose gradients are not finite changes nothing but its counters. Metrics are float32 scalars, and expert_load [L', E] (1 is the mean load).
+    A step whose gradients are not finite changes nothing but its counters. Metrics are float32 scalars, and expert_load of the MoE layers [L', E].
     """
     learning_rate = schedule(train)
 
@@ -73,8 +73,8 @@ def make_step(config: ModelConfig, train: TrainConfig, objective: Objective, opt
             "skipped_in_row": new_state.skipped_in_row,
         }
         if config.moe_layers:
-            mean_L1 = jnp.maximum(jnp.mean(counts_LE.astype(jnp.float32), axis=-1, keepdims=True), 1)
-            metrics |= {"expert_load_max": worst_load(counts_LE), "expert_load": counts_LE / mean_L1}
+            loads_LE = load(counts_LE[config.dense_layers :])
+            metrics |= {"expert_load_max": jnp.max(loads_LE), "expert_load": loads_LE}
         return new_state, metrics
 
     return step

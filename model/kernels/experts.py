@@ -7,7 +7,6 @@
 | ragged | tokens sorted by expert, `jax.lax.ragged_dot` | TPU, where XLA has a kernel for it (on CPU it is 13 times slower than blocks) |
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -32,48 +31,54 @@ def experts_reference(x_TD: Array, chosen_TK: Array, gates_TK: Array, gate_EDF: 
     return jnp.einsum("ETD,TE->TD", out_ETD, mix_TE.astype(x_TD.dtype))
 
 
-@functools.partial(jax.custom_vjp)
-def dispatch(x_TD: Array, token_of_slot_S: Array, slot_of_TK: Array) -> Array:
-    """Row s is token `token_of_slot[s]`; slots without a token (index T) are zero. A slot index of S in `slot_of` says the choice has no slot.
+# Moving tokens to slots and back is gathers both ways, never a scatter-add: that is slow on CPU and adds in no fixed order on GPU. Each of these is the
+# other's transpose; an index out of range (T, or S) says "none" and reads as zero.
 
-    Its transpose is `collect`, a gather as well: a scatter-add would be slow on CPU and unordered on GPU.
-    """
+
+@jax.custom_vjp
+def dispatch(x_TD: Array, token_of_slot_S: Array, slot_of_TK: Array) -> Array:
+    """Row s is token `token_of_slot[s]`."""
     return jnp.take(x_TD, token_of_slot_S, axis=0, mode="fill", fill_value=0)
 
 
-def collect(y_SD: Array, slot_of_TK: Array) -> Array:
+@jax.custom_vjp
+def collect(y_SD: Array, token_of_slot_S: Array, slot_of_TK: Array) -> Array:
     """The sum over each token's choices of their slots' rows, in order of choice."""
     return jnp.sum(jnp.take(y_SD, slot_of_TK, axis=0, mode="fill", fill_value=0), axis=1)
 
 
-dispatch.defvjp(
-    lambda x_TD, token_of_slot_S, slot_of_TK: (dispatch(x_TD, token_of_slot_S, slot_of_TK), slot_of_TK),
-    lambda slot_of_TK, dy_SD: (collect(dy_SD, slot_of_TK), None, None),
+dispatch.defvjp(lambda x_TD, *slots: (dispatch(x_TD, *slots), slots), lambda slots, dy_SD: (collect(dy_SD, *slots), None, None))
+collect.defvjp(lambda y_SD, *slots: (collect(y_SD, *slots), slots), lambda slots, dx_TD: (dispatch(dx_TD, *slots), None, None))
+
+
+@jax.custom_vjp
+def gates_of_slots(gates_TK: Array, choice_of_slot_S: Array, slot_of_TK: Array) -> Array:
+    """Each slot's gate, 0 where it is empty."""
+    return jnp.take(gates_TK.reshape(-1), choice_of_slot_S, mode="fill", fill_value=0)
+
+
+gates_of_slots.defvjp(
+    lambda gates_TK, choice_of_slot_S, slot_of_TK: (gates_of_slots(gates_TK, choice_of_slot_S, slot_of_TK), slot_of_TK),
+    lambda slot_of_TK, d_S: (jnp.take(d_S, slot_of_TK, mode="fill", fill_value=0), None, None),
 )
 
 
 @jax.custom_vjp
-def combine(y_SD: Array, gates_TK: Array, slot_of_TK: Array, choice_of_slot_S: Array) -> Array:
-    """sum_k gates[t, k] * y[slot_of[t, k]]; `choice_of_slot` (index T * K where empty) is its inverse, for the backward gather."""
-    return jnp.einsum("TKD,TK->TD", jnp.take(y_SD, slot_of_TK, axis=0, mode="fill", fill_value=0), gates_TK)
+def weights_of_blocks(w_EXY: Array, expert_of_block_n: Array) -> Array:
+    """Each block's weights. The transpose is one matmul with the blocks' one-hot experts, in place of a scatter-add of whole matrices."""
+    return jnp.take(w_EXY, expert_of_block_n, axis=0)
 
 
-def combine_forward(y_SD, gates_TK, slot_of_TK, choice_of_slot_S):
-    return combine(y_SD, gates_TK, slot_of_TK, choice_of_slot_S), (y_SD, gates_TK, slot_of_TK, choice_of_slot_S)
+def weights_of_blocks_backward(saved, d_nXY: Array):
+    expert_of_block_n, like_EXY = saved
+    one_hot_En = (expert_of_block_n == jnp.arange(like_EXY.shape[0])[:, None]).astype(d_nXY.dtype)
+    return (one_hot_En @ d_nXY.reshape(d_nXY.shape[0], -1)).reshape(like_EXY.shape), None
 
 
-def combine_backward(saved, dout_TD):
-    y_SD, gates_TK, slot_of_TK, choice_of_slot_S = saved
-    K = gates_TK.shape[1]
-    gate_S = jnp.take(gates_TK.reshape(-1), choice_of_slot_S, mode="fill", fill_value=0)
-    dy_SD = jnp.take(dout_TD, choice_of_slot_S // K, axis=0, mode="fill", fill_value=0)
-    # d gate[t, k] = dout[t] . y[slot]: per slot first, so that only one array of S x D is read.
-    dgate_S = jnp.sum(dy_SD * y_SD, axis=-1)
-    dgates_TK = jnp.take(dgate_S, slot_of_TK, mode="fill", fill_value=0)
-    return dy_SD * gate_S[:, None], dgates_TK.astype(gates_TK.dtype), None, None
-
-
-combine.defvjp(combine_forward, combine_backward)
+weights_of_blocks.defvjp(
+    lambda w_EXY, expert_of_block_n: (weights_of_blocks(w_EXY, expert_of_block_n), (expert_of_block_n, w_EXY)),
+    weights_of_blocks_backward,
+)
 
 
 def sorted_slots(chosen_TK: Array, experts: int, block: int) -> tuple[Array, Array, Array, Array]:
@@ -118,28 +123,30 @@ def block_size(choices: int, experts: int) -> int:
     return max(8, min(BLOCK, 1 << (share.bit_length() - 1)))
 
 
+@jax.checkpoint
 def experts_blocks(x_TD: Array, chosen_TK: Array, gates_TK: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array) -> Array:
-    """Batched matmul over blocks of tokens that share an expert."""
+    """Batched matmul over blocks of tokens that share an expert. The backward pass sorts and multiplies anew: cheaper than to keep every block's weights."""
     T, K = chosen_TK.shape
-    E = gate_EDF.shape[0]
+    E, D, _ = gate_EDF.shape
     block = block_size(T * K, E)
     slot_of_TK, choice_of_slot_S, expert_of_block_n, _ = sorted_slots(chosen_TK, E, block)
-    x_SD = dispatch(x_TD, choice_of_slot_S // K, slot_of_TK)
-    # One-hot matmul in place of a gather: its transpose is a matmul too, where a gather's would be a scatter-add of whole matrices.
-    one_hot_nE = (expert_of_block_n[:, None] == jnp.arange(E)).astype(x_TD.dtype)
-    gate_nDF, up_nDF, down_nFD = (jnp.einsum("nE,EXY->nXY", one_hot_nE, w) for w in (gate_EDF, up_EDF, down_EFD))
-    y_nbD = ffn(x_SD.reshape(-1, block, x_TD.shape[1]), gate_nDF, up_nDF, down_nFD)
-    return combine(y_nbD.reshape(-1, x_TD.shape[1]), gates_TK.astype(x_TD.dtype), slot_of_TK, choice_of_slot_S)
+    slots = choice_of_slot_S // K, slot_of_TK
+    x_nbD = dispatch(x_TD, *slots).reshape(-1, block, D)
+    gate_nDF, up_nDF, down_nFD = (weights_of_blocks(w, expert_of_block_n) for w in (gate_EDF, up_EDF, down_EFD))
+    # The gate goes before the down projection, so that its gradient needs no output of that projection.
+    gates_nb1 = gates_of_slots(gates_TK, choice_of_slot_S, slot_of_TK).reshape(-1, block, 1).astype(x_TD.dtype)
+    hidden_nbF = jax.nn.silu(x_nbD @ gate_nDF) * (x_nbD @ up_nDF) * gates_nb1
+    return collect((hidden_nbF @ down_nFD).reshape(-1, D), *slots)
 
 
 def experts_ragged(x_TD: Array, chosen_TK: Array, gates_TK: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array) -> Array:
     """`jax.lax.ragged_dot` over tokens sorted by expert."""
-    K = chosen_TK.shape[1]
     slot_of_TK, choice_of_slot_S, _, counts_E = sorted_slots(chosen_TK, gate_EDF.shape[0], block=1)
-    x_SD = dispatch(x_TD, choice_of_slot_S // K, slot_of_TK)
-    hidden_SF = jax.nn.silu(jax.lax.ragged_dot(x_SD, gate_EDF, counts_E)) * jax.lax.ragged_dot(x_SD, up_EDF, counts_E)
-    y_SD = jax.lax.ragged_dot(hidden_SF, down_EFD, counts_E)
-    return combine(y_SD, gates_TK.astype(x_TD.dtype), slot_of_TK, choice_of_slot_S)
+    slots = choice_of_slot_S // chosen_TK.shape[1], slot_of_TK
+    x_SD = dispatch(x_TD, *slots)
+    gates_S1 = gates_of_slots(gates_TK, choice_of_slot_S, slot_of_TK)[:, None].astype(x_TD.dtype)
+    hidden_SF = jax.nn.silu(jax.lax.ragged_dot(x_SD, gate_EDF, counts_E)) * jax.lax.ragged_dot(x_SD, up_EDF, counts_E) * gates_S1
+    return collect(jax.lax.ragged_dot(hidden_SF, down_EFD, counts_E), *slots)
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {"reference": experts_reference, "blocks": experts_blocks, "ragged": experts_ragged}

@@ -83,13 +83,36 @@ def test_restores_without_shardings(checkpoints):
     assert_identical(checkpoints.restore(jax.eval_shape(make_state)), state)
 
 
-def test_buffers_may_be_donated_right_after_save(checkpoints):
+@pytest.mark.parametrize("spec", [P(), P("fsdp"), P("fsdp", "tensor")], ids=["replicated", "half", "sharded"])
+def test_buffers_may_be_donated_right_after_save(checkpoints, spec):
     """16 MB take far longer to write than the donating step takes to overwrite them."""
-    state = {"w": jax.random.normal(jax.random.key(0), (2048, 2048))}
-    expected = np.array(state["w"])
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    state = {"w": jax.device_put(jax.random.normal(jax.random.key(0), (2048, 2048)), NamedSharding(mesh, spec))}
+    expected, clear = np.array(state["w"]), jax.jit(lambda x: jax.tree.map(lambda w: w * 0, x), donate_argnums=0).lower(state).compile()
     checkpoints.save(1, state)
-    state = jax.jit(lambda x: jax.tree.map(jnp.zeros_like, x), donate_argnums=0)(state)
+    state = clear(state)
     np.testing.assert_array_equal(checkpoints.restore(jax.eval_shape(lambda: state))["w"], expected)
+
+
+def test_saving_compiles_nothing(checkpoints):
+    """Orbax by default has every replica write a slice of every array: hundreds of little compilations, while training waits."""
+    compiled = []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    state = jax.block_until_ready(jax.device_put(make_state(width=72), NamedSharding(mesh, P())))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        assert compiled == []
+        jax.jit(lambda x: x * 3 + 5)(jnp.ones(17))
+        assert compiled  # so the listener hears
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_cursor_is_taken_when_save_is_called(checkpoints):

@@ -1,0 +1,110 @@
+"""Writes on: from a prompt, as the assistant of a chat, or into the gap between a prefix and a suffix. Tokens appear as they are sampled.
+
+    python -m launch.sample --workdir=runs/quickstart/sparse --prompt="def add(a, b):"
+    python -m launch.sample --workdir=runs/quickstart/reinforce --chat="A zoo has 7 birds. 5 more arrive. 3 leave. How many birds now?"
+    python -m launch.sample --workdir=runs/quickstart/sparse --infill --prefix="def add(a, b):\\n" --suffix="\\n    return c\\n"
+    python -m launch.sample --workdir=runs/quickstart/reinforce                     reads prompts from standard input, a line each
+
+A prefix, suffix or prompt that begins with @ names a file. \\n and \\t are read as line end and tab.
+"""
+
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from data.chat import encode_prompt
+from data.fim import fim_prompt
+from data.tokenizer import Stream
+from errors import UserError
+from launch.command import Flag, command
+from launch.door import Config
+from launch.start import Start, load_variables, start
+from model.decode import decode_step, decode_weights, prefill
+from rl.rollout import pad_prompts
+from rl.sampler import draw
+
+BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
+
+
+def run(config: Config, workdir: Path, prompt: str, chat: str, infill: bool, prefix: str, suffix: str) -> None:
+    if sum(map(bool, (prompt, chat, infill))) > 1:
+        raise UserError("give one of --prompt, --chat and --infill")
+    if (prefix or suffix) and not infill:
+        raise UserError("--prefix and --suffix go with --infill")
+    begin = start(config, workdir, rows=1)
+    with jax.set_mesh(begin.mesh):
+        variables = load_variables(begin.model, begin.mesh, config.init_from or workdir)
+        write = functools.partial(stream, begin, variables, jax.jit(functools.partial(decode_step, begin.model, stage=config.sampling.attention)))
+        if prompt:
+            text = given(prompt)
+            print(text, end="")
+            write(([begin.tokenizer.bos] if begin.tokenizer.bos is not None else []) + begin.tokenizer.encode(text))
+        elif chat:
+            write(chat_ids(begin, given(chat)))
+        elif infill:
+            print(given(prefix), end="")
+            write(fim_prompt(given(prefix), given(suffix), begin.tokenizer, spm=False), end=given(suffix))
+        else:
+            for line in sys.stdin:
+                write(chat_ids(begin, line.strip()))
+
+
+def given(text: str) -> str:
+    """The text itself, or that of the file it names by @."""
+    if not text.startswith("@"):
+        return text.replace("\\n", "\n").replace("\\t", "\t")
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise UserError(f"{text[1:]}: cannot read: {failure}") from failure
+
+
+def chat_ids(begin: Start, question: str) -> list[int]:
+    return encode_prompt([{"role": "user", "content": question}], begin.tokenizer, begin.config.data.template)
+
+
+def stream(begin: Start, variables: dict, step_fn, ids: list[int], end: str = "") -> None:
+    """Prints a completion token by token, then `end`."""
+    if not ids:
+        raise UserError("nothing to go on from: the prompt is empty")
+    decoder = Stream(begin.tokenizer)
+    for token in tokens(begin, variables, step_fn, ids):
+        print(decoder.push(token), end="", flush=True)
+    print(decoder.flush() + end, flush=True)
+
+
+def tokens(begin: Start, variables: dict, step_fn, ids: list[int]) -> Iterator[int]:
+    """Sampled ids until the end of text or sampling.max_new."""
+    sampling = begin.config.sampling
+    width = -(-len(ids) // BUCKET) * BUCKET
+    prompt = pad_prompts([ids], width, begin.tokenizer.pad)
+    read = jax.jit(functools.partial(prefill, begin.model), static_argnames=("slots", "stage"))
+    cache, logits_BV = read(variables, jnp.asarray(prompt.tokens_PT), jnp.asarray(prompt.segments_PT), slots=width + sampling.max_new, stage=sampling.attention)
+    weights = decode_weights(begin.model, variables)
+    key = jax.random.key(begin.config.seed)
+    choose = jax.jit(functools.partial(draw, sampling))
+    for at in range(sampling.max_new):
+        token_B, _, _ = choose(logits_BV, jax.random.split(jax.random.fold_in(key, at), 1))
+        token = int(token_B[0])
+        if token == begin.tokenizer.eos:
+            return
+        yield token
+        cache, logits_BV = step_fn(weights, token_B, cache)
+
+
+if __name__ == "__main__":
+    command(
+        run,
+        config="recorded",
+        flags={
+            "prompt": Flag("", "text to go on from"),
+            "chat": Flag("", "what the user says"),
+            "infill": Flag(False, "write between --prefix and --suffix"),
+            "prefix": Flag("", "of the gap"),
+            "suffix": Flag("", "of the gap"),
+        },
+    )

@@ -1,0 +1,102 @@
+"""The smallest model that has everything, and ragged batches: shared by the tests.
+
+The jitted functions here are module-level, with the config static, so that every test of a configuration shares one compilation. Weights are drawn ten times
+wider than a real model's: at 0.02 attention is uniform, gates are 1/2, and a test of either could not fail.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
+from model.transformer import Transformer, init, logits_of
+from train.config import TrainConfig
+
+VOCAB = 61
+STAGES = ("dense", "warmup", "sparse")
+T = 24
+# Rows as runs of (segment, length); segment 0 is padding. Packed, full, padded on the left, and almost empty.
+LAYOUT = (((1, 7), (2, 11), (0, 6)), ((1, 24),), ((0, 5), (1, 12), (2, 7)), ((1, 3), (2, 4), (0, 17)))
+
+
+def model_config(attention: dict | None = None, indexer: dict | None = None, moe: dict | None = None, **changes) -> ModelConfig:
+    """One dense and two MoE layers, one MTP module, everything switched on; sections and fields to change."""
+    fields = dict(
+        vocab=VOCAB, width=32, layers=3, dense_layers=1, dense_width=48, mtp_depth=1, tie_embeddings=False, norm_eps=1e-6, init_std=0.2, dtype="float32",
+        remat="none", scan_unroll=1, query_chunk=512, logit_chunk=1024, expert_matmul="auto",
+    )  # fmt: skip
+    return ModelConfig(
+        attention=AttentionConfig(
+            **dict(heads=4, query_rank=16, latent_rank=12, nope_width=8, rope_width=4, value_width=6, rope_theta=100.0, gate="element") | (attention or {})
+        ),
+        indexer=IndexerConfig(**dict(heads=4, width=8, rope_width=4, topk=4) | (indexer or {})),
+        moe=MoEConfig(**dict(experts=4, chosen=2, shared=1, width=16, groups=2, chosen_groups=2, route_scale=1.5) | (moe or {})),
+        **fields | changes,
+    )
+
+
+def train_config(**changes) -> TrainConfig:
+    fields = dict(
+        stage="sparse", steps=10, microbatches=1, learning_rate=1e-2, warmup_steps=2, constant_steps=3, cosine_steps=-1, final_ratio=0.1, beta1=0.9, beta2=0.95,
+        weight_decay=0.1, clip_norm=1.0, trainable=".*", mtp_weight=0.3, balance_weight=0.5, router_bias_rate=1e-3, indexer_weight=1.0, log_every=1,
+        eval_every=0, eval_batches=1, save_every=1, keep=1, max_skipped=3,
+    )  # fmt: skip
+    return TrainConfig(**fields | changes)
+
+
+@functools.lru_cache
+def variables(config: ModelConfig) -> dict:
+    """Parameters of `init`'s shapes, with router biases and norm scales away from where they start. Drawn by numpy: compiling `init` takes seconds."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        return jnp.asarray(1 + 0.1 * noise if name == "scale" else 0.1 * noise if name == "bias" else config.init_std * noise)
+
+    return jax.tree.map_with_path(draw, nn.meta.unbox(jax.eval_shape(lambda: init(config, jax.random.key(0)))))
+
+
+def batch_of(layout=LAYOUT, width: int = T, seed: int = 0) -> dict[str, jax.Array]:
+    """Random tokens, padding included, in the segments of `layout`; weights 0, 1/2 and 1, padding included."""
+    rng = np.random.default_rng(seed)
+    rows = len(layout)
+    segments_BT, positions_BT = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
+    for row, runs in enumerate(layout):
+        at = 0
+        for segment, length in runs:
+            segments_BT[row, at : at + length] = segment
+            positions_BT[row, at : at + length] = np.arange(length) if segment else 0
+            at += length
+    return {
+        "tokens": jnp.asarray(rng.integers(0, VOCAB, (rows, width)), jnp.int32),
+        "positions": jnp.asarray(positions_BT),
+        "segments": jnp.asarray(segments_BT),
+        "weights": jnp.asarray(rng.integers(0, 3, (rows, width)) / 2, jnp.float32),
+    }
+
+
+def without_rows(batch: dict, keep) -> dict:
+    """The batch with every row but those in `keep` made padding, and its content changed."""
+    kept_B1 = jnp.isin(jnp.arange(batch["tokens"].shape[0]), jnp.asarray(keep))[:, None]
+    return batch | {
+        "tokens": jnp.where(kept_B1, batch["tokens"], (batch["tokens"] + 7) % VOCAB),
+        "positions": jnp.where(kept_B1, batch["positions"], 0),
+        "segments": jnp.where(kept_B1, batch["segments"], 0),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def forward(config: ModelConfig, variables: dict, batch: dict, stage: str) -> dict:
+    """logits_BTV of the next token, mtp_BTV of each depth, and the layers' reports."""
+    output = Transformer(config).apply(variables, batch["tokens"], batch["positions"], batch["segments"], stage=stage)
+    head = functools.partial(logits_of, config, variables["params"])
+    return {"logits_BTV": head(output.hidden_BTD), "mtp_BTV": [head(hidden_BTD) for hidden_BTD in output.mtp_hidden], "reports": output.reports}
+
+
+def tree_max(tree) -> float:
+    """The largest absolute value anywhere."""
+    return max((float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree)), default=0.0)
