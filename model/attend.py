@@ -42,7 +42,8 @@ def softmax_parts(logits_BNTS: Array, among_BTS: Array) -> tuple[Array, Array]:
     logits_BNTS = logits_BNTS + jnp.where(among_BTS, 0.0, MASKED)[:, None]
     largest_BNT1 = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits_BNTS, axis=-1, keepdims=True), MASKED / 2))
     unnormalised_BNTS = jnp.exp(logits_BNTS - largest_BNT1)
-    return unnormalised_BNTS, jnp.maximum(jnp.sum(unnormalised_BNTS, axis=-1, keepdims=True), 1e-30)
+    # The largest key adds exactly 1, so the bound acts where there is no key at all; a tiny one would overflow in the gradient of the division.
+    return unnormalised_BNTS, jnp.maximum(jnp.sum(unnormalised_BNTS, axis=-1, keepdims=True), 0.5)
 
 
 def report_indexer(target_BTS: Array, scores_BTS: Array, among_BTS: Array, stage: str, topk: int) -> IndexerReport:

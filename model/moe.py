@@ -77,12 +77,15 @@ def mix_experts(x_BTD: Array, chosen_BTK: Array, gates_BTK: Array, weights: tupl
     the tokens' owners. For K chosen experts over K or fewer devices this moves no more bytes than sending each token to its experts would.
     """
 
+    mesh = jax.sharding.get_abstract_mesh()
+    # A program compiled ahead of time for a TPU runs on the mesh's devices, which this process does not have.
+    platform = jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
+
     def local(x_BTD, chosen_BTK, gates_BTK, *weights):
         B, T, D = x_BTD.shape
-        pick = experts.pick(implementation, jax.default_backend(), chosen_BTK.size, weights[0].shape[0])
+        pick = experts.pick(implementation, platform, chosen_BTK.size, weights[0].shape[0])
         return pick(x_BTD.reshape(B * T, D), chosen_BTK.reshape(B * T, -1), gates_BTK.reshape(B * T, -1), *weights).reshape(B, T, D)
 
-    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(x_BTD, chosen_BTK, gates_BTK, *weights)
 

@@ -1,11 +1,13 @@
-"""The smallest model that has everything, and ragged batches: shared by the tests.
+"""The smallest model that has everything (a dense and two MoE layers, one MTP module, all switched on), and ragged batches: shared by the tests.
 
 The jitted functions here are module-level, with the config static, so that every test of a configuration shares one compilation. Weights are drawn ten times
 wider than a real model's: at 0.02 attention is uniform, gates are 1/2, and a test of either could not fail.
 """
 
+import dataclasses
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,29 +24,61 @@ T = 24
 LAYOUT = (((1, 7), (2, 11), (0, 6)), ((1, 24),), ((0, 5), (1, 12), (2, 7)), ((1, 3), (2, 4), (0, 17)))
 
 
-def model_config(attention: dict | None = None, indexer: dict | None = None, moe: dict | None = None, **changes) -> ModelConfig:
-    """One dense and two MoE layers, one MTP module, everything switched on; sections and fields to change."""
-    fields = dict(
-        vocab=VOCAB, width=32, layers=3, dense_layers=1, dense_width=48, mtp_depth=1, tie_embeddings=False, norm_eps=1e-6, init_std=0.2, dtype="float32",
-        remat="none", scan_unroll=1, query_chunk=512, logit_chunk=1024, expert_matmul="auto",
-    )  # fmt: skip
-    return ModelConfig(
-        attention=AttentionConfig(
-            **dict(heads=4, query_rank=16, latent_rank=12, nope_width=8, rope_width=4, value_width=6, rope_theta=100.0, gate="element") | (attention or {})
-        ),
-        indexer=IndexerConfig(**dict(heads=4, width=8, rope_width=4, topk=4) | (indexer or {})),
-        moe=MoEConfig(**dict(experts=4, chosen=2, shared=1, width=16, groups=2, chosen_groups=2, route_scale=1.5) | (moe or {})),
-        **fields | changes,
-    )
+MODEL = ModelConfig(
+    vocab=VOCAB,
+    width=32,
+    layers=3,
+    dense_layers=1,
+    dense_width=48,
+    mtp_depth=1,
+    tie_embeddings=False,
+    norm_eps=1e-6,
+    init_std=0.2,
+    dtype="float32",
+    remat="none",
+    scan_unroll=1,
+    query_chunk=512,
+    logit_chunk=1024,
+    expert_matmul="auto",
+    attention=AttentionConfig(heads=4, query_rank=16, latent_rank=12, nope_width=8, rope_width=4, value_width=6, rope_theta=100.0, gate="element"),
+    indexer=IndexerConfig(heads=4, width=8, rope_width=4, topk=4),
+    moe=MoEConfig(experts=4, chosen=2, shared=1, width=16, groups=2, chosen_groups=2, route_scale=1.5),
+)
+TRAIN = TrainConfig(
+    stage="sparse",
+    steps=10,
+    microbatches=1,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    constant_steps=3,
+    cosine_steps=-1,
+    final_ratio=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    weight_decay=0.1,
+    clip_norm=1.0,
+    trainable=".*",
+    mtp_weight=0.3,
+    balance_weight=0.5,
+    router_bias_rate=1e-3,
+    indexer_weight=1.0,
+    log_every=1,
+    eval_every=0,
+    eval_batches=1,
+    save_every=1,
+    keep=1,
+    max_skipped=3,
+)
+
+
+def model_config(**changes) -> ModelConfig:
+    """MODEL with fields changed; a section takes a dict of its own."""
+    sections = {name: dataclasses.replace(getattr(MODEL, name), **fields) for name, fields in changes.items() if isinstance(fields, dict)}
+    return dataclasses.replace(MODEL, **changes | sections)
 
 
 def train_config(**changes) -> TrainConfig:
-    fields = dict(
-        stage="sparse", steps=10, microbatches=1, learning_rate=1e-2, warmup_steps=2, constant_steps=3, cosine_steps=-1, final_ratio=0.1, beta1=0.9, beta2=0.95,
-        weight_decay=0.1, clip_norm=1.0, trainable=".*", mtp_weight=0.3, balance_weight=0.5, router_bias_rate=1e-3, indexer_weight=1.0, log_every=1,
-        eval_every=0, eval_batches=1, save_every=1, keep=1, max_skipped=3,
-    )  # fmt: skip
-    return TrainConfig(**fields | changes)
+    return dataclasses.replace(TRAIN, **changes)
 
 
 @functools.lru_cache
@@ -100,3 +134,9 @@ def forward(config: ModelConfig, variables: dict, batch: dict, stage: str) -> di
 def tree_max(tree) -> float:
     """The largest absolute value anywhere."""
     return max((float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree)), default=0.0)
+
+
+def assert_close(found, expected, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """chex's assert_trees_all_close takes NaN for equal to NaN; here nothing may be NaN."""
+    chex.assert_tree_all_finite(expected)
+    chex.assert_trees_all_close(found, expected, rtol=rtol, atol=atol)

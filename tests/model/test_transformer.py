@@ -10,9 +10,9 @@ import pytest
 
 from model.transformer import Transformer, shift_left
 from tests import tiny
-from tests.tiny import STAGES, T, VOCAB
+from tests.tiny import STAGES, VOCAB, T
 
-ROUNDING = dict(rtol=2e-5, atol=2e-5)  # float32 through four layers, summed in another order; logits are of size 1
+ROUNDING = {"rtol": 2e-5, "atol": 2e-5}  # float32 through four layers, summed in another order; logits are of size 1
 CONFIG = tiny.model_config()
 
 
@@ -68,8 +68,8 @@ def test_the_future_has_no_say(whole, stage):
     """Choices have no gradient: top-k and the router could look ahead unseen by it. Values tell."""
     batch, before = whole
     after = run(batch | {"tokens": batch["tokens"].at[:, 12:].add(5) % VOCAB}, stage)
-    chex.assert_trees_all_close(after["logits_BTV"][:, :12], before["logits_BTV"][:, :12], **ROUNDING)
-    chex.assert_trees_all_close(after["mtp_BTV"][0][:, :11], before["mtp_BTV"][0][:, :11], **ROUNDING)
+    tiny.assert_close(after["logits_BTV"][:, :12], before["logits_BTV"][:, :12], **ROUNDING)
+    tiny.assert_close(after["mtp_BTV"][0][:, :11], before["mtp_BTV"][0][:, :11], **ROUNDING)
     assert jnp.max(jnp.abs(after["logits_BTV"][1, 12:] - before["logits_BTV"][1, 12:])) > 0.1
 
 
@@ -79,8 +79,8 @@ def test_segments_do_not_see_each_other(whole, stage):
     changed_BT = batch["tokens"].at[0, :7].add(5).at[2, 5:17].add(5) % VOCAB
     after = run(batch | {"tokens": changed_BT}, stage)
     for row, second in ((0, slice(7, 18)), (2, slice(17, 24))):
-        chex.assert_trees_all_close(after["logits_BTV"][row, second], before["logits_BTV"][row, second], **ROUNDING)
-        chex.assert_trees_all_close(after["mtp_BTV"][0][row, second], before["mtp_BTV"][0][row, second], **ROUNDING)
+        tiny.assert_close(after["logits_BTV"][row, second], before["logits_BTV"][row, second], **ROUNDING)
+        tiny.assert_close(after["mtp_BTV"][0][row, second], before["mtp_BTV"][0][row, second], **ROUNDING)
 
 
 def test_packed_is_separate(whole, stage):
@@ -92,17 +92,17 @@ def test_packed_is_separate(whole, stage):
     after = run(alone | {"tokens": tokens_BT}, stage)
     for document, rows in ((slice(0, 7), ((0, slice(0, 7)), (2, slice(17, 24)))), (slice(7, 18), ((1, slice(0, 11)), (3, slice(13, 24))))):
         for row, where in rows:
-            chex.assert_trees_all_close(after["logits_BTV"][row, where], before["logits_BTV"][0, document], **ROUNDING)
+            tiny.assert_close(after["logits_BTV"][row, where], before["logits_BTV"][0, document], **ROUNDING)
             # The last position of a document has no next token for MTP to read: it is no prediction.
-            chex.assert_trees_all_close(after["mtp_BTV"][0][row, where][:-1], before["mtp_BTV"][0][0, document][:-1], **ROUNDING)
+            tiny.assert_close(after["mtp_BTV"][0][row, where][:-1], before["mtp_BTV"][0][0, document][:-1], **ROUNDING)
 
 
 def test_what_padding_holds_changes_nothing(whole, stage):
     """Neither outputs nor what the layers report. An MTP module reads one token on, which at the end of a segment is padding or another document."""
     batch, before = whole
     after = run(batch | {"tokens": jnp.where(batch["segments"] > 0, batch["tokens"], (batch["tokens"] + 9) % VOCAB)}, stage)
-    chex.assert_trees_all_close(real(after["logits_BTV"], batch), real(before["logits_BTV"], batch), **ROUNDING)
-    chex.assert_trees_all_close(after["reports"], before["reports"], rtol=2e-5)
+    tiny.assert_close(real(after["logits_BTV"], batch), real(before["logits_BTV"], batch), **ROUNDING)
+    tiny.assert_close(after["reports"], before["reports"], rtol=2e-5)
 
 
 def test_a_row_alone_is_the_row_in_a_batch(whole, stage):
@@ -110,8 +110,8 @@ def test_a_row_alone_is_the_row_in_a_batch(whole, stage):
     batch, before = whole
     singles = [run(tiny.without_rows(batch, [row]), stage) for row in range(4)]
     for row, single in enumerate(singles):
-        chex.assert_trees_all_close(real(single["logits_BTV"], batch)[row], real(before["logits_BTV"], batch)[row], **ROUNDING)
-    chex.assert_trees_all_close(jax.tree.map(lambda *parts: sum(parts), *(single["reports"] for single in singles)), before["reports"], rtol=2e-5)
+        tiny.assert_close(real(single["logits_BTV"], batch)[row], real(before["logits_BTV"], batch)[row], **ROUNDING)
+    tiny.assert_close(jax.tree.map(lambda *parts: sum(parts), *(single["reports"] for single in singles)), before["reports"], rtol=2e-5)
 
 
 def test_padding_is_not_counted(whole):
@@ -158,12 +158,13 @@ def plain():
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str)
 def test_how_it_is_computed_changes_nothing(plain, change):
     """The same sums, fused otherwise: gradients are of size 1 to 100."""
-    chex.assert_trees_all_close(loss_and_gradients(dataclasses.replace(SMALL, **change)), plain, rtol=1e-4, atol=1e-3)
+    tiny.assert_close(loss_and_gradients(dataclasses.replace(SMALL, **change)), plain, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
 def test_bfloat16_is_close(stage):
-    """bfloat16 keeps 8 bits: 0.4 % a rounding, a few per cent after four layers. The median, because a token whose expert or key changes is legitimately far off."""
+    """bfloat16 keeps 8 bits: 0.4 % a rounding, a few per cent after four layers. The median, because a token whose expert
+    or key changes is legitimately far off."""
     config = tiny.model_config(dtype="bfloat16")
     batch = tiny.batch_of()
     exact, rounded = run(batch, stage), tiny.forward(config, tiny.variables(config), batch, stage)

@@ -1,0 +1,72 @@
+"""Reading token by token, over latents, is the forward pass over the whole row."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from model.decode import decode_step, decode_weights, prefill
+from tests import tiny
+from tests.tiny import T
+
+PROMPT = 16
+PADDING = (0, 3, 9, 15)  # on the left: the last prompt is one token
+LAYOUT = tuple(((0, n), (1, T - n)) for n in PADDING)
+
+prefill = jax.jit(prefill, static_argnums=(0, 4, 5))
+step = jax.jit(decode_step, static_argnums=(0, 4))
+
+CASES = {
+    "dense, no gate, no query latent": ("dense", tiny.model_config(mtp_depth=0, attention={"gate": "none", "query_rank": 0})),
+    "sparse, gate per head, no query latent": ("sparse", tiny.model_config(mtp_depth=0, attention={"gate": "head", "query_rank": 0})),
+    "sparse, gate per element, query latent": ("sparse", tiny.model_config(mtp_depth=0)),
+    "no indexer": ("dense", tiny.model_config(mtp_depth=0, indexer={"heads": 0, "topk": 4})),
+}
+
+
+@functools.cache
+def decoded(case: str, topk: int | None = None):
+    """The cache after the last token, and logits [B, T - PROMPT + 1, V] after the prompt and each token."""
+    stage, config = CASES[case]
+    if topk:
+        config = tiny.model_config(mtp_depth=0, indexer={"topk": topk})
+    variables, batch = tiny.variables(config), tiny.batch_of(LAYOUT)
+    cache, logits_BV = prefill(config, variables, batch["tokens"][:, :PROMPT], batch["segments"][:, :PROMPT], T, stage)
+    weights, found = decode_weights(config, variables), [logits_BV]
+    for t in range(PROMPT, T):
+        cache, logits_BV = step(config, weights, batch["tokens"][:, t], cache, stage)
+        found.append(logits_BV)
+    return cache, jnp.stack(found, axis=1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decoding_is_the_forward_pass(case):
+    """Absorbed against expanded: products of float32 matrices in another order, logits of size 1."""
+    stage, config = CASES[case]
+    expected = tiny.forward(config, tiny.variables(config), tiny.batch_of(LAYOUT), stage)["logits_BTV"][:, PROMPT - 1 :]
+    tiny.assert_close(decoded(case)[1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["sparse, gate per element, query latent", "no indexer"])
+def test_the_cache_holds_latents_and_index_keys_alone(case):
+    config = CASES[case][1]
+    cache, _ = decoded(case)
+    width = config.indexer.width if config.indexer.heads else 0
+    per_layer = {(4, T, config.attention.latent_rank + config.attention.rope_width), (4, T, width)}
+    assert len(cache.layers) == config.layers
+    for layer in cache.layers:
+        assert {leaf.shape for leaf in jax.tree.leaves(layer)} == per_layer
+    assert len(jax.tree.leaves(cache)) == 2 * config.layers + 3
+    chex.assert_trees_all_equal(cache.next_position_B, T - jnp.asarray(PADDING))
+    assert int(cache.length) == T
+
+
+def test_topk_of_everything_is_dense():
+    """The same parameters, read sparsely with as many keys as slots, and densely; with 4 they differ."""
+    case = "sparse, gate per element, query latent"
+    config = tiny.model_config(mtp_depth=0)
+    dense = tiny.forward(config, tiny.variables(config), tiny.batch_of(LAYOUT), "dense")["logits_BTV"][:, PROMPT - 1 :]
+    tiny.assert_close(decoded(case, topk=T)[1], dense, atol=1e-4)
+    assert jnp.max(jnp.abs(decoded(case)[1] - dense)) > 0.1
