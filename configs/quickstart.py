@@ -29,10 +29,13 @@ def common() -> ConfigDict:
     c.model.indexer.width = 32
     c.model.indexer.topk = 32
     c.model.tie_embeddings = True
+    c.model.init_std = 0.06  # a narrow model: 0.02 starts with attention so flat that it learns to copy several times later
     c.data.sources = ("stdlib", TASK)
     c.data.mixture = (0.03, 0.97)  # of documents: a piece of code has some 40 times the tokens of a problem, so about half of the tokens are code
     c.data.sequence = 256
     c.data.batch = 16
+    c.data.packing = "fit"
+    c.data.cross_document_attention = False  # a problem is 60 tokens: a row holds several, and they have nothing to say to each other
     c.reinforce.task = TASK
     return c
 
@@ -40,8 +43,8 @@ def common() -> ConfigDict:
 def pretrain() -> ConfigDict:
     c = common()
     c.train.stage = "dense"
-    c.train.steps = 600
-    c.train.learning_rate = 3e-3
+    c.train.steps = 450
+    c.train.learning_rate = 5e-3
     return c
 
 
@@ -49,8 +52,8 @@ def warmup() -> ConfigDict:
     c = common()
     c.init_from = "runs/quickstart/pretrain"
     c.train.stage = "warmup"
-    c.train.steps = 40
-    c.train.learning_rate = 3e-3
+    c.train.steps = 30
+    c.train.learning_rate = 5e-3
     c.train.warmup_steps = 5
     return c
 
@@ -59,8 +62,8 @@ def sparse() -> ConfigDict:
     c = common()
     c.init_from = "runs/quickstart/warmup"
     c.train.stage = "sparse"
-    c.train.steps = 60
-    c.train.learning_rate = 3e-4
+    c.train.steps = 40
+    c.train.learning_rate = 5e-4
     c.train.warmup_steps = 5
     return c
 
@@ -71,8 +74,8 @@ def finetune() -> ConfigDict:
     c.data.sources = (f"{TASK}&count=400&style=chat",)
     c.data.mixture = (1.0,)
     c.train.stage = "sparse"
-    c.train.steps = 40
-    c.train.learning_rate = 5e-4
+    c.train.steps = 50
+    c.train.learning_rate = 2e-3
     c.train.warmup_steps = 5
     return c
 
@@ -82,7 +85,7 @@ def reinforce() -> ConfigDict:
     c.init_from = "runs/quickstart/finetune"
     c.train.stage = "sparse"
     c.train.steps = 100
-    c.train.learning_rate = 3e-4
+    c.train.learning_rate = 5e-4
     c.train.warmup_steps = 5
     c.train.weight_decay = 0.0
     c.reinforce.prompts = 16

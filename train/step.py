@@ -68,7 +68,7 @@ def make_step(config: ModelConfig, train: TrainConfig, objective: Objective, opt
         metrics |= {
             "loss": weighted_loss(objective, totals.terms, weights),
             "grad_norm": norm,
-            "learning_rate": learning_rate(state.step),
+            "learning_rate": learning_rate(state.step - state.skipped),  # the optimizer's own count: it does not see skipped steps
             "skipped": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
         }

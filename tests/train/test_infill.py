@@ -23,7 +23,7 @@ def test_the_middle_is_the_same_and_the_rest_is_as_said():
     pre, suf, mid = TOKENIZER.fim
     for row in range(3):
         lines = [TOKENIZER.encode(f"{row}.{line}\n") for line in range(8)]
-        prefix, middle, suffix = (sum(piece, []) for piece in (lines[:3], lines[3:5], lines[5:]))
+        prefix, middle, suffix = ([i for line in piece for i in line] for piece in (lines[:3], lines[3:5], lines[5:]))
         expected = {"with_suffix": [pre, *prefix, suf, *suffix, mid], "without_suffix": prefix, "empty_suffix": [pre, *prefix, suf, mid]}
         for name in VARIANTS:
             assert parts(rows[name], row) == (expected[name], middle)

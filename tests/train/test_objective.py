@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from model.transformer import same_segment
+from tests import tiny
+from tests.tiny import T
 from train.objective import language_objective, split_microbatches, target_weights
 from train.state import TrainState
 from train.step import loss_and_gradient
-from tests import tiny
-from tests.tiny import T
 
 CONFIG = tiny.model_config()
 # Four ragged rows, then four of which the odd ones are padding: in two and in four pieces, rows 0, 4 / 1, 5 / ... and 0, 2, 4, 6 / 1, 3, 5, 7.
@@ -71,7 +71,7 @@ def test_losses_by_hand():
         assert float(found["terms"][name]) == pytest.approx(total, rel=1e-5)  # a float32 sum of 100 terms
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("pieces", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_gradient_does_not_depend_on_microbatches(pieces):
     """All terms: lm, MTP, the indexer's KL, balance. Rows and weights are ragged, and one piece of four has padding rows only."""
     batch = BATCH if pieces == 2 else jax.tree.map(lambda x: x[jnp.asarray([0, 1, 2, 5, 3, 4, 6, 7])], BATCH)
@@ -105,7 +105,8 @@ def test_every_stage_minimises_its_terms():
 
 
 def test_reports_are_means():
-    """Perfect balance is 1, and a share of attention's mass is at most 1: so their weights count what their totals do. In the warm-up, which alone has a recall."""
+    """Perfect balance is 1, and a share of attention's mass is at most 1: so their weights count what their totals do. In the warm-up, which alone has
+    a recall."""
     found = gradient(BATCH, stage="warmup")
     means = {name: float(total / found["weights"][name]) for name, total in found["terms"].items()}
     assert 0.9 < means["balance"] < 2

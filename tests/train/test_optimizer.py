@@ -60,7 +60,7 @@ def test_each_stage_trains_what_its_loss_reaches():
 
 
 def test_a_pattern_that_trains_nothing_is_an_error():
-    with pytest.raises(UserError, match="train.trainable = 'attention/gate': matches no parameter that stage 'warmup' trains"):
+    with pytest.raises(UserError, match=r"train.trainable = 'attention/gate': matches no parameter that stage 'warmup' trains"):
         trainable(tiny.train_config(stage="warmup", trainable="attention/gate"), tiny.variables(CONFIG)["params"])
 
 

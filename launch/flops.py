@@ -1,0 +1,104 @@
+"""Floating-point operations of a program: counted in its jaxpr, loops and recomputation included, and by formula, as the work that the mathematics needs.
+
+XLA's `cost_analysis()` gives neither: it counts the body of a loop once, and a loop is how the layers, the microbatches and the query chunks run.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from model.config import ModelConfig
+from rl.config import SamplingConfig
+from train.state import count_parameters
+
+
+class Flops(NamedTuple):
+    """Of all devices together. `grouped` is that of grouped matmuls (ragged_dot), counted as if every row of their buffers were filled."""
+
+    dense: float
+    grouped: float
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.dense + other.dense, self.grouped + other.grouped)
+
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(self.dense * times, self.grouped * times)
+
+
+def program_flops(jaxpr: Any, rounds: int = 1) -> Flops:
+    """Multiply-adds (2 each) of the matmuls in a jaxpr; what several devices repeat counts once. `rounds` is how often a `while` loop runs.
+
+    The weight gradient of a ragged_dot counts once for each group, over all rows: so the TPU compiler does it, as one dense matmul over masked copies.
+    """
+    total = Flops(0.0, 0.0)
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, shapes = eqn.primitive.name, [getattr(var.aval, "shape", ()) for var in eqn.invars]
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += Flops(2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][d] for d in contracted), 0.0)
+        elif name == "ragged_dot_general":
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            (contracted, _), _ = numbers.dot_dimension_numbers
+            flops = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][d] for d in contracted)
+            # A result with a matrix per group has the groups' number in its shape already.
+            total += Flops(flops, 0.0) if set(numbers.lhs_ragged_dimensions) <= set(contracted) else Flops(0.0, flops)
+        elif name == "cond":
+            total += max(program_flops(branch, rounds) for branch in eqn.params["branches"])
+        else:
+            times = {"scan": eqn.params.get("length", 1), "while": rounds}.get(name, 1)
+            if name == "shard_map":
+                times = eqn.params["mesh"].size  # its shapes are those of one device
+            for inner in _inner(eqn.params):
+                total += program_flops(inner, rounds) * times
+    return total
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(getattr(item, "jaxpr", item), "eqns"):
+                yield item
+
+
+def attended(queries: range, topk: int) -> float:
+    """Keys that causal queries at these positions attend to, in all; at most topk each."""
+    return float(sum(min(position + 1, topk) for position in queries))
+
+
+def weights_of_a_token(model: ModelConfig, heads: int, *, mtp: bool, indexer: bool) -> int:
+    """Parameters that multiply one token's hidden state, the output head counted `heads` times. A look-up of an embedding multiplies nothing."""
+    without = dataclasses.replace(model.indexer, heads=0)
+    used = dataclasses.replace(model, mtp_depth=model.mtp_depth if mtp else 0, indexer=model.indexer if indexer else without)
+    table = model.vocab * model.width
+    return count_parameters(used)[1] - table * (1 if model.tie_embeddings else 2) + heads * table
+
+
+def train_formula(model: ModelConfig, stage: str, rows: int, length: int) -> float:
+    """6 * parameters * tokens, and attention's 6 * layers * heads * (query + value width) per attended key; each row one document.
+
+    Attention is causal; in stage "sparse" a query has topk keys, which the indexer finds at the price of scoring all of them. In stage "warmup" only the
+    indexer has a backward pass.
+    """
+    a, i, layers, tokens = model.attention, model.indexer, model.layers + model.mtp_depth, rows * length
+    trunk = 2 if stage == "warmup" else 6
+    keys = attended(range(length), i.topk if stage == "sparse" else length)
+    flops = trunk * weights_of_a_token(model, 1 + model.mtp_depth, mtp=True, indexer=stage != "dense") * tokens
+    flops += trunk * layers * rows * keys * a.heads * (a.query_width + a.value_width)
+    if stage != "dense":
+        flops += 6 * layers * rows * attended(range(length), length) * i.heads * i.width
+    return float(flops)
+
+
+def rollout_formula(model: ModelConfig, sampling: SamplingConfig, prompts: int, group: int) -> float:
+    """2 * parameters * tokens and attention: expanded over the prompts, over latents for what is sampled. Every completion as long as it may be."""
+    a, i, T, C = model.attention, model.indexer, sampling.max_prompt, sampling.max_new
+    sparse = sampling.attention == "sparse" and i.heads > 0
+    topk = i.topk if sparse else T + C
+    layer_weights = weights_of_a_token(model, 0, mtp=False, indexer=sparse)
+    head = model.vocab * model.width
+    prefill = 2 * prompts * (layer_weights * T + head) + 2 * model.layers * prompts * attended(range(T), topk) * a.heads * (a.query_width + a.value_width)
+    decode = 2 * prompts * group * (layer_weights + head) * C
+    decode += 2 * model.layers * prompts * group * attended(range(T, T + C), topk) * a.heads * (2 * a.latent_rank + a.rope_width)
+    scores = 2 * model.layers * i.heads * i.width * (prompts * attended(range(T), T) + prompts * group * attended(range(T, T + C), T + C)) if sparse else 0
+    return float(prefill + decode + scores)

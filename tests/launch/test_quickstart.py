@@ -1,0 +1,39 @@
+"""The whole road at its smallest, as a person runs it: one command in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = {"loss_first", "loss_last", "tokens", "tokens_per_s", "middle_loss_with_suffix", "middle_loss_without_suffix"}
+REINFORCE = {"algorithm", "pass@1_before", "pass@1_after", "pass@8_before", "pass@8_after", "problems", "samples"}
+
+
+def launch(command: str, *flags: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, "-m", f"launch.{command}", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_whole_road(tmp_path):
+    done = launch("quickstart", "--config=tests/launch/tiny_road.py", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["pretrain"].keys() >= PRETRAIN
+    assert summary["indexer"].keys() >= {"recall", "recall_random", "topk", "context"}
+    assert summary["reinforce"].keys() >= REINFORCE
+    assert summary.keys() >= {"seconds", "devices", "versions"}
+    assert 0 < summary["indexer"]["recall_random"] < 1
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    for stage in ("pretrain", "warmup", "sparse", "finetune", "reinforce"):
+        assert (tmp_path / stage / "checkpoints" / "2").is_dir()
+        assert (tmp_path / stage / "metrics.jsonl").exists()
+        assert list((tmp_path / stage / "tensorboard").iterdir())
+
+    sampled = launch("sample", f"--workdir={tmp_path / 'reinforce'}", "--chat=A zoo has 7 birds. 3 leave. How many birds now?")
+    assert sampled.returncode == 0, sampled.stderr[-2000:]
+    infilled = launch("sample", f"--workdir={tmp_path / 'sparse'}", "--infill", "--prefix=def f(x):\\n", "--suffix=\\n    return y\\n")
+    assert infilled.returncode == 0, infilled.stderr[-2000:]
+    assert infilled.stdout.rstrip().endswith("return y")
+    assert "def f(x):" in infilled.stdout

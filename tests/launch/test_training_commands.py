@@ -1,0 +1,119 @@
+"""The training commands themselves, on a tiny model: stop and resume, bad gradients, whose workdir it is."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from errors import UserError
+from launch import finetune, pretrain, reinforce
+from launch.door import Config, parse
+from launch.start import load_variables, sized
+from model.sharding import make_mesh
+from train.checkpoint import Checkpoints
+from train.interrupt import Interrupt
+
+
+def tiny(**changes) -> Config:
+    """A config of a few thousand parameters on bytes; `section__field=value` changes a field."""
+    c = base.get_config()
+    c.tokenizer.kind = "bytes"
+    c.model.width, c.model.layers, c.model.dense_width = 16, 2, 32
+    c.model.attention.update({"heads": 2, "query_rank": 8, "latent_rank": 8, "nope_width": 8, "rope_width": 4, "value_width": 8})
+    c.model.indexer.update({"heads": 2, "width": 8, "rope_width": 4, "topk": 8})
+    c.model.moe.update({"experts": 4, "width": 16})
+    c.data.sources, c.data.mixture = ("task:arithmetic?count=200",), (1.0,)
+    c.data.sequence, c.data.batch, c.data.fim_rate = 32, 8, 0.0
+    c.train.update({"steps": 4, "warmup_steps": 1, "log_every": 1, "eval_batches": 1, "save_every": 100})
+    c.sampling.update({"max_prompt": 160, "max_new": 8})
+    c.reinforce.update({"prompts": 8, "group": 2, "task": "task:arithmetic"})
+    for name, value in changes.items():
+        section, field = name.split("__")
+        c[section][field] = value
+    return parse(c)
+
+
+def final_variables(config: Config, workdir: Path) -> dict:
+    from data.tokenizer import load_tokenizer
+
+    model = sized(config.model, load_tokenizer(workdir / "tokenizer.json"))
+    return jax.device_get(load_variables(model, make_mesh(config.mesh), workdir))
+
+
+def stopped_at(step: int, monkeypatch) -> None:
+    """As SIGTERM would: asked to stop during `step`."""
+    monkeypatch.setattr(Interrupt, "stop_requested", lambda self, at: at == step)
+
+
+COMMANDS = {"pretrain": (pretrain.run, {}), "finetune": (finetune.run, {"data__sources": ("task:arithmetic?count=200&style=chat",)}), "reinforce": (reinforce.run, {})}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_stopped_and_resumed_is_bit_identical_to_never_stopped(name, tmp_path, monkeypatch):
+    """Parameters, router bias and metrics: state, data cursor (in the middle of a packed row) and sampling keys all come back."""
+    run, changes = COMMANDS[name]
+    config = tiny(**changes, train__stage="sparse")
+    assert run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stopped_at(2, patch)
+        assert not run(config, tmp_path / "parts")
+    with Checkpoints(tmp_path / "parts" / "checkpoints", keep=1) as checkpoints:
+        assert checkpoints.latest() == 2
+    assert run(config, tmp_path / "parts")
+    chex.assert_trees_all_equal(final_variables(config, tmp_path / "parts"), final_variables(config, tmp_path / "whole"))
+    whole, parts = (
+        [[line.get("loss"), line["step"]] for line in map(json.loads, (tmp_path / which / "metrics.jsonl").read_text().splitlines())] for which in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_a_finished_run_given_again_changes_nothing(tmp_path):
+    config = tiny(train__steps=2)
+    pretrain.run(config, tmp_path)
+    before = final_variables(config, tmp_path)
+    assert pretrain.run(config, tmp_path)
+    chex.assert_trees_all_equal(final_variables(config, tmp_path), before)
+
+
+def test_indexer_warmup_moves_the_indexer_alone(tmp_path):
+    pretrain.run(tiny(train__steps=1), tmp_path / "dense")
+    config = dataclasses.replace(tiny(train__stage="warmup", train__steps=2, train__learning_rate=0.1), init_from=str(tmp_path / "dense"))
+    pretrain.run(config, tmp_path / "warmup")
+    before, after = (final_variables(config, tmp_path / name) for name in ("dense", "warmup"))
+    for path, moved in jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert moved == ("indexer" in name), name
+
+
+def test_gradients_that_are_never_finite_stop_the_run_with_one_line(tmp_path):
+    config = tiny(train__learning_rate=1e30, train__max_skipped=3, train__steps=50, train__warmup_steps=0, train__eval_batches=0)
+    with pytest.raises(UserError, match=r"the gradients of the last 3 steps were not finite \(train.max_skipped\)"):
+        pretrain.run(config, tmp_path)
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+    pretrain.run(tiny(train__steps=1), tmp_path)
+    with pytest.raises(UserError, match=r"belongs to another config \(train.learning_rate: 0.001 there, 0.5 here\)"):
+        pretrain.run(tiny(train__steps=1, train__learning_rate=0.5), tmp_path)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
+    pretrain.run(tiny(train__steps=1), tmp_path / "narrow")
+    config = dataclasses.replace(tiny(model__width=24), init_from=str(tmp_path / "narrow"))
+    with pytest.raises(UserError, match=r"is \[.*\] there, \[.*\] in this config"):
+        pretrain.run(config, tmp_path / "wide")
+
+
+def test_a_mesh_that_does_not_multiply_is_refused():
+    with pytest.raises(UserError, match=r"needs 3 devices; this run sees 8 CPU device"):
+        make_mesh(tiny(mesh__data=3).mesh)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"12 rows at a time do not divide over 8 devices"):
+        pretrain.run(tiny(data__batch=12), tmp_path)
