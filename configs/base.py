@@ -62,9 +62,9 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1
 
     c.data = ConfigDict()
-    # One string a source: "stdlib" | "text:GLOB" | "jsonl:GLOB#FIELD" (.gz too) | "parquet:GLOB#FIELD" | "arrayrecord:GLOB#FIELD" (records are JSON, or text without #FIELD)
-    # | "task:NAME?min_ops=2&max_ops=4" (verifiable problems; the task's own parameters, and count=20000, style=text|chat, noise=0.0: data/tasks).
-    # For chat the FIELD holds the list of messages.
+    # One string a source: "stdlib" | "text:GLOB" | "jsonl:GLOB#FIELD" (.gz too) | "parquet:GLOB#FIELD" | "arrayrecord:GLOB#FIELD" (records are JSON,
+    # or text without #FIELD) | "task:NAME?min_ops=2&max_ops=4" (verifiable problems of data/tasks: the task's own parameters, and count=20000,
+    # style=text|chat, noise=0.0). For chat the FIELD holds the list of messages.
     c.data.sources = ("stdlib",)
     c.data.mixture = (1.0,)  # share of documents drawn from each source
     c.data.validation = 0.05  # share of files (or records) held out, by hash; a task always holds out a tenth of its problems
@@ -78,7 +78,8 @@ def get_config() -> ConfigDict:
     c.data.template = "think"  # how chat is written, see data/chat.py
 
     c.train = ConfigDict()
-    c.train.stage = "dense"  # "dense": full attention | "warmup": full attention, only the indexer learns, by KL | "sparse": top-k attention, indexer learns by KL on the selected set
+    # "dense": full attention | "warmup": full attention, the indexer alone learns, by KL | "sparse": top-k attention, the indexer learns on the selected set
+    c.train.stage = "dense"
     c.train.steps = 1_000
     c.train.microbatches = 1  # the batch is cut into this many, gradients summed
     c.train.learning_rate = 1e-3  # peak

@@ -95,7 +95,8 @@ def report(step: int, values: dict, config: Config, metrics: Metrics, progress: 
     """Shows and writes the values of a step. Raises UserError when too many steps in a row had no finite gradients."""
     in_row = int(values["skipped_in_row"])
     if in_row >= config.train.max_skipped:
-        raise UserError(f"step {step}: the gradients of the last {in_row} steps were not finite (train.max_skipped); lower train.learning_rate, or look at the data")
+        trouble = f"the gradients of the last {in_row} steps were not finite (train.max_skipped)"
+        raise UserError(f"step {step}: {trouble}; lower train.learning_rate, or look at the data")
     progress.update(step, {name: values[name] for name in SHOWN if name in values}, tokens)
     if Due(config).log(step):
         last = step == config.train.steps
@@ -105,7 +106,8 @@ def report(step: int, values: dict, config: Config, metrics: Metrics, progress: 
 def validate(begin: Start, evaluate_fn, variables: dict, chat: bool) -> dict[str, float]:
     """Every term on the first eval_batches of the held-out documents, the same each time."""
     config = begin.config
-    held_out = iter(batches(config.data, begin.tokenizer, split="validation", seed=0, chat=chat, process_index=jax.process_index(), process_count=jax.process_count()))
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    held_out = iter(batches(config.data, begin.tokenizer, split="validation", seed=0, chat=chat, **process))
     sums = None
     for _ in range(config.train.eval_batches):
         found = evaluate_fn(variables, begin.on_devices(next(held_out)))

@@ -30,7 +30,7 @@ def run(config: Source, workdir: Path, seed: int) -> None:
     began = time.time()
     written = config.read()
     if set(written) != set(COMMANDS):
-        raise UserError(f"{config.path}: get_config() must return a config for each of {', '.join(COMMANDS)} (see configs/quickstart.py); it has {', '.join(written)}")
+        raise UserError(f"{config.path}: get_config() must return a config for each of {', '.join(COMMANDS)}; it has {', '.join(written)}")
     stages, previous = {}, ""
     for name in COMMANDS:
         written[name].seed = seed

@@ -3,7 +3,8 @@
     python -m launch.reinforce --config=configs/quickstart.py:reinforce --workdir=runs/rl --config.init_from=runs/chat
     python -m launch.reinforce ... --config.reinforce.algorithm=grpo --config.reinforce.kl_weight=0.01
 
-A step samples `reinforce.group` completions of `reinforce.prompts` prompts, rewards them, and updates epochs x minibatches times; train.steps counts such steps.
+A step samples `reinforce.group` completions of `reinforce.prompts` prompts, rewards them, and updates epochs x minibatches times; train.steps counts
+such steps.
 The same command again goes on where the run stopped.
 """
 

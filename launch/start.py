@@ -41,7 +41,8 @@ def start(config: Config, workdir: Path, rows: int) -> Start:
     compile_cache()
     mesh = make_mesh(config.mesh)
     if rows % batch_shards(mesh):
-        raise UserError(f"{rows} rows at a time do not divide over {batch_shards(mesh)} devices (mesh axes data x fsdp x expert); change data.batch, train.microbatches or the mesh")
+        devices = f"{batch_shards(mesh)} devices (mesh axes data x fsdp x expert)"
+        raise UserError(f"{rows} rows at a time do not divide over {devices}; change the mesh, data.batch, train.microbatches or reinforce.prompts")
     tokenizer = workdir_tokenizer(config, workdir)
     model = sized(config.model, tokenizer)
     summarise(config, *count_parameters(model), mesh)

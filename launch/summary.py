@@ -36,7 +36,8 @@ def write_summary(workdir: Path, numbers: Mapping[str, Any]) -> None:
 def stage_summary(config: Config, workdir: Path, stage: str) -> dict[str, float]:
     """First and last of what the metrics say, tokens seen and the median speed of a training run.
 
-    loss is the language-model loss (nats per token) where there is one; of reinforcement learning, reward is the mean of the first and of the last tenth of the steps.
+    loss is the language model's, in nats per token. Reinforcement learning has its reward, length, entropy and log-prob gap, over the first and last tenth of
+    the steps.
     """
     lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["stage"] == stage]
     trained = [line for line in lines if "loss" in line]

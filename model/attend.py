@@ -37,7 +37,7 @@ class IndexerInputs(NamedTuple):
 
 
 def softmax_parts(logits_BNTS: Array, among_BTS: Array) -> tuple[Array, Array]:
-    """Softmax over the keys in `among` as (unnormalised_BNTS, sum_BNT1), to be divided where that is cheapest; zeros and a harmless sum where there is no key."""
+    """Softmax over the keys in `among` as (unnormalised_BNTS, sum_BNT1), to be divided where that is cheapest; zeros, and a harmless sum, without a key."""
     # A bias and not a select: its backward pass is free, and a masked logit's exponential is exactly 0 either way.
     logits_BNTS = logits_BNTS + jnp.where(among_BTS, 0.0, MASKED)[:, None]
     largest_BNT1 = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits_BNTS, axis=-1, keepdims=True), MASKED / 2))
@@ -73,7 +73,7 @@ def attend_expanded(
       segments_BT: 0 is padding and attends to nothing.
       indexer: its queries and keys; needed by the stages "warmup" and "sparse".
       stage: "dense" | "warmup" (dense, with the indexer's loss) | "sparse" (over the selected keys only, with the indexer's loss).
-      query_chunk: queries handled at a time; the backward pass recomputes a chunk when there are several.
+      query_chunk: queries handled at a time; the backward pass recomputes a chunk.
 
     Returns:
       out_BTNV of v's dtype, zeros for padding, and the indexer's report.

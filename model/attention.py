@@ -54,7 +54,14 @@ class LatentAttention(nn.Module):
             self.indexer = Indexer(c)
 
     def __call__(
-        self, hidden_BTD: Array, positions_BT: Array, segments_BT: Array, stage: str, past: LayerCache | None = None, allowed_BTS: Array | None = None, at: Array | None = None
+        self,
+        hidden_BTD: Array,
+        positions_BT: Array,
+        segments_BT: Array,
+        stage: str,
+        past: LayerCache | None = None,
+        allowed_BTS: Array | None = None,
+        at: Array | None = None,
     ) -> tuple[Array, IndexerReport, LayerCache]:
         """Attends and projects back to the width.
 
@@ -78,7 +85,8 @@ class LatentAttention(nn.Module):
         entries = LayerCache(jnp.concatenate([latent_BTR, k_rope_BTP], axis=-1), no_key if index_key_BTC is None else index_key_BTC)
 
         if past is None:
-            out_BTNV, report = self.expanded(q_nope_BTNH, q_rope_BTNP, latent_BTR, k_rope_BTP, segments_BT, None if query is None else IndexerInputs(query, index_key_BTC), stage)
+            indexer = None if query is None else IndexerInputs(query, index_key_BTC)
+            out_BTNV, report = self.expanded(q_nope_BTNH, q_rope_BTNP, latent_BTR, k_rope_BTP, segments_BT, indexer, stage)
         else:
             entries, report = past.write(entries, at), IndexerReport.zero()
             out_BTNV = self.absorbed(q_nope_BTNH, q_rope_BTNP, entries, allowed_BTS, query if stage == "sparse" else None)

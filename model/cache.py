@@ -10,7 +10,7 @@ from model.config import ModelConfig
 
 @flax.struct.dataclass
 class LayerCache:
-    """One layer: latent_BSR holds the normalised key-value latent and, after it, the rotated shared key; index_key_BSC the indexer's keys (C = 0 without one)."""
+    """One layer: latent_BSR holds the normalised key-value latent and after it the rotated shared key; index_key_BSC the indexer's keys (C = 0: none)."""
 
     latent_BSR: Array
     index_key_BSC: Array

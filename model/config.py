@@ -59,9 +59,8 @@ class IndexerConfig:
 
     def __post_init__(self):
         require(self.heads >= 0, "model.indexer.heads", self.heads, "must be 0 (no indexer) or positive")
-        require(
-            0 <= self.rope_width <= self.width and self.rope_width % 2 == 0, "model.indexer.rope_width", self.rope_width, f"must be even and at most the width, {self.width}"
-        )
+        fits = 0 <= self.rope_width <= self.width and self.rope_width % 2 == 0
+        require(fits, "model.indexer.rope_width", self.rope_width, f"must be even and at most the width, {self.width}")
         require(self.topk > 0, "model.indexer.topk", self.topk, "must be positive")
 
 
@@ -80,9 +79,8 @@ class MoEConfig:
     def __post_init__(self):
         require(self.experts > 0, "model.moe.experts", self.experts, "must be positive")
         divisors = ", ".join(str(n) for n in range(1, self.experts + 1) if self.experts % n == 0)
-        require(
-            self.groups > 0 and self.experts % self.groups == 0, "model.moe.groups", self.groups, f"does not divide model.moe.experts = {self.experts} (try {divisors})"
-        )
+        divides = self.groups > 0 and self.experts % self.groups == 0
+        require(divides, "model.moe.groups", self.groups, f"does not divide model.moe.experts = {self.experts} (try {divisors})")
         require(0 < self.chosen_groups <= self.groups, "model.moe.chosen_groups", self.chosen_groups, f"must be between 1 and model.moe.groups = {self.groups}")
         available = self.experts // self.groups * self.chosen_groups
         require(0 < self.chosen <= available, "model.moe.chosen", self.chosen, f"must be between 1 and the {available} experts of the chosen groups")

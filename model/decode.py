@@ -21,6 +21,11 @@ class DecodeWeights(NamedTuple):
 
 def decode_weights(config: ModelConfig, variables: dict) -> DecodeWeights:
     """Cast to the compute type: a step then reads half the bytes in bfloat16. Norm scales and the router keep float32, as in training."""
+
+    def cast(path, leaf):
+        return leaf if path[-1].key in ("scale", "bias", "router") else leaf.astype(config.dtype)
+
+    variables = jax.tree_util.tree_map_with_path(cast, variables)
     layers = []
     for name, count in (("dense_layers", config.dense_layers), ("moe_layers", config.moe_layers)):
         layers += [{kind: jax.tree.map(lambda leaf, i=i: leaf[i], variables[kind].get(name, {})) for kind in ("params", "router")} for i in range(count)]

@@ -68,7 +68,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         named = ",".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         kind = devices[0].platform.upper()
         multiple = "a multiple of " if -1 in sizes else ""
-        raise UserError(f"mesh {named} needs {multiple}{wanted} devices; this run sees {len(devices)} {kind} device(s) (for a dry run: --pretend_devices={wanted})")
+        seen = f"this run sees {len(devices)} {kind} device(s)"
+        raise UserError(f"mesh {named} needs {multiple}{wanted} devices; {seen} (for a dry run: --pretend_devices={wanted})")
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -115,7 +116,7 @@ def shardings(boxed, mesh: Mesh):
             parts = math.prod(mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,) if axes else ()))
             if size % parts:
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise UserError(f"parameter {where}: its {name} axis of {size} does not divide over {parts} devices of mesh axis {axes}; change the mesh or the model")
+                raise UserError(f"parameter {where}: its {name} axis of {size} does not divide over the {parts} devices of mesh axis {axes}; change either")
         return NamedSharding(mesh, partition)
 
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda leaf: isinstance(leaf, Named))

@@ -90,7 +90,8 @@ class MTPModule(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.init_std)
         merge_2DD = self.param("merge", named(init, (None, "width", "replicated")), (2, c.width, c.width), jnp.float32).astype(previous_BTD.dtype)
-        hidden_BTD = RMSNorm(c.norm_eps, name="hidden_norm")(previous_BTD) @ merge_2DD[0] + RMSNorm(c.norm_eps, name="embedding_norm")(embedded_BTD) @ merge_2DD[1]
+        hidden_BTD = RMSNorm(c.norm_eps, name="hidden_norm")(previous_BTD) @ merge_2DD[0]
+        hidden_BTD += RMSNorm(c.norm_eps, name="embedding_norm")(embedded_BTD) @ merge_2DD[1]
         return Block(c, moe=c.moe_layers > 0, name="block")(hidden_BTD, positions_BT, segments_BT, stage)
 
 
@@ -150,7 +151,8 @@ def embed(config: ModelConfig, embedding_VD: Array, tokens_BT: Array) -> Array:
 
 
 def init(config: ModelConfig, key: Array) -> dict:
-    """Fresh variables {"params", "router"}, each leaf boxed with its logical axis names (`flax.linen.meta.unbox` takes them off). Use under `jax.eval_shape` for shapes alone."""
+    """Fresh variables {"params", "router"}, each leaf boxed with its logical axis names (`flax.linen.meta.unbox` takes them off). For shapes alone, use it
+    under `jax.eval_shape`."""
     rows = max(jax.sharding.get_abstract_mesh().size, 1)  # under a mesh a batch must divide over it, even one of which only the shapes matter
     zeros = jnp.zeros((rows, 2), jnp.int32)
     variables = Transformer(config).init(key, zeros, zeros, zeros + 1, stage="sparse" if config.indexer.heads else "dense")
@@ -168,7 +170,7 @@ def logits_of(config: ModelConfig, params, hidden_BTD: Array) -> Array:
 
 
 def token_logprobs(config: ModelConfig, params, hidden_BTD: Array, targets_BT: Array, temperature: float = 1.0) -> tuple[Array, Array]:
-    """Log-probability of each target and entropy of its distribution, [B, T] float32 in nats, without ever holding [B, T, V].
+    """Log-probability of each target and entropy of its distribution, [B, T] float32 in nats, without holding [B, T, V] when a row is longer than a chunk.
 
     The row is handled `config.logit_chunk` positions at a time; the backward pass recomputes their logits.
     """

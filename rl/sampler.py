@@ -31,7 +31,7 @@ class Completions:
 
 
 def keep_likely(logprobs_BV: Array, top_k: int, top_p: float) -> Array:
-    """The mask of top-k and nucleus sampling (arXiv 1904.09751): the top_k likeliest tokens, of those the fewest whose probability reaches top_p. Ties are all kept."""
+    """The mask of top-k and nucleus sampling (arXiv 1904.09751): the top_k likeliest tokens, of those the fewest that together reach top_p. Ties are kept."""
     keep_BV = jnp.ones_like(logprobs_BV, dtype=bool)
     if 0 < top_k < logprobs_BV.shape[-1]:
         keep_BV &= logprobs_BV >= jax.lax.top_k(logprobs_BV, top_k)[0][:, -1:]
@@ -59,7 +59,15 @@ def draw(sampling: SamplingConfig, logits_BV: Array, keys_B: Array) -> tuple[Arr
 
 
 def sample(
-    config: ModelConfig, sampling: SamplingConfig, stop: tuple[int, ...], pad: int, variables: dict, prompts_PT: Array, segments_PT: Array, key: Array, group: int = 1
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    stop: tuple[int, ...],
+    pad: int,
+    variables: dict,
+    prompts_PT: Array,
+    segments_PT: Array,
+    key: Array,
+    group: int = 1,
 ) -> Completions:
     """Samples `group` completions of each prompt; row p * group + g is the g-th of prompt p. To be jitted with the first four arguments and `group` static.
 

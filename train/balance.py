@@ -1,4 +1,5 @@
-"""Auxiliary-loss-free load balance (arXiv 2408.15664; arXiv 2412.19437, section 2.1.2): after each step the router bias of an overloaded expert falls, of an underloaded one rises."""
+"""Auxiliary-loss-free load balance (arXiv 2408.15664; 2412.19437, section 2.1.2): after each step the bias of an overloaded expert falls, of an underloaded
+one rises."""
 
 import jax.numpy as jnp
 from jax import Array

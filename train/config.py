@@ -38,7 +38,9 @@ class TrainConfig:
         require(self.stage in STAGES, "train.stage", self.stage, f"must be one of {', '.join(STAGES)}")
         for name in ("steps", "microbatches", "log_every", "save_every", "keep", "max_skipped"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
-        for name in ("warmup_steps", "constant_steps", "eval_every", "eval_batches", "weight_decay", "clip_norm", "mtp_weight", "balance_weight", "router_bias_rate"):
+        for name in ("warmup_steps", "constant_steps", "eval_every", "eval_batches", "weight_decay", "clip_norm"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
+        for name in ("mtp_weight", "balance_weight", "router_bias_rate", "indexer_weight"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
         require(self.cosine_steps >= -1, "train.cosine_steps", self.cosine_steps, "must be -1 (what is left) or not negative")
         require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "must be positive")

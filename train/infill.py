@@ -10,6 +10,7 @@ from data.fim import fim_prompt
 from data.tokenizer import Tokenizer
 from errors import UserError
 
+Batch = dict[str, np.ndarray]
 VARIANTS = ("with_suffix", "without_suffix", "empty_suffix")
 
 
@@ -40,7 +41,8 @@ def infill_rows(texts: Sequence[str], tokenizer: Tokenizer, sequence: int, count
             rows[name].append((prompt, target))
         if len(rows[VARIANTS[0]]) == count:
             return {name: to_batch(pairs, sequence, tokenizer.pad) for name, pairs in rows.items()}
-    raise UserError(f"evaluate.infill_documents = {count}: only {len(rows[VARIANTS[0]])} held-out documents of 8 or more lines fit in data.sequence = {sequence} tokens")
+    found = f"only {len(rows[VARIANTS[0]])} held-out documents of 8 or more lines fit in data.sequence = {sequence} tokens"
+    raise UserError(f"evaluate.infill_documents = {count}: {found}")
 
 
 def to_batch(pairs: list[tuple[list[int], list[int]]], sequence: int, pad: int) -> dict[str, np.ndarray]:
@@ -55,7 +57,7 @@ def to_batch(pairs: list[tuple[list[int], list[int]]], sequence: int, pad: int) 
     return {"tokens": tokens_BT, "positions": positions_BT, "segments": segments_BT, "weights": weights_BT}
 
 
-def middle_losses(rows: dict[str, dict[str, np.ndarray]], evaluate: Callable[[dict[str, np.ndarray]], tuple[dict[str, Array], dict[str, Array]]]) -> dict[str, float]:
+def middle_losses(rows: dict[str, Batch], evaluate: Callable[[Batch], tuple[dict[str, Array], dict[str, Array]]]) -> dict[str, float]:
     """Nats per token of the middle: middle_loss_with_suffix and the others. `evaluate` maps a batch to (totals, weights) with the term "lm"."""
     losses = {}
     for name, batch in rows.items():

@@ -45,12 +45,17 @@ def final_variables(config: Config, workdir: Path) -> dict:
     return jax.device_get(load_variables(model, make_mesh(config.mesh), workdir))
 
 
+def losses(workdir: Path) -> list:
+    return [(line["step"], line.get("loss")) for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())]
+
+
 def stopped_at(step: int, monkeypatch) -> None:
     """As SIGTERM would: asked to stop during `step`."""
     monkeypatch.setattr(Interrupt, "stop_requested", lambda self, at: at == step)
 
 
-COMMANDS = {"pretrain": (pretrain.run, {}), "finetune": (finetune.run, {"data__sources": ("task:arithmetic?count=200&style=chat",)}), "reinforce": (reinforce.run, {})}
+CHAT = {"data__sources": ("task:arithmetic?count=200&style=chat",)}
+COMMANDS = {"pretrain": (pretrain.run, {}), "finetune": (finetune.run, CHAT), "reinforce": (reinforce.run, {})}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -66,10 +71,7 @@ def test_stopped_and_resumed_is_bit_identical_to_never_stopped(name, tmp_path, m
         assert checkpoints.latest() == 2
     assert run(config, tmp_path / "parts")
     chex.assert_trees_all_equal(final_variables(config, tmp_path / "parts"), final_variables(config, tmp_path / "whole"))
-    whole, parts = (
-        [[line.get("loss"), line["step"]] for line in map(json.loads, (tmp_path / which / "metrics.jsonl").read_text().splitlines())] for which in ("whole", "parts")
-    )
-    assert whole == parts
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_a_finished_run_given_again_changes_nothing(tmp_path):
