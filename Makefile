@@ -8,10 +8,10 @@ quickstart: .venv/installed
 	$(BIN)/python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -63,6 +63,8 @@ class Config:
         """What no section can see alone."""
         if self.train.stage != "dense" and self.model.indexer.heads == 0:
             raise UserError(f"train.stage = {self.train.stage!r}: needs an indexer, and model.indexer.heads = 0 builds none")
+        if self.sampling.attention == "sparse" and self.model.indexer.heads == 0:
+            raise UserError("sampling.attention = 'sparse': needs an indexer, and model.indexer.heads = 0 builds none (use 'dense')")
         if self.data.batch % self.train.microbatches:
             raise UserError(f"train.microbatches = {self.train.microbatches}: does not divide data.batch = {self.data.batch}")
 

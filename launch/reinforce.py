@@ -21,6 +21,7 @@ from jax import Array
 from data.chat import encode_prompt
 from data.pipeline import problems
 from data.tasks.problem import Problem
+from errors import UserError
 from launch.command import command
 from launch.door import Config, claim
 from launch.pretrain import Due, report
@@ -45,6 +46,7 @@ PROBLEMS = 4_096  # distinct training problems a run draws from
 
 def run(config: Config, workdir: Path) -> bool:
     """Returns whether all steps are done."""
+    check(config)
     claim(workdir, config, "reinforce")
     r, updates = config.reinforce, config.reinforce.epochs * config.reinforce.minibatches
     begin = start(config, workdir, rows=r.prompts)
@@ -86,6 +88,21 @@ def run(config: Config, workdir: Path) -> bool:
         finished = int(state.step) >= config.train.steps * updates
     write_summary(workdir, {"reinforce": stage_summary(config, workdir, "reinforce")})
     return finished
+
+
+def check(config: Config) -> None:
+    """What reinforcement needs of sections that are each right by themselves."""
+    sparse = config.train.stage == "sparse"
+    if config.train.stage == "warmup":
+        raise UserError("train.stage = 'warmup': trains the indexer alone; reinforce with 'dense' or 'sparse'")
+    if sparse != (config.sampling.attention == "sparse"):
+        wanted = f"must be {config.train.stage!r}, as train.stage is: the trainer's policy must be the sampler's"
+        raise UserError(f"sampling.attention = {config.sampling.attention!r}: {wanted}")
+    if config.sampling.temperature == 0:
+        raise UserError("sampling.temperature = 0: all completions of a prompt would be the same and nothing could be learnt; use 1.0")
+    rows = config.reinforce.prompts * config.reinforce.group // config.reinforce.minibatches
+    if rows % config.train.microbatches:
+        raise UserError(f"train.microbatches = {config.train.microbatches}: does not divide the {rows} completions of an update")
 
 
 def per_update(train: TrainConfig, updates: int) -> TrainConfig:

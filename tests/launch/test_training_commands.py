@@ -119,3 +119,18 @@ def test_a_mesh_that_does_not_multiply_is_refused():
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"12 rows at a time do not divide over 8 devices"):
         pretrain.run(tiny(data__batch=12), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__stage": "dense"}, "sampling.attention = 'sparse': must be 'dense', as train.stage is"),
+        ({"train__stage": "warmup"}, "train.stage = 'warmup': trains the indexer alone"),
+        ({"train__stage": "sparse", "sampling__temperature": 0.0}, "sampling.temperature = 0: all completions of a prompt would be the same"),
+        ({"train__stage": "sparse", "train__microbatches": 8, "reinforce__minibatches": 4}, "train.microbatches = 8: does not divide the 4 completions"),
+    ],
+)
+def test_sections_that_do_not_go_together_are_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        reinforce.run(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
