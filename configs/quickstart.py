@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from configs import base
 
 TASK = "task:arithmetic?min_ops=2&max_ops=3&max_value=10"
-# What the model pretrains on is not clean, as the web is not: in a third of the solutions one step slips. Imitation learns the slips too; rewards unlearn them.
-NOISY_TASK = f"{TASK}&noise=0.35"
+# What the model pretrains on is not clean, as the web is not: in half of the solutions one step slips. Imitation learns the slips too; rewards unlearn them.
+NOISY_TASK = f"{TASK}&noise=0.5"
 
 
 def common() -> ConfigDict:
@@ -32,8 +32,8 @@ def common() -> ConfigDict:
     c.model.indexer.topk = 32
     c.model.tie_embeddings = True
     c.model.init_std = 0.06  # a narrow model: 0.02 starts with attention so flat that it learns to copy several times later
-    c.data.sources = ("stdlib", NOISY_TASK)
-    c.data.mixture = (0.03, 0.97)  # of documents: a piece of code has some 40 times the tokens of a problem, so about half of the tokens are code
+    c.data.sources = ("stdlib", NOISY_TASK, f"{NOISY_TASK}&style=chat")
+    c.data.mixture = (0.03, 0.72, 0.25)  # of documents: a piece of code has some 40 times the tokens of a problem, so about half of the tokens are code
     c.data.sequence = 256
     c.data.batch = 16
     c.data.packing = "fit"
@@ -76,8 +76,9 @@ def finetune() -> ConfigDict:
     c.data.sources = (f"{TASK}&count=400&style=chat",)
     c.data.mixture = (1.0,)
     c.train.stage = "sparse"
-    c.train.steps = 50
-    c.train.learning_rate = 2e-3
+    c.data.batch = 8
+    c.train.steps = 30
+    c.train.learning_rate = 5e-4
     c.train.warmup_steps = 5
     return c
 
