@@ -80,7 +80,7 @@ def test_hacks_earn_no_answer_reward(hack):
 WELL_FORMED_HACKS = {"answer in the thought, another in the answer", "empty box", "blank box", "every digit in one box", "the template itself"}
 
 
-@pytest.mark.parametrize("hack", HACKS.keys() - WELL_FORMED_HACKS)
+@pytest.mark.parametrize("hack", sorted(HACKS.keys() - WELL_FORMED_HACKS))
 def test_hacks_earn_no_format_reward(hack):
     """The five left out are in the format: they earn its small reward, and no more."""
     assert format_reward(HACKS[hack]) == 0
