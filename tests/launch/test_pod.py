@@ -83,7 +83,8 @@ def place(tmp_path, monkeypatch):
 def arrived(place):
     """The words the command was started with, waited for: on a TPU it runs in the background."""
     deadline = time.monotonic() + 20
-    while not (place / "seen.tree").exists() and time.monotonic() < deadline:
+    distributed = place / "seen.distributed"  # the shell makes a file before it writes it
+    while not ((place / "seen.tree").exists() and distributed.exists() and distributed.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (place / "seen.distributed").read_text() == "1\n"
     return ["python", *(place / "seen").read_text().split("\0")[:-1]]

@@ -12,7 +12,7 @@ REINFORCE = {"algorithm", "pass@1_before", "pass@1_after", "pass@8_before", "pas
 
 
 def launch(command: str, *flags: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device, and as in conftest little optimised
     return subprocess.run([sys.executable, "-m", f"launch.{command}", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

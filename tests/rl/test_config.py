@@ -44,7 +44,7 @@ def test_the_schema_and_the_dataclass_agree(section):
         ("reinforce", {"kl_weight": float("nan")}, "reinforce.kl_weight = nan:"),
         ("reinforce", {"answer_reward": float("inf")}, "reinforce.answer_reward = inf: must be finite"),
         ("reinforce", {"old_logprobs": "none"}, "reinforce.old_logprobs = 'none': must be one of sampler, trainer"),
-        ("evaluate", {"problems": 0}, "evaluate.problems = 0: must be positive"),
+        ("evaluate", {"problems": -1}, "evaluate.problems = -1: must be 0 (none) or positive"),
         ("evaluate", {"samples": 0}, "evaluate.samples = 0: must be positive"),
         ("evaluate", {"bootstrap": 0}, "evaluate.bootstrap = 0: must be positive"),
         ("evaluate", {"infill_documents": -1}, "evaluate.infill_documents = -1: must be 0 (none) or positive"),
