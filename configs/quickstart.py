@@ -91,6 +91,8 @@ def reinforce() -> ConfigDict:
     c.train.learning_rate = 5e-4
     c.train.warmup_steps = 5
     c.train.weight_decay = 0.0
+    c.train.balance_weight = 0.0  # routing is settled: what moves it now only disturbs the policy
+    c.train.router_bias_rate = 0.0
     c.reinforce.prompts = 16
     c.reinforce.group = 8
     c.sampling.max_prompt = 48
