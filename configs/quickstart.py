@@ -31,7 +31,7 @@ def common() -> ConfigDict:
     c.model.indexer.width = 32
     c.model.indexer.topk = 32
     c.model.tie_embeddings = True
-    c.model.init_std = 0.06  # a narrow model: 0.02 starts with attention so flat that it learns to copy several times later
+    c.model.init_std = 0.06  # a narrow model: after 150 steps the problems' held-out loss was 0.67 nats/token, against 0.86 at 0.02 (one seed)
     c.data.sources = ("stdlib", NOISY_TASK, f"{NOISY_TASK}&style=chat")
     c.data.mixture = (0.03, 0.72, 0.25)  # of documents: a piece of code has some 40 times the tokens of a problem, so about half of the tokens are code
     c.data.sequence = 256
@@ -88,12 +88,12 @@ def reinforce() -> ConfigDict:
     c.init_from = "runs/quickstart/finetune"
     c.train.stage = "sparse"
     c.train.steps = 90
-    c.train.learning_rate = 2e-4  # 5e-4 stands still and 2e-3 destroys the policy in ten steps
+    c.train.learning_rate = 2e-4  # with 16 prompts and beta2 0.95, 5e-4 showed no trend in 60 steps and 2e-3 destroyed the policy in fifteen (one seed)
     c.train.beta2 = 0.99
     c.train.final_ratio = 0.5
     c.train.warmup_steps = 5
     c.train.weight_decay = 0.0
-    c.train.balance_weight = 0.0  # routing is settled: what moves it now only disturbs the policy
+    c.train.balance_weight = 0.0  # routing stays as pretraining left it; whether moving it would hurt was not separated from noise
     c.train.router_bias_rate = 0.0
     c.reinforce.prompts = 32
     c.reinforce.group = 8

@@ -44,7 +44,7 @@ def ranked(scores_BTS: Array, allowed_BTS: Array) -> Array:
 def select_topk(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
     """The min(topk, allowed) best-scored allowed keys of each query, as a mask. Of equal scores the earlier key goes first. No gradient.
 
-    The threshold is found by counting, one bit a pass: no sort, which `jax.lax.top_k` is on GPU and TPU, and six times faster than it on CPU.
+    The threshold is found by counting, one bit a pass: no sort, which `jax.lax.top_k` is on GPU and TPU.
     """
     with jax.named_scope("select_topk"):
         if topk >= scores_BTS.shape[-1]:
