@@ -139,6 +139,8 @@ def loss(runs: Runs, title: str) -> Panel:
 def infilling(summary: Summary) -> Panel:
     numbers = summary.get("pretrain") or {}
     bars = [("with the suffix", numbers.get("middle_loss_with_suffix"), BLUE), ("without", numbers.get("middle_loss_without_suffix"), MUTED)]
+    if "middle_loss_empty_suffix" in numbers:
+        bars.append(("withheld", numbers["middle_loss_empty_suffix"], MUTED))
     if any(value is None for _, value, _ in bars):
         return Panel("Infilling", "", "no middle_loss_with_suffix and middle_loss_without_suffix in summary.json")
 
@@ -151,7 +153,8 @@ def infilling(summary: Summary) -> Panel:
         axes.invert_yaxis()
         axes.grid(False)
 
-    return _panel("Infilling", draw, *WIDE, "Loss on held-out middles; lower with the suffix means that it reads what comes after the hole")
+    caption = "Loss on held-out middles. The suffix is read only if showing it beats both reading left to right (without) and the same format without it (withheld)"
+    return _panel("Infilling", draw, *WIDE, caption)
 
 
 def expert_load(runs: Runs) -> Panel:

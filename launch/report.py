@@ -109,6 +109,7 @@ def number_groups(summary: Summary) -> list[tuple[str, list[Row]]]:
                 _row("tokens", "{:,}", pretrain, "tokens"),
                 _row("speed", "{:,.0f} tokens/s", pretrain, "tokens_per_s"),
                 _row("loss of a held-out middle", "{:.2f} with the suffix, {:.2f} without", pretrain, "middle_loss_with_suffix", "middle_loss_without_suffix"),
+                _row("the suffix withheld", "{:.2f} in the same format", pretrain, "middle_loss_empty_suffix"),
             ],
         ),
         (

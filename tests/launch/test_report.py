@@ -23,7 +23,7 @@ from train.metrics import Metrics
 SUMMARY = {
     "pretrain": {
         "loss_first": 6.239, "loss_last": 2.412, "tokens": 1_228_800, "tokens_per_s": 9_204.7,
-        "middle_loss_with_suffix": 2.18, "middle_loss_without_suffix": 2.74,
+        "middle_loss_with_suffix": 2.18, "middle_loss_without_suffix": 2.74, "middle_loss_empty_suffix": 2.69,
     },
     "indexer": {"recall": 0.912, "recall_random": 0.264, "topk": 64, "context": 256},
     "reinforce": {
@@ -241,3 +241,8 @@ def test_table_on_the_terminal():
     out.truncate(0)
     print_table({}, Console(file=out))
     assert not out.getvalue().strip("\0")
+
+
+def test_both_baselines_of_infilling_stand_beside_the_loss_with_the_suffix(page):
+    assert "the suffix withheld" in page and "2.69 in the same format" in page  # in the table
+    assert "2.69" in page.replace("2.69 in the same format", "")  # and as a bar of the panel
