@@ -153,7 +153,7 @@ def infilling(summary: Summary) -> Panel:
         axes.invert_yaxis()
         axes.grid(False)
 
-    caption = "Loss on held-out middles. The suffix is read only if showing it beats both reading left to right (without) and the same format without it (withheld)"
+    caption = "Loss on held-out middles. The suffix is read only if it beats both reading left to right and the same format with it withheld"
     return _panel("Infilling", draw, *WIDE, caption)
 
 
