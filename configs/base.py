@@ -64,14 +64,14 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     # One string a source: "stdlib" | "text:GLOB" | "jsonl:GLOB#FIELD" (.gz too) | "parquet:GLOB#FIELD" | "arrayrecord:GLOB#FIELD" (records are JSON,
     # or text without #FIELD) | "task:NAME?min_ops=2&max_ops=4" (verifiable problems of data/tasks: the task's own parameters, and count=20000,
-    # style=text|chat, noise=0.0). For chat the FIELD holds the list of messages.
+    # style=text|chat, direct=0.0). For chat the FIELD holds the list of messages.
     c.data.sources = ("stdlib",)
     c.data.mixture = (1.0,)  # share of documents drawn from each source
     c.data.validation = 0.05  # share of files (or records) held out, by hash; a task always holds out a tenth of its problems
     c.data.sequence = 256  # T, tokens a row
     c.data.batch = 8  # B, rows a step, over all processes
     c.data.fim_rate = 0.5  # share of documents made into fill-in-the-middle, before packing; a long one is cut to pieces of at most a row first
-    c.data.fim_spm = 0.5  # of those, the share written suffix-prefix-middle; the rest prefix-suffix-middle
+    c.data.fim_spm = 0.5  # of those, the share written suffix-prefix-middle; the rest prefix-suffix-middle. Above a half, evaluation and sampling infill in it
     c.data.fim_sources = ("stdlib", "text", "jsonl", "parquet", "arrayrecord")  # kinds of source FIM applies to (no task: its answer must stay last)
     c.data.packing = "split"  # "split": concatenate then cut | "fit": first fit, documents stay whole
     c.data.cross_document_attention = True  # attention crosses documents packed in one row (DeepSeek-V3 pretrains so; chat never does)
@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
     c.train.stage = "dense"
     c.train.steps = 1_000
     c.train.microbatches = 1  # the batch is cut into this many, gradients summed
+    c.train.optimizer = "adamw"  # "adamw" | "muon": orthogonalised momentum for matrices, AdamW for embedding, head and norms (arXiv 2502.16982)
     c.train.learning_rate = 1e-3  # peak
     c.train.warmup_steps = 50  # linear from 0
     c.train.constant_steps = 0  # at the peak

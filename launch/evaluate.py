@@ -30,6 +30,7 @@ from train.progress import Progress
 from train.step import make_evaluation
 
 ROWS = 256  # completions sampled at a time
+INFILL_BYTES_PER_TOKEN = 2  # a document to infill has about this many bytes for each token of a row: most fill a good part of one, few are too long
 
 
 def run(config: Config, workdir: Path) -> dict:
@@ -50,7 +51,9 @@ def run(config: Config, workdir: Path) -> dict:
         for row in result.get("pass_at_k", []):
             print(f"pass@{row['k']:<4} {row['mean']:.3f}  ({row['low']:.3f} to {row['high']:.3f})")
         for name in [name for name in result if name.startswith(("middle_loss", "indexer"))]:
-            print(f"{name:<28} {result[name]:.3f}")
+            print(f"{name:<34} {result[name]:.3f}")
+        for name in [name for name in result if name.startswith("suffix_saves")]:
+            print(f"{name:<34} {result[name]['mean']:.3f}  ({result[name]['low']:.3f} to {result[name]['high']:.3f})")
     return result
 
 
@@ -102,12 +105,12 @@ def complete(begin: Start, sample_fn, variables: dict, chosen: list[Problem], ke
 def infilling(begin: Start, variables: dict) -> dict[str, float]:
     config = begin.config
     count = config.evaluate.infill_documents
-    count += -count % begin.mesh.size
-    found = [text for _, text in documents(config.data, "validation")]
+    count += -count % config.data.batch
+    found = [text for _, text in documents(config.data, "validation", INFILL_BYTES_PER_TOKEN * config.data.sequence)]
     order = np.random.default_rng(0).permutation(len(found))
-    rows = infill_rows([found[i] for i in order], begin.tokenizer, config.data.sequence, count)
+    rows = infill_rows([found[i] for i in order], begin.tokenizer, config.data.sequence, count, spm=config.data.fim_spm > 0.5)
     evaluate_fn = jax.jit(make_evaluation(language_objective(begin.model, config.train)))
-    return middle_losses(rows, lambda batch: evaluate_fn(variables, begin.on_devices(batch)))
+    return middle_losses(rows, lambda batch: evaluate_fn(variables, begin.on_devices(batch)), at_once=config.data.batch, resamples=config.evaluate.bootstrap)
 
 
 def recall(begin: Start, variables: dict) -> dict[str, float]:

@@ -17,6 +17,7 @@ Runs = Mapping[str, list[dict[str, Any]]]  # stage -> the lines of its metrics.j
 Summary = Mapping[str, Any]
 
 
+SAVINGS = {"suffix_saves_over_without_suffix": "against left to right", "suffix_saves_over_empty_suffix": "against the format without it"}
 WIDE, NARROW = (4.6, 2.6), (3.1, 2.1)  # inches: text comes out alike in both, two or three in a row
 
 
@@ -138,23 +139,22 @@ def loss(runs: Runs, title: str) -> Panel:
 
 def infilling(summary: Summary) -> Panel:
     numbers = summary.get("pretrain") or {}
-    bars = [("with the suffix", numbers.get("middle_loss_with_suffix"), BLUE), ("without", numbers.get("middle_loss_without_suffix"), MUTED)]
-    if "middle_loss_empty_suffix" in numbers:
-        bars.append(("withheld", numbers["middle_loss_empty_suffix"], MUTED))
-    if any(value is None for _, value, _ in bars):
-        return Panel("Infilling", "", "no middle_loss_with_suffix and middle_loss_without_suffix in summary.json")
+    rows = [(over, numbers[name]) for name, over in SAVINGS.items() if name in numbers]
+    if not rows:
+        return Panel("Infilling", "", f"no {' and '.join(SAVINGS)} in summary.json")
 
     def draw(axes: Axes) -> None:
-        for row, (_, value, color) in enumerate(bars):
-            axes.barh(row, value, height=0.55, color=color)
-            axes.annotate(f"{value:.2f}", (value, row), (4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(bars)), [label for label, _, _ in bars])
-        axes.set(xlabel="nats per token of the middle", xlim=(0, max(value for _, value, _ in bars) * 1.15), ylim=(-0.7, len(bars) - 0.3))
+        for place, (_, saved) in enumerate(rows):
+            axes.plot((saved["low"], saved["high"]), (place, place), color=BLUE, linewidth=3, alpha=0.4)
+            axes.plot(saved["mean"], place, marker="o", color=BLUE)
+            axes.annotate(f"{saved['mean']:.3f}", (saved["mean"], place), (0, 7), textcoords="offset points", ha="center")
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_yticks(range(len(rows)), [over for over, _ in rows])
+        axes.set(xlabel="nats per token of the middle that the suffix saves", ylim=(-0.6, len(rows) - 0.3))
         axes.invert_yaxis()
-        axes.grid(False)
 
-    caption = "Loss on held-out middles. The suffix is read only if it beats both reading left to right and the same format with it withheld"
-    return _panel("Infilling", draw, *WIDE, caption)
+    loss = f" from {numbers['middle_loss_with_suffix']:.3f} with it" if "middle_loss_with_suffix" in numbers else ""
+    return _panel("Infilling", draw, *WIDE, f"Loss on held-out middles,{loss}; bars are 95 % intervals. The suffix is read only if both lie right of 0")
 
 
 def expert_load(runs: Runs) -> Panel:

@@ -23,10 +23,11 @@ from rich.table import Table
 from errors import UserError
 from launch.command import command
 from launch.figures import COLORS
-from launch.panels import Panel, Runs, Section, Summary, sections
+from launch.panels import SAVINGS, Panel, Runs, Section, Summary, sections
 from train.metrics import read_metrics
 
 STAGES = ("pretrain", "warmup", "sparse", "finetune", "reinforce")  # in the order they run
+SAVING = "{:.3f} nats/token ({:.3f} to {:.3f})"
 TRACES = 6  # problems whose completions are shown
 
 Row = tuple[str, str]  # what, how much
@@ -108,8 +109,8 @@ def number_groups(summary: Summary) -> list[tuple[str, list[Row]]]:
                 _row("loss, first → last", "{:.2f} → {:.2f} nats/token", pretrain, "loss_first", "loss_last"),
                 _row("tokens", "{:,}", pretrain, "tokens"),
                 _row("speed", "{:,.0f} tokens/s", pretrain, "tokens_per_s"),
-                _row("loss of a held-out middle", "{:.2f} with the suffix, {:.2f} without", pretrain, "middle_loss_with_suffix", "middle_loss_without_suffix"),
-                _row("the suffix withheld", "{:.2f} in the same format", pretrain, "middle_loss_empty_suffix"),
+                _row("loss of a held-out middle", "{:.3f} with the suffix, {:.3f} without", pretrain, "middle_loss_with_suffix", "middle_loss_without_suffix"),
+                *(_row(f"the suffix saves, {over}", SAVING, pretrain.get(name) or {}, "mean", "low", "high") for name, over in SAVINGS.items()),
             ],
         ),
         (

@@ -48,6 +48,7 @@ TRAIN = TrainConfig(
     stage="sparse",
     steps=10,
     microbatches=1,
+    optimizer="adamw",
     learning_rate=1e-2,
     warmup_steps=2,
     constant_steps=3,

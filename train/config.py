@@ -7,12 +7,15 @@ from errors import UserError
 from model.attend import STAGES
 from model.config import require
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     stage: str
     steps: int
     microbatches: int
+    optimizer: str
     learning_rate: float
     warmup_steps: int
     constant_steps: int
@@ -43,6 +46,7 @@ class TrainConfig:
         for name in ("mtp_weight", "balance_weight", "router_bias_rate", "indexer_weight"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
         require(self.cosine_steps >= -1, "train.cosine_steps", self.cosine_steps, "must be -1 (what is left) or not negative")
+        require(self.optimizer in OPTIMIZERS, "train.optimizer", self.optimizer, f"must be one of {', '.join(OPTIMIZERS)}")
         require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "must be positive")
         require(0 <= self.final_ratio <= 1, "train.final_ratio", self.final_ratio, "must be between 0 and 1")
         for name in ("beta1", "beta2"):

@@ -14,34 +14,36 @@ Batch = dict[str, np.ndarray]
 VARIANTS = ("with_suffix", "without_suffix", "empty_suffix")
 
 
-def infill_rows(texts: Sequence[str], tokenizer: Tokenizer, sequence: int, count: int) -> dict[str, dict[str, np.ndarray]]:
+def infill_rows(texts: Sequence[str], tokenizer: Tokenizer, sequence: int, count: int, *, spm: bool) -> dict[str, Batch]:
     """Held-out middles, three ways, as batches [count, sequence] whose weights are 1 on the middle and 0 elsewhere.
 
-    A document is cut at line ends into prefix, middle and suffix, about 3/8, 2/8 and 3/8 of its lines, so that no token is broken in any of the variants:
+    A document is cut at two of its line ends, drawn uniformly, into prefix, middle and suffix. The cuts are before the white space, as byte-level BPE writes a
+    line end and the next line's indentation as one token: no token is broken in any of the variants.
 
-        with_suffix      [pre] prefix [suf] suffix [mid] middle
-        without_suffix   prefix middle                            left to right, as the model reads ordinary text
-        empty_suffix     [pre] prefix [suf] [mid] middle          the same format, the suffix withheld
+        with_suffix      [pre] prefix [suf] suffix [mid] middle    or, with `spm`, [pre] [suf] suffix [mid] prefix middle
+        without_suffix   prefix middle                             left to right, as the model reads ordinary text
+        empty_suffix     [pre] prefix [suf] [mid] middle           the same format, the suffix withheld; with `spm`, [pre] [suf] [mid] prefix middle
 
-    The middle's tokens are the same in all three. Documents of fewer than 8 lines, or that do not fit in a row, are passed over.
+    The middle's tokens are the same in all three. Documents of fewer than 4 lines, or that do not fit in a row, are passed over.
     Raises UserError when fewer than `count` are left.
     """
     rows = {name: [] for name in VARIANTS}
+    rng = np.random.default_rng(0)
     for text in texts:
         lines = text.splitlines(keepends=True)
-        if len(lines) < 8:
+        if len(lines) < 4:
             continue
-        first, second = round(len(lines) * 3 / 8), round(len(lines) * 5 / 8)
-        prefix, middle, suffix = ("".join(lines[a:b]) for a, b in ((0, first), (first, second), (second, len(lines))))
+        first, second = (len("".join(lines[:cut]).rstrip()) for cut in np.sort(rng.choice(np.arange(1, len(lines)), 2, replace=False)))
+        prefix, middle, suffix = text[:first], text[first:second], text[second:]
         target = tokenizer.encode(middle)
-        prompts = (fim_prompt(prefix, suffix, tokenizer, spm=False), tokenizer.encode(prefix), fim_prompt(prefix, "", tokenizer, spm=False))
-        if not target or max(map(len, prompts)) + len(target) > sequence:
+        prompts = (fim_prompt(prefix, suffix, tokenizer, spm=spm), tokenizer.encode(prefix), fim_prompt(prefix, "", tokenizer, spm=spm))
+        if not prefix or not target or max(map(len, prompts)) + len(target) > sequence:
             continue
         for name, prompt in zip(VARIANTS, prompts, strict=True):
             rows[name].append((prompt, target))
         if len(rows[VARIANTS[0]]) == count:
             return {name: to_batch(pairs, sequence, tokenizer.pad) for name, pairs in rows.items()}
-    found = f"only {len(rows[VARIANTS[0]])} held-out documents of 8 or more lines fit in data.sequence = {sequence} tokens"
+    found = f"only {len(rows[VARIANTS[0]])} held-out documents of 4 or more lines fit in data.sequence = {sequence} tokens"
     raise UserError(f"evaluate.infill_documents = {count}: {found}")
 
 
@@ -57,10 +59,28 @@ def to_batch(pairs: list[tuple[list[int], list[int]]], sequence: int, pad: int) 
     return {"tokens": tokens_BT, "positions": positions_BT, "segments": segments_BT, "weights": weights_BT}
 
 
-def middle_losses(rows: dict[str, Batch], evaluate: Callable[[Batch], tuple[dict[str, Array], dict[str, Array]]]) -> dict[str, float]:
-    """Nats per token of the middle: middle_loss_with_suffix and the others. `evaluate` maps a batch to (totals, weights) with the term "lm"."""
-    losses = {}
+def middle_losses(rows: dict[str, Batch], evaluate: Callable[[Batch], tuple[dict[str, Array], dict[str, Array]]], at_once: int, resamples: int) -> dict:
+    """Nats per token of the middle: middle_loss_with_suffix and the others, and what the suffix saves of each, with its interval.
+
+    Args:
+      evaluate: maps a batch to (totals, weights) with the term "lm".
+      at_once: documents a batch; their number must divide by it.
+      resamples: of the batches, for the 95 % bootstrap interval of a saving. All variants are resampled alike, so what makes a document hard cancels.
+    """
+    totals = {}
     for name, batch in rows.items():
-        totals, weights = jax.device_get(evaluate(batch))
-        losses[f"middle_loss_{name}"] = float(totals["lm"] / weights["lm"])
-    return losses
+        parts = [evaluate({key: rows_BT[first : first + at_once] for key, rows_BT in batch.items()}) for first in range(0, len(batch["tokens"]), at_once)]
+        totals[name] = np.asarray([(total["lm"], weight["lm"]) for total, weight in jax.device_get(parts)], np.float64)
+    drawn_RN = np.random.default_rng(0).integers(0, len(totals[VARIANTS[0]]), (resamples, len(totals[VARIANTS[0]])))
+
+    def loss(name, drawn):
+        total, weight = np.moveaxis(totals[name][drawn].sum(axis=-2), -1, 0)
+        return total / weight
+
+    everything = np.arange(drawn_RN.shape[1])
+    result = {f"middle_loss_{name}": float(loss(name, everything)) for name in VARIANTS}
+    for name in VARIANTS[1:]:
+        low, high = np.quantile(loss(name, drawn_RN) - loss(VARIANTS[0], drawn_RN), (0.025, 0.975))
+        mean = result[f"middle_loss_{name}"] - result[f"middle_loss_{VARIANTS[0]}"]
+        result[f"suffix_saves_over_{name}"] = {"mean": mean, "low": float(low), "high": float(high)}
+    return result

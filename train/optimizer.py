@@ -1,12 +1,16 @@
-"""AdamW and its schedule, by optax; what is trained, and what decays."""
+"""The optimizers and their schedule, by optax; what is trained, and what decays."""
 
 import re
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from errors import UserError
 from train.config import TrainConfig
+
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2  # root mean square of an update at learning rate 1: about that of AdamW's (arXiv 2502.16982, section 2.2), so one rate serves both
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -61,11 +65,36 @@ def decays(params) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
+def is_matrix(params) -> dict:
+    """What Muon is for: matrices between hidden states. Embedding, output head, norms and biases are AdamW's."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias", "embedding", "head"), params)
+
+
+def matrix_axes(params) -> dict:
+    """The axes a matrix sums over and those it writes to, all heads together. Layers and experts are stacked: each of theirs is a matrix of its own."""
+
+    def one(path, leaf):
+        keys = path_of(path).split("/")
+        stacked = keys[0].endswith("layers") + (keys[-2] == "moe" and keys[-1] != "router") + (keys[-1] == "merge")
+        inputs = 2 if keys[-1] == "out" else 1
+        axes = tuple(range(stacked, leaf.ndim))
+        return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Frozen parameters have no moments and do not count in the gradient's norm."""
-    adamw = optax.adamw(schedule(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decays)
+    """AdamW (arXiv 1711.05101); or Muon for matrices, with updates as large as AdamW's (arXiv 2502.16982, eq. 4), and AdamW for the rest.
+
+    Frozen parameters have no moments and do not count in the gradient's norm.
+    """
+    rate, decay = schedule(config), config.weight_decay
+    method = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=decay, mask=decays)
+    if config.optimizer == "muon":
+        orthogonal = muon(rate, beta=MUON_MOMENTUM, consistent_rms=MUON_RMS, weight_decay=decay, muon_weight_dimension_numbers=matrix_axes)
+        method = optax.transforms.partition({True: orthogonal, False: method}, is_matrix)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.transforms.partition(
-        {True: optax.chain(clip, adamw), False: optax.set_to_zero()},
+        {True: optax.chain(clip, method), False: optax.set_to_zero()},
         lambda params: trainable(config, params),
     )

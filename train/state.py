@@ -44,7 +44,14 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
 
     everywhere = replicated(mesh)
     of_parameter = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(where["params"])}
-    moments = jax.tree_util.tree_map_with_path(lambda path, leaf: sharded(leaf, of_parameter.get(_names(path), everywhere)), shapes.opt_state)
+
+    def moment(path, leaf):
+        # An optimizer wraps the tree of parameters in tuples and, where it groups them, in dictionaries: the parameter's own path ends the moment's.
+        names = _names(path)
+        found = (of_parameter[names[start:]] for start in range(len(names)) if names[start:] in of_parameter)
+        return sharded(leaf, next(found, everywhere))
+
+    moments = jax.tree_util.tree_map_with_path(moment, shapes.opt_state)
     return TrainState(
         step=sharded(shapes.step, everywhere),
         params=jax.tree.map(sharded, shapes.params, where["params"]),
@@ -56,7 +63,7 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
 
 
 def _names(path) -> tuple[str, ...]:
-    """The dictionary keys of a path. Inside an optimizer state they are the parameter's own: optax wraps the tree of parameters in tuples."""
+    """The dictionary keys of a path."""
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str))
 
 

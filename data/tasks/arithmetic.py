@@ -4,8 +4,7 @@
 """
 
 import random
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from data.tasks.problem import Problem
@@ -85,16 +84,12 @@ TIMES = {2: "Then the number doubles.", 3: "Then the number triples."}
 
 
 class Step(NamedTuple):
-    """left operator right = result, as a trace states it; whether it is true is another question."""
+    """left operator right = result."""
 
     left: int
     operator: str
     right: int
     result: int
-
-    @property
-    def true(self) -> bool:
-        return apply(self.left, self.operator, self.right) == self.result
 
     def __str__(self) -> str:
         return f"{self.left}{self.operator}{self.right}={self.result}"
@@ -146,16 +141,6 @@ class Arithmetic:
         sentences.append(f"How many {words['what']} now?")
         return Problem(" ".join(sentences), str(steps[-1].result), write_trace(steps), len(steps))
 
-    def slip(self, problem: Problem, rng: random.Random) -> Problem:
-        steps = read_trace(problem.trace)
-        first = rng.randrange(len(steps))
-        off, right = rng.choice((-2, -1, 1, 2)), steps[first].result
-        slipped = [*steps[:first], steps[first]._replace(result=right + off if right + off >= 0 else right - off)]
-        for step in steps[first + 1 :]:
-            left = slipped[-1].result
-            slipped.append(Step(left, step.operator, step.right, apply(left, step.operator, step.right)))
-        return replace(problem, trace=write_trace(slipped), answer=str(slipped[-1].result))
-
     def _steps(self, rng: random.Random, ops: int) -> list[Step]:
         """A chain of steps. What is named in the text is 2 or more, so that it is always a plural."""
         value = rng.randint(2, self.max_value)
@@ -178,15 +163,3 @@ def apply(left: int, operator: str, right: int) -> int:
 def write_trace(steps: list[Step]) -> str:
     """Steps as a trace: 7+5=12;12-3=9"""
     return ";".join(str(step) for step in steps)
-
-
-def read_trace(trace: str) -> list[Step] | None:
-    """Steps of a trace, true or not, spaces wherever they are; None if it is not a trace."""
-    steps = []
-    for text in trace.split(";"):
-        found = re.fullmatch(r"\s*(-?\d+)\s*([-+*])\s*(\d+)\s*=\s*(-?\d+)\s*", text)
-        if found is None:
-            return None
-        left, operator, right, result = found.groups()
-        steps.append(Step(int(left), operator, int(right), int(result)))
-    return steps

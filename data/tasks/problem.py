@@ -12,7 +12,7 @@ class Problem:
     Attributes:
       question: what is asked, in natural language.
       answer: the one right answer, as it should be written.
-      trace: the steps that lead to it, in the notation of the task.
+      trace: the steps that lead to it, in the notation of the task; empty where they are left out.
       ops: number of steps.
     """
 
@@ -29,8 +29,4 @@ class Task(Protocol):
 
     def problem(self, rng: random.Random) -> Problem:
         """One problem, decided by `rng` alone."""
-        ...
-
-    def slip(self, problem: Problem, rng: random.Random) -> Problem:
-        """The same problem, solved with a mistake in one step; what follows from it is worked out faithfully, so the answer may be wrong."""
         ...

@@ -27,20 +27,20 @@ class Rendering:
     Attributes:
       count: distinct problems in the source, the held-out ones included.
       style: what a document is where no chat is asked for: "text" (Question, Thought, Answer), or "chat", the conversation in `data.template`.
-      noise: share of documents with a slip in one step (the web is not free of them).
+      direct: share of documents that state the answer without working it out, as people do.
     """
 
     count: int = 20_000
     style: str = "text"
-    noise: float = 0.0
+    direct: float = 0.0
 
     def __post_init__(self):
         if self.count < 1:
             raise UserError(f"count = {self.count}: must be at least 1")
         if self.style not in ("text", "chat"):
             raise UserError(f'style = {self.style}: must be "text" or "chat"')
-        if not 0 <= self.noise <= 1:
-            raise UserError(f"noise = {self.noise}: must be between 0 and 1")
+        if not 0 <= self.direct <= 1:
+            raise UserError(f"direct = {self.direct}: must be between 0 and 1")
 
 
 class TaskDocuments:
@@ -63,16 +63,15 @@ class TaskDocuments:
 
     def __getitem__(self, index: int) -> Document:
         problem = self._problems[index]
-        rng = random.Random(f"noise/{index}")
-        if rng.random() < self._rendering.noise:
-            problem = self._task.slip(problem, rng)
+        if unit_hash(f"direct/{problem.question}") < self._rendering.direct:
+            problem = dataclasses.replace(problem, trace="")
         return Document(f"{self._task.name}:{index}", self._body(problem))
 
 
 def problems(source: str, split: Split, count: int, seed: int) -> list[Problem]:
     """Distinct problems of one split, in an order that depends on the seed.
 
-    Of the source's parameters those of the task count; `count`, `style` and `noise` speak of documents and say nothing here.
+    Of the source's parameters those of the task count; `count`, `style` and `direct` speak of documents and say nothing here.
 
     Raises UserError if the source is not a task's, or the task has fewer problems than asked for.
     """
@@ -132,11 +131,12 @@ def parse_task(spec: str) -> tuple[Task, Rendering]:
 
 
 def text_of(problem: Problem) -> str:
-    """A problem and its solution, as a text to pretrain on."""
-    return f"Question: {problem.question}\nThought: {problem.trace}\nAnswer: {problem.answer}\n"
+    """A problem and its solution, as a text to pretrain on; without a trace it has no thought."""
+    thought = f"Thought: {problem.trace}\n" if problem.trace else ""
+    return f"Question: {problem.question}\n{thought}Answer: {problem.answer}\n"
 
 
 def messages_of(problem: Problem) -> Messages:
-    """A problem and its solution, as a conversation."""
+    """A problem and its solution, as a conversation; without a trace the thought is empty."""
     solution = f"<think>{problem.trace}</think><answer>{problem.answer}</answer>"
     return [{"role": "user", "content": problem.question}, {"role": "assistant", "content": solution}]

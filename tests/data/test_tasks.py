@@ -5,9 +5,15 @@ import re
 import pytest
 
 from data.sources import open_source
-from data.tasks.arithmetic import Arithmetic, Step, read_trace
+from data.tasks.arithmetic import Arithmetic, Step, apply
 from data.tasks.source import HELD_OUT, messages_of, parse_task, problems, text_of
 from errors import UserError
+
+
+def read_trace(trace: str) -> list[Step]:
+    steps = [re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", text).groups() for text in trace.split(";")]
+    return [Step(int(left), operator, int(right), int(result)) for left, operator, right, result in steps]
+
 
 PARAMETERS = [{}, {"min_ops": 1, "max_ops": 6, "max_value": 99, "multiply": 1}, {"max_value": 4}, {"distractors": 2, "contexts": 1}]
 
@@ -18,7 +24,7 @@ def test_traces_verify(parameters):
     for index in range(500):
         problem = task.problem(random.Random(str(index)))
         steps = read_trace(problem.trace)
-        assert all(step.true for step in steps)
+        assert all(apply(step.left, step.operator, step.right) == step.result for step in steps)
         assert all(before.result == after.left for before, after in itertools.pairwise(steps))
         assert problem.answer == str(steps[-1].result)
         assert problem.ops == len(steps) and task.min_ops <= problem.ops <= task.max_ops
@@ -38,24 +44,6 @@ def test_question_asks_what_the_trace_works_out(parameters):
 def test_all_kinds_of_steps_appear():
     seen = {step.operator for index in range(100) for step in read_trace(Arithmetic(multiply=1).problem(random.Random(str(index))).trace)}
     assert seen == {"+", "-", "*"}
-
-
-def test_a_slip_is_one_wrong_step_and_what_follows():
-    task = Arithmetic(min_ops=1, max_ops=4, multiply=1)
-    for index in range(500):
-        rng = random.Random(str(index))
-        problem = task.problem(rng)
-        slipped = task.slip(problem, rng)
-        steps = read_trace(slipped.trace)
-        assert [step.true for step in steps].count(False) == 1
-        assert slipped.answer == str(steps[-1].result)
-        assert slipped.question == problem.question
-
-
-def test_read_trace():
-    assert read_trace("7+5=12;12-3=8") == [Step(7, "+", 5, 12), Step(12, "-", 3, 8)]
-    assert [step.true for step in read_trace(" 7 + 5 = 12 ; 12 - 3 = 8 ")] == [True, False]
-    assert all(read_trace(text) is None for text in ("", "7+5", "7+5=12;", "7+5=12 so 3", "a+1=2"))
 
 
 def test_problems_are_distinct_and_held_out():
@@ -86,12 +74,14 @@ def test_renderings():
     assert messages_of(problem)[1]["role"] == "assistant"
 
 
-def test_noise_is_the_share_of_slips():
-    source = open_source("task:arithmetic?count=1000&noise=0.3", 1000)
-    traces = [source[index].body.split("\n")[1].removeprefix("Thought: ") for index in range(1000)]
-    wrong = sum(not all(step.true for step in read_trace(trace)) for trace in traces)
-    assert 240 < wrong < 360  # 300, within four standard deviations (14.5)
-    assert [source[index] for index in range(10)] == [source[index] for index in range(10)]
+def test_direct_is_the_share_without_a_thought():
+    """They state the right answer, and the same ones do in either style."""
+    specs = [f"task:arithmetic?count=1000&direct={share}{style}" for share, style in ((0.3, ""), (0.3, "&style=chat"), (0, ""))]
+    text, chat, whole = ([source[index].body for index in range(1000)] for source in (open_source(spec, 1000) for spec in specs))
+    direct = ["Thought: " not in body for body in text]
+    assert 240 < sum(direct) < 360  # 300, within four standard deviations (14.5)
+    assert direct == [messages[1]["content"].startswith("<think></think>") for messages in chat]
+    assert [body.split("Answer: ")[1] for body in text] == [body.split("Answer: ")[1] for body in whole]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +93,7 @@ def test_noise_is_the_share_of_slips():
         ("task:arithmetic?min_ops=3&max_ops=2", "must be 1 <= min_ops <= max_ops"),
         ("task:arithmetic?max_value=3", "max_value = 3: must be at least 4"),
         ("task:arithmetic?contexts=99", "contexts = 99"),
-        ("task:arithmetic?noise=1.5", "noise = 1.5: must be between 0 and 1"),
+        ("task:arithmetic?direct=1.5", "direct = 1.5: must be between 0 and 1"),
         ("task:arithmetic?style=rhyme", "style = rhyme"),
     ],
 )

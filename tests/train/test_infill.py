@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from data.tokenizer import bytes_tokenizer
+from data.tokenizer import bytes_tokenizer, train_bpe
 from errors import UserError
 from train.infill import VARIANTS, infill_rows, middle_losses
 
 TOKENIZER = bytes_tokenizer()
-TEXTS = ["one line\n", *("".join(f"{document}.{line}\n" for line in range(8)) for document in range(4)), "long\n" * 100]
+TEXTS = ["one line\n", "two\nlines\n", *("".join(f"{document}.{line}\n" for line in range(8)) for document in range(4)), "long\n" * 100]
 SEQUENCE = 64
 
 
@@ -18,20 +18,25 @@ def parts(batch, row):
     return batch["tokens"][row][real & ~weighed].tolist(), batch["tokens"][row][weighed].tolist()
 
 
-def test_the_middle_is_the_same_and_the_rest_is_as_said():
-    rows = infill_rows(TEXTS, TOKENIZER, SEQUENCE, 3)
+@pytest.mark.parametrize("spm", [False, True])
+def test_the_middle_is_the_same_and_the_rest_is_as_said(spm):
+    rows = infill_rows(TEXTS, TOKENIZER, SEQUENCE, 3, spm=spm)
     pre, suf, mid = TOKENIZER.fim
     for row in range(3):
-        lines = [TOKENIZER.encode(f"{row}.{line}\n") for line in range(8)]
-        prefix, middle, suffix = ([i for line in piece for i in line] for piece in (lines[:3], lines[3:5], lines[5:]))
+        whole = "".join(f"{row}.{line}\n" for line in range(8))
+        middle = parts(rows["without_suffix"], row)[1]
+        prefix, suffix = (TOKENIZER.encode(piece) for piece in whole.split(TOKENIZER.decode(middle)))
+        assert TOKENIZER.decode(middle).startswith("\n") and suffix[0] == TOKENIZER.encode("\n")[0] and prefix
         expected = {"with_suffix": [pre, *prefix, suf, *suffix, mid], "without_suffix": prefix, "empty_suffix": [pre, *prefix, suf, mid]}
+        if spm:
+            expected |= {"with_suffix": [pre, suf, *suffix, mid, *prefix], "empty_suffix": [pre, suf, mid, *prefix]}
         for name in VARIANTS:
             assert parts(rows[name], row) == (expected[name], middle)
 
 
 def test_rows_are_batches():
     """Positions from 0 in one segment, zeros in the padding; weights on the middle alone."""
-    for batch in infill_rows(TEXTS, TOKENIZER, SEQUENCE, 4).values():
+    for batch in infill_rows(TEXTS, TOKENIZER, SEQUENCE, 4, spm=False).values():
         assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
             **dict.fromkeys(("tokens", "positions", "segments"), ((4, SEQUENCE), np.int32)),
             "weights": ((4, SEQUENCE), np.float32),
@@ -43,12 +48,32 @@ def test_rows_are_batches():
 
 
 def test_too_few_documents_is_an_error():
-    with pytest.raises(UserError, match=r"evaluate.infill_documents = 5: only 4 held-out documents .* fit in data.sequence = 64"):
-        infill_rows(TEXTS, TOKENIZER, SEQUENCE, 5)
+    with pytest.raises(UserError, match=r"evaluate.infill_documents = 5: only 4 held-out documents of 4 or more lines fit in data.sequence = 64"):
+        infill_rows(TEXTS, TOKENIZER, SEQUENCE, 5, spm=False)
 
 
 def test_middle_losses_are_per_token_of_the_middle():
-    rows = infill_rows(TEXTS, TOKENIZER, SEQUENCE, 2)
-    # As if every token of the middle cost 2 nats, and the variant's prompt nothing.
-    losses = middle_losses(rows, lambda batch: ({"lm": 2.0 * batch["weights"].sum()}, {"lm": batch["weights"].sum()}))
-    assert losses == {f"middle_loss_{name}": 2.0 for name in VARIANTS}
+    """As if the n-th token of a row's middle cost n nats, and 1 more without the suffix: whatever the batches, and with no spread in what the suffix saves."""
+    rows = infill_rows(TEXTS, TOKENIZER, SEQUENCE, 4, spm=False)
+
+    def evaluate(batch):
+        counts = batch["weights"].sum(axis=1)
+        more = counts.sum() * (TOKENIZER.fim[1] not in batch["tokens"])
+        return {"lm": (counts * (counts + 1) / 2).sum() + more}, {"lm": counts.sum()}
+
+    counts = rows["with_suffix"]["weights"].sum(axis=1)
+    mean = (counts * (counts + 1) / 2).sum() / counts.sum()
+    for at_once in (1, 2, 4):
+        losses = middle_losses(rows, evaluate, at_once, resamples=50)
+        assert losses["middle_loss_with_suffix"] == losses["middle_loss_empty_suffix"] == pytest.approx(mean)
+        assert losses["middle_loss_without_suffix"] == pytest.approx(mean + 1)
+        assert losses["suffix_saves_over_without_suffix"] == pytest.approx({"mean": 1, "low": 1, "high": 1})
+
+
+def test_no_token_is_broken():
+    """With a tokenizer that merges line ends and indentation, the parts' tokens are the document's."""
+    text = "".join(f"def f{number}(x):\n    if x:\n        return x\n\n" for number in range(3))
+    tokenizer = train_bpe([text] * 20, 300)
+    rows = infill_rows([text], tokenizer, 128, 1, spm=False)
+    prompt, middle = parts(rows["without_suffix"], 0)
+    assert prompt + middle == tokenizer.encode(text)[: len(prompt) + len(middle)]

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,3 +97,42 @@ def test_adamw_by_hand():
     assert float(once["w"]) == pytest.approx(-1.0, rel=1e-6)
     mean, square = 0.9 * 0.1 * 1.0 + 0.1 * 0.5, 0.95 * 0.05 * 1.0 + 0.05 * 0.25
     assert float(twice["w"]) == pytest.approx(-(mean / (1 - 0.9**2)) / np.sqrt(square / (1 - 0.95**2)), rel=1e-5)
+
+
+def test_muon_orthogonalises_each_matrix_of_each_layer():
+    """The first update, against the singular vectors of a layer's gradient with heads merged; its root mean square is 0.2 of the learning rate, up to what five
+    Newton-Schulz iterations leave of the singular values (they lie between 0.7 and 1.2)."""
+    params = tiny.variables(CONFIG)["params"]
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params))))
+    gradients = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), params)
+    config = tiny.train_config(optimizer="muon", weight_decay=0.0, learning_rate=1.0, warmup_steps=0, constant_steps=5)
+    optimizer = make_optimizer(config)
+    updates, _ = jax.jit(lambda g: optimizer.update(g, optimizer.init(params), params))(gradients)
+    layers = ("moe_layers", "attention")
+    cases = {
+        (*layers, "query_up"): (1, 1),
+        (*layers, "out"): (1, 2),
+        (*layers, "latent_down"): (1, 1),
+        ("moe_layers", "moe", "down"): (2, 1),
+        ("moe_layers", "moe", "router"): (1, 1),
+        ("moe_layers", "moe", "shared", "up"): (1, 1),
+        ("mtp_0", "merge"): (1, 1),
+        ("mtp_0", "block", "attention", "gate"): (0, 1),
+    }
+    for path, (stacked, inputs) in cases.items():
+        update, gradient = (functools.reduce(lambda tree, key: tree[key], path, tree) for tree in (updates, gradients))
+        rows = np.prod(update.shape[stacked : stacked + inputs])
+        flat_update, flat_gradient = (np.asarray(leaf).reshape(-1, rows, np.prod(leaf.shape[stacked + inputs :])) for leaf in (update, gradient))
+        for one, of in zip(flat_update, flat_gradient, strict=True):
+            left, _, right = np.linalg.svd(of, full_matrices=False)
+            singular = -left.T @ one @ right.T / (0.2 * np.sqrt(max(one.shape)))
+            np.testing.assert_allclose(singular, np.diag(np.diag(singular)), atol=0.01, err_msg=str(path))
+            assert (np.diag(singular) > 0.65).all() and (np.diag(singular) < 1.25).all(), path
+
+
+def test_muon_leaves_embedding_and_norms_to_adamw():
+    params = tiny.variables(CONFIG)["params"]
+    muon, adamw = (one_step(tiny.train_config(optimizer=name), jax.tree.map(jnp.ones_like, params)) for name in ("muon", "adamw"))
+    same = {path for path in muon if muon[path] == pytest.approx(adamw[path], rel=1e-6)}
+    assert {"embedding", "final_norm/scale", "moe_layers/attention/latent_norm/scale"} <= same
+    assert not {path for path in same if path.endswith(("query_up", "router", "down"))}
