@@ -38,11 +38,11 @@ def common() -> ConfigDict:
     c.data.batch = 8
     c.data.fim_rate = 0.9
     c.data.fim_spm = 1.0
-    c.data.fim_sources = ("stdlib",)
+    c.data.fim_sources = ("stdlib", "task")
     c.data.packing = "fit"
     c.data.cross_document_attention = False  # a problem is 60 tokens: a row holds several, and they have nothing to say to each other
     c.reinforce.task = TASK
-    c.evaluate.infill_documents = 512
+    c.evaluate.infill_documents = 256
     return c
 
 

@@ -8,7 +8,6 @@ import numpy as np
 from data.chat import encode_chat
 from data.config import DataConfig, TokenizerConfig
 from data.documents import Document, Split, Subset, subset, unit_hash
-from data.files import locate
 from data.fim import fim_tokens
 from data.packing import fit_rows, split_rows, to_batch
 from data.prefetch import Prefetch
@@ -47,26 +46,22 @@ def make_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
 class Texts(Sequence[tuple[str, str]]):
     """Names and texts of documents, read when they are asked for, in an order that mixes them but is always the same."""
 
-    def __init__(self, parts: Sequence[Subset], longest: int):
-        self._parts, self._longest = parts, longest
-        self._ends = np.cumsum([len(part) for part in parts])
-        self._order = np.random.default_rng(0).permutation(len(self))
+    def __init__(self, part: Subset, longest: int):
+        self._part, self._longest = part, longest
+        self._order = np.random.default_rng(0).permutation(len(part))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._part)
 
     def __getitem__(self, index: int) -> tuple[str, str]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        part, index = locate(self._ends, int(self._order[index]))
-        document = self._parts[part][index]
-        if not isinstance(document.body, str):
-            raise UserError(f"{document.name}: a conversation, where a text to infill is needed; take the source out of data.fim_sources")
+        document = self._part[int(self._order[index])]
         return document.name, document.body.encode()[: 2 * self._longest].decode(errors="ignore")
 
 
-def documents(config: DataConfig, split: Split, longest: int | None = None) -> Sequence[tuple[str, str]]:
-    """Names and texts of one split, for infilling, from the sources that FIM applies to; the first few are a fair sample.
+def documents(config: DataConfig, split: Split, longest: int | None = None) -> dict[str, Texts]:
+    """Names and texts of one split, for infilling, of each source that FIM applies to; the first few of one are a fair sample. Conversations are none.
 
     Args:
       longest: bytes; longer files are cut into pieces of about this many, at the ends of lines, and no text has more than twice as many. By default as many
@@ -75,11 +70,12 @@ def documents(config: DataConfig, split: Split, longest: int | None = None) -> S
     Raises UserError if there is no such source.
     """
     longest = longest or config.sequence
-    sources = [open_source(spec, longest) for spec in config.sources]
-    parts = [subset(source, split, config.validation) for source in sources if source.kind in config.fim_sources]
-    if not parts:
+    opened = {spec: open_source(spec, longest) for spec in config.sources}
+    parts = {spec: subset(source, split, config.validation) for spec, source in opened.items() if source.kind in config.fim_sources}
+    found = {spec: Texts(part, longest) for spec, part in parts.items() if isinstance(part[0].body, str)}
+    if not found:
         raise UserError(f"data.sources = {config.sources}: none has text to infill (data.fim_sources = {config.fim_sources})")
-    return Texts(parts, longest)
+    return found
 
 
 def batches(

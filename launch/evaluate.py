@@ -7,6 +7,7 @@ Writes evaluation.json and samples.jsonl (every prompt, completion and reward) t
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data.pipeline import documents, problems
 from data.tasks.problem import Problem
 from launch.command import command
 from launch.door import Config
+from launch.panels import savings
 from launch.pretrain import validate
 from launch.reinforce import encode_problems, sampler, texts
 from launch.start import Start, load_variables, start
@@ -24,13 +26,13 @@ from launch.summary import write_whole
 from model.sharding import batch_sharding
 from rl.evaluate import pass_at_k_table
 from rl.rewards import score
-from train.infill import infill_rows, middle_losses
+from train.infill import infill_rows, middle_losses, middle_nats
 from train.objective import language_objective
 from train.progress import Progress
 from train.step import make_evaluation
 
 ROWS = 256  # completions sampled at a time
-INFILL_BYTES_PER_TOKEN = 2  # a document to infill has about this many bytes for each token of a row: most fill a good part of one, few are too long
+INFILL_BYTES_PER_TOKEN = 2  # a file is cut into texts of about this many bytes for each token of a row: most fill a good part of one, few are too long
 
 
 def run(config: Config, workdir: Path) -> dict:
@@ -52,8 +54,8 @@ def run(config: Config, workdir: Path) -> dict:
             print(f"pass@{row['k']:<4} {row['mean']:.3f}  ({row['low']:.3f} to {row['high']:.3f})")
         for name in [name for name in result if name.startswith(("middle_loss", "indexer"))]:
             print(f"{name:<34} {result[name]:.3f}")
-        for name in [name for name in result if name.startswith("suffix_saves")]:
-            print(f"{name:<34} {result[name]['mean']:.3f}  ({result[name]['low']:.3f} to {result[name]['high']:.3f})")
+        for source, over, saved in savings(result):
+            print(f"suffix saves on {source}, {over}: {saved['mean']:.3f}  ({saved['low']:.3f} to {saved['high']:.3f})")
     return result
 
 
@@ -102,15 +104,21 @@ def complete(begin: Start, sample_fn, variables: dict, chosen: list[Problem], ke
     return texts(begin.tokenizer, tokens_BC, mask_BC), mask_BC.sum(axis=1).tolist()
 
 
-def infilling(begin: Start, variables: dict) -> dict[str, float]:
-    config = begin.config
-    count = config.evaluate.infill_documents
-    count += -count % config.data.batch
-    found = [text for _, text in documents(config.data, "validation", INFILL_BYTES_PER_TOKEN * config.data.sequence)]
-    order = np.random.default_rng(0).permutation(len(found))
-    rows = infill_rows([found[i] for i in order], begin.tokenizer, config.data.sequence, count, spm=config.data.fim_spm > 0.5)
-    evaluate_fn = jax.jit(make_evaluation(language_objective(begin.model, config.train)))
-    return middle_losses(rows, lambda batch: evaluate_fn(variables, begin.on_devices(batch)), at_once=config.data.batch, resamples=config.evaluate.bootstrap)
+def infilling(begin: Start, variables: dict) -> dict:
+    """Over equally many held-out documents of each source that FIM applies to; "infilling" has each source by itself."""
+    config, tokenizer = begin.config, begin.tokenizer
+    T, at_once, count = config.data.sequence, config.data.batch, config.evaluate.infill_documents
+    count += -count % at_once
+    nats_fn = jax.jit(functools.partial(middle_nats, begin.model, config.train.stage, tokenizer.eos))
+    rows = {}
+    for source, found in documents(config.data, "validation", INFILL_BYTES_PER_TOKEN * T).items():
+        rows[source] = infill_rows((text for _, text in found), tokenizer, T, count, spm=config.data.fim_spm > 0.5)
+
+    def losses(its):
+        return middle_losses(its, lambda batch: nats_fn(variables, begin.on_devices(batch)), at_once, config.evaluate.bootstrap)
+
+    together = jax.tree.map(lambda *parts: np.concatenate(parts), *rows.values())
+    return losses(together) | {"infilling": {source: losses(its) for source, its in rows.items()}}
 
 
 def recall(begin: Start, variables: dict) -> dict[str, float]:

@@ -137,11 +137,17 @@ def loss(runs: Runs, title: str) -> Panel:
     return _panel(title, draw, *WIDE, f"Next-token loss; {last} nats per token, the first step had {train[0]:.2f}")
 
 
+def savings(numbers: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
+    """What the suffix saves, as (source, against what, {"mean", "low", "high"} in nats per token); `numbers` as launch.evaluate returns them."""
+    found = numbers.get("infilling") or {}
+    return [(source.partition("?")[0], over, losses[name]) for source, losses in found.items() for name, over in SAVINGS.items()]
+
+
 def infilling(summary: Summary) -> Panel:
     numbers = summary.get("pretrain") or {}
-    rows = [(over, numbers[name]) for name, over in SAVINGS.items() if name in numbers]
+    rows = [(f"{source}, {over}", saved) for source, over, saved in savings(numbers)]
     if not rows:
-        return Panel("Infilling", "", f"no {' and '.join(SAVINGS)} in summary.json")
+        return Panel("Infilling", "", "no infilling in summary.json")
 
     def draw(axes: Axes) -> None:
         for place, (_, saved) in enumerate(rows):
@@ -153,8 +159,7 @@ def infilling(summary: Summary) -> Panel:
         axes.set(xlabel="nats per token of the middle that the suffix saves", ylim=(-0.6, len(rows) - 0.3))
         axes.invert_yaxis()
 
-    loss = f" from {numbers['middle_loss_with_suffix']:.3f} with it" if "middle_loss_with_suffix" in numbers else ""
-    return _panel("Infilling", draw, *WIDE, f"Loss on held-out middles,{loss}; bars are 95 % intervals. The suffix is read only if both lie right of 0")
+    return _panel("Infilling", draw, *WIDE, "Held-out middles, with 95 % intervals. The suffix of a source is read only if both of its rows lie right of 0")
 
 
 def expert_load(runs: Runs) -> Panel:

@@ -23,7 +23,7 @@ from rich.table import Table
 from errors import UserError
 from launch.command import command
 from launch.figures import COLORS
-from launch.panels import SAVINGS, Panel, Runs, Section, Summary, sections
+from launch.panels import Panel, Runs, Section, Summary, savings, sections
 from train.metrics import read_metrics
 
 STAGES = ("pretrain", "warmup", "sparse", "finetune", "reinforce")  # in the order they run
@@ -110,7 +110,7 @@ def number_groups(summary: Summary) -> list[tuple[str, list[Row]]]:
                 _row("tokens", "{:,}", pretrain, "tokens"),
                 _row("speed", "{:,.0f} tokens/s", pretrain, "tokens_per_s"),
                 _row("loss of a held-out middle", "{:.3f} with the suffix, {:.3f} without", pretrain, "middle_loss_with_suffix", "middle_loss_without_suffix"),
-                *(_row(f"the suffix saves, {over}", SAVING, pretrain.get(name) or {}, "mean", "low", "high") for name, over in SAVINGS.items()),
+                *(_row(f"suffix saves, {source}, {over}", SAVING, saved, "mean", "low", "high") for source, over, saved in savings(pretrain)),
             ],
         ),
         (

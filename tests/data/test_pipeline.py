@@ -53,7 +53,7 @@ def test_one_epoch_is_the_training_split(config, corpus):
     settings = config()
     found = take(batches(settings, TOKENIZER, split="train", seed=0, repeat=False), 10_000)
     ids = np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in found])
-    names = {name.partition("[")[0] for name, _ in documents(settings, "train")}
+    names = {name.partition("[")[0] for name, _ in itertools.chain(*documents(settings, "train").values())}
     files = [(corpus / name).read_bytes() for name in names]
     assert collections.Counter(ids[ids < 256].tolist()) == collections.Counter(b"".join(files))
     assert (ids == TOKENIZER.bos).sum() == (ids == TOKENIZER.eos).sum() == len(files)
@@ -76,7 +76,7 @@ def test_every_epoch_has_its_own_order(config):
     settings = config(sequence=512)  # all files are in one piece, and begin with bos
     ids = np.concatenate([batch["tokens"].ravel() for batch in take(batches(settings, TOKENIZER, split="train", seed=0), 60)])
     starts = [TOKENIZER.decode(ids[at + 1 : at + 8]) for at in np.nonzero(ids == TOKENIZER.bos)[0]]
-    count = len({name.partition("[")[0] for name, _ in documents(settings, "train")})
+    count = len({name.partition("[")[0] for name, _ in itertools.chain(*documents(settings, "train").values())})
     first, second = starts[:count], starts[count : 2 * count]
     assert sorted(first) == sorted(second) and len(set(first)) == count
     assert first != second
@@ -133,7 +133,7 @@ def test_fim_documents_are_whole_and_of_both_kinds(config, corpus):
     spm = sum(ids[1] == TOKENIZER.fim.suffix for ids in found)
     assert 0.3 < spm / len(found) < 0.75
     plain = [TOKENIZER.decode(ids) for ids in found if ids[0] != TOKENIZER.fim.prefix]
-    names = {name.partition("[")[0] for name, _ in documents(settings, "train")}
+    names = {name.partition("[")[0] for name, _ in itertools.chain(*documents(settings, "train").values())}
     assert collections.Counter("".join(texts + plain)) == collections.Counter("".join((corpus / name).read_text(encoding="utf-8") for name in names))
 
 
@@ -193,7 +193,7 @@ def test_trained_tokenizer_does_not_depend_on_chance_or_validation(config, corpu
     settings = config(sources=(*config().sources, "task:arithmetic?count=50"), mixture=(1.0, 1.0))
     for name in ("a", "b"):
         make_tokenizer(TokenizerConfig("bpe", "", 300), settings).save(tmp_path / name)
-    for name, _ in documents(settings, "validation"):
+    for name, _ in itertools.chain(*documents(settings, "validation").values()):
         path = corpus / name.partition("[")[0]
         path.write_text("held out " * (path.stat().st_size // 9 + 1))
     make_tokenizer(TokenizerConfig("bpe", "", 300), settings).save(tmp_path / "c")
@@ -203,10 +203,17 @@ def test_trained_tokenizer_does_not_depend_on_chance_or_validation(config, corpu
 
 
 def test_documents_are_held_out_text(config):
-    texts = documents(config(), "validation")
-    assert len(texts) == len(list(texts)) > 0
-    assert all(len(text.encode()) < 2 * 64 for _, text in texts)
-    assert not {name for name, _ in texts} & {name for name, _ in documents(config(), "train")}
+    held_out, train = (documents(config(), split) for split in ("validation", "train"))
+    assert held_out.keys() == train.keys() == set(config().sources)
+    for source, texts in held_out.items():
+        assert len(texts) == len(list(texts)) > 0
+        assert all(len(text.encode()) < 2 * 64 for _, text in texts)
+        assert not {name for name, _ in texts} & {name for name, _ in train[source]}
+
+
+def test_conversations_are_not_infilled(config):
+    changes = {"sources": ("task:arithmetic?count=50", "task:arithmetic?count=50&style=chat"), "mixture": (1.0, 1.0), "fim_sources": ("task",)}
+    assert list(documents(config(**changes), "validation")) == ["task:arithmetic?count=50"]
 
 
 def test_errors(config, tmp_path):

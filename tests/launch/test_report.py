@@ -24,8 +24,10 @@ SUMMARY = {
     "pretrain": {
         "loss_first": 6.239, "loss_last": 2.412, "tokens": 1_228_800, "tokens_per_s": 9_204.7,
         "middle_loss_with_suffix": 2.18, "middle_loss_without_suffix": 2.74, "middle_loss_empty_suffix": 2.69,
-        "suffix_saves_over_without_suffix": {"mean": 0.56, "low": 0.41, "high": 0.7},
-        "suffix_saves_over_empty_suffix": {"mean": 0.51, "low": 0.37, "high": 0.66},
+        "infilling": {"text:*.py": {
+            "suffix_saves_over_without_suffix": {"mean": 0.56, "low": 0.41, "high": 0.7},
+            "suffix_saves_over_empty_suffix": {"mean": 0.51, "low": 0.37, "high": 0.66},
+        }},
     },
     "indexer": {"recall": 0.912, "recall_random": 0.264, "topk": 64, "context": 256},
     "reinforce": {
