@@ -105,20 +105,17 @@ def complete(begin: Start, sample_fn, variables: dict, chosen: list[Problem], ke
 
 
 def infilling(begin: Start, variables: dict) -> dict:
-    """Over equally many held-out documents of each source that FIM applies to; "infilling" has each source by itself."""
+    """Of each source that FIM applies to, in "infilling", and the mean over sources."""
     config, tokenizer = begin.config, begin.tokenizer
     T, at_once, count = config.data.sequence, config.data.batch, config.evaluate.infill_documents
     count += -count % at_once
     nats_fn = jax.jit(functools.partial(middle_nats, begin.model, config.train.stage, tokenizer.eos))
-    rows = {}
-    for source, found in documents(config.data, "validation", INFILL_BYTES_PER_TOKEN * T).items():
-        rows[source] = infill_rows((text for _, text in found), tokenizer, T, count, spm=config.data.fim_spm > 0.5)
-
-    def losses(its):
-        return middle_losses(its, lambda batch: nats_fn(variables, begin.on_devices(batch)), at_once, config.evaluate.bootstrap)
-
-    together = jax.tree.map(lambda *parts: np.concatenate(parts), *rows.values())
-    return losses(together) | {"infilling": {source: losses(its) for source, its in rows.items()}}
+    found = {}
+    for source, texts in documents(config.data, "validation", INFILL_BYTES_PER_TOKEN * T).items():
+        rows = infill_rows((text for _, text in texts), tokenizer, T, count, spm=config.data.fim_spm > 0.5)
+        found[source] = middle_losses(rows, lambda batch: nats_fn(variables, begin.on_devices(batch)), at_once, config.evaluate.bootstrap)
+    names = [name for name in next(iter(found.values())) if name.startswith("middle_loss")]
+    return {name: float(np.mean([losses[name] for losses in found.values()])) for name in names} | {"infilling": found}
 
 
 def recall(begin: Start, variables: dict) -> dict[str, float]:

@@ -62,7 +62,7 @@ def road_summary(stages: Mapping[str, Config], workdir: Path, evaluations: Mappi
     """summary.json of the quickstart."""
     numbers = {name: stage_summary(config, workdir / name, _metrics_name(name)) for name, config in stages.items()}
     sparse, before, after = evaluations["sparse_evaluation"], evaluations["before"], evaluations["after"]
-    numbers["pretrain"] |= {name: value for name, value in sparse.items() if name.startswith(("middle_loss", "suffix_saves", "infilling"))}
+    numbers["pretrain"] |= {name: value for name, value in sparse.items() if name.startswith(("middle_loss", "infilling"))}
     indexer = stages["sparse"].model.indexer
     recall = {"recall": sparse["indexer_recall"], "recall_random": sparse["indexer_recall_random"]}
     numbers["indexer"] = recall | {"topk": indexer.topk, "context": stages["sparse"].data.sequence}
