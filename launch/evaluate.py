@@ -111,8 +111,8 @@ def infilling(begin: Start, variables: dict) -> dict:
     count += -count % at_once
     nats_fn = jax.jit(functools.partial(middle_nats, begin.model, config.train.stage, tokenizer.eos))
     found = {}
-    for source, texts in documents(config.data, "validation", INFILL_BYTES_PER_TOKEN * T).items():
-        rows = infill_rows((text for _, text in texts), tokenizer, T, count, spm=config.data.fim_spm > 0.5)
+    for source, held_out in documents(config.data, "validation", INFILL_BYTES_PER_TOKEN * T).items():
+        rows = infill_rows((text for _, text in held_out), tokenizer, T, count, spm=config.data.fim_spm > 0.5)
         found[source] = middle_losses(rows, lambda batch: nats_fn(variables, begin.on_devices(batch)), at_once, config.evaluate.bootstrap)
     names = [name for name in next(iter(found.values())) if name.startswith("middle_loss")]
     return {name: float(np.mean([losses[name] for losses in found.values()])) for name in names} | {"infilling": found}
