@@ -84,7 +84,7 @@ def matrix_axes(params) -> dict:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101); or Muon for matrices, with updates as large as AdamW's (arXiv 2502.16982, eq. 4), and AdamW for the rest.
+    """AdamW (arXiv 1711.05101); or Muon for matrices, with updates as large as AdamW's (arXiv 2502.16982, section 2.2), and AdamW for the rest.
 
     Frozen parameters have no moments and do not count in the gradient's norm.
     """

@@ -136,3 +136,8 @@ def test_muon_leaves_embedding_and_norms_to_adamw():
     same = {path for path in muon if muon[path] == pytest.approx(adamw[path], rel=1e-6)}
     assert {"embedding", "final_norm/scale", "moe_layers/attention/latent_norm/scale"} <= same
     assert not {path for path in same if path.endswith(("query_up", "router", "down"))}
+
+
+def test_an_unknown_optimizer_is_an_error():
+    with pytest.raises(UserError, match=r"train.optimizer = 'adam': must be one of adamw, muon"):
+        tiny.train_config(optimizer="adam")
