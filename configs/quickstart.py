@@ -85,6 +85,7 @@ def finetune() -> ConfigDict:
     c.train.steps = 40
     c.train.learning_rate = 5e-4
     c.train.warmup_steps = 5
+    c.train.log_every = 5
     return c
 
 
@@ -97,6 +98,7 @@ def reinforce() -> ConfigDict:
     c.train.beta2 = 0.99
     c.train.final_ratio = 0.5
     c.train.warmup_steps = 5
+    c.train.log_every = 1
     c.train.weight_decay = 0.0
     c.train.balance_weight = 0.0  # routing stays as pretraining left it; whether moving it would hurt was not separated from noise
     c.train.router_bias_rate = 0.0

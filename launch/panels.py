@@ -17,7 +17,7 @@ Runs = Mapping[str, list[dict[str, Any]]]  # stage -> the lines of its metrics.j
 Summary = Mapping[str, Any]
 
 
-SAVINGS = {"suffix_saves_over_without_suffix": "against left to right", "suffix_saves_over_empty_suffix": "against the format without it"}
+SAVINGS = {"suffix_saves_over_without_suffix": "of left to right", "suffix_saves_over_empty_suffix": "of the same format, withheld"}
 WIDE, NARROW = (4.6, 2.6), (3.1, 2.1)  # inches: text comes out alike in both, two or three in a row
 
 
@@ -156,7 +156,7 @@ def infilling(summary: Summary) -> Panel:
             axes.annotate(f"{saved['mean']:.3f}", (saved["mean"], place), (0, 7), textcoords="offset points", ha="center")
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(rows)), [over for over, _ in rows])
-        axes.set(xlabel="nats per token of the middle that the suffix saves", ylim=(-0.6, len(rows) - 0.3))
+        axes.set(xlabel="nats per token that the suffix saves", ylim=(-0.6, len(rows) - 0.3))
         axes.invert_yaxis()
 
     return _panel("Infilling", draw, *WIDE, "Held-out middles, with 95 % intervals. The suffix of a source is read only if both of its rows lie right of 0")
