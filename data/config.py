@@ -54,6 +54,11 @@ class DataConfig:
         _one_of("data.packing", self.packing, PACKINGS)
         _one_of("data.template", self.template, tuple(TEMPLATES))
 
+    @property
+    def infills_spm(self) -> bool:
+        """The order in which a model trained on this data is asked to infill: the one it saw more of."""
+        return self.fim_spm > 0.5
+
 
 def _check(right: bool, field: str, value: object, rule: str) -> None:
     if not right:

@@ -18,12 +18,11 @@ from data.pipeline import documents, problems
 from data.tasks.problem import Problem
 from launch.command import command
 from launch.door import Config
-from launch.panels import savings
 from launch.pretrain import validate
 from launch.reinforce import encode_problems, sampler, texts
 from launch.start import Start, load_variables, start
 from launch.summary import write_whole
-from model.sharding import batch_sharding
+from model.sharding import batch_sharding, replicated
 from rl.evaluate import pass_at_k_table
 from rl.rewards import score
 from train.infill import infill_rows, middle_losses, middle_nats
@@ -54,8 +53,9 @@ def run(config: Config, workdir: Path) -> dict:
             print(f"pass@{row['k']:<4} {row['mean']:.3f}  ({row['low']:.3f} to {row['high']:.3f})")
         for name in [name for name in result if name.startswith(("middle_loss", "indexer"))]:
             print(f"{name:<34} {result[name]:.3f}")
-        for source, over, saved in savings(result):
-            print(f"suffix saves on {source}, {over}: {saved['mean']:.3f}  ({saved['low']:.3f} to {saved['high']:.3f})")
+        for source, losses in result.get("infilling", {}).items():
+            for name in [name for name in losses if name.startswith("suffix_saves")]:
+                print(f"{name:<34} {losses[name]['mean']:.3f}  ({losses[name]['low']:.3f} to {losses[name]['high']:.3f})  {source.partition('?')[0]}")
     return result
 
 
@@ -109,11 +109,13 @@ def infilling(begin: Start, variables: dict) -> dict:
     config, tokenizer = begin.config, begin.tokenizer
     T, at_once, count = config.data.sequence, config.data.batch, config.evaluate.infill_documents
     count += -count % at_once
-    nats_fn = jax.jit(functools.partial(middle_nats, begin.model, config.train.stage, tokenizer.eos))
+    sharding = batch_sharding(begin.mesh)
+    # Every process has all the rows, and needs all the results.
+    nats_fn = jax.jit(functools.partial(middle_nats, begin.model, config.train.stage, tokenizer.eos), out_shardings=replicated(begin.mesh))
     found = {}
     for source, held_out in documents(config.data, "validation", INFILL_BYTES_PER_TOKEN * T).items():
-        rows = infill_rows((text for _, text in held_out), tokenizer, T, count, spm=config.data.fim_spm > 0.5)
-        found[source] = middle_losses(rows, lambda batch: nats_fn(variables, begin.on_devices(batch)), at_once, config.evaluate.bootstrap)
+        rows = infill_rows((text for _, text in held_out), tokenizer, T, count, spm=config.data.infills_spm)
+        found[source] = middle_losses(rows, lambda batch: nats_fn(variables, jax.device_put(batch, sharding)), at_once, config.evaluate.bootstrap)
     names = [name for name in next(iter(found.values())) if name.startswith("middle_loss")]
     return {name: float(np.mean([losses[name] for losses in found.values()])) for name in names} | {"infilling": found}
 

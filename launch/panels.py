@@ -137,15 +137,10 @@ def loss(runs: Runs, title: str) -> Panel:
     return _panel(title, draw, *WIDE, f"Next-token loss; {last} nats per token, the first step had {train[0]:.2f}")
 
 
-def savings(numbers: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
-    """What the suffix saves, as (source, against what, {"mean", "low", "high"} in nats per token); `numbers` as launch.evaluate returns them."""
-    found = numbers.get("infilling") or {}
-    return [(source.partition("?")[0], over, losses[name]) for source, losses in found.items() for name, over in SAVINGS.items()]
-
-
 def infilling(summary: Summary) -> Panel:
     numbers = summary.get("pretrain") or {}
-    rows = [(f"{source}, {over}", saved) for source, over, saved in savings(numbers)]
+    found = numbers.get("infilling") or {}
+    rows = [(f"{source.partition('?')[0]}, {over}", losses[name]) for source, losses in found.items() for name, over in SAVINGS.items()]
     if not rows:
         return Panel("Infilling", "", "no infilling in summary.json")
 

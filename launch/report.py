@@ -23,7 +23,7 @@ from rich.table import Table
 from errors import UserError
 from launch.command import command
 from launch.figures import COLORS
-from launch.panels import Panel, Runs, Section, Summary, savings, sections
+from launch.panels import SAVINGS, Panel, Runs, Section, Summary, sections
 from train.metrics import read_metrics
 
 STAGES = ("pretrain", "warmup", "sparse", "finetune", "reinforce")  # in the order they run
@@ -98,14 +98,6 @@ def read_summary(workdir: Path) -> Summary:
         raise UserError(f"{path}: not a JSON object ({failure})") from failure
 
 
-def mean_savings(pretrain: Summary) -> list[tuple[str, dict[str, float]]]:
-    """What the suffix saves in nats per token, by source: {against what: mean}."""
-    found: dict[str, dict[str, float]] = {}
-    for source, over, saved in savings(pretrain):
-        found.setdefault(source, {})[over] = saved["mean"]
-    return list(found.items())
-
-
 def number_groups(summary: Summary) -> list[tuple[str, list[Row]]]:
     """The numbers as a person reads them, [(title, rows)]; without those that are missing."""
     pretrain, indexer, reinforce = (summary.get(name) or {} for name in ("pretrain", "indexer", "reinforce"))
@@ -118,7 +110,10 @@ def number_groups(summary: Summary) -> list[tuple[str, list[Row]]]:
                 _row("tokens", "{:,}", pretrain, "tokens"),
                 _row("speed", "{:,.0f} tokens/s", pretrain, "tokens_per_s"),
                 _row("loss of a held-out middle", "{:.3f} with the suffix, {:.3f} without", pretrain, "middle_loss_with_suffix", "middle_loss_without_suffix"),
-                *(_row(f"suffix saves, {source}", SAVINGS_SHOWN, saved, *saved) for source, saved in mean_savings(pretrain)),
+                *(
+                    _row(f"suffix saves, {source.partition('?')[0]}", SAVINGS_SHOWN, {name: losses[name]["mean"] for name in SAVINGS}, *SAVINGS)
+                    for source, losses in (pretrain.get("infilling") or {}).items()
+                ),
             ],
         ),
         (

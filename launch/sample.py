@@ -47,7 +47,7 @@ def run(config: Config, workdir: Path, prompt: str, chat: str, infill: bool, pre
             write(chat_ids(begin, given(chat)))
         elif infill:
             print(given(prefix), end="")
-            write(fim_prompt(given(prefix), given(suffix), begin.tokenizer, spm=begin.config.data.fim_spm > 0.5), end=given(suffix))
+            write(fim_prompt(given(prefix), given(suffix), begin.tokenizer, spm=begin.config.data.infills_spm), end=given(suffix))
         else:
             for line in sys.stdin:
                 write(chat_ids(begin, line.strip()))
