@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     c.model.layers = 6  # L, the dense ones included
     c.model.dense_layers = 1  # the first layers have one dense FFN in place of experts
     c.model.dense_width = 704  # hidden width of that FFN
+    c.model.canon = 0  # taps of a causal convolution over the hidden states before attention (Canon-A, arXiv 2512.17351); 0 for none
     c.model.mtp_depth = 1  # multi-token prediction modules; 0 for none
     c.model.tie_embeddings = False  # output head = embedding transposed
     c.model.norm_eps = 1e-6
@@ -73,6 +74,7 @@ def get_config() -> ConfigDict:
     c.data.fim_rate = 0.5  # share of documents made into fill-in-the-middle, before packing; a long one is cut to pieces of at most a row first
     c.data.fim_spm = 0.5  # of those, the share written suffix-prefix-middle; the rest prefix-suffix-middle. Above a half, evaluation and sampling infill in it
     c.data.fim_sources = ("stdlib", "text", "jsonl", "parquet", "arrayrecord")  # kinds of source FIM applies to (no task: its answer must stay last)
+    c.data.copy_rate = 0.0  # share of documents written as copying exercises (data/copies.py) in place of anything else; not in launch.finetune
     c.data.packing = "split"  # "split": concatenate then cut | "fit": first fit, documents stay whole
     c.data.cross_document_attention = True  # attention crosses documents packed in one row (DeepSeek-V3 pretrains so; chat never does)
     c.data.template = "think"  # how chat is written, see data/chat.py

@@ -1,8 +1,8 @@
-"""The whole road on a laptop: FIM pretraining on the standard library and word problems, the sparse indexer, cold start, Dr.GRPO.
+"""The whole road on a laptop: learning to copy, FIM pretraining on the standard library and word problems, the sparse indexer, cold start, Dr.GRPO.
 
     python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
 
-One stage alone: --config=configs/quickstart.py:STAGE with pretrain, warmup, sparse, finetune or reinforce.
+One stage alone: --config=configs/quickstart.py:STAGE with copying, pretrain, warmup, sparse, finetune or reinforce.
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +19,7 @@ def common() -> ConfigDict:
     c.model.layers = 3
     c.model.dense_layers = 1
     c.model.dense_width = 384
+    c.model.canon = 4
     c.model.attention.heads = 4
     c.model.attention.query_rank = 96
     c.model.attention.latent_rank = 64
@@ -47,8 +48,20 @@ def common() -> ConfigDict:
     return c
 
 
+def copying() -> ConfigDict:
+    c = common()
+    c.data.copy_rate = 1.0
+    c.train.stage = "dense"
+    c.train.steps = 150
+    c.train.optimizer = "muon"
+    c.train.learning_rate = 2e-2
+    c.train.warmup_steps = 20
+    return c
+
+
 def pretrain() -> ConfigDict:
     c = common()
+    c.init_from = "runs/quickstart/copying"
     c.train.stage = "dense"
     c.train.steps = 1_000
     c.train.optimizer = "muon"
@@ -109,7 +122,7 @@ def reinforce() -> ConfigDict:
     return c
 
 
-STAGES = {stage.__name__: stage for stage in (pretrain, warmup, sparse, finetune, reinforce)}
+STAGES = {stage.__name__: stage for stage in (copying, pretrain, warmup, sparse, finetune, reinforce)}
 
 
 def get_config(stage: str = "") -> ConfigDict:

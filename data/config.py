@@ -36,6 +36,7 @@ class DataConfig:
     fim_rate: float
     fim_spm: float
     fim_sources: tuple[str, ...]
+    copy_rate: float
     packing: str
     cross_document_attention: bool
     template: str
@@ -49,6 +50,7 @@ class DataConfig:
         _check(self.batch >= 1, "data.batch", self.batch, "must be at least 1 row")
         _check(0 <= self.fim_rate <= 1, "data.fim_rate", self.fim_rate, "must be between 0 and 1")
         _check(0 <= self.fim_spm <= 1, "data.fim_spm", self.fim_spm, "must be between 0 and 1")
+        _check(0 <= self.copy_rate <= 1, "data.copy_rate", self.copy_rate, "must be between 0 and 1")
         for kind in self.fim_sources:
             _one_of("data.fim_sources", kind, SOURCE_KINDS)
         _one_of("data.packing", self.packing, PACKINGS)

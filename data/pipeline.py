@@ -1,4 +1,4 @@
-"""From a config to batches: source -> split -> shuffle -> mix -> FIM and tokens -> packing -> batches, as one grain dataset whose cursor can be saved."""
+"""From a config to batches: source -> split -> shuffle -> mix -> tokens, FIM, copies -> packing -> batches, as one grain dataset whose cursor can be saved."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,6 +7,7 @@ import numpy as np
 
 from data.chat import encode_chat
 from data.config import DataConfig, TokenizerConfig
+from data.copies import copy_exercises
 from data.documents import Document, Split, Subset, subset, unit_hash
 from data.fim import fim_tokens
 from data.packing import fit_rows, split_rows, to_batch
@@ -132,7 +133,7 @@ def _mixed(config: DataConfig, split: Split, seed: int, chat: bool, process_inde
 
 
 class _Writer:
-    """A document as ids, or as several if it is made into fill-in-the-middle; decided document by document, before packing."""
+    """A document as ids, or as several if it is made into fill-in-the-middle or copying exercises; decided document by document, before packing."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
         self._config, self._tokenizer = config, tokenizer
@@ -142,11 +143,15 @@ class _Writer:
     def __call__(self, element: tuple[str, Document], rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
         kind, document = element
         config, tokenizer = self._config, self._tokenizer
+        copied = config.copy_rate > 0 and rng.random() < config.copy_rate
         if not isinstance(document.body, str):
-            written = [encode_chat(document.body, tokenizer, config.template)[0]]
+            ids = encode_chat(document.body, tokenizer, config.template)[0]
+            written = copy_exercises(ids, rng, config.sequence) if copied else [ids]
         else:
             ids = tokenizer.encode(document.body)
-            if kind in config.fim_sources and rng.random() < config.fim_rate:
+            if copied:
+                written = copy_exercises(ids, rng, config.sequence)
+            elif kind in config.fim_sources and rng.random() < config.fim_rate:
                 written = self._infilling(document.body, len(ids), rng)
             else:
                 bos = [tokenizer.bos] if document.begins and tokenizer.bos is not None else []

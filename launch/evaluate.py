@@ -20,7 +20,7 @@ from launch.command import command
 from launch.door import Config
 from launch.pretrain import validate
 from launch.reinforce import encode_problems, sampler, texts
-from launch.start import Start, load_variables, start
+from launch.start import Start, run_variables, start
 from launch.summary import write_whole
 from model.sharding import batch_sharding, replicated
 from rl.evaluate import pass_at_k_table
@@ -39,7 +39,7 @@ def run(config: Config, workdir: Path) -> dict:
     begin = start(config, workdir, rows=config.data.batch // config.train.microbatches)
     result, samples = {}, []
     with jax.set_mesh(begin.mesh):
-        variables = load_variables(begin.model, begin.mesh, config.init_from or workdir)
+        variables = run_variables(begin, workdir)
         if config.evaluate.problems:
             result, samples = reasoning(begin, variables)
         if config.evaluate.infill_documents:

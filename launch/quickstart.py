@@ -1,4 +1,4 @@
-"""The whole road once, on a laptop: pretraining with FIM, the sparse indexer, cold start, reinforcement, and what each came to.
+"""The whole road once, on a laptop: learning to copy, pretraining with FIM, the sparse indexer, cold start, reinforcement, and what each came to.
 
     python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
     python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/seed1 --seed=1
@@ -21,7 +21,7 @@ from launch.door import Config, parse
 from launch.report import print_table, write_report
 from launch.summary import road_summary, write_summary
 
-COMMANDS = {"pretrain": pretrain.run, "warmup": pretrain.run, "sparse": pretrain.run, "finetune": finetune.run, "reinforce": reinforce.run}
+COMMANDS = dict.fromkeys(("copying", "pretrain", "warmup", "sparse"), pretrain.run) | {"finetune": finetune.run, "reinforce": reinforce.run}
 # directory: (whose checkpoint, which evaluations not)
 EVALUATIONS = {"sparse_evaluation": ("sparse", "problems"), "before": ("finetune", "infill_documents"), "after": ("reinforce", "infill_documents")}
 

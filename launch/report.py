@@ -4,7 +4,7 @@
     python -m launch.report --workdir=runs/pretrain
 
 Writes WORKDIR/report.html, one file that needs no network. Reads what it finds: WORKDIR/summary.json, metrics.jsonl in WORKDIR and in its stages' directories
-(pretrain, warmup, sparse, finetune, reinforce), and {before,after}/samples.jsonl. What is missing is said in a line and left out.
+(copying, pretrain, warmup, sparse, finetune, reinforce), and {before,after}/samples.jsonl. What is missing is said in a line and left out.
 """
 
 import html
@@ -26,7 +26,7 @@ from launch.figures import COLORS
 from launch.panels import SAVINGS, Panel, Runs, Section, Summary, sections
 from train.metrics import read_metrics
 
-STAGES = ("pretrain", "warmup", "sparse", "finetune", "reinforce")  # in the order they run
+STAGES = ("copying", "pretrain", "warmup", "sparse", "finetune", "reinforce")  # in the order they run
 SAVINGS_SHOWN = "{:.3f} of left to right, {:.3f} of withheld"
 TRACES = 6  # problems whose completions are shown
 

@@ -22,7 +22,7 @@ from data.tokenizer import Stream
 from errors import UserError
 from launch.command import Flag, command
 from launch.door import Config
-from launch.start import Start, load_variables, start
+from launch.start import Start, run_variables, start
 from model.decode import decode_step, decode_weights, prefill
 from rl.rollout import pad_prompts
 from rl.sampler import draw
@@ -37,7 +37,7 @@ def run(config: Config, workdir: Path, prompt: str, chat: str, infill: bool, pre
         raise UserError("--prefix and --suffix go with --infill")
     begin = start(config, workdir, rows=1)
     with jax.set_mesh(begin.mesh):
-        variables = load_variables(begin.model, begin.mesh, config.init_from or workdir)
+        variables = run_variables(begin, workdir)
         write = functools.partial(stream, begin, variables, jax.jit(functools.partial(decode_step, begin.model, stage=config.sampling.attention)))
         if prompt:
             text = given(prompt)

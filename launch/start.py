@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from data.pipeline import make_tokenizer
 from data.tokenizer import Tokenizer, load_tokenizer
 from errors import UserError
-from launch.door import Config, summarise
+from launch.door import Config, recorded, summarise
 from model.config import ModelConfig
 from model.sharding import batch_sharding, batch_shards, make_mesh
 from train.checkpoint import Checkpoints, restore_parameters
@@ -97,6 +97,19 @@ def fresh_or_restored(begin: Start, optimizer: optax.GradientTransformation, che
         variables = load_variables(begin.model, begin.mesh, begin.config.init_from)
         state = state.replace(params=variables["params"], router=variables["router"])
     return state
+
+
+def run_variables(begin: Start, workdir: Path) -> dict:
+    """What to read a run's model from: its own newest checkpoint; `init_from` where the workdir has none, being a place for results alone.
+
+    Raises UserError when the workdir has checkpoints and the config names others than the run itself started from.
+    """
+    named = begin.config.init_from
+    if not (workdir / "checkpoints").exists():
+        return load_variables(begin.model, begin.mesh, named or workdir)
+    if named != recorded(workdir).init_from:
+        raise UserError(f"init_from = {named!r}: {workdir} has checkpoints of its own; to read {named!r} give another --workdir")
+    return load_variables(begin.model, begin.mesh, workdir)
 
 
 def load_variables(model: ModelConfig, mesh: Mesh, path: str | Path) -> dict:

@@ -79,5 +79,5 @@ def road_summary(stages: Mapping[str, Config], workdir: Path, evaluations: Mappi
 
 
 def _metrics_name(stage: str) -> str:
-    """Under which name a stage's command writes its metrics: warm-up and sparse training are launch.pretrain's."""
-    return "pretrain" if stage in ("warmup", "sparse") else stage
+    """Under which name a stage's command writes its metrics: copying, warm-up and sparse training are launch.pretrain's."""
+    return "pretrain" if stage in ("copying", "warmup", "sparse") else stage

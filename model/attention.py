@@ -17,6 +17,7 @@ from jax import Array
 
 from model.attend import IndexerInputs, IndexerReport, attend_expanded, attend_latent
 from model.cache import LayerCache
+from model.canon import Canon
 from model.config import ModelConfig
 from model.indexer import Indexer
 from model.norm import RMSNorm
@@ -52,6 +53,8 @@ class LatentAttention(nn.Module):
             self.gate = weight("gate", (c.width, a.heads, a.value_width), ("width", "heads", "head_width"))
         if c.indexer.heads:
             self.indexer = Indexer(c)
+        if c.canon:
+            self.canon = Canon(c.canon)
 
     def __call__(
         self,
@@ -69,6 +72,9 @@ class LatentAttention(nn.Module):
         With `past`: the tokens are written to its slots from `at` on and attend to the slots in `allowed_BTS`, absorbed form; returns the cache with them.
         """
         a, dtype = self.config.attention, hidden_BTD.dtype
+        recent_BKD = jnp.zeros((hidden_BTD.shape[0], 0, hidden_BTD.shape[-1]), dtype)
+        if self.config.canon:
+            hidden_BTD, recent_BKD = self.canon(hidden_BTD, segments_BT, None if past is None else past.recent_BKD)
         angles_BTP = rope_angles(positions_BT, a.rope_width, a.rope_theta)
         with jax.named_scope("projections"):
             query_latent_BTR = self.query_norm(hidden_BTD @ self.query_down.astype(dtype)) if a.query_rank else hidden_BTD
@@ -82,7 +88,7 @@ class LatentAttention(nn.Module):
         if self.config.indexer.heads and (stage != "dense" or past is None or past.index_key_BSC.shape[-1]):
             query, index_key_BTC = self.indexer(hidden_BTD, query_latent_BTR, positions_BT)
         no_key = jnp.zeros((*latent_BTR.shape[:2], 0), dtype)
-        entries = LayerCache(jnp.concatenate([latent_BTR, k_rope_BTP], axis=-1), no_key if index_key_BTC is None else index_key_BTC)
+        entries = LayerCache(jnp.concatenate([latent_BTR, k_rope_BTP], axis=-1), no_key if index_key_BTC is None else index_key_BTC, recent_BKD)
 
         if past is None:
             indexer = None if query is None else IndexerInputs(query, index_key_BTC)

@@ -95,6 +95,7 @@ class ModelConfig:
     layers: int
     dense_layers: int
     dense_width: int
+    canon: int
     mtp_depth: int
     tie_embeddings: bool
     norm_eps: float
@@ -115,6 +116,7 @@ class ModelConfig:
         require(self.vocab >= 0, "model.vocab", self.vocab, "must be 0 (the tokenizer's) or positive")
         require(0 <= self.dense_layers <= self.layers, "model.dense_layers", self.dense_layers, f"must be between 0 and model.layers = {self.layers}")
         require(self.dense_layers == 0 or self.dense_width > 0, "model.dense_width", self.dense_width, "must be positive")
+        require(self.canon == 0 or self.canon >= 2, "model.canon", self.canon, "must be 0 (no convolution) or at least 2 taps")
         require(self.mtp_depth >= 0, "model.mtp_depth", self.mtp_depth, "must not be negative")
         require(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
         require(self.remat in REMAT_POLICIES, "model.remat", self.remat, f"must be one of {', '.join(REMAT_POLICIES)}")

@@ -30,6 +30,7 @@ MODEL = ModelConfig(
     layers=3,
     dense_layers=1,
     dense_width=48,
+    canon=3,
     mtp_depth=1,
     tie_embeddings=False,
     norm_eps=1e-6,

@@ -9,6 +9,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from errors import UserError
 from train.config import TrainConfig
 
+PER_CHANNEL = ("scale", "bias", "taps")  # parameters that no matrix multiplies
 MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2  # root mean square of an update at learning rate 1: about that of AdamW's (arXiv 2502.16982, section 2.2), so one rate serves both
 
@@ -61,13 +62,13 @@ def trainable(config: TrainConfig, params) -> dict:
 
 
 def decays(params) -> dict:
-    """Weight decay falls on matrices, not on the scales and biases of norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    """Weight decay falls on matrices, not on the scales and biases of norms or the taps of a convolution."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in PER_CHANNEL, params)
 
 
 def is_matrix(params) -> dict:
-    """What Muon is for: matrices between hidden states. Embedding, output head, norms and biases are AdamW's."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias", "embedding", "head"), params)
+    """What Muon is for: matrices between hidden states. Embedding, output head, norms, biases and taps are AdamW's."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in (*PER_CHANNEL, "embedding", "head"), params)
 
 
 def matrix_axes(params) -> dict:

@@ -28,6 +28,7 @@ def config(corpus):
         fim_rate=0.0,
         fim_spm=0.5,
         fim_sources=("text",),
+        copy_rate=0.0,
         packing="split",
         cross_document_attention=False,
         template="think",

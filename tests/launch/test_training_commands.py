@@ -13,7 +13,7 @@ from configs import base
 from errors import UserError
 from launch import finetune, pretrain, reinforce
 from launch.door import Config, parse
-from launch.start import load_variables, sized
+from launch.start import load_variables, run_variables, sized, start
 from model.sharding import make_mesh
 from train.checkpoint import Checkpoints
 from train.interrupt import Interrupt
@@ -90,6 +90,21 @@ def test_indexer_warmup_moves_the_indexer_alone(tmp_path):
     for path, moved in jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert moved == ("indexer" in name), name
+
+
+def test_a_run_that_started_from_another_is_read_from_its_own_checkpoints(tmp_path):
+    """As launch.evaluate and launch.sample do, with the run's own config; from `init_from` only where there is no checkpoint."""
+    pretrain.run(tiny(train__steps=1), tmp_path / "first")
+    config = dataclasses.replace(tiny(train__steps=2), init_from=str(tmp_path / "first"))
+    pretrain.run(config, tmp_path / "second")
+    first, second = (final_variables(config, tmp_path / name) for name in ("first", "second"))
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    begin = start(config, tmp_path / "second", rows=8)
+    chex.assert_trees_all_equal(jax.device_get(run_variables(begin, tmp_path / "second")), second)
+    chex.assert_trees_all_equal(jax.device_get(run_variables(begin, tmp_path / "results")), first)
+    other = dataclasses.replace(begin, config=dataclasses.replace(config, init_from="elsewhere"))
+    with pytest.raises(UserError, match=r"init_from = 'elsewhere': .*second has checkpoints of its own; to read 'elsewhere' give another --workdir"):
+        run_variables(other, tmp_path / "second")
 
 
 def test_gradients_that_are_never_finite_stop_the_run_with_one_line(tmp_path):

@@ -22,6 +22,7 @@ CASES = {
     "dense, no gate, no query latent": ("dense", tiny.model_config(mtp_depth=0, attention={"gate": "none", "query_rank": 0})),
     "sparse, gate per head, no query latent": ("sparse", tiny.model_config(mtp_depth=0, attention={"gate": "head", "query_rank": 0})),
     "sparse, gate per element, query latent": ("sparse", tiny.model_config(mtp_depth=0)),
+    "no convolution": ("sparse", tiny.model_config(mtp_depth=0, canon=0)),
     "no indexer": ("dense", tiny.model_config(mtp_depth=0, indexer={"heads": 0, "topk": 4})),
 }
 
@@ -50,15 +51,15 @@ def test_decoding_is_the_forward_pass(case):
 
 
 @pytest.mark.parametrize("case", ["sparse, gate per element, query latent", "no indexer"])
-def test_the_cache_holds_latents_and_index_keys_alone(case):
+def test_the_cache_holds_latents_index_keys_and_recent_states_alone(case):
     config = CASES[case][1]
     cache, _ = decoded(case)
     width = config.indexer.width if config.indexer.heads else 0
-    per_layer = {(4, T, config.attention.latent_rank + config.attention.rope_width), (4, T, width)}
+    per_layer = {(4, T, config.attention.latent_rank + config.attention.rope_width), (4, T, width), (4, config.canon - 1, config.width)}
     assert len(cache.layers) == config.layers
     for layer in cache.layers:
         assert {leaf.shape for leaf in jax.tree.leaves(layer)} == per_layer
-    assert len(jax.tree.leaves(cache)) == 2 * config.layers + 3
+    assert len(jax.tree.leaves(cache)) == 3 * config.layers + 3
     chex.assert_trees_all_equal(cache.next_position_B, T - jnp.asarray(PADDING))
     assert int(cache.length) == T
 

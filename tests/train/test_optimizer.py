@@ -81,7 +81,7 @@ def test_decay_falls_on_matrices():
     params = tiny.variables(CONFIG)["params"]
     decayed = paths(decays(params))
     everything = paths(jax.tree.map(lambda _: True, params))
-    assert everything - decayed == {path for path in everything if path.endswith(("/scale", "/bias"))}
+    assert everything - decayed == {path for path in everything if path.endswith(("/scale", "/bias", "/taps"))}
     moved = one_step(tiny.train_config(), jax.tree.map(jnp.zeros_like, params))
     assert {path for path, by in moved.items() if by > 0} == decayed
     largest = float(jnp.max(jnp.abs(params["embedding"])))
@@ -124,17 +124,18 @@ def test_muon_orthogonalises_each_matrix_of_each_layer():
         rows = np.prod(update.shape[stacked : stacked + inputs])
         flat_update, flat_gradient = (np.asarray(leaf).reshape(-1, rows, np.prod(leaf.shape[stacked + inputs :])) for leaf in (update, gradient))
         for one, of in zip(flat_update, flat_gradient, strict=True):
-            left, _, right = np.linalg.svd(of, full_matrices=False)
+            left, values, right = np.linalg.svd(of, full_matrices=False)
             singular = -left.T @ one @ right.T / (0.2 * np.sqrt(max(one.shape)))
             np.testing.assert_allclose(singular, np.diag(np.diag(singular)), atol=0.01, err_msg=str(path))
-            assert (np.diag(singular) > 0.65).all() and (np.diag(singular) < 1.25).all(), path
+            # An iteration lifts a small value 3.4 times; one below a hundredth of the norm has not arrived after five.
+            assert (np.diag(singular)[values > 0.01 * np.linalg.norm(of)] > 0.65).all() and (np.diag(singular) < 1.25).all(), path
 
 
 def test_muon_leaves_embedding_and_norms_to_adamw():
     params = tiny.variables(CONFIG)["params"]
     muon, adamw = (one_step(tiny.train_config(optimizer=name), jax.tree.map(jnp.ones_like, params)) for name in ("muon", "adamw"))
     same = {path for path in muon if muon[path] == pytest.approx(adamw[path], rel=1e-6)}
-    assert {"embedding", "final_norm/scale", "moe_layers/attention/latent_norm/scale"} <= same
+    assert {"embedding", "final_norm/scale", "moe_layers/attention/latent_norm/scale", "moe_layers/attention/canon/taps"} <= same
     assert not {path for path in same if path.endswith(("query_up", "router", "down"))}
 
 

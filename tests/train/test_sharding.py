@@ -115,7 +115,7 @@ def test_muon_moments_lie_where_their_parameters_do():
     for parameter, sharding in of_parameter.items():
         name = "/".join(parameter)
         moments = [its for path, its in found if path.endswith("/" + name)]
-        assert moments == [sharding] * (2 if parameter[-1] in ("scale", "bias", "embedding", "head") else 1), name
+        assert moments == [sharding] * (2 if parameter[-1] in ("scale", "bias", "taps", "embedding", "head") else 1), name
 
 
 def test_a_fresh_state_is_the_same_on_any_mesh():
