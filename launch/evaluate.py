@@ -20,7 +20,7 @@ from launch.command import command
 from launch.door import Config
 from launch.pretrain import validate
 from launch.reinforce import encode_problems, sampler, texts
-from launch.start import Start, run_variables, start
+from launch.start import Start, on_host, run_variables, start
 from launch.summary import write_whole
 from model.sharding import batch_sharding, replicated
 from rl.evaluate import pass_at_k_table
@@ -100,7 +100,7 @@ def complete(begin: Start, sample_fn, variables: dict, chosen: list[Problem], ke
     prompts = encode_problems(begin, chosen)
     sharding = batch_sharding(begin.mesh)
     completions = sample_fn(variables, jax.device_put(prompts.tokens_PT, sharding), jax.device_put(prompts.segments_PT, sharding), key)
-    tokens_BC, mask_BC = np.asarray(completions.tokens_BC), np.asarray(completions.mask_BC)
+    tokens_BC, mask_BC = on_host(completions.tokens_BC), on_host(completions.mask_BC)
     return texts(begin.tokenizer, tokens_BC, mask_BC), mask_BC.sum(axis=1).tolist()
 
 

@@ -25,7 +25,7 @@ from errors import UserError
 from launch.command import command
 from launch.door import Config, claim
 from launch.pretrain import Due, report
-from launch.start import Start, fresh_or_restored, load_variables, start
+from launch.start import Start, fresh_or_restored, load_variables, on_host, start
 from launch.summary import stage_summary, write_summary
 from model.sharding import batch_sharding
 from rl.algorithms import Algorithm, get_algorithm
@@ -149,7 +149,7 @@ def rollout(begin: Start, sample_fn, variables: dict, chosen: list[Problem], alg
     sharding = batch_sharding(begin.mesh)
     tokens_PT, segments_PT = (jax.device_put(x, sharding) for x in (prompts.tokens_PT, prompts.segments_PT))
     completions = sample_fn(variables, tokens_PT, segments_PT, key)
-    tokens_BC, mask_BC = np.asarray(completions.tokens_BC), np.asarray(completions.mask_BC)
+    tokens_BC, mask_BC = on_host(completions.tokens_BC), on_host(completions.mask_BC)
     weights = {"answer": config.reinforce.answer_reward, "format": config.reinforce.format_reward}
     scored = [score(text, chosen[row // group].answer, weights) for row, text in enumerate(texts(tokenizer, tokens_BC, mask_BC))]
     rewards_PG = np.asarray([reward for reward, _ in scored], np.float32).reshape(-1, group)

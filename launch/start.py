@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from data.pipeline import make_tokenizer
@@ -47,6 +48,13 @@ def start(config: Config, workdir: Path, rows: int) -> Start:
     model = sized(config.model, tokenizer)
     summarise(config, *count_parameters(model), mesh)
     return Start(config, model, tokenizer, mesh)
+
+
+def on_host(x: Array) -> np.ndarray:
+    """All of an array, on every host, however it is spread over them. To be called by all processes alike."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def compile_cache() -> None:
