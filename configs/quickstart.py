@@ -19,7 +19,7 @@ def common() -> ConfigDict:
     c.model.layers = 3
     c.model.dense_layers = 1
     c.model.dense_width = 384
-    c.model.canon = 4
+    c.model.canon = 4  # after `copying` the held-out loss is 3.44 nats/token with it, 4.88 without (seed 0)
     c.model.attention.heads = 4
     c.model.attention.query_rank = 96
     c.model.attention.latent_rank = 64
@@ -49,6 +49,8 @@ def common() -> ConfigDict:
 
 
 def copying() -> ConfigDict:
+    """Looking back before anything else. Straight on code, copying had not formed after 800 steps, and a suffix was worth 0.00 nats/token; after these 150
+    steps and 250 of pretraining it is worth 0.13. At half the rate copying is not finished (4.23 nats/token held out, against 3.44). All of seed 0."""
     c = common()
     c.data.copy_rate = 1.0
     c.train.stage = "dense"
