@@ -32,6 +32,7 @@ from launch.config_file import Source, blame, load
 from launch.door import parse
 
 GRACE_SECONDS = 30  # between asking a run to stop and killing it: time to finish writing a checkpoint
+STOPPED = 128 + signal.SIGTERM  # recorded of a run that was asked to stop, and did so well, with exit code 0: it is not finished
 COLUMNS_SHOWN = 8  # without --show; results.csv has them all
 
 
@@ -59,6 +60,11 @@ class Run:
 
     def finished(self) -> bool:
         return (self.ended() or {}).get("exit") == 0
+
+    def stopped_short(self) -> bool:
+        """Whether its summary counts fewer steps than it was to have."""
+        steps = [number for name, number in self.results().items() if name.rpartition(".")[2] == "steps"]
+        return bool(steps) and max(steps) < self.config["train"]["steps"]
 
     def record(self, code: int, seconds: float) -> None:
         _write(self.workdir / "sweep.json", json.dumps({"exit": code, "seconds": round(seconds, 1), "config": self.config}) + "\n")
@@ -147,9 +153,11 @@ def execute(runs: Sequence[Run], parallel: int) -> None:
             for slot, (run, process, began) in list(going.items()):
                 if (code := process.poll()) is not None:
                     del going[slot]
+                    if code == 0 and run.stopped_short():
+                        code = STOPPED
                     run.record(code, time.monotonic() - began)
-                    how = "done " if code == 0 else f"FAILED, exit {code}:"
-                    last = "" if code == 0 else f"  {run.last_words()}"
+                    how = {0: "done ", STOPPED: "stopped before its end:"}.get(code, f"FAILED, exit {code}:")
+                    last = "" if code in (0, STOPPED) else f"  {run.last_words()}"
                     print(f"{how}  {run.name}  ({time.monotonic() - began:.0f} s){last}", flush=True)
             time.sleep(0.1)
     finally:
@@ -212,7 +220,7 @@ def report(question: str, runs: Sequence[Run], workdir: Path, show: Sequence[str
     print(f"{workdir / 'results.csv'}{more}", flush=True)
 
     if failed := [f"{run.name} (exit {codes[run.name]}, log {run.log})" for run in runs if codes[run.name] != 0]:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed or were stopped: {', '.join(failed)}")
     if missing := [name for name in show if name not in every]:
         raise UserError(f"--show={missing[0]}: no run has it (has: {', '.join(every) or 'no summary.json'})")
 

@@ -1,5 +1,7 @@
 """Everything a run is, but for its place in the data: what a checkpoint saves and a step maps to the next."""
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -27,6 +29,12 @@ class TrainState:
         return {"params": self.params, "router": self.router}
 
 
+@functools.cache
+def boxed_shapes(config: ModelConfig) -> dict:
+    """Shapes and types of the variables, each with the names of its axes. Kept, because tracing a model takes a second and several ask."""
+    return jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+
+
 def make_state(config: ModelConfig, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
     variables = nn.meta.unbox(transformer.init(config, key))
     count = jnp.zeros((), jnp.int32)
@@ -35,9 +43,8 @@ def make_state(config: ModelConfig, optimizer: optax.GradientTransformation, key
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state, with nothing allocated. An optimizer moment is sharded as its parameter."""
-    boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    where = shardings(boxed, mesh)
-    shapes = jax.eval_shape(lambda: make_state(config, optimizer, jax.random.key(0)))
+    where, shapes = shardings(boxed_shapes(config), mesh), nn.meta.unbox(boxed_shapes(config))
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
 
     def sharded(shape, sharding):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
@@ -51,15 +58,9 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
         found = (of_parameter[names[start:]] for start in range(len(names)) if names[start:] in of_parameter)
         return sharded(leaf, next(found, everywhere))
 
-    moments = jax.tree_util.tree_map_with_path(moment, shapes.opt_state)
-    return TrainState(
-        step=sharded(shapes.step, everywhere),
-        params=jax.tree.map(sharded, shapes.params, where["params"]),
-        router=jax.tree.map(sharded, shapes.router, where["router"]),
-        opt_state=moments,
-        skipped=sharded(shapes.skipped, everywhere),
-        skipped_in_row=sharded(shapes.skipped_in_row, everywhere),
-    )
+    moments = jax.tree_util.tree_map_with_path(moment, jax.eval_shape(optimizer.init, shapes["params"]))
+    params, router = (jax.tree.map(sharded, shapes[kind], where[kind]) for kind in ("params", "router"))
+    return TrainState(count, params, router, moments, skipped=count, skipped_in_row=count)
 
 
 def _names(path) -> tuple[str, ...]:
@@ -82,7 +83,7 @@ def fresh_state(config: ModelConfig, optimizer: optax.GradientTransformation, me
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(all, active): active counts only the chosen share of the routed experts. MTP modules count, as they are trained; embedding included."""
-    params = nn.meta.unbox(jax.eval_shape(lambda: transformer.init(config, jax.random.key(0))))["params"]
+    params = nn.meta.unbox(boxed_shapes(config))["params"]
     total = active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         keys = [key.key for key in path]

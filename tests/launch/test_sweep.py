@@ -30,7 +30,8 @@ if rate == 2 and not pathlib.Path("repaired").exists():
     sys.exit("error: diverged")
 while rate == 3 and not pathlib.Path("repaired").exists():
     time.sleep(0.05)
-summary = {"pretrain": {"loss_last": 5 - rate, "text": "x", "on": True}, "steps": int(flags["config.train.steps"])}
+steps = int(flags["config.train.steps"]) - (rate == 5 and not pathlib.Path("repaired").exists())
+summary = {"pretrain": {"loss_last": 5 - rate, "text": "x", "on": True}, "steps": steps}
 (workdir / "summary.json").write_text(json.dumps(summary))
 '''
 
@@ -95,7 +96,7 @@ def test_finished_runs_are_kept_and_failed_ones_go_again(place, capsys):
     source = write(place, (1.0, 2.0))
     with pytest.raises(UserError) as error:
         go(source)
-    assert str(error.value) == "1 of 2 runs failed: train.learning_rate=2.0 (exit 1, log runs/train.learning_rate=2.0/sweep.log)"
+    assert str(error.value) == "1 of 2 runs failed or were stopped: train.learning_rate=2.0 (exit 1, log runs/train.learning_rate=2.0/sweep.log)"
     failed = next(line for line in capsys.readouterr().out.splitlines() if "FAILED, exit 1:  train.learning_rate=2.0" in line)
     assert failed.endswith("error: diverged")
     assert "error: diverged" in (place / "runs/train.learning_rate=2.0/sweep.log").read_text()
@@ -103,6 +104,16 @@ def test_finished_runs_are_kept_and_failed_ones_go_again(place, capsys):
     go(write(place, (1.0, 2.0, 4.0)))
     assert [starts(place, rate) for rate in (1.0, 2.0, 4.0)] == [1, 2, 1]
     assert "1 of 3 runs finished before" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_well_goes_again(place, capsys):
+    """A command that gets SIGTERM saves and exits with 0; its summary says that steps are missing."""
+    with pytest.raises(UserError, match=r"1 of 2 runs failed or were stopped: train.learning_rate=5.0 \(exit 143, "):
+        go(write(place, (1.0, 5.0)))
+    assert "stopped before its end:  train.learning_rate=5.0" in capsys.readouterr().out
+    (place / "repaired").touch()
+    go(write(place, (1.0, 5.0)))
+    assert [starts(place, rate) for rate in (1.0, 5.0)] == [1, 2]
 
 
 def test_a_run_finished_with_another_config_goes_again(place):
