@@ -33,7 +33,7 @@ def common() -> ConfigDict:
     c.model.tie_embeddings = True
     c.model.init_std = 0.06  # a narrow model: after 150 steps the problems' held-out loss was 0.67 nats/token, against 0.86 at 0.02 (one seed)
     # Code, problems as text, and problems as conversations. In some solutions the answer stands without any working: the model learns both habits. In its
-    # head it is right one time in five, so working pays; imitation does not know that, rewards find it out, and completions grow longer.
+    # head it is right one time in eight, so working pays; imitation does not know that, rewards find it out, and completions grow longer.
     c.data.sources = ("stdlib", f"{TASK}&direct=0.3", f"{TASK}&direct=0.3&style=chat")
     c.data.mixture = (0.04, 0.46, 0.5)  # of documents: a piece of code has some 30 times the tokens of a problem, so half of the tokens are code
     c.data.sequence = 256

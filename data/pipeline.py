@@ -143,19 +143,17 @@ class _Writer:
     def __call__(self, element: tuple[str, Document], rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
         kind, document = element
         config, tokenizer = self._config, self._tokenizer
-        copied = config.copy_rate > 0 and rng.random() < config.copy_rate
-        if not isinstance(document.body, str):
-            ids = encode_chat(document.body, tokenizer, config.template)[0]
-            written = copy_exercises(ids, rng, config.sequence) if copied else [ids]
+        conversation = not isinstance(document.body, str)
+        ids = encode_chat(document.body, tokenizer, config.template)[0] if conversation else tokenizer.encode(document.body)
+        if config.copy_rate > 0 and rng.random() < config.copy_rate:
+            written = copy_exercises(ids, rng, config.sequence)
+        elif conversation:
+            written = [ids]
+        elif kind in config.fim_sources and rng.random() < config.fim_rate:
+            written = self._infilling(document.body, len(ids), rng)
         else:
-            ids = tokenizer.encode(document.body)
-            if copied:
-                written = copy_exercises(ids, rng, config.sequence)
-            elif kind in config.fim_sources and rng.random() < config.fim_rate:
-                written = self._infilling(document.body, len(ids), rng)
-            else:
-                bos = [tokenizer.bos] if document.begins and tokenizer.bos is not None else []
-                written = [bos + ids + ([tokenizer.eos] if document.ends else [])]
+            bos = [tokenizer.bos] if document.begins and tokenizer.bos is not None else []
+            written = [bos + ids + ([tokenizer.eos] if document.ends else [])]
         longest = config.sequence if config.packing == "fit" else None
         return [{"tokens": np.asarray(piece, np.int32)} for ids in written for piece in _cut(ids, longest)]
 

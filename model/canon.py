@@ -1,4 +1,4 @@
-"""A short causal convolution over time: what a token has just behind it, without attention having to fetch it (Canon-A, arXiv 2512.17351, section 3)."""
+"""A short causal convolution over time: what a token has just behind it, without attention having to fetch it (Canon-A, arXiv 2512.17351)."""
 
 import flax.linen as nn
 import jax

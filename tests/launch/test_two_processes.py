@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Random bytes are never a right answer: a reward that some completions earn and some do not, so that there is a gradient.
 SCRIPT = """
-import dataclasses, sys
+import dataclasses
 from launch import evaluate, pretrain, reinforce
 from launch.command import command
 
