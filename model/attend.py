@@ -4,16 +4,19 @@ Two forms of the same function: `attend_expanded` over keys and values expanded 
 T x S x N ever lives; `attend_latent` over the latents themselves (decoding; the absorbed form, arXiv 2405.04434, section 2.1.2).
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from model.indexer import MASKED, IndexerQuery, indexer_kl, indexer_scores, ranked, select_topk
 
 STAGES = ("dense", "warmup", "sparse")
+LEAST_PART = 64  # queries; smaller parts cost more in small matmuls than the skipped pairs save
 
 
 @flax.struct.dataclass
@@ -64,7 +67,16 @@ def report_indexer(target_BTS: Array, scores_BTS: Array, among_BTS: Array, stage
 
 
 def attend_expanded(
-    q_BTNH: Array, k_BSNH: Array, v_BSNV: Array, segments_BT: Array, indexer: IndexerInputs | None, *, stage: str, topk: int, query_chunk: int
+    q_BTNH: Array,
+    k_BSNH: Array,
+    v_BSNV: Array,
+    segments_BT: Array,
+    indexer: IndexerInputs | None,
+    *,
+    stage: str,
+    topk: int,
+    query_chunk: int,
+    causal_parts: int,
 ) -> tuple[Array, IndexerReport]:
     """Causal attention inside each segment, over a whole sequence (T = S).
 
@@ -74,27 +86,32 @@ def attend_expanded(
       indexer: its queries and keys; needed by the stages "warmup" and "sparse".
       stage: "dense" | "warmup" (dense, with the indexer's loss) | "sparse" (over the selected keys only, with the indexer's loss).
       query_chunk: queries handled at a time; the backward pass recomputes a chunk.
+      causal_parts: P, the parts the sequence is cut into, each over the keys up to its own end: of all pairs (P + 1) / 2P are computed, not every one.
+        A part has at least LEAST_PART queries.
 
     Returns:
       out_BTNV of v's dtype, zeros for padding, and the indexer's report.
     """
     T = q_BTNH.shape[1]
-    chunks = -(-T // query_chunk)
-    padding = chunks * query_chunk - T if chunks > 1 else 0
-    key_index_S = jnp.arange(T)
+    query = None if stage == "dense" else indexer.query
+    k_BNSH, v_BNSV = jnp.swapaxes(k_BSNH, 1, 2), jnp.swapaxes(v_BSNV, 1, 2)  # once, and not for every part
 
-    def attend_chunk(q_BCNH, query: IndexerQuery | None, query_segments_BC, query_index_C):
-        allowed_BCS = (query_index_C[:, None] >= key_index_S) & (query_segments_BC[..., None] == segments_BT[:, None]) & (query_segments_BC[..., None] > 0)
+    def attend_chunk(end, q_BCNH, query: IndexerQuery | None, query_segments_BC, query_index_C):
+        """Queries over the first `end` keys; the keys are cut in here, so that no copy of them is kept for the backward pass."""
+        key_segments_BS = segments_BT[:, :end]
+        query_segments_BC1 = query_segments_BC[..., None]
+        allowed_BCS = (query_index_C[:, None] >= jnp.arange(end)) & (query_segments_BC1 == key_segments_BS[:, None]) & (query_segments_BC1 > 0)
         among_BCS, scores_BCS = allowed_BCS, None
         if stage != "dense":
-            scores_BCS = indexer_scores(query.q_BTIC, indexer.k_BSC, query.w_BTI)
+            scores_BCS = indexer_scores(query.q_BTIC, indexer.k_BSC[:, :end], query.w_BTI)
             if stage == "sparse":
                 among_BCS = select_topk(scores_BCS, allowed_BCS, topk)
         with jax.named_scope("attention"):
-            logits_BNCS = jnp.einsum("BCNH,BSNH->BNCS", q_BCNH, k_BSNH, preferred_element_type=jnp.float32)
+            q_BNCH = jnp.swapaxes(q_BCNH, 1, 2)
+            logits_BNCS = jnp.einsum("BNCH,BNSH->BNCS", q_BNCH, k_BNSH[:, :, :end], preferred_element_type=jnp.float32)
             weights_BNCS, sum_BNC1 = softmax_parts(logits_BNCS, among_BCS)
-            mixed_BNCV = jnp.einsum("BNCS,BSNV->BNCV", weights_BNCS.astype(v_BSNV.dtype), v_BSNV, preferred_element_type=jnp.float32)
-            out_BCNV = jnp.swapaxes(mixed_BNCV / sum_BNC1, 1, 2).astype(v_BSNV.dtype)
+            mixed_BNCV = jnp.einsum("BNCS,BNSV->BNCV", weights_BNCS.astype(v_BNSV.dtype), v_BNSV[:, :, :end], preferred_element_type=jnp.float32)
+            out_BCNV = jnp.swapaxes(mixed_BNCV / sum_BNC1, 1, 2).astype(v_BNSV.dtype)
         if stage == "dense":
             return out_BCNV, IndexerReport.zero()
         # The main attention's probabilities, mean over heads: what the indexer is taught. Detached.
@@ -102,26 +119,32 @@ def attend_expanded(
         report = report_indexer(target_BCS, scores_BCS, among_BCS, stage, topk)
         return out_BCNV, report
 
-    query = None if stage == "dense" else indexer.query
-    # Recomputing the probabilities in the backward pass is cheaper than writing and reading [B, N, C, S] a few times, even when one chunk is all there is.
-    attend_chunk = jax.checkpoint(attend_chunk, prevent_cse=chunks == 1)
-    if chunks == 1:
-        return attend_chunk(q_BTNH, query, segments_BT, key_index_S)
+    def attend_part(start: int, end: int) -> tuple[Array, IndexerReport]:
+        own = jax.tree.map(lambda x_BT: x_BT[:, start:end], (q_BTNH, query, segments_BT))
+        chunks = -(-(end - start) // query_chunk)
+        # Recomputing the probabilities in the backward pass is cheaper than writing and reading [B, N, C, S] a few times, even when one chunk is all there is.
+        attend = jax.checkpoint(functools.partial(attend_chunk, end), prevent_cse=chunks == 1)
+        if chunks == 1:
+            return attend(*own, jnp.arange(start, end))
+        padding = chunks * query_chunk - (end - start)
 
-    def cut(x_BT):
-        """[B, T, ...] to [chunks, B, C, ...]; padded queries have segment 0."""
-        x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], chunks, query_chunk, *x_BT.shape[2:]), 1, 0)
+        def cut(x_BT):
+            """[B, T', ...] to [chunks, B, C, ...]; padded queries have segment 0."""
+            x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
+            return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], chunks, query_chunk, *x_BT.shape[2:]), 1, 0)
 
-    pieces = (*jax.tree.map(cut, (q_BTNH, query, segments_BT)), jnp.arange(chunks * query_chunk).reshape(chunks, query_chunk))
+        def step(total: IndexerReport, piece):
+            out_BCNV, report = attend(*piece)
+            return jax.tree.map(jnp.add, total, report), out_BCNV
 
-    def step(total: IndexerReport, piece):
-        out_BCNV, report = attend_chunk(*piece)
-        return jax.tree.map(jnp.add, total, report), out_BCNV
+        query_index_nC = start + jnp.arange(chunks * query_chunk).reshape(chunks, query_chunk)
+        report, out_nBCNV = jax.lax.scan(step, IndexerReport.zero(), (*jax.tree.map(cut, own), query_index_nC))
+        out_BTNV = jnp.moveaxis(out_nBCNV, 0, 1).reshape(q_BTNH.shape[0], chunks * query_chunk, *out_nBCNV.shape[3:])
+        return out_BTNV[:, : end - start], report
 
-    report, out_nBCNV = jax.lax.scan(step, IndexerReport.zero(), pieces)
-    out_BTNV = jnp.moveaxis(out_nBCNV, 0, 1).reshape(q_BTNH.shape[0], chunks * query_chunk, *out_nBCNV.shape[3:])[:, :T]
-    return out_BTNV, report
+    size = max(-(-T // causal_parts), LEAST_PART)
+    outs, reports = zip(*(attend_part(start, min(start + size, T)) for start in range(0, T, size)), strict=True)
+    return checkpoint_name(jnp.concatenate(outs, axis=1), "attention"), jax.tree.map(lambda *parts: sum(parts), *reports)
 
 
 def attend_latent(q_BTNR: Array, latent_BSR: Array, value_rank: int, allowed_BTS: Array, indexer: IndexerInputs | None, *, topk: int) -> Array:

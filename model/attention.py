@@ -20,6 +20,7 @@ from model.cache import LayerCache
 from model.canon import Canon
 from model.config import ModelConfig
 from model.indexer import Indexer
+from model.linear import linear
 from model.norm import RMSNorm
 from model.rope import rope_angles, rotate_interleaved
 from model.sharding import constrain, named
@@ -77,11 +78,11 @@ class LatentAttention(nn.Module):
             hidden_BTD, recent_BKD = self.canon(hidden_BTD, segments_BT, None if past is None else past.recent_BKD)
         angles_BTP = rope_angles(positions_BT, a.rope_width, a.rope_theta)
         with jax.named_scope("projections"):
-            query_latent_BTR = self.query_norm(hidden_BTD @ self.query_down.astype(dtype)) if a.query_rank else hidden_BTD
-            q_BTNH = jnp.einsum("BTR,RNH->BTNH", query_latent_BTR, self.query_up.astype(dtype)) * jnp.asarray(a.query_width**-0.5, dtype)
+            query_latent_BTR = self.query_norm(linear(hidden_BTD, self.query_down)) if a.query_rank else hidden_BTD
+            q_BTNH = linear(query_latent_BTR, self.query_up) * jnp.asarray(a.query_width**-0.5, dtype)
             q_BTNH = constrain(q_BTNH, "batch", "time", "heads", None)
             q_nope_BTNH, q_rope_BTNP = q_BTNH[..., : a.nope_width], rotate_interleaved(q_BTNH[..., a.nope_width :], angles_BTP)
-            down_BTR = hidden_BTD @ self.latent_down.astype(dtype)
+            down_BTR = linear(hidden_BTD, self.latent_down)
             latent_BTR = self.latent_norm(down_BTR[..., : a.latent_rank])
             k_rope_BTP = rotate_interleaved(down_BTR[..., None, a.latent_rank :], angles_BTP)[:, :, 0]
         query = index_key_BTC = None
@@ -98,17 +99,19 @@ class LatentAttention(nn.Module):
             out_BTNV = self.absorbed(q_nope_BTNH, q_rope_BTNP, entries, allowed_BTS, query if stage == "sparse" else None)
         out_BTNV = self.gated(out_BTNV, hidden_BTD)
         with jax.named_scope("output_projection"):
-            return jnp.einsum("BTNV,NVD->BTD", out_BTNV, self.out.astype(dtype)), report, entries
+            return linear(out_BTNV, self.out, axes=2), report, entries
 
     def expanded(self, q_nope_BTNH, q_rope_BTNP, latent_BSR, k_rope_BSP, segments_BT, indexer, stage) -> tuple[Array, IndexerReport]:
-        dtype, N = latent_BSR.dtype, self.config.attention.heads
+        N = self.config.attention.heads
         with jax.named_scope("expand"):
-            k_nope_BSNH = jnp.einsum("BSR,RNH->BSNH", latent_BSR, self.key_up.astype(dtype))
+            k_nope_BSNH = linear(latent_BSR, self.key_up)
             k_rope_BSNP = jnp.broadcast_to(k_rope_BSP[:, :, None], (*k_rope_BSP.shape[:2], N, k_rope_BSP.shape[-1]))
             k_BSNH = constrain(jnp.concatenate([k_nope_BSNH, k_rope_BSNP], axis=-1), "batch", "time", "heads", None)
-            v_BSNV = constrain(jnp.einsum("BSR,RNV->BSNV", latent_BSR, self.value_up.astype(dtype)), "batch", "time", "heads", None)
+            v_BSNV = constrain(linear(latent_BSR, self.value_up), "batch", "time", "heads", None)
         q_BTNH = jnp.concatenate([q_nope_BTNH, q_rope_BTNP], axis=-1)
-        return attend_expanded(q_BTNH, k_BSNH, v_BSNV, segments_BT, indexer, stage=stage, topk=self.config.indexer.topk, query_chunk=self.config.query_chunk)
+        c = self.config
+        options = {"stage": stage, "topk": c.indexer.topk, "query_chunk": c.query_chunk, "causal_parts": c.causal_parts}
+        return attend_expanded(q_BTNH, k_BSNH, v_BSNV, segments_BT, indexer, **options)
 
     def absorbed(self, q_nope_BTNH, q_rope_BTNP, cache: LayerCache, allowed_BTS, query) -> Array:
         dtype, a = q_nope_BTNH.dtype, self.config.attention
@@ -121,12 +124,12 @@ class LatentAttention(nn.Module):
 
     def gated(self, out_BTNV: Array, hidden_BTD: Array) -> Array:
         """Y * sigmoid(X W) before the output projection (arXiv 2505.06708, eq. 5, position G1); X is the normalised hidden state the queries come from."""
-        kind, dtype = self.config.attention.gate, hidden_BTD.dtype
+        kind = self.config.attention.gate
         if kind == "none":
             return out_BTNV
         with jax.named_scope("gate"):
             if kind == "head":
-                gate_BTNV = (hidden_BTD @ self.gate.astype(dtype))[..., None]
+                gate_BTNV = linear(hidden_BTD, self.gate)[..., None]
             else:
-                gate_BTNV = jnp.einsum("BTD,DNV->BTNV", hidden_BTD, self.gate.astype(dtype))
+                gate_BTNV = linear(hidden_BTD, self.gate)
             return out_BTNV * jax.nn.sigmoid(gate_BTNV)

@@ -104,6 +104,7 @@ class ModelConfig:
     remat: str
     scan_unroll: int
     query_chunk: int
+    causal_parts: int
     logit_chunk: int
     expert_matmul: str
     attention: AttentionConfig
@@ -111,7 +112,7 @@ class ModelConfig:
     moe: MoEConfig
 
     def __post_init__(self):
-        for name in ("width", "layers", "query_chunk", "logit_chunk", "scan_unroll"):
+        for name in ("width", "layers", "query_chunk", "causal_parts", "logit_chunk", "scan_unroll"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
         require(self.vocab >= 0, "model.vocab", self.vocab, "must be 0 (the tokenizer's) or positive")
         require(0 <= self.dense_layers <= self.layers, "model.dense_layers", self.dense_layers, f"must be between 0 and model.layers = {self.layers}")

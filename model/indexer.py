@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.config import ModelConfig
+from model.linear import linear
 from model.norm import LayerNorm
 from model.rope import rope_angles, rotate_halves
 from model.sharding import named
@@ -112,14 +113,13 @@ class Indexer(nn.Module):
         """Returns the queries and the keys [B, T, C] of these tokens. `query_latent` is the hidden state itself in a model without query latents."""
         i = self.config.indexer
         hidden_BTD, query_latent_BTR = jax.lax.stop_gradient((hidden_BTD, query_latent_BTR))
-        dtype = hidden_BTD.dtype
         angles_BTP = rope_angles(positions_BT, i.rope_width, self.config.attention.rope_theta)
 
         def rotate(x_BTNC):
             return jnp.concatenate([rotate_halves(x_BTNC[..., : i.rope_width], angles_BTP), x_BTNC[..., i.rope_width :]], axis=-1)
 
         with jax.named_scope("indexer_projections"):
-            q_BTIC = rotate(jnp.einsum("BTR,RIC->BTIC", query_latent_BTR, self.query.astype(dtype)))
-            k_BTC = rotate(self.key_norm(hidden_BTD @ self.key.astype(dtype))[:, :, None])[:, :, 0]
-            w_BTI = (hidden_BTD @ self.head_weight.astype(dtype)).astype(jnp.float32) * (i.heads * i.width) ** -0.5
+            q_BTIC = rotate(linear(query_latent_BTR, self.query))
+            k_BTC = rotate(self.key_norm(linear(hidden_BTD, self.key))[:, :, None])[:, :, 0]
+            w_BTI = linear(hidden_BTD, self.head_weight).astype(jnp.float32) * (i.heads * i.width) ** -0.5
         return IndexerQuery(q_BTIC, w_BTI), k_BTC

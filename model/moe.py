@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from model.config import ModelConfig
 from model.kernels import experts
+from model.linear import linear
 from model.sharding import RULES, named
 
 
@@ -114,7 +115,7 @@ class FFN(nn.Module):
         gate_DF = self.param("gate", named(init, ("width", "ffn")), (c.width, self.hidden), jnp.float32)
         up_DF = self.param("up", named(init, ("width", "ffn")), (c.width, self.hidden), jnp.float32)
         down_FD = self.param("down", named(init, ("ffn", "width")), (self.hidden, c.width), jnp.float32)
-        return experts.ffn(x_BTD, *(w.astype(x_BTD.dtype) for w in (gate_DF, up_DF, down_FD)))
+        return linear(experts.swiglu(linear(x_BTD, gate_DF), linear(x_BTD, up_DF)), down_FD)
 
 
 class MoE(nn.Module):
@@ -135,7 +136,7 @@ class MoE(nn.Module):
             self.param("down", named(init, ("experts", "ffn", "width")), (m.experts, m.width, c.width), jnp.float32),
         )
         with jax.named_scope("router"):
-            scores_BTE = jax.nn.sigmoid(x_BTD.astype(jnp.float32) @ router_DE)
+            scores_BTE = jax.nn.sigmoid(linear(x_BTD.astype(jnp.float32), router_DE))
             chosen_BTK = choose_experts(scores_BTE, bias_E, chosen=m.chosen, groups=m.groups, chosen_groups=m.chosen_groups)
             gates_BTK = expert_gates(scores_BTE, chosen_BTK, m.route_scale)
             counts_E = jnp.sum((chosen_BTK[..., None] == jnp.arange(m.experts)) & real_BT[..., None, None], axis=(0, 1, 2), dtype=jnp.int32)

@@ -1,4 +1,6 @@
-"""Normalisations, computed in float32 whatever the compute type."""
+"""Normalisations, computed in float32 whatever the compute type. The backward pass keeps their input alone and computes the rest again."""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -8,6 +10,7 @@ from jax import Array
 from model.sharding import named
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x_D: Array, scale_D: Array, eps: float) -> Array:
     """x / rms(x) * scale over the last axis (arXiv 1910.07467, eq. 4). Returns x's dtype."""
     x32 = x_D.astype(jnp.float32)
@@ -15,6 +18,7 @@ def rms_norm(x_D: Array, scale_D: Array, eps: float) -> Array:
     return (x32 * inverse_rms * scale_D).astype(x_D.dtype)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def layer_norm(x_D: Array, scale_D: Array, bias_D: Array, eps: float) -> Array:
     """(x - mean) / std * scale + bias over the last axis (arXiv 1607.06450). Returns x's dtype."""
     x32 = x_D.astype(jnp.float32)

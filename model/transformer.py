@@ -19,11 +19,16 @@ from model.attend import IndexerReport
 from model.attention import LatentAttention
 from model.cache import LayerCache
 from model.config import ModelConfig
+from model.linear import linear
 from model.moe import FFN, MoE, RouterReport
 from model.norm import RMSNorm
 from model.sharding import constrain, named
 
-REMAT = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+policies = jax.checkpoint_policies
+REMAT = {
+    "full": policies.nothing_saveable,
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "gate_and_up")),
+}
 
 
 @flax.struct.dataclass
@@ -89,9 +94,9 @@ class MTPModule(nn.Module):
     def __call__(self, previous_BTD, embedded_BTD, positions_BT, segments_BT, stage):
         c = self.config
         init = nn.initializers.normal(c.init_std)
-        merge_2DD = self.param("merge", named(init, (None, "width", "replicated")), (2, c.width, c.width), jnp.float32).astype(previous_BTD.dtype)
-        hidden_BTD = RMSNorm(c.norm_eps, name="hidden_norm")(previous_BTD) @ merge_2DD[0]
-        hidden_BTD += RMSNorm(c.norm_eps, name="embedding_norm")(embedded_BTD) @ merge_2DD[1]
+        merge_2DD = self.param("merge", named(init, (None, "width", "replicated")), (2, c.width, c.width), jnp.float32)
+        hidden_BTD = linear(RMSNorm(c.norm_eps, name="hidden_norm")(previous_BTD), merge_2DD[0])
+        hidden_BTD += linear(RMSNorm(c.norm_eps, name="embedding_norm")(embedded_BTD), merge_2DD[1])
         return Block(c, moe=c.moe_layers > 0, name="block")(hidden_BTD, positions_BT, segments_BT, stage)
 
 
@@ -166,7 +171,7 @@ def head_weights(config: ModelConfig, params) -> Array:
 def logits_of(config: ModelConfig, params, hidden_BTD: Array) -> Array:
     """[..., V] float32."""
     with jax.named_scope("output_head"):
-        return jnp.matmul(hidden_BTD, head_weights(config, params).astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+        return linear(hidden_BTD, head_weights(config, params), output=jnp.float32)
 
 
 def token_logprobs(config: ModelConfig, params, hidden_BTD: Array, targets_BT: Array, temperature: float = 1.0) -> tuple[Array, Array]:

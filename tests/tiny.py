@@ -39,6 +39,7 @@ MODEL = ModelConfig(
     remat="none",
     scan_unroll=1,
     query_chunk=512,
+    causal_parts=4,
     logit_chunk=1024,
     expert_matmul="auto",
     attention=AttentionConfig(heads=4, query_rank=16, latent_rank=12, nope_width=8, rope_width=4, value_width=6, rope_theta=100.0, gate="element"),

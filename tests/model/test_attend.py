@@ -29,13 +29,13 @@ def inputs(batch: int, length: int, seed: int = 0):
     return q, k, v, IndexerInputs(IndexerQuery(draw(batch, length, I, C), draw(batch, length, I) * (I * C) ** -0.5), draw(batch, length, C))
 
 
-def loss(arrays, segments_BT, stage, topk, query_chunk):
+def loss(arrays, segments_BT, stage, topk, query_chunk, causal_parts=1):
     """Something that depends on every output, with a gradient to every input."""
-    out, report = attend_expanded(*arrays[:3], segments_BT, arrays[3], stage=stage, topk=topk, query_chunk=query_chunk)
+    out, report = attend_expanded(*arrays[:3], segments_BT, arrays[3], stage=stage, topk=topk, query_chunk=query_chunk, causal_parts=causal_parts)
     return jnp.sum(jnp.sin(out)) + report.kl, (out, report)
 
 
-value_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(2, 3, 4))
+value_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(2, 3, 4, 5))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -45,6 +45,30 @@ def test_chunks_of_queries_change_nothing(stage):
     whole, cut, ragged = (value_and_gradient(arrays, segments_BT, stage, TOPK, chunk) for chunk in (512, 8, 7))
     tiny.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
     tiny.assert_close(ragged, whole, rtol=1e-5, atol=1e-5)
+
+
+LONG = (((1, 90), (2, 70), (0, 10)), ((1, 170),))  # 170 queries: of two parts 85 each, of three or more 64, 64 and 42
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parts_of_the_sequence_change_nothing(stage):
+    """Each part sees the keys up to its own end only, in one chunk or several, ragged ones included: what it does not see was masked before."""
+    arrays, segments_BT = inputs(2, 170), tiny.batch_of(LONG, width=170)["segments"]
+    whole = value_and_gradient(arrays, segments_BT, stage, TOPK, 512, 1)
+    for chunk, parts in ((512, 2), (512, 8), (24, 2)):
+        tiny.assert_close(value_and_gradient(arrays, segments_BT, stage, TOPK, chunk, parts), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_skip_what_causality_masks():
+    """Of two parts three quarters of the scores are computed, of four five eighths: counted by the compiler on the forward pass, matmuls being most of it."""
+    arrays, segments_BT = inputs(1, 512), jnp.ones((1, 512), jnp.int32)
+
+    def operations(parts):
+        attend = functools.partial(attend_expanded, stage="dense", topk=TOPK, query_chunk=512, causal_parts=parts)
+        return jax.jit(lambda q, k, v: attend(q, k, v, segments_BT, None)[0]).lower(*arrays[:3]).compile().cost_analysis()["flops"]
+
+    assert operations(2) / operations(1) == pytest.approx(3 / 4, rel=0.03)
+    assert operations(4) / operations(1) == pytest.approx(5 / 8, rel=0.03)
 
 
 def test_topk_of_everything_is_dense():
