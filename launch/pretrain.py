@@ -7,9 +7,13 @@
 The same command again goes on where the run stopped. SIGTERM or Ctrl-C saves and ends it.
 """
 
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import optax
 
 from data.pipeline import batches
 from errors import UserError
@@ -17,13 +21,15 @@ from launch.command import command
 from launch.door import Config, claim
 from launch.start import Start, fresh_or_restored, start
 from launch.summary import stage_summary, write_summary
+from model.sharding import replicated
 from train.checkpoint import Checkpoints
 from train.interrupt import Interrupt
 from train.metrics import Metrics
 from train.objective import language_objective
 from train.optimizer import make_optimizer
 from train.progress import Progress
-from train.step import make_evaluation, make_step
+from train.state import abstract_state, state_shardings
+from train.step import Step, make_evaluation, make_step
 
 SHOWN = ("lm", "indexer_kl", "reward", "completion_length", "entropy")  # on the progress line, those a stage has
 
@@ -43,9 +49,14 @@ def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> bool
     optimizer = make_optimizer(config.train)
 
     with jax.set_mesh(begin.mesh), Checkpoints(workdir / "checkpoints", config.train.keep) as checkpoints, Interrupt() as interrupt:
-        state = fresh_or_restored(begin, optimizer, checkpoints, stream)
+        fresh = checkpoints.latest() is None
+        compile_step = functools.partial(compiled, begin, make_step(begin.model, config.train, objective, optimizer), optimizer)
+        with ThreadPoolExecutor(max_workers=1) as aside:
+            program = aside.submit(compile_step) if fresh else None  # while the state is made: on two cores the first step comes seconds sooner
+            state = fresh_or_restored(begin, optimizer, checkpoints, stream)
         done = int(state.step)
-        step_fn = jax.jit(make_step(begin.model, config.train, objective, optimizer), donate_argnums=0)
+        if done < config.train.steps:
+            step_fn = program.result() if program else compile_step()
         evaluate_fn = jax.jit(make_evaluation(objective))
         tokens = config.data.batch * config.data.sequence
         due = Due(config)
@@ -70,6 +81,14 @@ def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> bool
         finished = int(state.step) >= config.train.steps
     write_summary(workdir, {stage: stage_summary(config, workdir, stage)})
     return finished
+
+
+def compiled(begin: Start, step: Step, optimizer: optax.GradientTransformation) -> Callable:
+    """The step as a program for this mesh and these shapes, and no others: state in, and out, as `abstract_state` lays it out."""
+    with jax.set_mesh(begin.mesh):  # which a thread does not inherit
+        state = abstract_state(begin.model, optimizer, begin.mesh)
+        where = state_shardings(state), replicated(begin.mesh)
+        return jax.jit(step, donate_argnums=0, out_shardings=where).lower(state, begin.abstract_batch()).compile()
 
 
 class Due:
