@@ -4,6 +4,8 @@ BIN := .venv/bin
 
 .PHONY: quickstart test test-all lint clean
 
+# XLA's temporary memory is new in every step; in pages of 2 MiB that costs a tenth less time (bench/results/README.md). Without glibc it means nothing.
+quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: .venv/installed
 	$(BIN)/python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
 
