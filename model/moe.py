@@ -103,7 +103,7 @@ def mix_experts(x_BTD: Array, chosen_BTK: Array, gates_BTK: Array, weights: tupl
 
 
 class FFN(nn.Module):
-    """The dense SwiGLU FFN of the first layers, and of the shared experts."""
+    """(silu(x W_gate) * x W_up) W_down (arXiv 2002.05202, eq. 6): the FFN of the first layers, and of the shared experts."""
 
     config: ModelConfig
     hidden: int

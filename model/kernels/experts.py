@@ -26,16 +26,11 @@ def swiglu(gate_TF: Array, up_TF: Array) -> Array:
     return jax.nn.silu(gate_TF) * up_TF
 
 
-def ffn(x_TD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
-    """(silu(x W_gate) * x W_up) W_down."""
-    return swiglu(x_TD @ gate_DF, x_TD @ up_DF) @ down_FD
-
-
 def experts_reference(x_TD: Array, chosen_TK: Array, gates_TK: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array) -> Array:
     """Every expert on every token."""
     E = gate_EDF.shape[0]
     mix_TE = jnp.sum(jnp.where(chosen_TK[..., None] == jnp.arange(E), gates_TK[..., None], 0.0), axis=1)
-    out_ETD = ffn(x_TD, gate_EDF, up_EDF, down_EFD)
+    out_ETD = swiglu(x_TD @ gate_EDF, x_TD @ up_EDF) @ down_EFD
     return jnp.einsum("ETD,TE->TD", out_ETD, mix_TE.astype(x_TD.dtype))
 
 
