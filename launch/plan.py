@@ -36,7 +36,7 @@ from rl.sampler import sample
 from train.objective import language_objective
 from train.optimizer import make_optimizer
 from train.state import TrainState, abstract_state, count_parameters
-from train.step import make_step
+from train.step import abstract_batch, jit_step, make_step
 
 PROGRAMS = {"train": ("train",), "rollout": ("rollout",), "both": ("train", "rollout")}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -100,9 +100,8 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
     divides("data.batch / train.microbatches", data.batch // train.microbatches, mesh)
     optimizer = make_optimizer(train)
     state = abstract_state(model, optimizer, mesh)
-    step = jax.jit(make_step(model, train, language_objective(model, train), optimizer), donate_argnums=0)
-    batch = {name: rows_of(mesh, data.batch, data.sequence) for name in ("tokens", "positions", "segments")}
-    batch["weights"] = rows_of(mesh, data.batch, data.sequence, jnp.float32)
+    step = jit_step(make_step(model, train, language_objective(model, train), optimizer), state, mesh)
+    batch = abstract_batch(data.batch, data.sequence, mesh)
     held = held_bytes(state) | {"batch": device_bytes(batch)}
     formula = train_formula(model, train.stage, data.batch, data.sequence)
     return Program(step, (state, batch), held, {}, 1, formula)
@@ -139,8 +138,8 @@ def divides(field: str, rows: int, mesh: Mesh) -> None:
         raise UserError(f"{field} = {rows}: does not divide over the {batch_shards(mesh)} devices of mesh axes data x fsdp x expert; change it or the mesh")
 
 
-def rows_of(mesh: Mesh, rows: int, length: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
+def rows_of(mesh: Mesh, rows: int, length: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
 
 
 def held_bytes(state: TrainState) -> dict[str, int]:

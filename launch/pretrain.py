@@ -21,15 +21,14 @@ from launch.command import command
 from launch.door import Config, claim
 from launch.start import Start, fresh_or_restored, start
 from launch.summary import stage_summary, write_summary
-from model.sharding import replicated
 from train.checkpoint import Checkpoints
 from train.interrupt import Interrupt
 from train.metrics import Metrics
 from train.objective import language_objective
 from train.optimizer import make_optimizer
 from train.progress import Progress
-from train.state import abstract_state, state_shardings
-from train.step import Step, make_evaluation, make_step
+from train.state import abstract_state
+from train.step import Step, abstract_batch, jit_step, make_evaluation, make_step
 
 SHOWN = ("lm", "indexer_kl", "reward", "completion_length", "entropy")  # on the progress line, those a stage has
 
@@ -87,8 +86,8 @@ def compiled(begin: Start, step: Step, optimizer: optax.GradientTransformation) 
     """The step as a program for this mesh and these shapes, and no others: state in, and out, as `abstract_state` lays it out."""
     with jax.set_mesh(begin.mesh):  # which a thread does not inherit
         state = abstract_state(begin.model, optimizer, begin.mesh)
-        where = state_shardings(state), replicated(begin.mesh)
-        return jax.jit(step, donate_argnums=0, out_shardings=where).lower(state, begin.abstract_batch()).compile()
+        batch = abstract_batch(begin.config.data.batch, begin.config.data.sequence, begin.mesh)
+        return jit_step(step, state, begin.mesh).lower(state, batch).compile()
 
 
 class Due:

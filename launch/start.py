@@ -36,12 +36,6 @@ class Start:
         sharding = batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a training batch looks like (data/packing.py), on the devices."""
-        types = {"tokens": np.int32, "positions": np.int32, "segments": np.int32, "weights": np.float32}
-        shape, sharding = (self.config.data.batch, self.config.data.sequence), batch_sharding(self.mesh)
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
-
 
 def start(config: Config, workdir: Path, rows: int) -> Start:
     """Makes the mesh, finds or trains the tokenizer, and says what is about to run. `rows` is how many rows a microbatch has."""

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from model.config import ModelConfig
+from model.sharding import batch_sharding, replicated
 from train.balance import load, move_router
 from train.config import TrainConfig
 from train.objective import Objective, Totals, split_microbatches, weighted_loss
 from train.optimizer import schedule, trainable
-from train.state import TrainState
+from train.state import TrainState, state_shardings
 
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
 
@@ -78,6 +80,17 @@ def make_step(config: ModelConfig, train: TrainConfig, objective: Objective, opt
         return new_state, metrics
 
     return step
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a training batch looks like (data/packing.py), on the devices."""
+    types = {"tokens": jnp.int32, "positions": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh)) for name, dtype in types.items()}
+
+
+def jit_step(step: Step, state: TrainState, mesh: Mesh):
+    """The step to be run or only compiled: the state given away, and the next one laid out as `state`, an abstract one, is."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(state), replicated(mesh)))
 
 
 def make_evaluation(objective: Objective) -> Callable[[dict, dict[str, Array]], tuple[dict[str, Array], dict[str, Array]]]:
