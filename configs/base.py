@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
     c.train.weight_decay = 0.1  # on matrices only
     c.train.clip_norm = 1.0  # of the global gradient; 0 for none
     c.train.trainable = ".*"  # regular expression over parameter paths; the rest is frozen (stage "warmup" also freezes all but the indexer)
-    c.train.mtp_weight = 0.3  # lambda of arXiv 2412.19437, eq. 25
+    c.train.mtp_weight = 0.3  # lambda of arXiv 2412.19437, eq. 25; with 0 the MTP modules do not run
     c.train.balance_weight = 1e-4  # alpha of the sequence-wise balance loss, eq. 17
     c.train.router_bias_rate = 1e-3  # gamma: how far a step moves the router bias
     c.train.indexer_weight = 1.0  # of the indexer's KL

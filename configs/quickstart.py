@@ -19,6 +19,7 @@ def common() -> ConfigDict:
     c.model.layers = 3
     c.model.dense_layers = 1
     c.model.dense_width = 384
+    c.model.causal_parts = 2  # rows are short: more parts cost compile time and save none
     c.model.canon = 4  # after `copying` the held-out loss is 3.44 nats/token with it, 4.88 without (seed 0)
     c.model.attention.heads = 4
     c.model.attention.query_rank = 96
@@ -58,6 +59,7 @@ def copying() -> ConfigDict:
     c.train.optimizer = "muon"
     c.train.learning_rate = 2e-2
     c.train.warmup_steps = 20
+    c.train.mtp_weight = 0.0  # copying forms without it; the first step comes sooner
     return c
 
 

@@ -33,7 +33,7 @@ from model.config import ModelConfig
 from model.sharding import batch_sharding, batch_shards, make_mesh, replicated
 from rl.algorithms import get_algorithm
 from rl.sampler import sample
-from train.objective import language_objective
+from train.objective import language_objective, trained_mtp
 from train.optimizer import make_optimizer
 from train.state import TrainState, abstract_state, count_parameters
 from train.step import abstract_batch, jit_step, make_step
@@ -103,7 +103,7 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh) -> Program:
     step = jit_step(make_step(model, train, language_objective(model, train), optimizer), state, mesh)
     batch = abstract_batch(data.batch, data.sequence, mesh)
     held = held_bytes(state) | {"batch": device_bytes(batch)}
-    formula = train_formula(model, train.stage, data.batch, data.sequence)
+    formula = train_formula(dataclasses.replace(model, mtp_depth=trained_mtp(model, train)), train.stage, data.batch, data.sequence)
     return Program(step, (state, batch), held, {}, 1, formula)
 
 

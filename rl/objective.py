@@ -40,7 +40,7 @@ def policy_objective(config: ModelConfig, train: TrainConfig, algorithm: Algorit
         own = {"policy": algorithm.aggregate.weight(mask_BT)} | dict.fromkeys(token_metrics, tokens)
         if algorithm.divergence is not None:
             own["kl"] = algorithm.aggregate.weight(mask_BT)
-        return own | layer_weights(config, train.stage, batch, mtp=False)
+        return own | layer_weights(config, train.stage, batch, mtp_depth=0)
 
     def totals(variables, batch):
         logprobs_BT, entropy_BT, output = score(config, train.stage, temperature, variables, batch)

@@ -57,12 +57,12 @@ def prediction_total(config: ModelConfig, params, hidden_BTD: Array, batch: dict
     return -jnp.sum(logprobs_BT * target_weights(batch, ahead))
 
 
-def layer_weights(config: ModelConfig, stage: str, batch: dict[str, Array], mtp: bool) -> dict[str, Array]:
-    """Weights of the terms that the layers report: tokens, summed over layers. To an MTP module those count whose next tokens it can read."""
+def layer_weights(config: ModelConfig, stage: str, batch: dict[str, Array], mtp_depth: int) -> dict[str, Array]:
+    """Weights of the terms that the layers report: tokens, summed over layers and the MTP modules that run. To a module those count whose next tokens it can
+    read."""
 
     def over_layers(layers: int, counts_BT: Array | bool) -> Array:
-        ahead = range(config.mtp_depth + 1) if mtp else (0,)
-        tokens = [jnp.sum(same_segment(batch["segments"], k) & counts_BT, dtype=jnp.float32) for k in ahead]
+        tokens = [jnp.sum(same_segment(batch["segments"], k) & counts_BT, dtype=jnp.float32) for k in range(mtp_depth + 1)]
         return layers * tokens[0] + sum(tokens[1:])
 
     weights = {}
@@ -97,19 +97,26 @@ def layer_coefficients(config: ModelConfig, train: TrainConfig) -> dict[str, flo
     return coefficients
 
 
+def trained_mtp(config: ModelConfig, train: TrainConfig) -> int:
+    """How many MTP modules a step on text runs: without a weight they would cost time and teach nothing."""
+    return config.mtp_depth if train.mtp_weight > 0 else 0
+
+
 def language_objective(config: ModelConfig, train: TrainConfig) -> Objective:
     """Next-token prediction, multi-token prediction, the indexer's KL and the balance loss. In stage "warmup" the KL alone is minimised; the rest is reported.
 
     The MTP term is lambda / D * sum_k L^k (arXiv 2412.19437, eq. 24 and 25).
     """
-    depths = range(1, config.mtp_depth + 1)
+    mtp_depth = trained_mtp(config, train)
+    depths = range(1, mtp_depth + 1)
 
     def weights(batch):
         own = {"lm": jnp.sum(target_weights(batch, 1))} | {f"mtp_{k}": jnp.sum(target_weights(batch, k + 1)) for k in depths}
-        return own | layer_weights(config, train.stage, batch, mtp=True)
+        return own | layer_weights(config, train.stage, batch, mtp_depth)
 
     def totals(variables, batch):
-        output: Output = Transformer(config).apply(variables, batch["tokens"], batch["positions"], batch["segments"], stage=train.stage)
+        inputs = batch["tokens"], batch["positions"], batch["segments"]
+        output: Output = Transformer(config).apply(variables, *inputs, stage=train.stage, mtp=mtp_depth > 0)
         own = {"lm": prediction_total(config, variables["params"], output.hidden_BTD, batch, 1)}
         for k, hidden_BTD in zip(depths, output.mtp_hidden, strict=True):
             own[f"mtp_{k}"] = prediction_total(config, variables["params"], hidden_BTD, batch, k + 1)
@@ -117,7 +124,7 @@ def language_objective(config: ModelConfig, train: TrainConfig) -> Objective:
 
     coefficients = layer_coefficients(config, train)
     if train.stage != "warmup":
-        coefficients |= {"lm": 1.0} | {f"mtp_{k}": train.mtp_weight / config.mtp_depth for k in depths}
+        coefficients |= {"lm": 1.0} | {f"mtp_{k}": train.mtp_weight / mtp_depth for k in depths}
     return Objective(weights, totals, coefficients)
 
 

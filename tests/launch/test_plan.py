@@ -171,11 +171,12 @@ def test_flops_of_grouped_matmuls_and_their_dense_weight_gradient():
     assert flops.program_flops(loss) == (3 * once, 2 * once)  # forward and to x grouped; to w, once for each of the three groups
 
 
-@pytest.mark.parametrize("stage", ["dense", "sparse"])
-def test_formula_and_program_agree_where_nothing_is_wasted(stage):
+@pytest.mark.parametrize("stage, mtp_weight", [("dense", 0.3), ("sparse", 0.3), ("dense", 0.0)])
+def test_formula_and_program_agree_where_nothing_is_wasted(stage, mtp_weight):
     """Without experts, recomputed layers and a long context, a step does what the formula says, and the masked half of attention, which is small here.
     The indexer's inputs take no gradient: a third of its few parameters' share is less than the formula's."""
-    c = config("model.layers=2", "model.dense_layers=2", "model.mtp_depth=1", "model.vocab=512", "data.sequence=16", "data.batch=2", f"train.stage={stage}")
+    small = ("model.layers=2", "model.dense_layers=2", "model.mtp_depth=1", "model.vocab=512", "data.sequence=16", "data.batch=2")
+    c = config(*small, f"train.stage={stage}", f"train.mtp_weight={mtp_weight}")
     mesh = plan.make_mesh(c.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         program = plan.train_program(c, c.model, mesh)

@@ -26,8 +26,8 @@ def train_config(stage):
 
 
 @functools.cache
-def compiled(stage: str, pieces: int):
-    objective = language_objective(CONFIG, train_config(stage))
+def compiled(stage: str, pieces: int, config=CONFIG, train=None):
+    objective = language_objective(config, train or train_config(stage))
 
     @jax.jit
     def run(params, router, batch):
@@ -38,9 +38,12 @@ def compiled(stage: str, pieces: int):
     return run
 
 
+def run(program, variables, batch=BATCH):
+    return program(variables["params"], variables["router"], batch)
+
+
 def gradient(batch, pieces=1, stage="sparse"):
-    variables = tiny.variables(CONFIG)
-    return compiled(stage, pieces)(variables["params"], variables["router"], batch)
+    return run(compiled(stage, pieces), tiny.variables(CONFIG), batch)
 
 
 def only(rows):
@@ -102,6 +105,19 @@ def test_every_stage_minimises_its_terms():
     assert coefficients["dense"] == {"lm": 1.0, "mtp_1": 0.3, "balance": 0.5}
     assert coefficients["warmup"] == {"indexer_kl": 1.0}
     assert coefficients["sparse"] == {"lm": 1.0, "mtp_1": 0.3, "balance": 0.5, "indexer_kl": 1.0}
+
+
+def test_mtp_modules_without_weight_are_not_there():
+    """No loss, no gradient, and no balance or indexer loss of their own: the step is that of a model without them."""
+    train, without = tiny.train_config(stage="sparse", mtp_weight=0.0), tiny.model_config(mtp_depth=0)
+    variables = tiny.variables(CONFIG)
+    unused = run(compiled("sparse", 1, CONFIG, train), variables)
+    main = {kind: {name: value for name, value in tree.items() if not name.startswith("mtp_")} for kind, tree in variables.items()}
+    expected = run(compiled("sparse", 1, without), main)
+    for name in [name for name in unused["gradients"] if name.startswith("mtp_")]:
+        assert tiny.tree_max(unused["gradients"].pop(name)) == 0
+    tiny.assert_close(unused, expected, **ROUNDING)
+    assert "mtp_1" not in unused["terms"] and "mtp_1" in gradient(BATCH)["terms"]
 
 
 def test_reports_are_means():
