@@ -106,12 +106,17 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def stage_marks(axes: Axes, marks: Sequence[tuple[float, str]]) -> None:
-    """A thin line where a stage begins, its name above; nothing if there is but one stage."""
+    """A thin line where a stage begins, its name above, higher where the one before is in its way; nothing if there is but one stage."""
     if len(marks) < 2:
         return
+    left, right = axes.get_xlim()
+    points = 72 * 0.8 * axes.figure.get_figwidth() / (right - left)  # of a unit of x; the axes take some four fifths of the figure
+    ends = []  # of the last name on each row, in units of x
     for x, name in marks:
+        row = next((row for row, end in enumerate(ends) if end < x), len(ends))
+        ends[row : row + 1] = [x + 4.2 * len(name) / points]  # a letter of size 7 is about 4 points wide
         axes.axvline(x, color=GRID, linewidth=0.8, zorder=0)
-        axes.annotate(name, (x, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points", color=MUTED, fontsize=7)
+        axes.annotate(name, (x, 1), (0, 3 + 8 * row), xycoords=("data", "axes fraction"), textcoords="offset points", color=MUTED, fontsize=7)
 
 
 def heat_map(axes: Axes, values: np.ndarray) -> None:

@@ -48,10 +48,10 @@ def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> bool
     optimizer = make_optimizer(config.train)
 
     with jax.set_mesh(begin.mesh), Checkpoints(workdir / "checkpoints", config.train.keep) as checkpoints, Interrupt() as interrupt:
-        fresh = checkpoints.latest() is None
+        untrained = checkpoints.latest() is None and not config.init_from
         compile_step = functools.partial(compiled, begin, make_step(begin.model, config.train, objective, optimizer), optimizer)
         with ThreadPoolExecutor(max_workers=1) as aside:
-            program = aside.submit(compile_step) if fresh else None  # while the state is made: on two cores the first step comes seconds sooner
+            program = aside.submit(compile_step) if untrained else None  # while the state is made: on two cores the first step comes seconds sooner
             state = fresh_or_restored(begin, optimizer, checkpoints, stream)
         done = int(state.step)
         if done < config.train.steps:
@@ -59,7 +59,7 @@ def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> bool
         evaluate_fn = jax.jit(make_evaluation(objective))
         tokens = config.data.batch * config.data.sequence
         due = Due(config)
-        with Metrics(workdir, stage, resume_step=done) as metrics, Progress(config.train.steps, stage) as progress:
+        with Metrics(workdir, stage, resume_step=done) as metrics, Progress(config.train.steps, workdir.resolve().name) as progress:
             previous = None  # (step, metrics) still on the device: reading them a step late never blocks
             for step in range(done + 1, config.train.steps + 1):
                 state, values = step_fn(state, begin.on_devices(next(stream)))

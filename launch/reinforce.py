@@ -39,7 +39,8 @@ from train.interrupt import Interrupt
 from train.metrics import Metrics
 from train.optimizer import make_optimizer
 from train.progress import Progress
-from train.step import make_step
+from train.state import abstract_state
+from train.step import jit_step, make_step
 
 PROBLEMS = 4_096  # distinct training problems a run draws from
 
@@ -60,12 +61,13 @@ def run(config: Config, workdir: Path) -> bool:
         state = fresh_or_restored(begin, optimizer, checkpoints)
         done = int(state.step) // updates
         reference = reference_variables(begin, algorithm, state)
-        step_fn = jax.jit(make_step(begin.model, trained, policy_objective(begin.model, trained, algorithm, temperature), optimizer), donate_argnums=0)
+        objective = policy_objective(begin.model, trained, algorithm, temperature)
+        step_fn = jit_step(make_step(begin.model, trained, objective, optimizer), abstract_state(begin.model, optimizer, begin.mesh), begin.mesh)
         score_fn = jax.jit(functools.partial(score_tokens, begin.model, trained.stage, temperature))
         sample_fn = sampler(begin, r.group)
         due = Due(config)
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        with Metrics(workdir, "reinforce", resume_step=done) as metrics, Progress(config.train.steps, "reinforce") as progress:
+        with Metrics(workdir, "reinforce", resume_step=done) as metrics, Progress(config.train.steps, workdir.resolve().name) as progress:
             for step in range(done + 1, config.train.steps + 1):
                 began = time.monotonic()
                 chosen = prompts_of(step, tasks, config)

@@ -1,7 +1,7 @@
 """Writes on: from a prompt, as the assistant of a chat, or into the gap between a prefix and a suffix. Tokens appear as they are sampled.
 
     python -m launch.sample --workdir=runs/quickstart/sparse --prompt="def add(a, b):"
-    python -m launch.sample --workdir=runs/quickstart/reinforce --chat="A zoo has 7 birds. 5 more arrive. 3 leave. How many birds now?"
+    python -m launch.sample --workdir=runs/quickstart/reinforce --chat="A zoo has 7 lions. 3 leave. 5 are born. How many lions now?"
     python -m launch.sample --workdir=runs/quickstart/sparse --infill --prefix="def add(a, b):\\n" --suffix="\\n    return c\\n"
     python -m launch.sample --workdir=runs/quickstart/reinforce                     reads prompts from standard input, a line each
 

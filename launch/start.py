@@ -19,7 +19,7 @@ from launch.door import Config, recorded, summarise
 from model.config import ModelConfig
 from model.sharding import batch_sharding, batch_shards, make_mesh
 from train.checkpoint import Checkpoints, restore_parameters
-from train.state import TrainState, abstract_state, count_parameters, fresh_state
+from train.state import TrainState, abstract_state, count_parameters, fresh_state, state_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,9 @@ def fresh_or_restored(begin: Start, optimizer: optax.GradientTransformation, che
     """The newest checkpoint of this run, its cursor moved with it; else new, with the parameters of `init_from` if there is one."""
     if checkpoints.latest() is not None:
         return checkpoints.restore(abstract_state(begin.model, optimizer, begin.mesh), cursor)
-    state = fresh_state(begin.model, optimizer, begin.mesh, jax.random.key(begin.config.seed))
     if begin.config.init_from:
-        variables = load_variables(begin.model, begin.mesh, begin.config.init_from)
-        state = state.replace(params=variables["params"], router=variables["router"])
-    return state
+        return state_from(load_variables(begin.model, begin.mesh, begin.config.init_from), begin.model, optimizer, begin.mesh)
+    return fresh_state(begin.model, optimizer, begin.mesh, jax.random.key(begin.config.seed))
 
 
 def run_variables(begin: Start, workdir: Path) -> dict:

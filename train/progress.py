@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
@@ -27,7 +28,7 @@ class Progress:
     """
 
     def __init__(self, total: int, label: str, unit: str = "tokens", every: float = 10.0, console: Console | None = None, clock: Callable = time.monotonic):
-        self.total, self.label, self.unit = total, label, unit
+        self.total, self.label, self.unit = total, escape(label), unit
         self._console = console or Console()
         self._clock = clock
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=WINDOW + 1)  # (time, step, units of this update)
@@ -37,7 +38,7 @@ class Progress:
         if self._first and self._console.is_terminal:
             columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Bar(*columns, console=self._console)
-            self._task = self._bar.add_task(label, total=total, text="compiling")
+            self._task = self._bar.add_task(self.label, total=total, text="compiling")
         self._every = 0.2 if self._bar else every
 
     def update(self, step: int, values: Mapping[str, Any], tokens: int) -> None:

@@ -35,10 +35,14 @@ def boxed_shapes(config: ModelConfig) -> dict:
     return jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
 
 
-def make_state(config: ModelConfig, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    variables = nn.meta.unbox(transformer.init(config, key))
+def first_state(variables: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """No step taken yet."""
     count = jnp.zeros((), jnp.int32)
     return TrainState(count, variables["params"], variables["router"], optimizer.init(variables["params"]), count, count)
+
+
+def make_state(config: ModelConfig, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    return first_state(nn.meta.unbox(transformer.init(config, key)), optimizer)
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -79,6 +83,13 @@ def fresh_state(config: ModelConfig, optimizer: optax.GradientTransformation, me
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     with jax.set_mesh(mesh):
         return jax.jit(lambda key: make_state(config, optimizer, key), out_shardings=state_shardings(abstract), compiler_options=options)(key)
+
+
+def state_from(variables: dict, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A new state with the variables of another run, which are given away."""
+    abstract = abstract_state(config, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda variables: first_state(variables, optimizer), out_shardings=state_shardings(abstract), donate_argnums=0)(variables)
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:

@@ -205,3 +205,9 @@ def test_names_are_readable_stable_and_apart():
     assert a != b and not set(a + b) & set("/*'() ")
     long = sweep.run_name({"data.sources": ("x" * 300,)})
     assert len(long) < 255 and json.dumps(long) == f'"{long}"' and os.sep not in long
+
+
+def test_the_sweep_of_the_readme_needs_no_other_run(tmp_path):
+    """Its runs differ in shape, so no checkpoint would fit them all."""
+    question, runs = sweep.plan(Source(str(ROOT / "configs/gate_sweep.py"), ()), "pretrain", tmp_path)
+    assert question and len(runs) == 6 and {run.config["init_from"] for run in runs} == {""}
