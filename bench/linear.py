@@ -1,6 +1,6 @@
 """A SwiGLU's forward and backward pass with `model.linear` against the same with `@` on [B, T, D]: same inputs, one process, by turns, median of 10.
 
-python -m bench.linear
+    python -m bench.linear
 """
 
 import functools
@@ -12,6 +12,7 @@ from importlib.metadata import version
 import jax
 import jax.numpy as jnp
 
+from launch.command import command
 from model.kernels.experts import swiglu
 from model.linear import linear
 
@@ -42,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, config="none", workdir=False)

@@ -1,6 +1,6 @@
 """One GRPO step on tiny-dsv3: 8 prompts of 32 tokens x 8 completions x 64 tokens, float32, after compilation, median of 10; sampling and update apart.
 
-python -m bench.reinforce
+    python -m bench.reinforce
 """
 
 import functools
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.workload import print_result, random_tokens, seconds, workload
+from launch.command import command
 from model.sharding import make_mesh
 from rl.algorithms import get_algorithm
 from rl.objective import policy_objective
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, config="none", workdir=False)

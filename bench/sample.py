@@ -1,6 +1,6 @@
 """Sampling speed on tiny-dsv3: 16 prompts of 32 tokens, 128 new ones each, float32, after compilation, median of 10. Prefill is in the time, not in the tokens.
 
-python -m bench.sample
+    python -m bench.sample
 """
 
 import functools
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bench.workload import print_result, random_tokens, seconds, workload
+from launch.command import command
 from model.sharding import make_mesh
 from rl.sampler import sample
 from train.state import fresh_state
@@ -33,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, config="none", workdir=False)

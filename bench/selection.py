@@ -1,6 +1,6 @@
 """The indexer's selection by counting, against `jax.lax.top_k` alone and the mask made from it: same inputs, one process, least of 10.
 
-python -m bench.selection
+    python -m bench.selection
 """
 
 import json
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from launch.command import command
 from model.indexer import ranked, select_topk
 
 SHAPES = (((8, 256, 256), 64), ((16, 256, 256), 32), ((128, 80, 80), 32))  # tiny-dsv3, the quickstart's training, its reinforcement
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, config="none", workdir=False)

@@ -1,12 +1,13 @@
 """Training speed on tiny-dsv3: one optimizer step on 8 x 256 tokens, float32, after compilation, median of 10.
 
-python -m bench.train
+    python -m bench.train
 """
 
 import jax
 import jax.numpy as jnp
 
 from bench.workload import print_result, random_tokens, seconds, workload
+from launch.command import command
 from model.sharding import make_mesh
 from train.objective import language_objective
 from train.optimizer import make_optimizer
@@ -35,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, config="none", workdir=False)

@@ -21,6 +21,7 @@ class TokenizerConfig:
     def __post_init__(self):
         _one_of("tokenizer.kind", self.kind, TOKENIZER_KINDS)
         _check(self.kind != "file" or self.path != "", "tokenizer.path", self.path, 'tokenizer.kind = "file" needs the path of a tokenizer.json')
+        _check(self.kind == "file" or self.path == "", "tokenizer.path", self.path, 'needs tokenizer.kind = "file"; set that too, or leave it empty')
         _check(self.kind != "bpe" or self.vocab >= 268, "tokenizer.vocab", self.vocab, "must be at least 268 (256 bytes and 12 special tokens)")
 
 

@@ -152,8 +152,9 @@ def _define(values: absl_flags.FlagValues, name: str, flag: Flag) -> None:
 
 
 def _help(run: Callable[..., None], config: str, workdir: bool, own: dict[str, Flag]) -> str:
-    lines = [inspect.getdoc(sys.modules[run.__module__]) or "", "", "flags:"]
-    for name, flag in (_shared(config, workdir) | own).items():
+    known = _shared(config, workdir) | own
+    lines = [inspect.getdoc(sys.modules[run.__module__]) or ""] + (["", "flags:"] if known else [])
+    for name, flag in known.items():
         kind = "|".join(flag.choices) or {bool: "", int: "N", float: "X", str: "TEXT", tuple: "TEXT"}[type(flag.default)]
         shown = f"--{name}={kind}" if kind else f"--{name}"
         default = f" (default {flag.default})" if flag.default else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -9,7 +10,7 @@ import os
 import types
 import typing
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +177,22 @@ def claim(workdir: Path, config: Config, command: str) -> None:
     unfinished = workdir / f".config.json.{uuid.uuid4().hex}"
     unfinished.write_text(json.dumps({"command": command, "config": ours}, indent=2) + "\n")
     os.replace(unfinished, record)
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: Config, command: str) -> Iterator[None]:
+    """Claims `workdir` for what is done inside. A person's error before the first step leaves a new directory free, so that the next try may have another
+    config."""
+    new = not (workdir / "config.json").exists()
+    claim(workdir, config, command)
+    try:
+        yield
+    except UserError:
+        metrics = workdir / "metrics.jsonl"
+        if new and not (metrics.exists() and metrics.stat().st_size):
+            for name in ("config.json", "tokenizer.json"):
+                (workdir / name).unlink(missing_ok=True)
+        raise
 
 
 def recorded(workdir: Path) -> ConfigDict:

@@ -9,13 +9,13 @@ A source's field holds a list of messages, [{"role": "user", "content": "..."}, 
 from pathlib import Path
 
 from launch.command import command
-from launch.door import Config, claim
+from launch.door import Config, claimed
 from launch.pretrain import train
 
 
 def run(config: Config, workdir: Path) -> bool:
-    claim(workdir, config, "finetune")
-    return train(config, workdir, stage="finetune", chat=True)
+    with claimed(workdir, config, "finetune"):
+        return train(config, workdir, stage="finetune", chat=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import optax
 from data.pipeline import batches
 from errors import UserError
 from launch.command import command
-from launch.door import Config, claim
+from launch.door import Config, claimed
 from launch.start import Start, fresh_or_restored, start
 from launch.summary import stage_summary, write_summary
 from train.checkpoint import Checkpoints
@@ -35,8 +35,8 @@ SHOWN = ("lm", "indexer_kl", "reward", "completion_length", "entropy")  # on the
 
 def run(config: Config, workdir: Path) -> bool:
     """Returns whether the run is done (and not stopped before its end)."""
-    claim(workdir, config, "pretrain")
-    return train(config, workdir, stage="pretrain")
+    with claimed(workdir, config, "pretrain"):
+        return train(config, workdir, stage="pretrain")
 
 
 def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> bool:

@@ -23,7 +23,7 @@ from data.pipeline import problems
 from data.tasks.problem import Problem
 from errors import UserError
 from launch.command import command
-from launch.door import Config, claim
+from launch.door import Config, claimed
 from launch.pretrain import Due, report
 from launch.start import Start, fresh_or_restored, load_variables, on_host, start
 from launch.summary import stage_summary, write_summary
@@ -48,7 +48,11 @@ PROBLEMS = 4_096  # distinct training problems a run draws from
 def run(config: Config, workdir: Path) -> bool:
     """Returns whether all steps are done."""
     check(config)
-    claim(workdir, config, "reinforce")
+    with claimed(workdir, config, "reinforce"):
+        return train(config, workdir)
+
+
+def train(config: Config, workdir: Path) -> bool:
     r, updates = config.reinforce, config.reinforce.epochs * config.reinforce.minibatches
     begin = start(config, workdir, rows=r.prompts)
     trained = per_update(config.train, updates)

@@ -86,6 +86,7 @@ def test_the_schema_parses_and_nothing_is_lost():
     [
         ("--config.train.microbatches=3", "train.microbatches = 3: does not divide data.batch = 8"),
         ("--config.model.moe.groups=3", "model.moe.groups = 3"),
+        ("--config.tokenizer.path=tok.json", 'tokenizer.path = .tok.json.: needs tokenizer.kind = "file"'),
     ],
 )
 def test_parse_refuses_what_does_not_fit_together(override, words):
@@ -335,6 +336,24 @@ def test_claim_refuses_another_command(tmp_path, config):
     door.claim(tmp_path, config, "pretrain")
     with pytest.raises(UserError, match=r"belongs to launch\.pretrain"):
         door.claim(tmp_path, config, "reinforce")
+
+
+@pytest.mark.parametrize("lines, free", [(None, True), ("", True), ('{"step": 1}\n', False)])
+def test_a_run_that_did_not_begin_leaves_the_directory_free(tmp_path, config, lines, free):
+    """Its person mends the config and gives the command again; what a run has recorded stays its own."""
+    with pytest.raises(UserError, match="no such file"), door.claimed(tmp_path, config, "pretrain"):
+        (tmp_path / "tokenizer.json").write_text("{}")
+        if lines is not None:
+            (tmp_path / "metrics.jsonl").write_text(lines)
+        raise UserError("no such file")
+    assert (tmp_path / "config.json").exists() is (tmp_path / "tokenizer.json").exists() is (not free)
+
+
+def test_a_failed_try_to_go_on_takes_nothing_away(tmp_path, config):
+    door.claim(tmp_path, config, "pretrain")
+    with pytest.raises(UserError), door.claimed(tmp_path, config, "pretrain"):
+        raise UserError("no such file")
+    assert door.parse(door.recorded(tmp_path)) == config
 
 
 def test_claim_lets_a_run_be_extended_and_moved(tmp_path, config):
