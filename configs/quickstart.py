@@ -68,7 +68,7 @@ def pretrain() -> ConfigDict:
     c = common()
     c.init_from = "runs/quickstart/copying"
     c.train.stage = "dense"
-    c.train.steps = 1_000
+    c.train.steps = 1_300
     c.train.optimizer = "muon"
     c.train.learning_rate = 5e-3
     return c
