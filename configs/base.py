@@ -17,11 +17,17 @@ def get_config() -> ConfigDict:
     c.model.vocab = 0  # rows of the embedding; 0 takes the tokenizer's
     c.model.width = 256  # D
     c.model.layers = 6  # L, the dense ones included
+    # Attention of each layer, from the first on and again from the beginning when they are used up: "mla" (model.attention) | "gqa" (model.gqa) |
+    # "delta" (model.delta). ("delta", "delta", "delta", "gqa") is Qwen3-Next's.
+    c.model.attention_kinds = ("mla",)
     c.model.dense_layers = 1  # the first layers have one dense FFN in place of experts
+    c.model.dense_also = ()  # numbers (from 0) of further layers that do
     c.model.dense_width = 704  # hidden width of that FFN
     c.model.canon = 0  # taps of a causal convolution over the hidden states before attention (Canon-A, arXiv 2512.17351); 0 for none
     c.model.mtp_depth = 1  # multi-token prediction modules; 0 for none
+    c.model.mtp_input = "residual"  # what the first module reads of the trunk: its last layer's output | "normed": that after the final norm, as released
     c.model.tie_embeddings = False  # output head = embedding transposed
+    c.model.norm = "scale"  # RMS norms multiply by their parameter | "zero_centred": by 1 + their parameter
     c.model.norm_eps = 1e-6
     c.model.init_std = 0.02  # standard deviation of every weight matrix
     c.model.dtype = "float32"  # compute: "float32" | "bfloat16"; parameters are always float32
@@ -32,30 +38,65 @@ def get_config() -> ConfigDict:
     c.model.logit_chunk = 1024  # the output head handles this many tokens of a row at a time
     c.model.expert_matmul = "auto"  # "auto" | "blocks" | "ragged" | "reference", see model/kernels/experts.py
 
-    c.model.attention = ConfigDict()
+    c.model.rope = ConfigDict()
+    c.model.rope.theta = 10_000.0  # the slowest channels turn once in about 2 pi theta tokens
+    c.model.rope.stretch = 1.0  # YaRN (arXiv 2309.00071): the context is this many times `context`; 1 for none
+    c.model.rope.context = 4_096  # tokens, before stretching
+    c.model.rope.beta_fast = 32.0  # channels that turn more often than this over `context` keep their speed
+    c.model.rope.beta_slow = 1.0  # those that turn less often are slowed by `stretch`; between the two a ramp
+    c.model.rope.whole_channels = True  # the ramp begins and ends on whole channels
+    c.model.rope.scale = 1.0  # multiplies cos and sin: YaRN's 0.1 ln(stretch) + 1, where it is not in attention.logit_scale
+    c.model.rope.interleaved = True  # MLA turns the channels (0, 1), (2, 3), ...; else (0, P), (1, P + 1), ... as gqa does
+    c.model.rope.indexer_interleaved = False  # the same of the indexer, whose released weights are for (0, P), ...
+
+    c.model.attention = ConfigDict()  # multi-head latent attention, "mla"
     c.model.attention.heads = 8  # N
     c.model.attention.query_rank = 128  # width of the query latent; 0 projects queries straight from the hidden state
     c.model.attention.latent_rank = 64  # R, width of the key-value latent
     c.model.attention.nope_width = 32  # per head, without position
     c.model.attention.rope_width = 16  # per head, rotated; its key is shared by all heads
     c.model.attention.value_width = 32  # per head
-    c.model.attention.rope_theta = 10_000.0
+    c.model.attention.logit_scale = 1.0  # multiplies the logits beside query width ** -0.5: DeepSeek's YaRN has (0.1 mscale_all_dim ln(stretch) + 1) ** 2
+    c.model.attention.norm_eps = 1e-6  # of the norms of the two latents
     c.model.attention.gate = "element"  # sigmoid gate on the attention output: "none" | "head" | "element"
+
+    c.model.gqa = ConfigDict()  # grouped-query attention, "gqa"
+    c.model.gqa.heads = 8  # N
+    c.model.gqa.kv_heads = 2  # K
+    c.model.gqa.head_width = 32  # H
+    c.model.gqa.rope_width = 32  # of the head width, rotated
+    c.model.gqa.qk_norm = True  # RMS norm over each head's query and key
+    c.model.gqa.gate = "element"  # as in model.attention
+
+    c.model.delta = ConfigDict()  # Gated DeltaNet, "delta"
+    c.model.delta.key_heads = 4  # queries have as many
+    c.model.delta.value_heads = 8  # value head n reads with key head n * key_heads // value_heads
+    c.model.delta.key_width = 32
+    c.model.delta.value_width = 32
+    c.model.delta.taps = 4  # of the causal convolutions over queries, keys and values
+    c.model.delta.chunk = 64  # tokens between which the state is carried; within, it is matmuls
 
     c.model.indexer = ConfigDict()
     c.model.indexer.heads = 4  # I; 0 builds no indexer
     c.model.indexer.width = 32  # C
     c.model.indexer.rope_width = 16  # of the width, rotated
     c.model.indexer.topk = 64  # keys each query attends to in sparse mode; min(topk, context)
+    c.model.indexer.norm_eps = 1e-6  # of the layer norm of its keys
 
     c.model.moe = ConfigDict()
     c.model.moe.experts = 8  # E, routed
     c.model.moe.chosen = 2  # K, routed experts per token
     c.model.moe.shared = 1  # experts every token goes through
     c.model.moe.width = 176  # hidden width of one expert
+    c.model.moe.shared_width = 0  # hidden width of one shared expert; 0 takes `width`
+    c.model.moe.shared_gate = False  # the shared experts' output times sigmoid(x w)
+    c.model.moe.router = "sigmoid"  # an expert's score: "sigmoid" of its logit | "softmax" over all experts
+    c.model.moe.router_bias = True  # experts are chosen by score plus a bias that evens out their load; the gates do not see it
+    c.model.moe.normalise = True  # the gates of the chosen experts are divided by their sum
     c.model.moe.groups = 1  # experts are chosen from `chosen_groups` of `groups` groups
     c.model.moe.chosen_groups = 1
-    c.model.moe.route_scale = 1.0  # multiplies the normalised gates of the routed experts
+    c.model.moe.group_best = 0  # a group counts for the sum of its so many best biased scores; 0 for chosen / chosen_groups (the paper's; released code has 2)
+    c.model.moe.route_scale = 1.0  # multiplies the gates of the routed experts
 
     c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
     c.mesh.data = -1

@@ -24,7 +24,7 @@ def common() -> ConfigDict:
     c.model.attention.heads = 4
     c.model.attention.query_rank = 96
     c.model.attention.latent_rank = 64
-    c.model.attention.rope_theta = 100.0  # rows are short
+    c.model.rope.theta = 100.0  # rows are short
     c.model.moe.experts = 8
     c.model.moe.chosen = 2
     c.model.moe.width = 96

@@ -3,14 +3,15 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
 from errors import UserError
 
 Split = Literal["train", "validation"]
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  # each with a "role", and whatever else its template reads: "content", "reasoning_content", "tool_calls" ...
+Tools = list[dict[str, Any]]  # JSON schemas of what the assistant may call
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Document:
       body: text, or the messages of a conversation.
       begins: whether its first character is the document's first.
       ends: whether its last is the document's last.
+      tools: what the assistant of a conversation may call, if anything.
     """
 
     name: str
     body: str | Messages
     begins: bool = True
     ends: bool = True
+    tools: Tools | None = None
 
 
 class Source(Protocol):

@@ -144,7 +144,7 @@ class _Writer:
         kind, document = element
         config, tokenizer = self._config, self._tokenizer
         conversation = not isinstance(document.body, str)
-        ids = encode_chat(document.body, tokenizer, config.template)[0] if conversation else tokenizer.encode(document.body)
+        ids = encode_chat(document.body, tokenizer, config.template, document.tools)[0] if conversation else tokenizer.encode(document.body)
         if config.copy_rate > 0 and rng.random() < config.copy_rate:
             written = copy_exercises(ids, rng, config.sequence)
         elif conversation:
@@ -183,7 +183,7 @@ class _ChatWriter:
         if isinstance(document.body, str):
             raise UserError(f"{document.name}: a text, where chat needs a list of messages; name the field that has them in data.sources")
         try:
-            ids, weights = encode_chat(document.body, self._tokenizer, self._config.template)
+            ids, weights = encode_chat(document.body, self._tokenizer, self._config.template, document.tools)
         except UserError as error:
             raise UserError(f"{document.name}: {error}") from error
         longest = self._config.sequence
@@ -213,7 +213,7 @@ def _sample(config: DataConfig, size: int) -> Iterator[str]:
         left = size // len(config.sources)
         for index in np.random.default_rng(0).permutation(len(found)):
             body = found[index].body
-            text = body if isinstance(body, str) else "\n".join(message["content"] for message in body)
+            text = body if isinstance(body, str) else "\n".join(content for message in body if isinstance(content := message.get("content"), str))
             yield text
             left -= len(text.encode())
             if left <= 0:

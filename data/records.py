@@ -1,6 +1,7 @@
 """Formats of many records a file: JSON lines, Parquet, ArrayRecord.
 
 A record is held out by the hash of its file's name and its index in the file: nothing is read to decide it, and appending to a file moves no record.
+Where its field holds a conversation, a field "tools" beside it holds what the assistant may call.
 """
 
 import functools
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data.documents import Document, Messages
+from data.documents import Document, Messages, Tools
 from data.files import Files, locate
 from errors import UserError
 
@@ -45,14 +46,16 @@ class Records:
         file, record = locate(self._ends, index)
         place = f"{self._files.names[file]}:{self._number(file, record)}"
         where = str(self._files.root / place)
-        return Document(place, checked_body(self._read(file, record, where), where, self._field))
+        body, tools = self._read(file, record, where)
+        body = checked_body(body, where, self._field)
+        return Document(place, body, tools=None if isinstance(body, str) else checked_tools(tools, where))
 
     def _open(self, path: Path) -> int:
         """Prepares a file, in the order of the names; returns how many records it has."""
         raise NotImplementedError
 
-    def _read(self, file: int, record: int, where: str) -> object:
-        """The body of one record, not yet checked. Errors begin with `where`."""
+    def _read(self, file: int, record: int, where: str) -> tuple[object, object]:
+        """The body of one record and its tools, None if it has none; neither is checked yet. Errors begin with `where`."""
         raise NotImplementedError
 
     def _number(self, file: int, record: int) -> int:
@@ -87,36 +90,40 @@ class JsonLines(Records):
         self._lines.append(np.array(lines, np.int64).reshape(-1, 2).T)
         return len(lines)
 
-    def _read(self, file: int, record: int, where: str) -> object:
+    def _read(self, file: int, record: int, where: str) -> tuple[object, object]:
         with self._contents[file]() as opened:
             opened.seek(int(self._lines[file][1, record]))
-            return field_of(opened.readline(), where, self._field)
+            return fields_of(opened.readline(), where, self._field)
 
     def _number(self, file: int, record: int) -> int:
         return int(self._lines[file][0, record])
 
 
 class ParquetColumn(Records):
-    """One column of Parquet files, held in memory as Arrow keeps it."""
+    """One column of Parquet files, and for conversations their "tools", held in memory as Arrow keeps it."""
 
     kind = "parquet"
 
     def __init__(self, spec: str, files: Files, field: str):
-        self._columns: list[pyarrow.ChunkedArray] = []
+        self._tables: list[pyarrow.Table] = []
         super().__init__(spec, files, field)
 
     def _open(self, path: Path) -> int:
         try:
-            names = pyarrow.parquet.read_schema(path).names
+            schema = pyarrow.parquet.read_schema(path)
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{path}: not a Parquet file ({error})") from error
-        if self._field not in names:
-            raise UserError(f"{path}: {no_field(self._field, names)}")
-        self._columns.append(pyarrow.parquet.read_table(path, columns=[self._field]).column(0))
-        return len(self._columns[-1])
+        if self._field not in schema.names:
+            raise UserError(f"{path}: {no_field(self._field, schema.names)}")
+        conversations = pyarrow.types.is_nested(schema.field(self._field).type)
+        columns = {self._field, "tools"} if conversations and "tools" in schema.names else {self._field}
+        self._tables.append(pyarrow.parquet.read_table(path, columns=list(columns)))
+        return len(self._tables[-1])
 
-    def _read(self, file: int, record: int, where: str) -> object:
-        return self._columns[file][record].as_py()
+    def _read(self, file: int, record: int, where: str) -> tuple[object, object]:
+        table = self._tables[file]
+        body, tools = (present(table[name][record].as_py()) if name in table.column_names else None for name in (self._field, "tools"))
+        return body, tools
 
 
 class ArrayRecords(Records):
@@ -135,16 +142,16 @@ class ArrayRecords(Records):
         except Exception as error:  # the reader raises what its C++ side throws
             raise UserError(f"{path}: not an ArrayRecord file ({error})") from error
 
-    def _read(self, file: int, record: int, where: str) -> object:
+    def _read(self, file: int, record: int, where: str) -> tuple[object, object]:
         content = self._readers[file][record]
-        return field_of(content, where, self._field) if self._field else utf8(content, where)
+        return fields_of(content, where, self._field) if self._field else (utf8(content, where), None)
 
 
 RECORDS: dict[str, type[Records]] = {format.kind: format for format in (JsonLines, ParquetColumn, ArrayRecords)}
 
 
-def field_of(line: bytes, where: str, field: str) -> object:
-    """`field` of a JSON object. Raises UserError that begins with `where` if it is not one, or lacks it."""
+def fields_of(line: bytes, where: str, field: str) -> tuple[object, object]:
+    """`field` of a JSON object, and its "tools" if it has any. Raises UserError that begins with `where` if it is not one, or lacks the field."""
     try:
         record = json.loads(utf8(line, where))
     except ValueError as error:
@@ -153,7 +160,14 @@ def field_of(line: bytes, where: str, field: str) -> object:
         raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a field {json.dumps(field)}")
     if field not in record:
         raise UserError(f"{where}: {no_field(field, record)}")
-    return record[field]
+    return record[field], record.get("tools")
+
+
+def present(value: object) -> object:
+    """A value of Arrow without the fields that are null: its structs all have the fields that any of them has, so that null says no more than absent."""
+    if isinstance(value, dict):
+        return {name: present(item) for name, item in value.items() if item is not None}
+    return [present(item) for item in value] if isinstance(value, list) else value
 
 
 def checked_body(body: object, where: str, field: str) -> str | Messages:
@@ -165,8 +179,23 @@ def checked_body(body: object, where: str, field: str) -> str | Messages:
     raise UserError(f'{where}: field "{field}" is {json.dumps(body, default=str)[:60]}, neither text nor a list of messages with "role" and "content"')
 
 
+def checked_tools(tools: object, where: str) -> Tools | None:
+    """A list of descriptions, or the JSON of one. Raises UserError if it is neither."""
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f'{where}: field "tools" is not JSON ({error})') from error
+    if not tools:
+        return None
+    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
+        return tools
+    raise UserError(f'{where}: field "tools" is {json.dumps(tools, default=str)[:60]}, not a list of descriptions of tools')
+
+
 def is_message(message: object) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    """Whether it has a role. What else a message must have is for its template to say."""
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
 
 
 def no_field(field: str, names: Iterable[str]) -> str:

@@ -1,19 +1,25 @@
 """One face for every tokenizer: trained here, raw bytes, or a Hugging Face tokenizer.json.
 
-Text never makes a special id: a document that contains the characters "<|eos|>" is encoded as those characters. Special ids are asked for by name.
+Text never makes a special id: a document that contains the characters "<|eos|>" is encoded as those characters. Special ids are asked for by name, except
+in what a chat template wrote, where they stand as text (`encode_marked`).
 """
 
+import functools
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from data.chat_template import TEMPLATE_FILE, ChatTemplate, find_chat_template
 from errors import UserError
+
+# What a tokenizer is on disk: all that `Tokenizer.save` may write and `load_tokenizer` reads of it.
+TOKENIZER_FILES = ("tokenizer.json", TEMPLATE_FILE, "tokenizer_config.json", "generation_config.json")
 
 SPECIALS = (
     "<|pad|>", "<|bos|>", "<|eos|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
@@ -52,29 +58,43 @@ class Tokenizer:
     """Text to ids and back.
 
     Attributes:
+      name: which tokenizer it is, for errors.
       vocab: number of ids, special ones included; every id is below it.
       bos: id that begins a document, or None if the tokenizer has none.
       eos: id that ends a document or a turn.
       pad: id that fills the rest of a row; `eos` if the tokenizer has none of its own.
+      stops: ids at which sampling ends: `eos`, and the others that the checkpoint names.
+      chat_template: the checkpoint's own, or None if it has none.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, name: str, roles: dict[str, str] | None = None):
-        """`name` says in errors which tokenizer it was; `roles` maps "bos", "eos", "pad" to token texts and goes before the usual spellings."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        name: str,
+        special_tokens: Mapping[str, str] | None = None,
+        stops: Sequence[int] = (),
+        chat_template: ChatTemplate | None = None,
+    ):
+        """`special_tokens` maps "bos_token", "eos_token", "pad_token" and others to token texts and goes before the usual spellings."""
         backend.encode_special_tokens = True  # "<|eos|>" in a text is seven characters, not the end of the document
-        roles = roles or {}
+        named = special_tokens or {}
         self._backend = backend
-        self._name = name
+        self._named = named
+        self.name = name
+        self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: index for index, token in added.items() if token.special}
+        self._special_ids = frozenset(self._special.values())
         self._dropped = frozenset(index for text, index in self._special.items() if text not in TAGS)
         self.vocab: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos: int | None = self._role(roles.get("bos"), BOS_SPELLINGS)
-        eos = self._role(roles.get("eos"), EOS_SPELLINGS)
+        self.bos: int | None = self._role(named.get("bos_token"), BOS_SPELLINGS)
+        eos = self._role(named.get("eos_token"), EOS_SPELLINGS)
         if eos is None:
             raise UserError(f"{name}: no token that ends a document (looked for {', '.join(EOS_SPELLINGS)})")
         self.eos: int = eos
-        pad = self._role(roles.get("pad"), PAD_SPELLINGS)
+        pad = self._role(named.get("pad_token"), PAD_SPELLINGS)
         self.pad: int = eos if pad is None else pad
+        self.stops: tuple[int, ...] = tuple(dict.fromkeys((eos, *stops)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Never special ones, whatever the text says."""
@@ -84,10 +104,23 @@ class Tokenizer:
         """`encode` of each text, on as many threads as the machine has."""
         return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens count, as a chat template writes it: "<|eos|>" is the end of a turn."""
+        return self._marked.encode(text, add_special_tokens=False).ids
+
+    def encode_marked_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_marked`, and for each id the characters start .. end - 1 that it is for; ids that share a character each have it."""
+        encoding = self._marked.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int], *, drop_specials: bool = True) -> str:
         """Text of ids. Special tokens are dropped, except the tags of a completion (<think>, <answer>), or all written out. Broken UTF-8 becomes U+FFFD."""
         kept = [int(index) for index in ids if not (drop_specials and int(index) in self._dropped)]
         return self._backend.decode(kept, skip_special_tokens=False)
+
+    def is_special(self, index: int) -> bool:
+        """Whether an id is that of a special token."""
+        return index in self._special_ids
 
     def special(self, text: str) -> int | None:
         """Id of a special token by its text, or None."""
@@ -99,15 +132,31 @@ class Tokenizer:
         for spelling in FIM_SPELLINGS:
             if all(text in self._special for text in spelling):
                 return Fim(*(self._special[text] for text in spelling))
-        raise UserError(f"{self._name}: no fill-in-the-middle tokens (such as {' '.join(FIM_SPELLINGS[0])}); set data.fim_rate = 0 or take another tokenizer")
+        raise UserError(f"{self.name}: no fill-in-the-middle tokens (such as {' '.join(FIM_SPELLINGS[0])}); set data.fim_rate = 0 or take another tokenizer")
 
     def save(self, path: str | Path) -> None:
-        """Writes a tokenizer.json that `load_tokenizer` and Hugging Face read."""
+        """Writes a tokenizer.json that `load_tokenizer` and Hugging Face read.
+
+        A checkpoint's tokenizer has its chat template, the roles of its tokens and its stops written beside it, in the files that they came from. Each file
+        appears whole, `path` last: where that is, all are.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        half_written = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        half_written.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        half_written.replace(path)
+        if self.chat_template is not None:
+            _write(path.with_name(TEMPLATE_FILE), self.chat_template.source)
+        if self._named:
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named}
+            _write(path.with_name("tokenizer_config.json"), json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        if len(self.stops) > 1:
+            _write(path.with_name("generation_config.json"), json.dumps({"eos_token_id": self.stops}) + "\n")
+        _write(path, self._backend.to_str(pretty=True))
+
+    @functools.cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        """A backend of its own for text with special tokens: the switch between the two is the backend's, and threads would throw it under each other."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.post_processor = None  # adds no token here, but some trim the spaces of a token off its offsets
+        return backend
 
     def _role(self, named: str | None, spellings: Sequence[str]) -> int | None:
         for text in ((named,) if named else ()) + tuple(spellings):
@@ -167,35 +216,69 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Any Hugging Face tokenizer.json, or the directory it is in; which tokens begin and end a document is read from a tokenizer_config.json beside it, if any.
+    """Any Hugging Face tokenizer.json, or the directory it is in, with what the files beside it say: tokenizer_config.json and special_tokens_map.json which
+    tokens begin and end a document, generation_config.json or config.json what else ends one, chat_template.jinja or tokenizer_config.json how to chat.
 
-    Raises UserError if there is no such file, or it is not a tokenizer.
+    Raises UserError if there is no such file, it is not a tokenizer, or a file beside it is broken.
     """
     path = Path(path)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
+    config = _read_object(path.with_name("tokenizer_config.json"))
+    named = _special_tokens(config, path.parent)
+    known = {*_KNOWN, *named.values()}
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         for token in saved["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in _KNOWN or _CONTROL.fullmatch(token["content"]) is not None
+            token["special"] = token["special"] or token["content"] in known or _CONTROL.fullmatch(token["content"]) is not None
         backend = tokenizers.Tokenizer.from_str(json.dumps(saved))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: not a Hugging Face tokenizer.json ({error})") from error
     backend.no_padding()
     backend.no_truncation()
-    return Tokenizer(backend, str(path), _roles(path.with_name("tokenizer_config.json")))
+    added = {token["content"] for token in saved["added_tokens"]}
+    # Some name a token that is in the vocabulary only; special as it is, it must be found in text before that is cut into others.
+    backend.add_special_tokens([AddedToken(text, special=True) for text in named.values() if text not in added and backend.token_to_id(text) is not None])
+    return Tokenizer(backend, str(path), named, _stops(path.parent), find_chat_template(path.parent, config, named))
 
 
-def _roles(path: Path) -> dict[str, str]:
+def _special_tokens(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    """Texts of the tokens that have a name, such as "bos_token". The older special_tokens_map.json counts where the config does not list the added tokens."""
+    tokens = config if "added_tokens_decoder" in config else {**config, **_read_object(directory / "special_tokens_map.json")}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items() if name.endswith("_token")}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _stops(directory: Path) -> list[int]:
+    """The ids that end a text by generation_config.json, or else by config.json."""
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        stops = _read_object(path).get("eos_token_id")
+        if stops is not None:
+            stops = stops if isinstance(stops, list) else [stops]
+            if not all(type(stop) is int and stop >= 0 for stop in stops):
+                raise UserError(f"{path}: eos_token_id = {stops}: must be an id, or a list of ids")
+            return stops
+    return []
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if there is no such file."""
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    tokens = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-    return {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items() if token}
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

@@ -6,24 +6,29 @@
         command(run, flags={"samples": Flag(4, "completions to print")})
 """
 
+import atexit
 import errno
 import gc
 import inspect
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from absl import flags as absl_flags
+from ml_collections import ConfigDict
 
 from errors import UserError
-from launch.config_file import Source, experiments, overridden, split_overrides
+from launch.config_file import Source, completed, experiments, of_checkpoint, overridden, split_overrides
 from launch.door import parse, recorded
+from launch.origin import hf_directory
 
 CONFIG_HELP = {
     "file": "the experiment, configs/x.py or configs/x.py:ARGUMENT; --config.a.b=VALUE overrides a field",
-    "recorded": "a config file in place of the one recorded in --workdir; --config.a.b=VALUE overrides a field",
+    "recorded": "a config file in place of the one recorded in --workdir (or, of hf:DIR, that of its config.json); --config.a.b=VALUE overrides a field",
 }
 
 
@@ -38,7 +43,7 @@ class Flag(NamedTuple):
 def command(
     run: Callable[..., None],
     *,
-    config: Literal["file", "recorded", "source", "none"] = "file",
+    config: Literal["file", "recorded", "model", "source", "none"] = "file",
     workdir: bool = True,
     flags: Mapping[str, Flag] | None = None,
     rest: str = "",
@@ -49,6 +54,7 @@ def command(
     Args:
       run: called as run(config=Config, workdir=Path, **flags), with what the arguments below leave of these. Its module's docstring is what `--help` prints.
       config: "file" wants --config; "recorded" falls back to the one the run in --workdir was claimed with; "none" has no --config.
+        "model" has a --model in its place, a run's workdir or hf:DIR, of whose config fields may be overridden; `run` gets it as `model`.
         "source" wants it too, but hands `run` the unread Source, to pass on to other commands.
       workdir: whether there is a --workdir. It may not exist yet.
       flags: the command's own.
@@ -114,14 +120,20 @@ def _arguments(argv: list[str], config: str, workdir: bool, own: dict[str, Flag]
     if rest:
         given[rest] = strays
     if workdir:
-        given["workdir"] = _workdir(values["workdir"].value)
+        given["workdir"] = _workdir(values["workdir"].value, reads=config == "recorded" and not values["config"].value)
     if config != "none":
         _pretend(values["pretend_devices"].value)
-        path = values["config"].value
+        path = values["config"].value if config != "model" else values["model"].value
         source = Source(path, tuple(overrides))
         if config == "source":
             return given | {"config": source}
-        written = overridden(recorded(given["workdir"]), overrides) if config == "recorded" and not path else source.read()
+        if config == "model":
+            origin = given["model"] = _model(values["model"].value)
+            written = _of_model(origin, Path(origin), overrides)
+        elif config == "recorded" and not path:
+            written = _of_model(values["workdir"].value, given["workdir"], overrides)
+        else:
+            written = source.read()
         _join()
         try:
             given["config"] = parse(written)
@@ -132,7 +144,9 @@ def _arguments(argv: list[str], config: str, workdir: bool, own: dict[str, Flag]
 
 def _shared(config: str, workdir: bool) -> dict[str, Flag]:
     shared = {}
-    if config != "none":
+    if config == "model":
+        shared["model"] = Flag("", "the workdir of a run, or hf:DIR, a Hugging Face checkpoint; --config.a.b=VALUE overrides a field of its config")
+    elif config != "none":
         shared["config"] = Flag("", CONFIG_HELP["recorded" if config == "recorded" else "file"])
     if workdir:
         shared["workdir"] = Flag("", "where this run keeps everything it writes")
@@ -162,9 +176,27 @@ def _help(run: Callable[..., None], config: str, workdir: bool, own: dict[str, F
     return "\n".join(lines)
 
 
-def _workdir(value: str) -> Path:
+def _of_model(origin: str, workdir: Path, overrides: Sequence[str]) -> ConfigDict:
+    """The config of a model: that recorded in its workdir, or what its config.json says."""
+    return completed(overridden(of_checkpoint(origin) if hf_directory(origin) else recorded(workdir), overrides), overrides)
+
+
+def _model(value: str) -> str:
+    if not value:
+        raise UserError("--model is missing: give the workdir of a run, or hf:DIR for a Hugging Face checkpoint")
+    return value
+
+
+def _workdir(value: str, reads: bool) -> Path:
+    """`reads`: the command reads a model there, so it may be that of a checkpoint as it is, which is not written to: results then go no further."""
     if not value:
         raise UserError("--workdir is missing: say where this run keeps what it writes, such as --workdir=runs/first")
+    if hf_directory(value):
+        if not reads:
+            raise UserError(f"--workdir={value}: this command writes there; to start from a checkpoint give --config.init_from={value} and another --workdir")
+        aside = tempfile.mkdtemp(prefix="athanor-")
+        atexit.register(shutil.rmtree, aside, ignore_errors=True)
+        return Path(aside)
     if "://" in value:
         raise UserError(f"--workdir={value}: must be a directory; mount the bucket on every host (gcsfuse) and give the mount point")
     path = Path(value)

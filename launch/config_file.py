@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from errors import UserError
 from launch.door import must_be, no_such_field
+from launch.origin import described, hf_directory
 
 
 class Source(NamedTuple):
@@ -23,7 +24,13 @@ class Source(NamedTuple):
     overrides: tuple[str, ...]
 
     def read(self) -> ConfigDict:
-        return overridden(get_config(self.path), self.overrides)
+        return completed(overridden(get_config(self.path), self.overrides), self.overrides)
+
+
+def completed(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """With what the Hugging Face checkpoint that `init_from` names decides, if it names one; the command line has the last word."""
+    directory = hf_directory(config.get("init_from", ""))
+    return config if directory is None else overridden(described(config, directory), overrides)
 
 
 def get_config(source: str) -> ConfigDict:
@@ -34,6 +41,15 @@ def get_config(source: str) -> ConfigDict:
         config = module.get_config(*[argument] if colon else [])
     if not isinstance(config, ConfigDict):
         raise UserError(f"{source}: get_config() must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def of_checkpoint(origin: str) -> ConfigDict:
+    """configs/base.py but for `init_from`; `completed` does the rest."""
+    from configs import base
+
+    config = base.get_config()
+    config.init_from = origin
     return config
 
 

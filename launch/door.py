@@ -190,7 +190,9 @@ def claimed(workdir: Path, config: Config, command: str) -> Iterator[None]:
     except UserError:
         metrics = workdir / "metrics.jsonl"
         if new and not (metrics.exists() and metrics.stat().st_size):
-            for name in ("config.json", "tokenizer.json"):
+            from data.tokenizer import TOKENIZER_FILES
+
+            for name in ("config.json", *TOKENIZER_FILES):
                 (workdir / name).unlink(missing_ok=True)
         raise
 
@@ -233,10 +235,11 @@ def summarise(config: Config, parameters_total: int, parameters_active: int, mes
     if jax.process_index() != 0:
         return
     model, data, train = config.model, config.data, config.train
-    routed = f"{model.moe.experts} experts, {model.moe.chosen} chosen + {model.moe.shared} shared"
+    routed = f"{model.moe.experts} experts, {model.moe.chosen} chosen + {model.moe.shared} shared" if model.moe_layers else "no experts"
+    attention = ", ".join(f"{sum(kind.attention == name for kind in model.kinds)} {name}" for name in dict.fromkeys(kind.attention for kind in model.kinds))
     devices = mesh.devices.size
     rows = {
-        "model": f"{model.layers} layers ({model.dense_layers} dense) x {model.width} wide, {model.attention.heads} heads, {routed}",
+        "model": f"{model.layers} layers ({attention}; {model.layers - model.moe_layers} dense) x {model.width} wide, {routed}",
         "parameters": f"{parameters_total:,} total, {parameters_active:,} active",
         "mesh": f"{' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}: {devices} {mesh.devices.flat[0].platform} device{'s' * (devices > 1)}",
         "data": f"{', '.join(data.sources)}; {data.batch} x {data.sequence} = {data.batch * data.sequence:,} tokens a step",

@@ -74,31 +74,56 @@ def weights_of_a_token(model: ModelConfig, heads: int, *, mtp: bool, indexer: bo
     return count_parameters(used)[1] - table * (1 if model.tie_embeddings else 2) + heads * table
 
 
+class Mixing(NamedTuple):
+    """What one layer's attention multiplies besides parameters, in multiply-adds: for each key that a query attends to, expanded and (of a decoder) over what
+    it has cached; and for each token whatever the context, which are three products of a delta layer's keys and its state."""
+
+    expanded: int
+    cached: int
+    constant: int
+    indexed: bool
+
+
+def mixing(model: ModelConfig, mtp: bool) -> list[Mixing]:
+    """Of each layer."""
+    a, g, d = model.attention, model.gqa, model.delta
+    of = {
+        "mla": Mixing(a.heads * (a.query_width + a.value_width), a.heads * (2 * a.latent_rank + a.rope_width), 0, model.indexer.heads > 0),
+        "gqa": Mixing(2 * g.heads * g.head_width, 2 * g.heads * g.head_width, 0, False),
+        "delta": Mixing(0, 0, 3 * d.value_heads * d.key_width * d.value_width, False),
+    }
+    return [of[kind.attention] for kind in (*model.kinds, *[model.mtp_kind] * (model.mtp_depth if mtp else 0))]
+
+
 def train_formula(model: ModelConfig, stage: str, rows: int, length: int) -> float:
     """6 * parameters * tokens, and attention's 6 * layers * heads * (query + value width) per attended key; each row one document.
 
-    Attention is causal; in stage "sparse" a query has topk keys, which the indexer finds at the price of scoring all of them. In stage "warmup" only the
-    indexer has a backward pass.
+    Attention is causal; in stage "sparse" a query has topk keys where there is an indexer, which finds them at the price of scoring all. In stage "warmup"
+    only the indexer has a backward pass.
     """
-    a, i, layers, tokens = model.attention, model.indexer, model.layers + model.mtp_depth, rows * length
+    i, tokens, queries = model.indexer, rows * length, range(length)
     trunk = 2 if stage == "warmup" else 6
-    keys = attended(range(length), i.topk if stage == "sparse" else length)
     flops = trunk * weights_of_a_token(model, 1 + model.mtp_depth, mtp=True, indexer=stage != "dense") * tokens
-    flops += trunk * layers * rows * keys * a.heads * (a.query_width + a.value_width)
-    if stage != "dense":
-        flops += 6 * layers * rows * attended(range(length), length) * i.heads * i.width
+    for layer in mixing(model, mtp=True):
+        keys = attended(queries, i.topk if stage == "sparse" and layer.indexed else length)
+        flops += trunk * (rows * keys * layer.expanded + tokens * layer.constant)
+        if stage != "dense" and layer.indexed:
+            flops += 6 * rows * attended(queries, length) * i.heads * i.width
     return float(flops)
 
 
 def rollout_formula(model: ModelConfig, sampling: SamplingConfig, prompts: int, group: int) -> float:
-    """2 * parameters * tokens and attention: expanded over the prompts, over latents for what is sampled. Every completion as long as it may be."""
-    a, i, T, C = model.attention, model.indexer, sampling.max_prompt, sampling.max_new
+    """2 * parameters * tokens and attention: expanded over the prompts, over what is cached for what is sampled. Every completion as long as it may be."""
+    i, T, C = model.indexer, sampling.max_prompt, sampling.max_new
+    rows, read, written = prompts * group, range(T), range(T, T + C)
     sparse = sampling.attention == "sparse" and i.heads > 0
-    topk = i.topk if sparse else T + C
     layer_weights = weights_of_a_token(model, 0, mtp=False, indexer=sparse)
     head = model.vocab * model.width
-    prefill = 2 * prompts * (layer_weights * T + head) + 2 * model.layers * prompts * attended(range(T), topk) * a.heads * (a.query_width + a.value_width)
-    decode = 2 * prompts * group * (layer_weights + head) * C
-    decode += 2 * model.layers * prompts * group * attended(range(T, T + C), topk) * a.heads * (2 * a.latent_rank + a.rope_width)
-    scores = 2 * model.layers * i.heads * i.width * (prompts * attended(range(T), T) + prompts * group * attended(range(T, T + C), T + C)) if sparse else 0
-    return float(prefill + decode + scores)
+    flops = 2 * prompts * (layer_weights * T + head) + 2 * rows * (layer_weights + head) * C
+    for layer in mixing(model, mtp=False):
+        topk = i.topk if sparse and layer.indexed else T + C
+        flops += 2 * prompts * (attended(read, topk) * layer.expanded + layer.constant * T)
+        flops += 2 * rows * (attended(written, topk) * layer.cached + layer.constant * C)
+        if sparse and layer.indexed:
+            flops += 2 * i.heads * i.width * (prompts * attended(read, T) + rows * attended(written, T + C))
+    return float(flops)

@@ -135,7 +135,7 @@ def reference_variables(begin: Start, algorithm: Algorithm, state) -> dict | Non
 def sampler(begin: Start, group: int):
     """Jitted (variables, prompts_PT, segments_PT, key) -> Completions."""
     t = begin.tokenizer
-    return jax.jit(functools.partial(sample, begin.model, begin.config.sampling, (t.eos,), t.pad, group=group))
+    return jax.jit(functools.partial(sample, begin.model, begin.config.sampling, t.stops, t.pad, group=group))
 
 
 def prompts_of(step: int, tasks: list[Problem], config: Config) -> list[Problem]:
@@ -163,7 +163,7 @@ def rollout(begin: Start, sample_fn, variables: dict, chosen: list[Problem], alg
     advantages_B = algorithm.advantage(jnp.asarray(rewards_PG)).reshape(-1)
     batch["advantages"] = jnp.where(batch["mask"], advantages_B[:, None], 0.0)
     lengths_B = mask_BC.sum(axis=1)
-    stopped_B = tokens_BC[np.arange(len(lengths_B)), lengths_B - 1] == tokenizer.eos
+    stopped_B = np.isin(tokens_BC[np.arange(len(lengths_B)), lengths_B - 1], tokenizer.stops)
     observed = {
         "reward": rewards_PG.mean(),
         "answer_reward": np.mean([parts["answer"] for _, parts in scored]),
@@ -184,7 +184,7 @@ def encode_problems(begin: Start, chosen: list[Problem]):
 
 def texts(tokenizer, tokens_BC: np.ndarray, mask_BC: np.ndarray) -> list[str]:
     """Completions as text, tags included and the stop token not."""
-    return [tokenizer.decode([i for i in row[mask] if i != tokenizer.eos], drop_specials=False) for row, mask in zip(tokens_BC, mask_BC, strict=True)]
+    return [tokenizer.decode([i for i in row[mask] if i not in tokenizer.stops], drop_specials=False) for row, mask in zip(tokens_BC, mask_BC, strict=True)]
 
 
 def minibatches(begin: Start, batch: dict[str, Array], step: int):

@@ -90,7 +90,7 @@ def tokens(begin: Start, variables: dict, step_fn, ids: list[int]) -> Iterator[i
     for at in range(sampling.max_new):
         token_B, _, _ = choose(logits_BV, jax.random.split(jax.random.fold_in(key, at), 1))
         token = int(token_B[0])
-        if token == begin.tokenizer.eos:
+        if token in begin.tokenizer.stops:
             return
         yield token
         cache, logits_BV = step_fn(weights, token_B, cache)

@@ -1,8 +1,6 @@
 """How every run begins: the mesh, the tokenizer, the model's config, the state, fresh or restored."""
 
 import dataclasses
-import os
-import uuid
 from pathlib import Path
 
 import jax
@@ -16,7 +14,9 @@ from data.pipeline import make_tokenizer
 from data.tokenizer import Tokenizer, load_tokenizer
 from errors import UserError
 from launch.door import Config, recorded, summarise
+from launch.origin import hf_directory
 from model.config import ModelConfig
+from model.hf.load import Checkpoint, load
 from model.sharding import batch_sharding, batch_shards, make_mesh
 from train.checkpoint import Checkpoints, restore_parameters
 from train.state import TrainState, abstract_state, count_parameters, fresh_state, state_from
@@ -78,13 +78,10 @@ def workdir_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     own = workdir / "tokenizer.json"
     if own.exists():
         return load_tokenizer(own)
-    theirs = run_directory(config.init_from) / "tokenizer.json" if config.init_from else None
+    theirs = (hf_directory(config.init_from) or run_directory(config.init_from)) / "tokenizer.json" if config.init_from else None
     tokenizer = load_tokenizer(theirs) if theirs is not None and theirs.exists() else make_tokenizer(config.tokenizer, config.data)
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        unfinished = workdir / f".tokenizer.{uuid.uuid4().hex}.json"
-        tokenizer.save(unfinished)
-        os.replace(unfinished, own)
+        tokenizer.save(own)
     return tokenizer
 
 
@@ -119,6 +116,8 @@ def run_variables(begin: Start, workdir: Path) -> dict:
 
 
 def load_variables(model: ModelConfig, mesh: Mesh, path: str | Path) -> dict:
-    """{"params", "router"} of the newest checkpoint of a run, on this mesh."""
+    """{"params", "router"} of the newest checkpoint of a run, or of a Hugging Face checkpoint, on this mesh."""
     abstract = abstract_state(model, optax.identity(), mesh)
-    return restore_parameters(Path(path), {"params": abstract.params, "router": abstract.router})
+    wanted = {"params": abstract.params, "router": abstract.router}
+    directory = hf_directory(path)
+    return restore_parameters(Path(path), wanted) if directory is None else load(Checkpoint(directory, model), wanted)

@@ -77,22 +77,25 @@ def attend_expanded(
     topk: int,
     query_chunk: int,
     causal_parts: int,
-) -> tuple[Array, IndexerReport]:
+    record: bool = False,
+) -> tuple[Array, IndexerReport, Array | None]:
     """Causal attention inside each segment, over a whole sequence (T = S).
 
     Args:
-      q_BTNH, k_BSNH, v_BSNV: per head, rotated, q already scaled by H ** -0.5.
+      q_BTNH, k_BSNH, v_BSNV: per head, rotated, q already scaled by H ** -0.5. Keys and values may have fewer heads than queries, each for a group of them.
       segments_BT: 0 is padding and attends to nothing.
       indexer: its queries and keys; needed by the stages "warmup" and "sparse".
       stage: "dense" | "warmup" (dense, with the indexer's loss) | "sparse" (over the selected keys only, with the indexer's loss).
       query_chunk: queries handled at a time; the backward pass recomputes a chunk.
       causal_parts: P, the parts the sequence is cut into, each over the keys up to its own end: of all pairs (P + 1) / 2P are computed, not every one.
         A part has at least LEAST_PART queries.
+      record: whether to return what was selected.
 
     Returns:
-      out_BTNV of v's dtype, zeros for padding, and the indexer's report.
+      out_BTNV of v's dtype, zeros for padding, the indexer's report, and selected_BTk: each query's keys in order, -1 where there are fewer than topk;
+      None unless `record` in stage "sparse".
     """
-    T = q_BTNH.shape[1]
+    T, recorded = q_BTNH.shape[1], record and stage == "sparse"
     query = None if stage == "dense" else indexer.query
     k_BNSH, v_BNSV = jnp.swapaxes(k_BSNH, 1, 2), jnp.swapaxes(v_BSNV, 1, 2)  # once, and not for every part
 
@@ -108,18 +111,19 @@ def attend_expanded(
                 among_BCS = select_topk(scores_BCS, allowed_BCS, topk)
         with jax.named_scope("attention"):
             q_BNCH = jnp.swapaxes(q_BCNH, 1, 2)
-            logits_BNCS = jnp.einsum("BNCH,BNSH->BNCS", q_BNCH, k_BNSH[:, :, :end], preferred_element_type=jnp.float32)
+            logits_BNCS = by_group("BNCH,BNSH->BNCS", q_BNCH, k_BNSH[:, :, :end])
             weights_BNCS, sum_BNC1 = softmax_parts(logits_BNCS, among_BCS)
-            mixed_BNCV = jnp.einsum("BNCS,BNSV->BNCV", weights_BNCS.astype(v_BNSV.dtype), v_BNSV[:, :, :end], preferred_element_type=jnp.float32)
+            mixed_BNCV = by_group("BNCS,BNSV->BNCV", weights_BNCS.astype(v_BNSV.dtype), v_BNSV[:, :, :end])
             out_BCNV = jnp.swapaxes(mixed_BNCV / sum_BNC1, 1, 2).astype(v_BNSV.dtype)
+        selected_BCk = positions_of(among_BCS, min(topk, T)) if recorded else jnp.zeros((*out_BCNV.shape[:2], 0), jnp.int32)
         if stage == "dense":
-            return out_BCNV, IndexerReport.zero()
+            return (out_BCNV, selected_BCk), IndexerReport.zero()
         # The main attention's probabilities, mean over heads: what the indexer is taught. Detached.
         target_BCS = jnp.einsum("BNCS,BNC->BCS", *jax.lax.stop_gradient((weights_BNCS, 1 / sum_BNC1[..., 0]))) / q_BCNH.shape[2]
         report = report_indexer(target_BCS, scores_BCS, among_BCS, stage, topk)
-        return out_BCNV, report
+        return (out_BCNV, selected_BCk), report
 
-    def attend_part(start: int, end: int) -> tuple[Array, IndexerReport]:
+    def attend_part(start: int, end: int) -> tuple[tuple[Array, Array], IndexerReport]:
         own = jax.tree.map(lambda x_BT: x_BT[:, start:end], (q_BTNH, query, segments_BT))
         chunks = -(-(end - start) // query_chunk)
         # Recomputing the probabilities in the backward pass is cheaper than writing and reading [B, N, C, S] a few times, even when one chunk is all there is.
@@ -134,17 +138,53 @@ def attend_expanded(
             return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], chunks, query_chunk, *x_BT.shape[2:]), 1, 0)
 
         def step(total: IndexerReport, piece):
-            out_BCNV, report = attend(*piece)
-            return jax.tree.map(jnp.add, total, report), out_BCNV
+            outs_BC, report = attend(*piece)
+            return jax.tree.map(jnp.add, total, report), outs_BC
 
         query_index_nC = start + jnp.arange(chunks * query_chunk).reshape(chunks, query_chunk)
-        report, out_nBCNV = jax.lax.scan(step, IndexerReport.zero(), (*jax.tree.map(cut, own), query_index_nC))
-        out_BTNV = jnp.moveaxis(out_nBCNV, 0, 1).reshape(q_BTNH.shape[0], chunks * query_chunk, *out_nBCNV.shape[3:])
-        return out_BTNV[:, : end - start], report
+        report, outs_nBC = jax.lax.scan(step, IndexerReport.zero(), (*jax.tree.map(cut, own), query_index_nC))
+
+        def join(x_nBC):
+            x_BT = jnp.moveaxis(x_nBC, 0, 1).reshape(x_nBC.shape[1], chunks * query_chunk, *x_nBC.shape[3:])
+            return x_BT[:, : end - start]
+
+        return jax.tree.map(join, outs_nBC), report
 
     size = max(-(-T // causal_parts), LEAST_PART)
-    outs, reports = zip(*(attend_part(start, min(start + size, T)) for start in range(0, T, size)), strict=True)
-    return checkpoint_name(jnp.concatenate(outs, axis=1), "attention"), jax.tree.map(lambda *parts: sum(parts), *reports)
+    parts, reports = zip(*(attend_part(start, min(start + size, T)) for start in range(0, T, size)), strict=True)
+    out_BTNV, selected_BTk = jax.tree.map(lambda *x_BT: jnp.concatenate(x_BT, axis=1), *parts)
+    report = jax.tree.map(lambda *parts: sum(parts), *reports)
+    return checkpoint_name(out_BTNV, "attention"), report, selected_BTk if recorded else None
+
+
+def by_group(equation: str, x_BNCY: Array, y_BKSZ: Array) -> Array:
+    """An einsum of x's N heads with y's, which may be fewer: each of y's K heads serves N / K of x's, side by side. Float32."""
+    (B, N, *_), K = x_BNCY.shape, y_BKSZ.shape[1]
+    if K == N:
+        return jnp.einsum(equation, x_BNCY, y_BKSZ, preferred_element_type=jnp.float32)
+    first, rest = equation.split(",")
+    second, result = rest.split("->")
+    grouped = f"{first.replace('N', 'NG')},{second}->{result.replace('N', 'NG')}"
+    out = jnp.einsum(grouped, x_BNCY.reshape(B, K, N // K, *x_BNCY.shape[2:]), y_BKSZ, preferred_element_type=jnp.float32)
+    return out.reshape(B, N, *out.shape[3:])
+
+
+def positions_of(among_BTS: Array, count: int) -> Array:
+    """The first `count` positions that are true, in order, then -1: [B, T, count] int32."""
+    S = among_BTS.shape[-1]
+    place_BTS = jnp.where(among_BTS, jnp.arange(S, dtype=jnp.int32), S)
+    first_BTk = jnp.sort(place_BTS, axis=-1)[..., :count]
+    padded_BTk = jnp.pad(first_BTk, [(0, 0), (0, 0), (0, max(count - S, 0))], constant_values=S)
+    return jnp.where(padded_BTk < S, padded_BTk, -1)
+
+
+def attend_cached(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array) -> Array:
+    """Attention of the newest tokens over cached keys and values of K key-value heads; q is already scaled. Returns out_BTNH."""
+    with jax.named_scope("cached_attention"):
+        q_BNTH, k_BKSH, v_BKSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+        weights_BNTS, sum_BNT1 = softmax_parts(by_group("BNTH,BNSH->BNTS", q_BNTH, k_BKSH), allowed_BTS)
+        mixed_BNTH = by_group("BNTS,BNSH->BNTH", weights_BNTS.astype(v_BKSH.dtype), v_BKSH)
+        return jnp.swapaxes(mixed_BNTH / sum_BNT1, 1, 2).astype(v_BKSH.dtype)
 
 
 def attend_latent(q_BTNR: Array, latent_BSR: Array, value_rank: int, allowed_BTS: Array, indexer: IndexerInputs | None, *, topk: int) -> Array:

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.attend import IndexerInputs, IndexerReport, attend_expanded, attend_latent
-from model.cache import LayerCache
-from model.canon import Canon
+from model.cache import LatentCache
 from model.config import ModelConfig
+from model.gate import gate_weight, gated
 from model.indexer import Indexer
 from model.linear import linear
 from model.norm import RMSNorm
-from model.rope import rope_angles, rotate_interleaved
+from model.rope import rope_angles, rotate
 from model.sharding import constrain, named
 
 
@@ -40,22 +40,17 @@ class LatentAttention(nn.Module):
 
         if a.query_rank:
             self.query_down = weight("query_down", (c.width, a.query_rank), ("width", "query_rank"))
-            self.query_norm = RMSNorm(c.norm_eps, axis="query_rank")
+            self.query_norm = RMSNorm(a.norm_eps, c.norm, axis="query_rank")
         source, axis = (a.query_rank, "query_rank") if a.query_rank else (c.width, "width")
         self.query_up = weight("query_up", (source, a.heads, a.query_width), (axis, "heads", "head_width"))
         self.latent_down = weight("latent_down", (c.width, a.latent_rank + a.rope_width), ("width", "latent_rank"))
-        self.latent_norm = RMSNorm(c.norm_eps, axis="latent_rank")
+        self.latent_norm = RMSNorm(a.norm_eps, c.norm, axis="latent_rank")
         self.key_up = weight("key_up", (a.latent_rank, a.heads, a.nope_width), ("latent_rank", "heads", "head_width"))
         self.value_up = weight("value_up", (a.latent_rank, a.heads, a.value_width), ("latent_rank", "heads", "head_width"))
         self.out = weight("out", (a.heads, a.value_width, c.width), ("heads", "head_width", "width"))
-        if a.gate == "head":
-            self.gate = weight("gate", (c.width, a.heads), ("width", "heads"))
-        elif a.gate == "element":
-            self.gate = weight("gate", (c.width, a.heads, a.value_width), ("width", "heads", "head_width"))
+        self.gate = gate_weight(self, c, a.gate, a.heads, a.value_width)
         if c.indexer.heads:
             self.indexer = Indexer(c)
-        if c.canon:
-            self.canon = Canon(c.canon)
 
     def __call__(
         self,
@@ -63,33 +58,31 @@ class LatentAttention(nn.Module):
         positions_BT: Array,
         segments_BT: Array,
         stage: str,
-        past: LayerCache | None = None,
+        past: LatentCache | None = None,
         allowed_BTS: Array | None = None,
         at: Array | None = None,
-    ) -> tuple[Array, IndexerReport, LayerCache]:
+    ) -> tuple[Array, IndexerReport, LatentCache]:
         """Attends and projects back to the width.
 
         Without `past`: over the sequence itself, expanded form; returns its cache entries [B, T, ...].
         With `past`: the tokens are written to its slots from `at` on and attend to the slots in `allowed_BTS`, absorbed form; returns the cache with them.
         """
         a, dtype = self.config.attention, hidden_BTD.dtype
-        recent_BKD = jnp.zeros((hidden_BTD.shape[0], 0, hidden_BTD.shape[-1]), dtype)
-        if self.config.canon:
-            hidden_BTD, recent_BKD = self.canon(hidden_BTD, segments_BT, None if past is None else past.recent_BKD)
-        angles_BTP = rope_angles(positions_BT, a.rope_width, a.rope_theta)
+        rope = self.config.rope
+        angles_BTP = rope_angles(positions_BT, a.rope_width, rope)
         with jax.named_scope("projections"):
             query_latent_BTR = self.query_norm(linear(hidden_BTD, self.query_down)) if a.query_rank else hidden_BTD
-            q_BTNH = linear(query_latent_BTR, self.query_up) * jnp.asarray(a.query_width**-0.5, dtype)
+            q_BTNH = linear(query_latent_BTR, self.query_up) * jnp.asarray(a.query_width**-0.5 * a.logit_scale, dtype)
             q_BTNH = constrain(q_BTNH, "batch", "time", "heads", None)
-            q_nope_BTNH, q_rope_BTNP = q_BTNH[..., : a.nope_width], rotate_interleaved(q_BTNH[..., a.nope_width :], angles_BTP)
+            q_nope_BTNH, q_rope_BTNP = q_BTNH[..., : a.nope_width], rotate(q_BTNH[..., a.nope_width :], angles_BTP, rope, interleaved=rope.interleaved)
             down_BTR = linear(hidden_BTD, self.latent_down)
             latent_BTR = self.latent_norm(down_BTR[..., : a.latent_rank])
-            k_rope_BTP = rotate_interleaved(down_BTR[..., None, a.latent_rank :], angles_BTP)[:, :, 0]
+            k_rope_BTP = rotate(down_BTR[..., None, a.latent_rank :], angles_BTP, rope, interleaved=rope.interleaved)[:, :, 0]
         query = index_key_BTC = None
         if self.config.indexer.heads and (stage != "dense" or past is None or past.index_key_BSC.shape[-1]):
             query, index_key_BTC = self.indexer(hidden_BTD, query_latent_BTR, positions_BT)
         no_key = jnp.zeros((*latent_BTR.shape[:2], 0), dtype)
-        entries = LayerCache(jnp.concatenate([latent_BTR, k_rope_BTP], axis=-1), no_key if index_key_BTC is None else index_key_BTC, recent_BKD)
+        entries = LatentCache(jnp.concatenate([latent_BTR, k_rope_BTP], axis=-1), no_key if index_key_BTC is None else index_key_BTC)
 
         if past is None:
             indexer = None if query is None else IndexerInputs(query, index_key_BTC)
@@ -97,7 +90,7 @@ class LatentAttention(nn.Module):
         else:
             entries, report = past.write(entries, at), IndexerReport.zero()
             out_BTNV = self.absorbed(q_nope_BTNH, q_rope_BTNP, entries, allowed_BTS, query if stage == "sparse" else None)
-        out_BTNV = self.gated(out_BTNV, hidden_BTD)
+        out_BTNV = gated(out_BTNV, hidden_BTD, self.gate)
         with jax.named_scope("output_projection"):
             return linear(out_BTNV, self.out, axes=2), report, entries
 
@@ -111,9 +104,13 @@ class LatentAttention(nn.Module):
         q_BTNH = jnp.concatenate([q_nope_BTNH, q_rope_BTNP], axis=-1)
         c = self.config
         options = {"stage": stage, "topk": c.indexer.topk, "query_chunk": c.query_chunk, "causal_parts": c.causal_parts}
-        return attend_expanded(q_BTNH, k_BSNH, v_BSNV, segments_BT, indexer, **options)
+        record = self.is_mutable_collection("record")
+        out_BTNV, report, selected_BTk = attend_expanded(q_BTNH, k_BSNH, v_BSNV, segments_BT, indexer, **options, record=record)
+        if selected_BTk is not None:
+            self.sow("record", "selected", selected_BTk)
+        return out_BTNV, report
 
-    def absorbed(self, q_nope_BTNH, q_rope_BTNP, cache: LayerCache, allowed_BTS, query) -> Array:
+    def absorbed(self, q_nope_BTNH, q_rope_BTNP, cache: LatentCache, allowed_BTS, query) -> Array:
         dtype, a = q_nope_BTNH.dtype, self.config.attention
         with jax.named_scope("absorb"):
             q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, self.key_up.astype(dtype))
@@ -121,15 +118,3 @@ class LatentAttention(nn.Module):
         indexer = None if query is None else IndexerInputs(query, cache.index_key_BSC)
         mixed_BTNR = attend_latent(q_BTNR, cache.latent_BSR, a.latent_rank, allowed_BTS, indexer, topk=self.config.indexer.topk)
         return jnp.einsum("BTNR,RNV->BTNV", mixed_BTNR, self.value_up.astype(dtype))
-
-    def gated(self, out_BTNV: Array, hidden_BTD: Array) -> Array:
-        """Y * sigmoid(X W) before the output projection (arXiv 2505.06708, eq. 5, position G1); X is the normalised hidden state the queries come from."""
-        kind = self.config.attention.gate
-        if kind == "none":
-            return out_BTNV
-        with jax.named_scope("gate"):
-            if kind == "head":
-                gate_BTNV = linear(hidden_BTD, self.gate)[..., None]
-            else:
-                gate_BTNV = linear(hidden_BTD, self.gate)
-            return out_BTNV * jax.nn.sigmoid(gate_BTNV)

@@ -8,8 +8,8 @@ from jax import Array
 
 from model.cache import Cache
 from model.config import ModelConfig
-from model.norm import rms_norm
-from model.transformer import Block, Transformer, embed, logits_of
+from model.norm import RMSNorm
+from model.transformer import Block, Transformer, embed, layer_paths, logits_of
 
 
 class DecodeWeights(NamedTuple):
@@ -20,16 +20,19 @@ class DecodeWeights(NamedTuple):
 
 
 def decode_weights(config: ModelConfig, variables: dict) -> DecodeWeights:
-    """Cast to the compute type: a step then reads half the bytes in bfloat16. Norm scales and the router keep float32, as in training."""
+    """Cast to the compute type: a step then reads half the bytes in bfloat16. What training keeps in float32 stays so."""
+
+    kept = ("scale", "bias", "router", "decay_rate", "decay_bias")
 
     def cast(path, leaf):
-        return leaf if path[-1].key in ("scale", "bias", "router") else leaf.astype(config.dtype)
+        return leaf if path[-1].key in kept else leaf.astype(config.dtype)
 
     variables = jax.tree_util.tree_map_with_path(cast, variables)
     layers = []
-    for name, count in (("dense_layers", config.dense_layers), ("moe_layers", config.moe_layers)):
-        layers += [{kind: jax.tree.map(lambda leaf, i=i: leaf[i], variables[kind].get(name, {})) for kind in ("params", "router")} for i in range(count)]
-    return DecodeWeights({name: leaf for name, leaf in variables["params"].items() if not name.endswith("_layers")}, tuple(layers))
+    for run, block, index in layer_paths(config):
+        own = {kind: variables[kind].get(run, {}).get(block, {}) for kind in ("params", "router")}
+        layers.append(jax.tree.map(lambda leaf, i=index: leaf[i], own))
+    return DecodeWeights({name: leaf for name, leaf in variables["params"].items() if not name.startswith("layers_")}, tuple(layers))
 
 
 def prefill(config: ModelConfig, variables: dict, tokens_BT: Array, segments_BT: Array, slots: int, stage: str) -> tuple[Cache, Array]:
@@ -57,9 +60,9 @@ def decode_step(config: ModelConfig, weights: DecodeWeights, tokens_B: Array, ca
     positions_B1 = cache.next_position_B[:, None]
     x_B1D = embed(config, weights.params["embedding"], tokens_B[:, None])
     layers = []
-    for index, (layer, past) in enumerate(zip(weights.layers, cache.layers, strict=True)):
-        block = Block(config, moe=index >= config.dense_layers)
+    for kind, layer, past in zip(config.kinds, weights.layers, cache.layers, strict=True):
+        block = Block(config, kind)
         x_B1D, (_, _, written) = block.apply(layer, x_B1D, positions_B1, jnp.ones_like(positions_B1), stage, past, (segments_BS > 0)[:, None], at)
         layers.append(written)
-    hidden_BD = rms_norm(x_B1D[:, 0], weights.params["final_norm"]["scale"], config.norm_eps)
+    hidden_BD = RMSNorm(config.norm_eps, config.norm).apply({"params": weights.params["final_norm"]}, x_B1D[:, 0])
     return Cache(tuple(layers), segments_BS, cache.next_position_B + 1, at + 1), logits_of(config, weights.params, hidden_BD)

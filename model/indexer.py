@@ -1,5 +1,6 @@
 """The lightning indexer of DeepSeek sparse attention (arXiv 2512.02556, section 2.1): which keys a query shall attend to, and the loss that teaches it."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from jax import Array
 from model.config import ModelConfig
 from model.linear import linear
 from model.norm import LayerNorm
-from model.rope import rope_angles, rotate_halves
+from model.rope import rope_angles, rotate
 from model.sharding import named
 
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
@@ -107,19 +108,18 @@ class Indexer(nn.Module):
         self.query = self.param("query", named(init, (axis, "replicated", "head_width")), (source, i.heads, i.width), jnp.float32)
         self.key = self.param("key", named(init, ("width", "head_width")), (c.width, i.width), jnp.float32)
         self.head_weight = self.param("head_weight", named(init, ("width", "replicated")), (c.width, i.heads), jnp.float32)
-        self.key_norm = LayerNorm(c.norm_eps, axis="head_width")
+        self.key_norm = LayerNorm(i.norm_eps, axis="head_width")
 
     def __call__(self, hidden_BTD: Array, query_latent_BTR: Array, positions_BT: Array) -> tuple[IndexerQuery, Array]:
         """Returns the queries and the keys [B, T, C] of these tokens. `query_latent` is the hidden state itself in a model without query latents."""
         i = self.config.indexer
         hidden_BTD, query_latent_BTR = jax.lax.stop_gradient((hidden_BTD, query_latent_BTR))
-        angles_BTP = rope_angles(positions_BT, i.rope_width, self.config.attention.rope_theta)
-
-        def rotate(x_BTNC):
-            return jnp.concatenate([rotate_halves(x_BTNC[..., : i.rope_width], angles_BTP), x_BTNC[..., i.rope_width :]], axis=-1)
+        rope = self.config.rope
+        angles_BTP = rope_angles(positions_BT, i.rope_width, rope)
+        turn = functools.partial(rotate, angles_BTP=angles_BTP, rope=rope, interleaved=rope.indexer_interleaved)
 
         with jax.named_scope("indexer_projections"):
-            q_BTIC = rotate(linear(query_latent_BTR, self.query))
-            k_BTC = rotate(self.key_norm(linear(hidden_BTD, self.key))[:, :, None])[:, :, 0]
+            q_BTIC = turn(linear(query_latent_BTR, self.query))
+            k_BTC = turn(self.key_norm(linear(hidden_BTD, self.key))[:, :, None])[:, :, 0]
             w_BTI = linear(hidden_BTD, self.head_weight).astype(jnp.float32) * (i.heads * i.width) ** -0.5
         return IndexerQuery(q_BTIC, w_BTI), k_BTC

@@ -1,4 +1,5 @@
-"""DeepSeek-V3's mixture of experts (arXiv 2412.19437, section 2.1.2): sigmoid scores, choice by score plus bias, gates without the bias, shared experts.
+"""Mixture of experts: DeepSeek-V3's (arXiv 2412.19437, section 2.1.2) with sigmoid scores, choice by score plus bias, gates without the bias, and shared
+experts; Qwen's (arXiv 2505.09388) with softmax scores and no bias, and in Qwen3-Next a gate on the shared expert.
 
 The router bias is state, not a parameter: it lives in the collection "router" and the train step moves it (`train/balance.py`).
 """
@@ -30,26 +31,34 @@ class RouterReport:
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((experts,), jnp.int32))
 
 
-def choose_experts(scores_BTE: Array, bias_E: Array, *, chosen: int, groups: int, chosen_groups: int) -> Array:
+def router_scores(logits_BTE: Array, kind: str) -> Array:
+    """Each expert's affinity to a token: "sigmoid" of its own logit (arXiv 2412.19437, eq. 15), or its share in a "softmax" over all experts."""
+    return jax.nn.sigmoid(logits_BTE) if kind == "sigmoid" else jax.nn.softmax(logits_BTE, axis=-1)
+
+
+def choose_experts(scores_BTE: Array, bias_E: Array, *, chosen: int, groups: int, chosen_groups: int, group_best: int = 0) -> Array:
     """The K experts of highest score plus bias, out of the best groups (arXiv 2412.19437, eq. 16 and node-limited routing).
 
-    A group's rank is the sum of its K / chosen_groups best biased scores. Returns chosen_BTK; no gradient.
+    A group's rank is the sum of its `group_best` best biased scores; with 0, of K / chosen_groups, as the paper says (released code: always 2, which for
+    DeepSeek-V3 is the same). Returns chosen_BTK, best first; no gradient.
     """
     with jax.named_scope("choose_experts"):
         biased_BTE = jax.lax.stop_gradient(scores_BTE) + bias_E
         if chosen_groups < groups:
             biased_BTGe = biased_BTE.reshape(*biased_BTE.shape[:-1], groups, -1)
-            best, _ = jax.lax.top_k(biased_BTGe, max(1, chosen // chosen_groups))
+            best, _ = jax.lax.top_k(biased_BTGe, group_best or max(1, chosen // chosen_groups))
             _, group_BTg = jax.lax.top_k(jnp.sum(best, axis=-1), chosen_groups)
             in_group_BTG = jnp.any(group_BTg[..., None] == jnp.arange(groups), axis=-2)
             biased_BTE = jnp.where(in_group_BTG[..., None], biased_BTGe, -jnp.inf).reshape(biased_BTE.shape)
         return jax.lax.top_k(biased_BTE, chosen)[1]
 
 
-def expert_gates(scores_BTE: Array, chosen_BTK: Array, route_scale: float) -> Array:
-    """The chosen experts' own scores, normalised to sum to route_scale (eq. 13). The bias is nowhere in it."""
+def expert_gates(scores_BTE: Array, chosen_BTK: Array, route_scale: float, normalise: bool = True) -> Array:
+    """The chosen experts' own scores, normalised to sum to route_scale (eq. 13), or only multiplied by it. The bias is nowhere in it."""
     picked_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
-    return picked_BTK / (jnp.sum(picked_BTK, axis=-1, keepdims=True) + 1e-20) * route_scale
+    if normalise:
+        picked_BTK /= jnp.sum(picked_BTK, axis=-1, keepdims=True) + 1e-20
+    return picked_BTK * route_scale
 
 
 def sequence_balance(scores_BTE: Array, real_BT: Array, chosen: int) -> Array:
@@ -129,20 +138,28 @@ class MoE(nn.Module):
         c, m = self.config, self.config.moe
         init = nn.initializers.normal(c.init_std)
         router_DE = self.param("router", named(init, ("width", "replicated")), (c.width, m.experts), jnp.float32)
-        bias_E = self.variable("router", "bias", named(lambda: jnp.zeros((m.experts,), jnp.float32), ("replicated",))).value
+        bias_E = jnp.zeros((m.experts,), jnp.float32)
+        if m.router_bias:
+            bias_E = self.variable("router", "bias", named(lambda: bias_E, ("replicated",))).value
         weights = (
             self.param("gate", named(init, ("experts", "width", "ffn")), (m.experts, c.width, m.width), jnp.float32),
             self.param("up", named(init, ("experts", "width", "ffn")), (m.experts, c.width, m.width), jnp.float32),
             self.param("down", named(init, ("experts", "ffn", "width")), (m.experts, m.width, c.width), jnp.float32),
         )
         with jax.named_scope("router"):
-            scores_BTE = jax.nn.sigmoid(linear(x_BTD.astype(jnp.float32), router_DE))
-            chosen_BTK = choose_experts(scores_BTE, bias_E, chosen=m.chosen, groups=m.groups, chosen_groups=m.chosen_groups)
-            gates_BTK = expert_gates(scores_BTE, chosen_BTK, m.route_scale)
+            scores_BTE = router_scores(linear(x_BTD.astype(jnp.float32), router_DE), m.router)
+            rule = {"chosen": m.chosen, "groups": m.groups, "chosen_groups": m.chosen_groups, "group_best": m.group_best}
+            chosen_BTK = choose_experts(scores_BTE, bias_E, **rule)
+            gates_BTK = expert_gates(scores_BTE, chosen_BTK, m.route_scale, m.normalise)
+            self.sow("record", "routes", chosen_BTK)
             counts_E = jnp.sum((chosen_BTK[..., None] == jnp.arange(m.experts)) & real_BT[..., None, None], axis=(0, 1, 2), dtype=jnp.int32)
         with jax.named_scope("routed_experts"):
             out_BTD = mix_experts(x_BTD, chosen_BTK, gates_BTK, tuple(w.astype(x_BTD.dtype) for w in weights), c.expert_matmul)
         if m.shared:
             with jax.named_scope("shared_experts"):
-                out_BTD = out_BTD + FFN(c, m.shared * m.width, name="shared")(x_BTD)
+                shared_BTD = FFN(c, m.shared_hidden, name="shared")(x_BTD)
+                if m.shared_gate:
+                    gate_D1 = self.param("shared_gate", named(init, ("width", "replicated")), (c.width, 1), jnp.float32)
+                    shared_BTD = shared_BTD * jax.nn.sigmoid(linear(x_BTD, gate_D1))
+                out_BTD = out_BTD + shared_BTD
         return out_BTD, RouterReport(sequence_balance(scores_BTE, real_BT, m.chosen), counts_E)

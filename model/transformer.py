@@ -18,11 +18,16 @@ from jax import Array
 from model.attend import IndexerReport
 from model.attention import LatentAttention
 from model.cache import LayerCache
-from model.config import ModelConfig
+from model.config import LayerKind, ModelConfig, Run
+from model.convolution import Canon
+from model.delta import GatedDeltaNet
+from model.gqa import GroupedAttention
 from model.linear import linear
 from model.moe import FFN, MoE, RouterReport
 from model.norm import RMSNorm
 from model.sharding import constrain, named
+
+ATTENTIONS = {"mla": LatentAttention, "gqa": GroupedAttention, "delta": GatedDeltaNet}
 
 policies = jax.checkpoint_policies
 REMAT = {
@@ -33,7 +38,7 @@ REMAT = {
 
 @flax.struct.dataclass
 class LayerReports:
-    """What the layers report, stacked: indexer values [L'], router values of the MoE layers [L'] and [L', E], MTP modules last."""
+    """What the layers report, stacked, MTP modules last: indexer values and the router's balance [L'], its counts [L', E]; zeros of layers without."""
 
     indexer: IndexerReport
     router: RouterReport
@@ -51,42 +56,85 @@ class Block(nn.Module):
     """x + attention(norm(x)), then + FFN or experts(norm(x))."""
 
     config: ModelConfig
-    moe: bool
+    kind: LayerKind
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, segments_BT, stage, past=None, allowed_BTS=None, at=None):
+    def __call__(self, x_BTD, positions_BT, segments_BT, stage, past: LayerCache | None = None, allowed_BTS=None, at=None):
         c = self.config
-        attended_BTD, indexer, entries = LatentAttention(c, name="attention")(
-            RMSNorm(c.norm_eps, name="attention_norm")(x_BTD), positions_BT, segments_BT, stage, past, allowed_BTS, at
-        )
+        normed_BTD = RMSNorm(c.norm_eps, c.norm, name="attention_norm")(x_BTD)
+        recent_BKD = jnp.zeros((x_BTD.shape[0], 0, c.width), x_BTD.dtype)
+        if c.canon:
+            normed_BTD, recent_BKD = Canon(c.canon, name="canon")(normed_BTD, segments_BT, None if past is None else past.recent_BKD)
+        attention = ATTENTIONS[self.kind.attention](c, name="attention")
+        remembered = None if past is None else past.attention
+        attended_BTD, indexer, entries = attention(normed_BTD, positions_BT, segments_BT, stage, remembered, allowed_BTS, at)
         x_BTD = constrain(x_BTD + attended_BTD, "batch", "time", "hidden")
-        normed_BTD = RMSNorm(c.norm_eps, name="ffn_norm")(x_BTD)
-        if self.moe:
+        normed_BTD = RMSNorm(c.norm_eps, c.norm, name="ffn_norm")(x_BTD)
+        if self.kind.moe:
             out_BTD, router = MoE(c, name="moe")(normed_BTD, segments_BT > 0)
         else:
             out_BTD, router = FFN(c, c.dense_width, name="ffn")(normed_BTD), RouterReport.zero(c.moe.experts)
-        return constrain(x_BTD + out_BTD, "batch", "time", "hidden"), (indexer, router, entries)
+        x_BTD = constrain(x_BTD + out_BTD, "batch", "time", "hidden")
+        self.sow("record", "hidden", x_BTD)
+        return x_BTD, (indexer, router, LayerCache(entries, recent_BKD))
 
 
-def stack(config: ModelConfig, moe: bool, length: int, name: str) -> nn.Module:
-    """`length` blocks, parameters stacked on a leading axis, run by one scan."""
-    block = Block
-    if config.remat != "none":
-        block = nn.remat(Block, policy=REMAT[config.remat], prevent_cse=False, static_argnums=(4,))
-    scanned = nn.scan(
-        block,
-        variable_axes={"params": 0, "router": 0},
+class Period(nn.Module):
+    """One block of each kind, one after the other."""
+
+    config: ModelConfig
+    kinds: tuple[LayerKind, ...]
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, segments_BT, stage):
+        block = Block
+        if self.config.remat != "none":
+            block = nn.remat(Block, policy=REMAT[self.config.remat], prevent_cse=False, static_argnums=(4,))
+        said = []
+        for number, kind in enumerate(self.kinds):
+            x_BTD, one = block(self.config, kind, name=block_name(number))(x_BTD, positions_BT, segments_BT, stage)
+            said.append(one)
+        return x_BTD, tuple(said)
+
+
+def run_name(number: int) -> str:
+    """Of the parameters of the config's number-th run of layers."""
+    return f"layers_{number}"
+
+
+def block_name(number: int) -> str:
+    """Of the parameters of a run's blocks of one kind, stacked over the run's repeats."""
+    return f"block_{number}"
+
+
+def layer_paths(config: ModelConfig) -> list[tuple[str, str, int]]:
+    """Where each layer's parameters are: (run, block, index on the leading axis)."""
+    return [
+        (run_name(number), block_name(layer % len(run.kinds)), layer // len(run.kinds)) for number, run in enumerate(config.runs) for layer in range(run.layers)
+    ]
+
+
+def scanned(config: ModelConfig, run: Run, name: str) -> nn.Module:
+    """A run of layers: the period's parameters stacked on a leading axis, run by one scan."""
+    periods = nn.scan(
+        Period,
+        variable_axes={"params": 0, "router": 0, "record": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-        length=length,
-        unroll=min(config.scan_unroll, length),
+        length=run.repeats,
+        unroll=min(config.scan_unroll, run.repeats),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(config, moe, name=name)
+    return periods(config, run.kinds, name=name)
+
+
+def in_order(stacked: tuple, run: Run) -> list:
+    """What each block of the period said, stacked over repeats, as a list over the layers."""
+    return [jax.tree.map(lambda leaf, i=layer // len(run.kinds): leaf[i], stacked[layer % len(run.kinds)]) for layer in range(run.layers)]
 
 
 class MTPModule(nn.Module):
-    """One depth of multi-token prediction (arXiv 2412.19437, section 2.2, eq. 21-23): h' = TRM(M [norm(h); norm(emb of the token k places on)])."""
+    """One depth of multi-token prediction (arXiv 2412.19437, section 2.2, eq. 21-23): h' = TRM(M [norm(emb of the token k places on); norm(h)])."""
 
     config: ModelConfig
 
@@ -95,9 +143,9 @@ class MTPModule(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.init_std)
         merge_2DD = self.param("merge", named(init, (None, "width", "replicated")), (2, c.width, c.width), jnp.float32)
-        hidden_BTD = linear(RMSNorm(c.norm_eps, name="hidden_norm")(previous_BTD), merge_2DD[0])
-        hidden_BTD += linear(RMSNorm(c.norm_eps, name="embedding_norm")(embedded_BTD), merge_2DD[1])
-        return Block(c, moe=c.moe_layers > 0, name="block")(hidden_BTD, positions_BT, segments_BT, stage)
+        hidden_BTD = linear(RMSNorm(c.norm_eps, c.norm, name="embedding_norm")(embedded_BTD), merge_2DD[0])
+        hidden_BTD += linear(RMSNorm(c.norm_eps, c.norm, name="hidden_norm")(previous_BTD), merge_2DD[1])
+        return Block(c, c.mtp_kind, name="block")(hidden_BTD, positions_BT, segments_BT, stage)
 
 
 def shift_left(x_BT: Array, by: int) -> Array:
@@ -119,35 +167,37 @@ class Transformer(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.init_std)
         self.embedding = self.param("embedding", named(init, ("vocab", "width")), (c.vocab, c.width), jnp.float32)
-        self.dense_layers = stack(c, False, c.dense_layers, "dense_layers") if c.dense_layers else None
-        self.moe_layers = stack(c, True, c.moe_layers, "moe_layers") if c.moe_layers else None
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.runs = [scanned(c, run, run_name(number)) for number, run in enumerate(c.runs)]
+        self.final_norm = RMSNorm(c.norm_eps, c.norm)
         if not c.tie_embeddings:
             self.head = self.param("head", named(init, ("width", "vocab")), (c.width, c.vocab), jnp.float32)
         self.mtp = [MTPModule(c) for _ in range(c.mtp_depth)]
-        self.mtp_norm = [RMSNorm(c.norm_eps) for _ in range(c.mtp_depth)]
+        self.mtp_norm = [RMSNorm(c.norm_eps, c.norm) for _ in range(c.mtp_depth)]
 
     def __call__(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array, *, stage: str, mtp: bool = True) -> Output:
         """Hidden states, before the output head. `stage` as in model/attend.py; `mtp=False` leaves the MTP modules out."""
-        x_BTD = embed(self.config, self.embedding, tokens_BT)
+        c = self.config
+        x_BTD = embed(c, self.embedding, tokens_BT)
         reports, entries = [], []
-        for layers in (self.dense_layers, self.moe_layers):
-            if layers is not None:
-                x_BTD, (indexer, router, stacked) = layers(x_BTD, positions_BT, segments_BT, stage)
-                reports.append(LayerReports(indexer, router))
-                entries += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(stacked.latent_BSR.shape[0])]
+        for run, layers in zip(c.runs, self.runs, strict=True):
+            x_BTD, stacked = layers(x_BTD, positions_BT, segments_BT, stage)
+            said = in_order(stacked, run)
+            reports += [LayerReports(indexer, router) for indexer, router, _ in said]
+            entries += [cached for _, _, cached in said]
+        hidden_BTD = self.final_norm(x_BTD)
 
-        mtp_hidden, previous_BTD = [], x_BTD
+        mtp_hidden, previous_BTD = [], hidden_BTD if c.mtp_input == "normed" else x_BTD
         for depth, module in enumerate(self.mtp if mtp or self.is_initializing() else [], start=1):
             with jax.named_scope(f"mtp_{depth}"):
-                embedded_BTD = embed(self.config, self.embedding, shift_left(tokens_BT, depth))
+                embedded_BTD = embed(c, self.embedding, shift_left(tokens_BT, depth))
                 # Where the token `depth` places on is of another segment the module has nothing to read: padding, to it.
                 its_segments_BT = jnp.where(same_segment(segments_BT, depth), segments_BT, 0)
-                previous_BTD, (indexer, router, _) = module(previous_BTD, embedded_BTD, positions_BT, its_segments_BT, stage)
-                mtp_hidden.append(self.mtp_norm[depth - 1](previous_BTD))
-                reports.append(jax.tree.map(lambda leaf: leaf[None], LayerReports(indexer, router)))
-        reports = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *reports)
-        return Output(self.final_norm(x_BTD), tuple(mtp_hidden), reports, tuple(entries))
+                x_BTD, (indexer, router, _) = module(previous_BTD, embedded_BTD, positions_BT, its_segments_BT, stage)
+                mtp_hidden.append(self.mtp_norm[depth - 1](x_BTD))
+                previous_BTD = mtp_hidden[-1] if c.mtp_input == "normed" else x_BTD
+                reports.append(LayerReports(indexer, router))
+        reports = jax.tree.map(lambda *layers: jnp.stack(layers), *reports)
+        return Output(hidden_BTD, tuple(mtp_hidden), reports, tuple(entries))
 
 
 def embed(config: ModelConfig, embedding_VD: Array, tokens_BT: Array) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
+from model.config import AttentionConfig, DeltaConfig, GQAConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 from model.transformer import Transformer, init, logits_of
 from train.config import TrainConfig
 
@@ -28,11 +28,15 @@ MODEL = ModelConfig(
     vocab=VOCAB,
     width=32,
     layers=3,
+    attention_kinds=("mla",),
     dense_layers=1,
+    dense_also=(),
     dense_width=48,
     canon=3,
     mtp_depth=1,
+    mtp_input="residual",
     tie_embeddings=False,
+    norm="scale",
     norm_eps=1e-6,
     init_std=0.2,
     dtype="float32",
@@ -42,9 +46,30 @@ MODEL = ModelConfig(
     causal_parts=4,
     logit_chunk=1024,
     expert_matmul="auto",
-    attention=AttentionConfig(heads=4, query_rank=16, latent_rank=12, nope_width=8, rope_width=4, value_width=6, rope_theta=100.0, gate="element"),
-    indexer=IndexerConfig(heads=4, width=8, rope_width=4, topk=4),
-    moe=MoEConfig(experts=4, chosen=2, shared=1, width=16, groups=2, chosen_groups=2, route_scale=1.5),
+    rope=RopeConfig(
+        theta=100.0, stretch=1.0, context=8, beta_fast=32.0, beta_slow=1.0, whole_channels=True, scale=1.0, interleaved=True, indexer_interleaved=False
+    ),
+    attention=AttentionConfig(
+        heads=4, query_rank=16, latent_rank=12, nope_width=8, rope_width=4, value_width=6, logit_scale=1.0, norm_eps=1e-6, gate="element"
+    ),
+    gqa=GQAConfig(heads=4, kv_heads=2, head_width=8, rope_width=4, qk_norm=True, gate="element"),
+    delta=DeltaConfig(key_heads=2, value_heads=4, key_width=6, value_width=8, taps=3, chunk=8),
+    indexer=IndexerConfig(heads=4, width=8, rope_width=4, topk=4, norm_eps=1e-6),
+    moe=MoEConfig(
+        experts=4,
+        chosen=2,
+        shared=1,
+        width=16,
+        shared_width=0,
+        shared_gate=False,
+        router="sigmoid",
+        router_bias=True,
+        normalise=True,
+        groups=2,
+        chosen_groups=2,
+        group_best=0,
+        route_scale=1.5,
+    ),
 )
 TRAIN = TrainConfig(
     stage="sparse",
@@ -80,6 +105,19 @@ def model_config(**changes) -> ModelConfig:
     return dataclasses.replace(MODEL, **changes | sections)
 
 
+# Qwen3-Next's parts: a period of two kinds of layer run twice, softmax routing without a bias, a gated shared expert, zero-centred norms.
+HYBRID = model_config(
+    layers=4,
+    attention_kinds=("delta", "gqa"),
+    dense_layers=0,
+    canon=0,
+    norm="zero_centred",
+    mtp_input="normed",
+    indexer={"heads": 0},
+    moe={"router": "softmax", "router_bias": False, "shared_gate": True, "shared_width": 12, "groups": 1, "chosen_groups": 1},
+)
+
+
 def train_config(**changes) -> TrainConfig:
     return dataclasses.replace(TRAIN, **changes)
 
@@ -92,7 +130,7 @@ def variables(config: ModelConfig) -> dict:
     def draw(path, leaf):
         name = path[-1].key
         noise = rng.normal(size=leaf.shape).astype(np.float32)
-        return jnp.asarray(1 + 0.1 * noise if name == "scale" else 0.1 * noise if name == "bias" else config.init_std * noise)
+        return jnp.asarray((config.norm == "scale") + 0.1 * noise if name == "scale" else 0.1 * noise if name == "bias" else config.init_std * noise)
 
     return jax.tree.map_with_path(draw, nn.meta.unbox(jax.eval_shape(lambda: init(config, jax.random.key(0)))))
 

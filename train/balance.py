@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.config import ModelConfig
+from model.transformer import block_name, run_name
 
 
 def moved_bias(bias_E: Array, counts_E: Array, rate: float) -> Array:
@@ -14,16 +15,26 @@ def moved_bias(bias_E: Array, counts_E: Array, rate: float) -> Array:
 
 
 def move_router(config: ModelConfig, router: dict, counts_LE: Array, rate: float) -> dict:
-    """The router collection after a step. counts_LE has the main layers first (zeros for dense ones), then one row per MTP module."""
-    if not config.moe_layers:
+    """The router collection after a step. counts_LE has the main layers first (zeros for dense ones), then one row per MTP module that ran."""
+    if not config.moe.router_bias:
         return router
-    main = {"moe": {"bias": moved_bias(router["moe_layers"]["moe"]["bias"], counts_LE[config.dense_layers : config.layers], rate)}}
-    mtp = {
-        f"mtp_{depth}": {"block": {"moe": {"bias": moved_bias(router[f"mtp_{depth}"]["block"]["moe"]["bias"], counts_LE[config.layers + depth], rate)}}}
-        for depth in range(config.mtp_depth)
-        if config.layers + depth < counts_LE.shape[0]  # a pass without MTP reports none
-    }
-    return router | {"moe_layers": main} | mtp
+    moved = {}
+    for number, run in enumerate(config.runs):
+        blocks = {}
+        for place, kind in enumerate(run.kinds):
+            if kind.moe:
+                counts_RE = counts_LE[run.first + place : run.first + run.layers : len(run.kinds)]
+                blocks[block_name(place)] = _moved(router[run_name(number)][block_name(place)], counts_RE, rate)
+        if blocks:
+            moved[run_name(number)] = blocks
+    for depth in range(config.mtp_depth if config.mtp_kind.moe else 0):
+        if config.layers + depth < counts_LE.shape[0]:
+            moved[f"mtp_{depth}"] = {"block": _moved(router[f"mtp_{depth}"]["block"], counts_LE[config.layers + depth], rate)}
+    return router | moved
+
+
+def _moved(block: dict, counts_E: Array, rate: float) -> dict:
+    return {"moe": {"bias": moved_bias(block["moe"]["bias"], counts_E, rate)}}
 
 
 def load(counts_LE: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,8 @@ warnings.filterwarnings("ignore", module="orbax")
 
 # Replicas share the writing of an array if each gets this much of it. Orbax shares out every array, and compiles each slice of each while training waits.
 SLICE_BYTES = 16 * 2**20
+# The most that is compressed, and has to be read, as one piece; and the size below which a piece is not worth being one.
+CHUNK_BYTES, LEAST_CHUNK_BYTES = 64 * 2**20, 2**20
 
 
 class Cursor(Protocol):
@@ -66,7 +69,7 @@ class Checkpoints:
         try:
             self._manager = _open(self.directory, max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         except OSError as failure:
-            raise UserError(f"{self.directory}: cannot keep checkpoints there: {_reason(failure)}") from failure
+            raise UserError(f"{self.directory}: cannot keep checkpoints there: {reason_of(failure)}") from failure
         self._current: int | None = None  # the step this run last saved or restored
 
     def save(self, step: int, state: Any, cursor: Cursor | None = None) -> None:
@@ -84,7 +87,7 @@ class Checkpoints:
         """
         if step == self._current:
             return
-        items = {"state": ocp.args.PyTreeSave(state)}
+        items = {"state": ocp.args.PyTreeSave(state, save_args=jax.tree.map(_in_chunks, state))}
         if cursor is not None:
             items["cursor"] = CheckpointSave(_Bytes(_to_bytes(cursor.get_state())))
         with self._failures_named():
@@ -151,7 +154,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as failure:
-            reason = _reason(failure)
+            reason = reason_of(failure)
             if reason is None:
                 raise
             self._current = good = self._manager.latest_step()
@@ -175,6 +178,13 @@ def restore_parameters(path: Path, abstract: Any) -> Any:
     Raises:
       UserError: no checkpoint there, or one that does not fit.
     """
+    with opened(path) as (manager, directory, step):
+        return _restore_state(manager, directory, step, abstract, partial=True)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[ocp.CheckpointManager, Path, int]]:
+    """Orbax's manager, the directory of checkpoints and the step that `path` means, as in `restore_parameters`. Raises UserError: no checkpoint there."""
     directory, step = path, None
     if directory.name.isdigit() and (directory / "state").exists():
         directory, step = directory.parent, int(directory.name)
@@ -187,7 +197,7 @@ def restore_parameters(path: Path, abstract: Any) -> Any:
         step = manager.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{path}: no checkpoint there")
-        return _restore_state(manager, directory, step, abstract, partial=True)
+        yield manager, directory, step
     finally:
         manager.close()
 
@@ -202,15 +212,23 @@ def _open(directory: Path, **options: Any) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.resolve(), item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options))
 
 
+def _in_chunks(leaf: Any) -> ocp.SaveArgs:
+    """Cuts what a device holds of a large array into chunks, matrices stacked in it one from another: each is then compressed, and read, without the rest."""
+    held = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else np.shape(leaf)
+    sizes = [math.prod(held[axis:]) * leaf.dtype.itemsize for axis in range(len(held) - 1)]  # of all of it, of one entry of the first axis, ...
+    if not sizes or sizes[0] <= CHUNK_BYTES:
+        return ocp.SaveArgs()
+    stacked = [axis for axis, entry in enumerate(sizes[1:]) if entry >= LEAST_CHUNK_BYTES]
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(stacked))
+
+
 def _restore_state(manager: ocp.CheckpointManager, directory: Path, step: int, abstract: Any, partial: bool = False) -> Any:
-    there, here = _entries(manager.item_metadata(step).state.tree), _entries(abstract)
+    there, here = entries(manager.item_metadata(step).state.tree), entries(abstract)
     if partial:
         parts = {name.split("/")[0] for name in here}
         there = {name: array for name, array in there.items() if name.split("/")[0] in parts}
-    differences = _differences(there, here)
-    if differences:
-        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-        raise UserError(f"{directory / str(step)}: {differences[0]}{more}")
+    if difference := difference_between(there, here):
+        raise UserError(f"{directory / str(step)}: {difference}")
 
     default = SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default), abstract)
@@ -236,14 +254,19 @@ def _to_bytes(state: Any) -> bytes:
     return state if isinstance(state, bytes) else json.dumps(state).encode()
 
 
-def _entries(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Path -> shape and dtype, for arrays and for Orbax's records of them alike."""
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a state, or Orbax's records of them, by their paths: `params/embedding`, whether of dictionaries or structs."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _differences(there: dict, here: dict) -> list[str]:
-    """One clause for each entry that differs; parameters before the optimizer's copies of them."""
+def entries(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Path -> shape and dtype, for arrays and for Orbax's records of them alike."""
+    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in by_path(tree).items()}
+
+
+def difference_between(there: dict, here: dict) -> str | None:
+    """The first of the `entries` that differs, and how many more do; parameters before the optimizer's copies of them."""
     clauses = {}
     for name in here | there:
         if name not in there:
@@ -254,14 +277,17 @@ def _differences(there: dict, here: dict) -> list[str]:
             clauses[name] = f"{name} is {_shape(there[name])} there, {_shape(here[name])} in this config"
         elif here[name][1] != there[name][1]:
             clauses[name] = f"{name} is {there[name][1]} there, {here[name][1]} in this config"
-    return [clauses[name] for name in sorted(clauses, key=lambda name: not name.startswith("params/"))]
+    if not clauses:
+        return None
+    more = f" (and {len(clauses) - 1} more)" if len(clauses) > 1 else ""
+    return clauses[min(clauses, key=lambda name: not name.startswith("params/"))] + more
 
 
 def _shape(entry: tuple[tuple[int, ...], str]) -> str:
     return f"[{','.join(map(str, entry[0]))}]"
 
 
-def _reason(failure: Exception) -> str | None:
+def reason_of(failure: Exception) -> str | None:
     """What the operating system said, of an error of Python's or of tensorstore's (which are ValueErrors); None for any other error."""
     if isinstance(failure, OSError):
         return failure.strerror or str(failure)

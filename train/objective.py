@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.config import ModelConfig
+from model.config import LayerKind, ModelConfig
 from model.transformer import LayerReports, Output, Transformer, same_segment, shift_left, token_logprobs
 from train.config import TrainConfig
 
@@ -57,22 +57,26 @@ def prediction_total(config: ModelConfig, params, hidden_BTD: Array, batch: dict
     return -jnp.sum(logprobs_BT * target_weights(batch, ahead))
 
 
+def has_indexer(kind: LayerKind) -> bool:
+    return kind.attention == "mla"
+
+
 def layer_weights(config: ModelConfig, stage: str, batch: dict[str, Array], mtp_depth: int) -> dict[str, Array]:
     """Weights of the terms that the layers report: tokens, summed over layers and the MTP modules that run. To a module those count whose next tokens it can
     read."""
 
-    def over_layers(layers: int, counts_BT: Array | bool) -> Array:
+    def over_layers(has: Callable[[LayerKind], bool], counts_BT: Array | bool) -> Array:
         tokens = [jnp.sum(same_segment(batch["segments"], k) & counts_BT, dtype=jnp.float32) for k in range(mtp_depth + 1)]
-        return layers * tokens[0] + sum(tokens[1:])
+        return sum(map(has, config.kinds)) * tokens[0] + has(config.mtp_kind) * sum(tokens[1:])
 
     weights = {}
     if config.moe_layers:
-        weights["balance"] = over_layers(config.moe_layers, True)
+        weights["balance"] = over_layers(lambda kind: kind.moe, True)
     if stage != "dense":
-        weights["indexer_kl"] = over_layers(config.layers, True)
+        weights["indexer_kl"] = over_layers(has_indexer, True)
     if stage == "warmup":
         # Queries with more candidates than topk: the position inside the segment says how many there are.
-        recall = over_layers(config.layers, batch["positions"] >= config.indexer.topk)
+        recall = over_layers(has_indexer, batch["positions"] >= config.indexer.topk)
         weights |= {"indexer_recall": recall, "indexer_recall_random": recall}
     return weights
 

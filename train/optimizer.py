@@ -9,7 +9,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 from errors import UserError
 from train.config import TrainConfig
 
-PER_CHANNEL = ("scale", "bias", "taps")  # parameters that no matrix multiplies
+# Parameters that no matrix multiplies.
+PER_CHANNEL = ("scale", "bias", "taps", "query_taps", "key_taps", "value_taps", "decay_rate", "decay_bias")
 MUON_MOMENTUM = 0.95
 # Five times the same coefficients (optax's own): given a row a step, optax scans over the steps; given one row it unrolls them for every matrix, and the
 # quickstart's step takes a sixth longer to compile.
@@ -65,7 +66,7 @@ def trainable(config: TrainConfig, params) -> dict:
 
 
 def decays(params) -> dict:
-    """Weight decay falls on matrices, not on the scales and biases of norms or the taps of a convolution."""
+    """Weight decay falls on matrices, not on the scales and biases of norms, the taps of a convolution or the rates of a decay."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in PER_CHANNEL, params)
 
 
@@ -79,7 +80,7 @@ def matrix_axes(params) -> dict:
 
     def one(path, leaf):
         keys = path_of(path).split("/")
-        stacked = keys[0].endswith("layers") + (keys[-2] == "moe" and keys[-1] != "router") + (keys[-1] == "merge")
+        stacked = keys[0].startswith("layers_") + (keys[-2] == "moe" and keys[-1] in ("gate", "up", "down")) + (keys[-1] == "merge")
         inputs = 2 if keys[-1] == "out" else 1
         axes = tuple(range(stacked, leaf.ndim))
         return MuonDimensionNumbers(axes[:inputs], axes[inputs:])

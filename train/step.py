@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -75,7 +76,8 @@ def make_step(config: ModelConfig, train: TrainConfig, objective: Objective, opt
             "skipped_in_row": new_state.skipped_in_row,
         }
         if config.moe_layers:
-            loads_LE = load(counts_LE[config.dense_layers :])
+            kinds = (*config.kinds, *[config.mtp_kind] * (counts_LE.shape[0] - config.layers))
+            loads_LE = load(counts_LE[np.asarray([kind.moe for kind in kinds])])
             metrics |= {"expert_load_max": jnp.max(loads_LE), "expert_load": loads_LE}
         return new_state, metrics
 

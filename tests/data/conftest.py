@@ -1,10 +1,16 @@
-"""A corpus of a few text files, and the config that reads it."""
+"""A corpus of a few text files, and the config that reads it; a checkpoint's tokenizer with its chat template."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from data.config import DataConfig
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @pytest.fixture
@@ -34,3 +40,45 @@ def config(corpus):
         template="think",
     )
     return lambda **changes: dataclasses.replace(base, **changes)
+
+
+# Text of each added token, and whether the file flags it special, as checkpoints do: of the control tokens some are not.
+ADDED = {
+    "<|endoftext|>": True,
+    "<|im_start|>": True,
+    "<|im_end|>": True,
+    "<｜begin▁of▁sentence｜>": True,
+    "<｜end▁of▁sentence｜>": True,
+    "<｜User｜>": False,
+    "<｜Assistant｜>": False,
+    "<|system|>": True,
+    "<|user|>": True,
+    "<|assistant|>": True,
+    "<think>": False,
+    "</think>": False,
+    "<tool_call>": False,
+    "</tool_call>": False,
+    "    ": False,
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Call it with a name of tests/data/templates, or None; returns a directory with a byte-level tokenizer of 258 entries and ADDED, and that template."""
+
+    def make(template: str | None, tokenizer_config: dict | None = None, **files: dict) -> Path:
+        directory = tmp_path / "checkpoint"
+        directory.mkdir(exist_ok=True)
+        vocab = {char: index for index, char in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ", "hi"])}
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ"), ("h", "i")]))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+        backend.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in ADDED.items()])
+        backend.save(str(directory / "tokenizer.json"))
+        if template is not None:
+            (directory / "chat_template.jinja").write_text((TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8"), encoding="utf-8")
+        for name, content in {"tokenizer_config": tokenizer_config or {"eos_token": "<|im_end|>"}, **files}.items():
+            (directory / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        return directory
+
+    return make

@@ -83,6 +83,21 @@ def test_conversations_are_bodies(tmp_path):
     assert bodies(f"jsonl:{tmp_path}/a.jsonl#messages") == bodies(f"parquet:{tmp_path}/a.parquet#messages") == [messages]
 
 
+@pytest.mark.parametrize("tools", [[{"name": "f", "parameters": {"x": [1, 2]}}], None, []])
+def test_a_conversation_comes_with_its_tools(tmp_path, tools):
+    """As a list, or as the JSON of one. A text has none, whatever stands beside it."""
+    messages = [{"role": "user", "content": "hi"}]
+    for number, written in enumerate((tools, json.dumps(tools))):
+        record = {"messages": messages, "text": "a", "tools": written}
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(record))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / f"{number}.parquet")
+        write_array_record(tmp_path / f"{number}.arrayrecord", [json.dumps(record).encode()])
+        for kind in ("jsonl", "parquet", "arrayrecord"):
+            document, text = (open_source(f"{kind}:{tmp_path}/{number}.{kind}#{field}", 1000)[0] for field in ("messages", "text"))
+            assert (document.body, document.tools) == (messages, tools or None)
+            assert (text.body, text.tools) == ("a", None)
+
+
 @pytest.mark.parametrize("spec", ["stdlib", "text:{}/*.txt", "task:arithmetic?count=500"])
 def test_splits_are_disjoint_and_whole(corpus, spec):
     source = open_source(spec.format(corpus), 200)
@@ -127,6 +142,10 @@ def test_bad_sources(tmp_path):
     assert message("jsonl:{}/x.jsonl#answer").endswith('x.jsonl:3: no field "answer" (has: "question", "solution")')
     (tmp_path / "y.jsonl").write_text('{"a": 1}\n')
     assert 'y.jsonl:1: field "a" is 1, neither text nor a list' in message("jsonl:{}/y.jsonl#a")
+    (tmp_path / "chat.jsonl").write_text('{"a": [{"role": "user"}], "tools": {"f": 1}}')
+    assert 'chat.jsonl:1: field "tools" is {"f": 1}, not a list of descriptions of tools' in message("jsonl:{}/chat.jsonl#a")
+    (tmp_path / "roles.jsonl").write_text('{"a": [{"from": "user"}]}')
+    assert 'not a list of messages with "role"' in message("jsonl:{}/roles.jsonl#a").replace("neither text nor", "not")
     (tmp_path / "z.jsonl").write_text('{"a": "1"}\nnot json\n')
     assert "z.jsonl:2: not JSON" in message("jsonl:{}/z.jsonl#a")
     (tmp_path / "list.jsonl").write_text("[1]\n")

@@ -31,7 +31,7 @@ def inputs(batch: int, length: int, seed: int = 0):
 
 def loss(arrays, segments_BT, stage, topk, query_chunk, causal_parts=1):
     """Something that depends on every output, with a gradient to every input."""
-    out, report = attend_expanded(*arrays[:3], segments_BT, arrays[3], stage=stage, topk=topk, query_chunk=query_chunk, causal_parts=causal_parts)
+    out, report, _ = attend_expanded(*arrays[:3], segments_BT, arrays[3], stage=stage, topk=topk, query_chunk=query_chunk, causal_parts=causal_parts)
     return jnp.sum(jnp.sin(out)) + report.kl, (out, report)
 
 

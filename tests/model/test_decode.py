@@ -1,5 +1,6 @@
 """Reading token by token, over latents, is the forward pass over the whole row."""
 
+import dataclasses
 import functools
 
 import chex
@@ -23,6 +24,8 @@ CASES = {
     "sparse, gate per head, no query latent": ("sparse", tiny.model_config(mtp_depth=0, attention={"gate": "head", "query_rank": 0})),
     "sparse, gate per element, query latent": ("sparse", tiny.model_config(mtp_depth=0)),
     "no convolution": ("sparse", tiny.model_config(mtp_depth=0, canon=0)),
+    "hybrid": ("dense", dataclasses.replace(tiny.HYBRID, mtp_depth=0)),
+    "hybrid with a convolution": ("dense", dataclasses.replace(tiny.HYBRID, mtp_depth=0, canon=3)),
     "no indexer": ("dense", tiny.model_config(mtp_depth=0, indexer={"heads": 0, "topk": 4})),
 }
 

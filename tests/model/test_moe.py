@@ -85,7 +85,7 @@ CONFIG = tiny.model_config(moe={"experts": 4, "chosen": 2, "groups": 1, "chosen_
 def layer():
     """An MoE layer's variables without its bias, and 2 x 24 tokens."""
     x_BTD = jax.random.normal(jax.random.key(0), (2, tiny.T, CONFIG.width))
-    params = jax.tree.map(lambda leaf: leaf[0], tiny.variables(CONFIG)["params"]["moe_layers"]["moe"])
+    params = jax.tree.map(lambda leaf: leaf[0], tiny.variables(CONFIG)["params"]["layers_1"]["block_0"]["moe"])
     return params, x_BTD
 
 

@@ -25,7 +25,7 @@ def test_every_layer_reads_its_own_counts():
             new, old = new[name], old[name]
         return np.asarray(new - old)
 
-    np.testing.assert_allclose(change("moe_layers"), [[-0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, 0.5]], atol=1e-6)
+    np.testing.assert_allclose(change("layers_1", "block_0"), [[-0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, 0.5]], atol=1e-6)
     np.testing.assert_allclose(change("mtp_0", "block"), [0.5, 0.5, -0.5, 0.5], atol=1e-6)
     moved = move_router(config, router, counts_LE[:3], 0.5)
     np.testing.assert_array_equal(change("mtp_0", "block"), np.zeros(4))

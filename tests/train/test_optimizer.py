@@ -108,14 +108,14 @@ def test_muon_orthogonalises_each_matrix_of_each_layer():
     config = tiny.train_config(optimizer="muon", weight_decay=0.0, learning_rate=1.0, warmup_steps=0, constant_steps=5)
     optimizer = make_optimizer(config)
     updates, _ = jax.jit(lambda g: optimizer.update(g, optimizer.init(params), params))(gradients)
-    layers = ("moe_layers", "attention")
+    layers = ("layers_1", "block_0")
     cases = {
-        (*layers, "query_up"): (1, 1),
-        (*layers, "out"): (1, 2),
-        (*layers, "latent_down"): (1, 1),
-        ("moe_layers", "moe", "down"): (2, 1),
-        ("moe_layers", "moe", "router"): (1, 1),
-        ("moe_layers", "moe", "shared", "up"): (1, 1),
+        (*layers, "attention", "query_up"): (1, 1),
+        (*layers, "attention", "out"): (1, 2),
+        (*layers, "attention", "latent_down"): (1, 1),
+        (*layers, "moe", "down"): (2, 1),
+        (*layers, "moe", "router"): (1, 1),
+        (*layers, "moe", "shared", "up"): (1, 1),
         ("mtp_0", "merge"): (1, 1),
         ("mtp_0", "block", "attention", "gate"): (0, 1),
     }
@@ -135,7 +135,7 @@ def test_muon_leaves_embedding_and_norms_to_adamw():
     params = tiny.variables(CONFIG)["params"]
     muon, adamw = (one_step(tiny.train_config(optimizer=name), jax.tree.map(jnp.ones_like, params)) for name in ("muon", "adamw"))
     same = {path for path in muon if muon[path] == pytest.approx(adamw[path], rel=1e-6)}
-    assert {"embedding", "final_norm/scale", "moe_layers/attention/latent_norm/scale", "moe_layers/attention/canon/taps"} <= same
+    assert {"embedding", "final_norm/scale", "layers_1/block_0/attention/latent_norm/scale", "layers_1/block_0/canon/taps"} <= same
     assert not {path for path in same if path.endswith(("query_up", "router", "down"))}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from model.canon import Canon
+from model.convolution import Canon
 from tests import tiny
 
 TAPS, D = 4, 5

@@ -1,0 +1,44 @@
+"""Where a model comes from: the workdir of a run, or `hf:DIR`, a Hugging Face checkpoint as it is. Of the latter, config.json decides the model section."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from errors import UserError
+
+HF = "hf:"
+
+
+def hf_directory(path: str | Path) -> Path | None:
+    """DIR of `hf:DIR`; None for anything else. Raises UserError if there is no such directory."""
+    if not str(path).startswith(HF):
+        return None
+    directory = Path(str(path)[len(HF) :])
+    if not directory.is_dir():
+        raise UserError(f"{path}: no such directory")
+    return directory
+
+
+def described(config: ConfigDict, directory: Path) -> ConfigDict:
+    """The config with what a Hugging Face checkpoint decides: the model but for how it is computed, its tokenizer, its chat template if it has one, and
+    whether sampling selects keys. Raises UserError for a checkpoint that is not supported."""
+    from data.chat_template import find_chat_template
+    from model.hf.architecture import model_fields, read_json
+    from model.hf.safetensors import TensorFiles
+
+    fields = model_fields(directory, TensorFiles(directory).tensors)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for name, value in fields.items():
+            *sections, field = name.split(".")
+            section = config.model
+            for part in sections:
+                section = section[part]
+            section[field] = value
+        config.sampling.attention = "sparse" if config.model.indexer.heads else "dense"
+        if (directory / "tokenizer.json").exists():
+            config.tokenizer.kind, config.tokenizer.path = "file", str(directory)
+            beside = directory / "tokenizer_config.json"
+            if find_chat_template(directory, read_json(beside) if beside.exists() else {}, {}) is not None:
+                config.data.template = "checkpoint"
+    return config

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: their files, and how their tensors become ours and back."""

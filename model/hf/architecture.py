@@ -1,0 +1,317 @@
+"""What a Hugging Face config.json says, as fields of our model section.
+
+The architecture named there decides how the rest is read; a key that is not read must be one that changes no result, or be off. Both styles are read: that of
+the released files (`rope_scaling`, `rope_theta` beside it) and that of transformers 5 (`rope_parameters`). Where a key may be missing, its default is
+transformers'. What is read here is checked against transformers in tests/golden.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+MISSING = object()
+
+# Keys that change no result of the model: they are about training, sampling, serving, the files, or are derived from others.
+WITHOUT_EFFECT = frozenset({
+    "_attn_implementation", "_name_or_path", "add_cross_attention", "architectures", "auto_map", "aux_loss_alpha", "bad_words_ids", "begin_suppress_tokens",
+    "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
+    "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "ep_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length",
+    "max_position_embeddings", "max_window_layers", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+    "problem_type", "qk_head_dim", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "router_aux_loss_coef",
+    "sep_token_id", "seq_aux", "sliding_window", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
+    "use_bfloat16", "use_cache",
+})  # fmt: skip
+
+
+class Keys:
+    """The keys of a config.json, each to be read once, or found left over."""
+
+    def __init__(self, values: dict[str, Any], where: str):
+        self.values, self.where, self.read = values, where, set()
+
+    def take(self, name: str, default: Any = MISSING) -> Any:
+        """Its value; the default where it is missing or null."""
+        self.read.add(name)
+        value = self.values.get(name)
+        if value is None and default is MISSING:
+            raise UserError(f'{self.where}: no key "{name}"')
+        return default if value is None else value
+
+    def must_be(self, name: str, allowed: Iterable[Any], default: Any) -> None:
+        """For a key of which only some values are supported."""
+        value, allowed = self.take(name, default), list(allowed)
+        if value not in allowed:
+            raise self.unsupported(name, value, f"only {' or '.join(json.dumps(one) for one in allowed)} is supported")
+
+    def unsupported(self, name: str, value: Any, why: str) -> UserError:
+        return UserError(f'{self.where}: "{name}": {json.dumps(value)}: {why}')
+
+    def nothing_left(self) -> None:
+        """Raises UserError on a key that nobody read, may change the model's results, and is not off."""
+        for name, value in self.values.items():
+            off = value is None or value is False or value in (0, [], {}, "")
+            if name not in self.read and name not in WITHOUT_EFFECT and not off:
+                raise self.unsupported(name, value, "unknown here, and it may change what the model computes")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+def model_fields(directory: Path, names: Iterable[str] = ()) -> dict[str, Any]:
+    """Fields of the model section, by dotted name ("attention.heads"), that config.json decides; compute and memory settings are not among them.
+
+    Args:
+      names: of the checkpoint's tensors: an MTP module is there if its tensors are (transformers drops them when it saves, and keeps the key).
+
+    Raises:
+      UserError: no config.json, an architecture that is not supported, or a key of it that is not.
+    """
+    keys = Keys(read_json(directory / "config.json"), str(directory / "config.json"))
+    architecture = named_architecture(keys)
+    fields = shared_fields(keys) | ARCHITECTURES[architecture](keys, list(names))
+    keys.take("quantization_config", {})  # model/hf/load.py reads it: it is about the files
+    keys.nothing_left()
+    return fields
+
+
+def named_architecture(keys: Keys) -> str:
+    named = keys.take("architectures", [])
+    if not named:
+        of_type = {"deepseek_v3": "DeepseekV3", "deepseek_v32": "DeepseekV32", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen3_next": "Qwen3Next"}
+        kind = keys.take("model_type", "")
+        named = [of_type.get(kind, kind) + "ForCausalLM"]
+    if named[0] not in ARCHITECTURES:
+        raise UserError(f'{keys.where}: architecture "{named[0]}" is not supported (these are: {", ".join(ARCHITECTURES)})')
+    return named[0]
+
+
+def shared_fields(keys: Keys) -> dict[str, Any]:
+    """What every family has."""
+    keys.must_be("hidden_act", ["silu"], "silu")
+    keys.must_be("attention_bias", [False], False)
+    keys.must_be("attention_dropout", [0], 0)
+    stored = keys.take("dtype", keys.take("torch_dtype", "float32"))
+    return {
+        "vocab": keys.take("vocab_size"),
+        "width": keys.take("hidden_size"),
+        "layers": keys.take("num_hidden_layers"),
+        "dense_width": keys.take("intermediate_size"),
+        "tie_embeddings": keys.take("tie_word_embeddings", False),
+        "norm_eps": float(keys.take("rms_norm_eps", 1e-6)),
+        "dtype": "float32" if stored == "float32" else "bfloat16",
+        "canon": 0,
+    }
+
+
+def rope_fields(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's rope fields, and the rope keys themselves."""
+    rope = dict(keys.take("rope_parameters", keys.take("rope_scaling", {})))
+    keys.read |= {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise keys.unsupported("rope_parameters", rope, "positions that differ from layer to layer are not supported")
+    rope["rope_theta"] = float(rope.get("rope_theta") or keys.take("rope_theta", 10_000.0))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "yarn"):
+        raise keys.unsupported("rope_type", kind, 'only "default" and "yarn" are supported')
+    fields = {"rope.theta": rope["rope_theta"], "rope.stretch": 1.0, "rope.scale": 1.0}
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    if kind == "yarn":
+        known |= {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
+        before = keys.take("original_max_position_embeddings", rope.get("original_max_position_embeddings") or keys.take("max_position_embeddings"))
+        stretch = float(rope.get("factor") or keys.take("max_position_embeddings") / before)
+        scale = rope.get("attention_factor")
+        if scale is None:
+            both = rope.get("mscale") and rope.get("mscale_all_dim")
+            scale = magnitude(stretch, rope["mscale"]) / magnitude(stretch, rope["mscale_all_dim"]) if both else magnitude(stretch, 1.0)
+        fields |= {
+            "rope.stretch": stretch,
+            "rope.context": int(before),
+            "rope.beta_fast": float(rope.get("beta_fast") or 32),
+            "rope.beta_slow": float(rope.get("beta_slow") or 1),
+            "rope.whole_channels": bool(rope.get("truncate", True)),
+            "rope.scale": float(scale),
+        }
+    for name in rope.keys() - known:
+        raise keys.unsupported(name, rope[name], f"not a key of rope_type {kind} that is supported")
+    return fields, rope
+
+
+def magnitude(stretch: float, mscale: float) -> float:
+    """0.1 mscale ln(stretch) + 1: the square root of YaRN's 1 / t (arXiv 2309.00071, eq. 22) where mscale is 1."""
+    return 0.1 * mscale * math.log(stretch) + 1.0 if stretch > 1 else 1.0
+
+
+def latent(keys: Keys, names: list[str], indexed: bool) -> dict[str, Any]:
+    """DeepSeek-V3 and its kin (R1, Kimi-K2, Moonlight); with `indexed` V3.2."""
+    keys.must_be("scoring_func", ["sigmoid"], "sigmoid")
+    keys.must_be("topk_method", ["noaux_tc"], "noaux_tc")
+    keys.must_be("moe_layer_freq", [1], 1)
+    keys.must_be("mlp_bias", [False], False)
+    heads, layers = keys.take("num_attention_heads"), keys.take("num_hidden_layers")
+    keys.must_be("num_key_value_heads", [heads], heads)
+    fields, rope = rope_fields(keys)
+    if fields["rope.stretch"] > 1 and rope.get("mscale_all_dim"):
+        fields["attention.logit_scale"] = magnitude(fields["rope.stretch"], rope["mscale_all_dim"]) ** 2
+    dense = keys.take("first_k_dense_replace", 0)
+    kinds = keys.take("mlp_layer_types", ["dense"] * dense + ["sparse"] * (layers - dense))
+    groups = keys.take("n_group", 1)
+    fields |= {
+        "attention_kinds": ("mla",),
+        "mtp_depth": keys.take("num_nextn_predict_layers", keys.take("num_mtp_layers", 0)) if any(f"model.layers.{layers}." in name for name in names) else 0,
+        "mtp_input": "normed",
+        "norm": "scale",
+        "rope.interleaved": keys.take("rope_interleave", True),
+        "rope.indexer_interleaved": keys.take("indexer_rope_interleave", False),
+        "attention.heads": heads,
+        "attention.query_rank": keys.take("q_lora_rank", 0),
+        "attention.latent_rank": keys.take("kv_lora_rank"),
+        "attention.nope_width": keys.take("qk_nope_head_dim"),
+        "attention.rope_width": keys.take("qk_rope_head_dim"),
+        "attention.value_width": keys.take("v_head_dim"),
+        "attention.logit_scale": fields.get("attention.logit_scale", 1.0),
+        "attention.norm_eps": 1e-6,  # whatever rms_norm_eps is, in every implementation
+        "attention.gate": "none",
+        "indexer.heads": 0,
+        "moe.experts": keys.take("n_routed_experts"),
+        "moe.chosen": keys.take("num_experts_per_tok"),
+        "moe.shared": keys.take("n_shared_experts", 0),
+        "moe.width": keys.take("moe_intermediate_size"),
+        "moe.shared_width": 0,
+        "moe.shared_gate": False,
+        "moe.router": "sigmoid",
+        "moe.router_bias": True,
+        "moe.normalise": keys.take("norm_topk_prob", True),
+        "moe.groups": groups,
+        "moe.chosen_groups": keys.take("topk_group", groups),
+        "moe.group_best": 2,
+        "moe.route_scale": float(keys.take("routed_scaling_factor", 1.0)),
+    }
+    fields |= dense_fields([kind != "sparse" for kind in kinds])
+    keys.read.add("head_dim")  # transformers 5 writes the rotated width there
+    if indexed:
+        keys.must_be("layer_types", [["indexed_attention"] * layers], ["indexed_attention"] * layers)
+        if fields["attention.query_rank"] == 0:
+            raise keys.unsupported("q_lora_rank", None, "the indexer reads the query latent, and there is none")
+        fields |= {
+            "indexer.heads": keys.take("index_n_heads"),
+            "indexer.width": keys.take("index_head_dim"),
+            "indexer.rope_width": fields["attention.rope_width"],
+            "indexer.topk": keys.take("index_topk"),
+            "indexer.norm_eps": 1e-6,
+        }
+    return fields
+
+
+def grouped(keys: Keys, names: list[str], experts: bool) -> dict[str, Any]:
+    """Qwen3, with `experts` Qwen3-MoE."""
+    keys.must_be("use_sliding_window", [False], False)
+    layers, heads = keys.take("num_hidden_layers"), keys.take("num_attention_heads")
+    keys.must_be("layer_types", [["full_attention"] * layers], ["full_attention"] * layers)
+    fields, _ = rope_fields(keys)
+    width = keys.take("head_dim", keys.take("hidden_size") // heads if experts else 128)
+    fields |= {
+        "attention_kinds": ("gqa",),
+        "mtp_depth": 0,
+        "norm": "scale",
+        "indexer.heads": 0,
+        "gqa.heads": heads,
+        "gqa.kv_heads": keys.take("num_key_value_heads", heads),
+        "gqa.head_width": width,
+        "gqa.rope_width": width,
+        "gqa.qk_norm": True,
+        "gqa.gate": "none",
+    }
+    return fields | (routed_fields(keys) if experts else dense_fields([True] * layers))
+
+
+def hybrid(keys: Keys, names: list[str]) -> dict[str, Any]:
+    """Qwen3-Next: Gated DeltaNet layers and gated attention, zero-centred norms, a gated shared expert."""
+    layers = keys.take("num_hidden_layers")
+    every = keys.take("full_attention_interval", 4)
+    default = ["linear_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
+    ours = {"linear_attention": "delta", "full_attention": "gqa"}
+    kinds = keys.take("layer_types", default)
+    for kind in kinds:
+        if kind not in ours:
+            raise keys.unsupported("layer_types", kind, f"only {' and '.join(ours)} are supported")
+    if len(kinds) != layers:
+        raise keys.unsupported("layer_types", kinds, f"names {len(kinds)} layers of {layers}")
+    fields, rope = rope_fields(keys)
+    width = keys.take("head_dim", 256)
+    fields |= {
+        "attention_kinds": shortest_period(tuple(ours[kind] for kind in kinds)),
+        "mtp_depth": keys.take("num_nextn_predict_layers", 1) if any(name.startswith("mtp.") for name in names) else 0,
+        "mtp_input": "normed",
+        "norm": "zero_centred",
+        "indexer.heads": 0,
+        "gqa.heads": keys.take("num_attention_heads"),
+        "gqa.kv_heads": keys.take("num_key_value_heads"),
+        "gqa.head_width": width,
+        "gqa.rope_width": int(width * (rope.get("partial_rotary_factor") or keys.take("partial_rotary_factor", 0.25))),
+        "gqa.qk_norm": True,
+        "gqa.gate": "element",
+        "delta.key_heads": keys.take("linear_num_key_heads"),
+        "delta.value_heads": keys.take("linear_num_value_heads"),
+        "delta.key_width": keys.take("linear_key_head_dim"),
+        "delta.value_width": keys.take("linear_value_head_dim"),
+        "delta.taps": keys.take("linear_conv_kernel_dim"),
+    }
+    shared = {"moe.shared": 1, "moe.shared_width": keys.take("shared_expert_intermediate_size"), "moe.shared_gate": True}
+    return fields | routed_fields(keys) | shared
+
+
+def routed_fields(keys: Keys) -> dict[str, Any]:
+    """Qwen's experts: softmax over all of them, no groups, no bias."""
+    layers = keys.take("num_hidden_layers")
+    without, step = keys.take("mlp_only_layers", []), keys.take("decoder_sparse_step", 1)
+    return dense_fields([layer in without or (layer + 1) % step != 0 for layer in range(layers)]) | {
+        "moe.experts": keys.take("num_experts", keys.take("num_local_experts", 0)),
+        "moe.chosen": keys.take("num_experts_per_tok"),
+        "moe.shared": 0,
+        "moe.width": keys.take("moe_intermediate_size"),
+        "moe.shared_width": 0,
+        "moe.shared_gate": False,
+        "moe.router": "softmax",
+        "moe.router_bias": False,
+        "moe.normalise": keys.take("norm_topk_prob", False),
+        "moe.groups": 1,
+        "moe.chosen_groups": 1,
+        "moe.group_best": 0,
+        "moe.route_scale": 1.0,
+    }
+
+
+def dense_fields(dense: list[bool]) -> dict[str, Any]:
+    """Which layers have no experts, as how many from the first on and which others."""
+    first = dense.index(False) if False in dense else len(dense)
+    return {"dense_layers": first, "dense_also": tuple(layer for layer, is_dense in enumerate(dense) if is_dense and layer > first)}
+
+
+def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest beginning that, repeated, gives all of it."""
+    return next(kinds[:n] for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+
+
+ARCHITECTURES: dict[str, Callable[[Keys, list[str]], dict[str, Any]]] = {
+    "DeepseekV3ForCausalLM": lambda keys, names: latent(keys, names, indexed=False),
+    "DeepseekV32ForCausalLM": lambda keys, names: latent(keys, names, indexed=True),
+    "Qwen3ForCausalLM": lambda keys, names: grouped(keys, names, experts=False),
+    "Qwen3MoeForCausalLM": lambda keys, names: grouped(keys, names, experts=True),
+    "Qwen3NextForCausalLM": hybrid,
+}

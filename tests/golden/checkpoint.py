@@ -1,0 +1,120 @@
+"""Checkpoints on disk: names, blocks of float8, the MTP module's layout, shards."""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from cases import Case
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+BLOCK = 128
+FP8 = torch.float8_e4m3fn
+QUANTISED = re.compile(r"(self_attn\.\w*_proj(_with_mqa)?|mlp\..*(gate|up|down)_proj)\.weight")  # not the router, whose name is mlp.gate
+
+
+def empty(case: Case) -> PreTrainedModel:
+    """A model of the case's configuration, float32, every operation the plain one."""
+    if case.released:
+        with tempfile.TemporaryDirectory() as directory:
+            write_config(Path(directory), {key: value for key, value in case.config.items() if key != "quantization_config"})
+            config = AutoConfig.from_pretrained(directory)
+    else:
+        config = AutoConfig.for_model(**case.config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
+
+
+def load(directory: Path) -> PreTrainedModel:
+    """The checkpoint as transformers reads it, in float32; float8 weights are dequantised here first, in a copy (transformers would want a GPU)."""
+    config = json.loads((directory / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as copy:
+        if config.pop("quantization_config", None):
+            tensors = dequantise(load_file(directory / "model.safetensors"))
+            write(Path(copy), config, tensors)
+            directory = Path(copy)
+        return AutoModelForCausalLM.from_pretrained(
+            directory, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+        ).eval()
+
+
+def saved(model: PreTrainedModel) -> tuple[dict, dict[str, torch.Tensor]]:
+    """config.json and the tensors, as `save_pretrained` writes them."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return json.loads(Path(directory, "config.json").read_text()), load_file(Path(directory, "model.safetensors"))
+
+
+def unfused(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A parameter's names on disk: in memory transformers holds all experts' matrices in one tensor, gate [E, F, D] and up [E, F, D] joined on F."""
+    stem, fused, matrix = name.partition(".experts.")
+    if not fused:
+        yield name, tensor
+        return
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[matrix]
+    for expert, joined in enumerate(tensor):
+        for part, weight in zip(parts, joined.chunk(len(parts)), strict=True):
+            yield f"{stem}.experts.{expert}.{part}.weight", weight.contiguous()
+
+
+def mtp_tensors(mtp: torch.nn.Module, main: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:
+    """The module as DeepSeek-V3's release stores it: a decoder layer beyond the last, with the projection, its norms, and copies of embedding and head."""
+    tensors = {"embed_tokens.weight": main["model.embed_tokens.weight"].clone(), "shared_head.head.weight": main["lm_head.weight"].clone()}
+    for name, tensor in mtp.layers[0].state_dict().items():
+        tensors |= unfused(name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm."), tensor)
+    return {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def over_blocks(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A number a block [ceil(out/128), ceil(in/128)], repeated over its block: [out, in]."""
+    return scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: shape[0], : shape[1]]
+
+
+def quantise(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Blocks of 128x128 in float8, each with the scale that takes its largest weight to float8's largest. Blocks are first made of unlike sizes."""
+    rng = torch.Generator().manual_seed(seed)
+    quantised = {}
+    for name, tensor in tensors.items():
+        if not QUANTISED.search(name):
+            quantised[name] = tensor
+            continue
+        rows, columns = (-(-size // BLOCK) for size in tensor.shape)
+        tensor = tensor.float() * over_blocks(2 ** (2 * torch.rand(rows, columns, generator=rng) - 1), tensor.shape)
+        largest = torch.stack([torch.stack([block.abs().max() for block in row.split(BLOCK, 1)]) for row in tensor.split(BLOCK, 0)])
+        scale = largest / torch.finfo(FP8).max
+        quantised[name] = (tensor / over_blocks(scale, tensor.shape)).to(FP8)
+        quantised[f"{name}_scale_inv"] = scale
+    return quantised
+
+
+def dequantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """float32 = float8 times its block's scale; what is not float8 as it is."""
+    scales = {name.removesuffix("_scale_inv"): tensor for name, tensor in tensors.items() if name.endswith("_scale_inv")}
+    return {
+        name: tensor.float() * over_blocks(scales[name], tensor.shape) if name in scales else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("_scale_inv")
+    }
+
+
+def write_config(directory: Path, config: dict) -> None:
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write(directory: Path, config: dict, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
+    """config.json and model.safetensors, or that many shards of about one size, in the order of the names, and their index."""
+    write_config(directory, config)
+    size = {name: tensor.numel() * tensor.element_size() for name, tensor in sorted(tensors.items())}
+    total, before, files = sum(size.values()), 0, {}
+    for name in size:
+        file = "model.safetensors" if shards == 1 else f"model-{before * shards // total + 1:05}-of-{shards:05}.safetensors"
+        files.setdefault(file, {})[name] = tensors[name].contiguous()
+        before += size[name]
+    for file, part in files.items():
+        save_file(part, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # safetensors makes files that only their owner reads
+    if shards > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, part in files.items() for name in part}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,114 @@
+"""Makes tiny random checkpoints and records what Hugging Face transformers computes from them: README.md beside this file.
+
+    pip install torch transformers          in an environment of its own; CPU is enough
+    python tests/golden/make.py [CASE ...]  all cases, or some of cases.py's
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+try:
+    import numpy as np
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+    from transformers.modeling_layers import MtpModel
+except ImportError as missing:
+    print(f"{missing.name} is needed: pip install torch==2.13.0 transformers==5.23.0", file=sys.stderr)
+    sys.exit(2)
+
+from cases import CASES, Case, draw, prompts
+from checkpoint import empty, load, mtp_tensors, quantise, saved, write
+from margins import LEAST, character, margins
+from record import golden, greedy, mtp_logits, trace
+
+HERE = Path(__file__).parent
+
+
+def build(case: Case, directory: Path) -> torch.Tensor:
+    """Writes the checkpoint; returns the drawn model's logits."""
+    model = empty(case)
+    draw(model, case.seed)
+    config, tensors = saved(model)
+    if case.dtype is not torch.float32:
+        tensors = {name: tensor if "e_score_correction_bias" in name else tensor.to(case.dtype) for name, tensor in tensors.items()}
+    if case.fp8:
+        tensors = quantise(tensors, case.seed)
+    if case.mtp:
+        mtp = MtpModel(model, 1).eval()
+        draw(mtp.layers[0], case.seed + 1)
+        tensors |= mtp_tensors(mtp, tensors, model.config.num_hidden_layers)
+    write(directory, case.config if case.released else config, tensors, case.shards)
+    with torch.no_grad():
+        return model(prompts(case)).logits
+
+
+def load_mtp(case: Case, model: transformers.PreTrainedModel, directory: Path) -> MtpModel | None:
+    """transformers' MTP module, with the weights that transformers itself finds in the checkpoint."""
+    if not case.mtp:
+        return None
+    model.config.name_or_path = str(directory)
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\."]  # the class knows of a 61st layer only
+    return MtpModel.from_pretrained(model).eval()
+
+
+def check(case: Case, directory: Path, drawn: torch.Tensor) -> dict[str, float]:
+    """The files give the recorded values again, and a case is of use: nothing hangs on rounding, every expert works. Raises AssertionError."""
+    recorded = np.load(directory / "golden.npz")
+    ids = prompts(case)
+    model = load(directory)
+    with torch.no_grad():
+        again = trace(model, ids)
+        assert np.abs(again.logits.numpy() - recorded["logits"]).max() <= 1e-5
+        if case.dtype is torch.float32:
+            assert np.abs(drawn.numpy() - recorded["logits"]).max() <= 1e-5
+        assert np.array_equal(greedy(model, ids, cache=False)[0].numpy(), recorded["greedy"])
+        mtp = load_mtp(case, model, directory)
+        if mtp is not None:
+            assert np.abs(mtp_logits(mtp, again.normed, ids)[0].numpy() - recorded["mtp_logits"]).max() <= 1e-5
+            early = ids.clone()
+            early[:, -1] = (early[:, -1] + 1) % case.config["vocab_size"]
+            changed = mtp_logits(mtp, again.normed, early)[0].numpy() != recorded["mtp_logits"]
+            assert not changed[:, :-1].any() and changed[:, -1].all(), "the MTP module is not causal"
+    names = {name for file in directory.glob("*.safetensors") for name in load_file(file)}
+    own = {name for name in names if not any(word in name for word in ("_scale_inv", "e_score_correction_bias", ".indexer."))}
+    own = {name for name in own if not name.startswith(f"model.layers.{model.config.num_hidden_layers}.")}
+    assert own == set(recorded["grad_names"].tolist())
+    assert (recorded["grad_norms"] > 0).all(), "a parameter without a gradient: an expert that is never chosen?"
+    gaps, facts = margins(model, ids, mtp), character(model, ids)
+    assert min(gaps.values()) >= max(LEAST, 10 * facts.get("choice noise", 0.0)), (gaps, facts)
+    return gaps | facts
+
+
+def make(name: str) -> None:
+    """One case, into a temporary directory and from there into place."""
+    case = CASES[name]
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary, name)
+        directory.mkdir()
+        drawn = build(case, directory)
+        model = load(directory)
+        np.savez_compressed(directory / "golden.npz", **golden(model, prompts(case), load_mtp(case, model, directory)))
+        facts = check(case, directory, drawn)
+        size = sum(file.stat().st_size for file in directory.iterdir())
+        shutil.rmtree(HERE / name, ignore_errors=True)
+        shutil.move(directory, HERE / name)
+    print(f"{name}: {size / 1e3:.0f} kB; " + ", ".join(f"{fact} {value:.2g}" for fact, value in facts.items()))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    names = sys.argv[1:] or list(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        sys.exit(f"{unknown[0]} is not a case: {', '.join(CASES)}")
+    for name in names:
+        make(name)
+
+
+if __name__ == "__main__":
+    main()

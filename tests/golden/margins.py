@@ -1,0 +1,107 @@
+"""How far each discrete choice is from going the other way, and whether the checkpoint tells the right rule from the likely wrong ones."""
+
+import copy
+
+import torch
+from record import Trace, greedy, mtp_logits, trace
+from transformers import PreTrainedModel
+from transformers.modeling_layers import MtpModel
+
+LEAST = 2e-4  # and at least ten times the "choice noise"
+GROUP_SCORE = {
+    "best two": lambda members: members.topk(2).values.sum(-1),  # the rule
+    "best": lambda members: members.amax(-1),
+    "sum": lambda members: members.sum(-1),
+}
+
+
+def gap(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th largest less the next."""
+    best = scores.topk(k + 1).values
+    return best[..., k - 1] - best[..., k]
+
+
+def expert_scores(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """[N, E], what experts are chosen by, before groups. A softmax's order is its logits'."""
+    return logits.sigmoid() + router.e_score_correction_bias if hasattr(router, "e_score_correction_bias") else logits
+
+
+def group_scores(router: torch.nn.Module, scores: torch.Tensor, rule: str = "best two") -> torch.Tensor:
+    """[N, G]; of one group where the model has none."""
+    return GROUP_SCORE[rule](scores.unflatten(-1, (getattr(router, "num_group", 1), -1)))
+
+
+def in_best_groups(router: torch.nn.Module, scores: torch.Tensor, rule: str = "best two", fill: float = -torch.inf) -> torch.Tensor:
+    """`scores` with those of the losing groups' experts at `fill`."""
+    ranks = group_scores(router, scores, rule).argsort(descending=True).argsort()
+    lost = (ranks >= getattr(router, "topk_group", 1)).repeat_interleave(scores.shape[-1] // ranks.shape[-1], -1)
+    return scores.masked_fill(lost, fill)
+
+
+def wrong_rules(seen: Trace, routers: dict[int, torch.nn.Module]) -> dict[str, float]:
+    """The share of tokens whose set of experts each mistake would change, in a model with groups."""
+    changed = {}
+    for number, (logits, _, experts) in seen.routers.items():
+        router, scores = routers[number], expert_scores(routers[number], logits)
+        right = in_best_groups(router, scores)
+        tried = {
+            "right": right,
+            "group by its best": in_best_groups(router, scores, "best"),
+            "group by its sum": in_best_groups(router, scores, "sum"),
+            "losers masked with 0": in_best_groups(router, scores, fill=0.0),
+            "no bias": logits.masked_fill(right.isneginf(), -torch.inf),
+            "no groups": scores,
+        }
+        for name, tried_scores in tried.items():
+            differs = (tried_scores.topk(experts.shape[-1]).indices.sort(-1).values != experts.sort(-1).values).any(-1)
+            changed.setdefault(name, []).append(differs.float().mean().item())
+    shares = {name: sum(layers) / len(layers) for name, layers in changed.items()}
+    assert shares.pop("right", 0.0) == 0.0, "in_best_groups is not what the router chooses by"
+    return shares if getattr(next(iter(routers.values()), None), "num_group", 1) > 1 else {}
+
+
+def route_gaps(router: torch.nn.Module, outputs: tuple) -> dict[str, float]:
+    """The smallest gap between the last expert chosen and the first not, and the same of groups."""
+    logits, _, experts = outputs
+    scores = expert_scores(router, logits)
+    gaps = {"expert": gap(in_best_groups(router, scores), experts.shape[-1]).min().item()}
+    if getattr(router, "num_group", 1) > 1:
+        gaps["group"] = gap(group_scores(router, scores), router.topk_group).min().item()
+    return gaps
+
+
+def routers_of(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
+    return {number: layer.mlp.gate for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")}
+
+
+@torch.no_grad()
+def margins(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpModel | None) -> dict[str, float]:
+    """Smallest gaps over `ids` and the tokens generated after them."""
+    new, scores = greedy(model, ids)
+    everything = torch.cat([ids, new], 1)
+    seen, routers = trace(model, everything), routers_of(model)
+    found = [route_gaps(routers[n], outputs) for n, outputs in seen.routers.items()]
+    if mtp is not None:
+        found.append(route_gaps(mtp.layers[0].mtp_block.mlp.gate, mtp_logits(mtp, seen.normed, everything)[1]))
+    k = getattr(model.config, "index_topk", 0)
+    found += [{"indexer": gap(scores[:, t, : t + 1], k).min().item()} for scores, _ in seen.indexers.values() for t in range(k, everything.shape[1])]
+    found.append({"greedy": gap(scores, 1).min().item()})
+    return {name: min(gaps[name] for gaps in found if name in gaps) for name in ("expert", "group", "indexer", "greedy") if any(name in gaps for gaps in found)}
+
+
+@torch.no_grad()
+def character(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
+    """What makes the case worth comparing with, and its noise: how far logits, and the scores that choices are made by, move with a rounding of each weight."""
+    moved, rng = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for weight in moved.parameters():
+        weight.mul_(1 + torch.finfo(torch.float32).eps * torch.randn(weight.shape, generator=rng))
+    seen, other, routers = trace(model, ids), trace(moved, ids), routers_of(model)
+    noise = [expert_scores(routers[n], outputs[0]) - expert_scores(routers[n], other.routers[n][0]) for n, outputs in seen.routers.items()]
+    noise += [(scores - other.indexers[n][0]).tril() for n, (scores, _) in seen.indexers.items()]
+    return {
+        "logits std": seen.logits.std().item(),
+        "best attention": torch.stack([weights.amax(-1).mean() for weights in seen.attention]).mean().item(),
+        "noise": (other.logits - seen.logits).abs().max().item(),
+        **({"choice noise": max(difference.abs().max().item() for difference in noise)} if noise else {}),
+        **wrong_rules(seen, routers),
+    }

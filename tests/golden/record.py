@@ -1,0 +1,137 @@
+"""What the public implementation computes from a checkpoint: forward hooks, and the arrays of golden.npz."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cases import NEW_TOKENS
+from checkpoint import unfused
+from transformers import PreTrainedModel
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import apply_rotary_pos_emb
+
+PADDED = 11
+
+
+@dataclass
+class Trace:
+    """One forward pass over [B, T] tokens; the dictionaries hold the layers that have such a module."""
+
+    logits: torch.Tensor = None  # [B, T, V]
+    normed: torch.Tensor = None  # [B, T, D] after the final norm
+    attention: list[torch.Tensor] = field(default_factory=list)  # [B, N, T, T] for each layer with softmax attention
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # [B, T, D] leaving the layer
+    routers: dict[int, tuple] = field(default_factory=dict)  # logits [BT, E], gates [BT, K], experts [BT, K]
+    indexers: dict[int, tuple] = field(default_factory=dict)  # scores [B, T, T], chosen positions [B, T, k], some of them not causal where t < k
+
+
+def index_scores(indexer: torch.nn.Module, x: torch.Tensor, q_latent: torch.Tensor, rope: tuple) -> torch.Tensor:
+    """The indexer's scores [B, T, S], which its forward keeps to itself. Its own projections; `trace` checks the choices."""
+    rotated = indexer.qk_rope_head_dim
+    q_BTHD = indexer.wq_b(q_latent).unflatten(-1, (indexer.n_heads, indexer.head_dim))
+    k_BSD = indexer.k_norm(indexer.wk(x))
+    q_rope, k_rope = apply_rotary_pos_emb(q_BTHD[..., :rotated], k_BSD[:, :, None, :rotated], *rope, unsqueeze_dim=2)
+    q_BTHD = torch.cat([q_rope, q_BTHD[..., rotated:]], -1)
+    k_BSD = torch.cat([k_rope[:, :, 0], k_BSD[..., rotated:]], -1)
+    return torch.einsum("bth,bths->bts", indexer.weights_proj(x), torch.einsum("bthd,bsd->bths", q_BTHD, k_BSD).relu()) / (
+        indexer.n_heads * indexer.head_dim
+    ) ** 0.5
+
+
+def trace(model: PreTrainedModel, ids: torch.Tensor) -> Trace:
+    """`model` over `ids`, without a cache; with gradients unless the caller has switched them off."""
+    seen, hooks = Trace(), []
+    for number, layer in enumerate(model.model.layers):
+        hooks.append(layer.register_forward_hook(lambda _, inputs, out, n=number: seen.hidden.__setitem__(n, out)))
+        if hasattr(layer.mlp, "gate"):
+            hooks.append(layer.mlp.gate.register_forward_hook(lambda _, inputs, out, n=number: seen.routers.__setitem__(n, out)))
+        if indexer := getattr(getattr(layer, "self_attn", None), "indexer", None):
+            hooks.append(
+                indexer.register_forward_hook(
+                    lambda module, inputs, out, n=number: seen.indexers.__setitem__(n, (index_scores(module, *inputs[:3]), out))
+                )
+            )
+    hooks.append(model.model.norm.register_forward_hook(lambda _, inputs, out: setattr(seen, "normed", out)))
+    out = model(ids, attention_mask=torch.ones_like(ids), use_cache=False, output_attentions=True)
+    for hook in hooks:
+        hook.remove()
+    seen.logits, seen.attention = out.logits, [weights for weights in out.attentions if weights is not None]
+    for scores, chosen in seen.indexers.values():
+        causal = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
+        assert set_of(causal.topk(chosen.shape[-1]).indices).equal(set_of(chosen)), "index_scores is not what the indexer scores by"
+    return seen
+
+
+def set_of(indices: torch.Tensor) -> torch.Tensor:
+    """[..., T, k] positions -> the causal ones, sorted, then -1."""
+    limit = torch.arange(indices.shape[-2])[:, None]
+    allowed = torch.where(indices <= limit, indices, torch.iinfo(torch.int32).max).to(torch.int32).sort(-1).values
+    return torch.where(allowed <= limit, allowed, -1).to(torch.int32)
+
+
+def gates_in_order(router: tuple, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts ascending [B, T, K], and their gates in that order."""
+    _, gates, experts = router
+    experts, order = experts.sort(-1)
+    return experts.to(torch.int32).reshape(*shape, -1), gates.gather(-1, order).reshape(*shape, -1)
+
+
+def mtp_logits(mtp: MtpModel, normed: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    """[B, T-1, V]: position t has seen tokens 0..t+1 and predicts t+2. And the module's router outputs."""
+    routers = []
+    hook = mtp.layers[0].mtp_block.mlp.gate.register_forward_hook(lambda _, inputs, out: routers.append(out))
+    positions = torch.arange(1, ids.shape[1])[None]
+    out = mtp.forward_layer(0, normed[:, :-1], positions, MtpCache(config=mtp.config), input_ids=ids[:, 1:])
+    hook.remove()
+    return mtp._project_to_logits(out), routers[0]
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor, cache: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that follow `ids` [B, N], and the scores they were the largest of [B, N, V]."""
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=cache,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.scores, 1)
+
+
+def gradient_norms(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, float]:
+    """The norm of the loss's gradient for each tensor on disk that has one."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients = {disk: part for name, tensor in model.named_parameters() if tensor.grad is not None for disk, part in unfused(name, tensor.grad)}
+    return {name: float(part.double().norm()) for name, part in sorted(gradients.items())}
+
+
+def golden(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpModel | None) -> dict[str, np.ndarray]:
+    """The arrays of golden.npz."""
+    seen = trace(model, ids)
+    loss = F.cross_entropy(seen.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    norms = gradient_norms(model, loss)
+    with torch.no_grad():
+        arrays = {
+            "input_ids": ids.to(torch.int32),
+            "logits": seen.logits,
+            "hidden": torch.stack([seen.hidden[n] for n in sorted(seen.hidden)], 1),
+            "greedy": greedy(model, ids)[0].to(torch.int32),
+            "padded_logits": model(ids[:1, :PADDED]).logits[0, -1],
+        }
+        if seen.routers:
+            chosen = {n: gates_in_order(router, ids.shape) for n, router in seen.routers.items()}
+            none = [torch.full_like(array, fill) for array, fill in zip(next(iter(chosen.values())), (-1, 0.0), strict=True)]
+            for place, name in enumerate(("routes", "gates")):
+                arrays[name] = torch.stack([chosen.get(n, none)[place] for n in sorted(seen.hidden)], 1)
+        if seen.indexers:
+            arrays["indexer"] = torch.stack([set_of(chosen) for _, chosen in seen.indexers.values()], 1)
+        if mtp is not None:
+            arrays["mtp_logits"] = mtp_logits(mtp, seen.normed, ids)[0]
+    arrays = {name: array.detach().numpy() for name, array in arrays.items()}
+    return arrays | {"loss": np.float64(loss.item()), "grad_names": np.array(list(norms)), "grad_norms": np.array(list(norms.values()))}
