@@ -1,6 +1,7 @@
 """Where a model comes from: the workdir of a run, or `hf:DIR`, a Hugging Face checkpoint as it is. Of the latter, config.json decides the model section."""
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -19,6 +20,14 @@ def hf_directory(path: str | Path) -> Path | None:
     return directory
 
 
+def run_directory(path: str) -> Path:
+    """The workdir that a path to a workdir, its checkpoints or one of them belongs to."""
+    directory = Path(path)
+    if directory.name.isdigit():
+        directory = directory.parent
+    return directory.parent if directory.name == "checkpoints" else directory
+
+
 def described(config: ConfigDict, directory: Path) -> ConfigDict:
     """The config with what a Hugging Face checkpoint decides: the model but for how it is computed, its tokenizer, its chat template if it has one, and
     whether sampling selects keys. Raises UserError for a checkpoint that is not supported."""
@@ -26,19 +35,38 @@ def described(config: ConfigDict, directory: Path) -> ConfigDict:
     from model.hf.architecture import model_fields, read_json
     from model.hf.safetensors import TensorFiles
 
-    fields = model_fields(directory, TensorFiles(directory).tensors)
+    config = with_model(config, model_fields(directory, TensorFiles(directory).tensors))
+    if (directory / "tokenizer.json").exists():
+        config.tokenizer.kind, config.tokenizer.path = "file", str(directory)
+        beside = directory / "tokenizer_config.json"
+        if find_chat_template(directory, read_json(beside) if beside.exists() else {}, {}) is not None:
+            config.data.template = "checkpoint"
+    return config
+
+
+def with_model(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    """A copy with these fields of the model section, by dotted name; sampling selects keys if the model has an indexer."""
+    config = config.copy_and_resolve_references()
+    for name, value in fields.items():
+        *sections, field = name.split(".")
+        section = config.model
+        for part in sections:
+            section = section[part]
+        section[field] = value
+    config.sampling.attention = "sparse" if config.model.indexer.heads else "dense"
+    return config
+
+
+# Fields of the model section that say how it is computed or trained, and nothing of what it is.
+FREE = ("init_std", "dtype", "remat", "scan_unroll", "query_chunk", "causal_parts", "logit_chunk", "expert_matmul")
+
+
+def as_converted(config: ConfigDict, converted: ConfigDict) -> ConfigDict:
+    """The config with the model, the template and the attention that launch.convert noted."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        for name, value in fields.items():
-            *sections, field = name.split(".")
-            section = config.model
-            for part in sections:
-                section = section[part]
-            section[field] = value
-        config.sampling.attention = "sparse" if config.model.indexer.heads else "dense"
-        if (directory / "tokenizer.json").exists():
-            config.tokenizer.kind, config.tokenizer.path = "file", str(directory)
-            beside = directory / "tokenizer_config.json"
-            if find_chat_template(directory, read_json(beside) if beside.exists() else {}, {}) is not None:
-                config.data.template = "checkpoint"
+        free = {name: config.model[name] for name in FREE if name != "dtype"}
+        config.model = converted.model
+        config.model.update(free)
+        config.data.template, config.sampling.attention = converted.data.template, converted.sampling.attention
     return config

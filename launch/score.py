@@ -22,6 +22,7 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from errors import UserError
 from launch.command import Flag, command
 from launch.door import Config
-from launch.origin import hf_directory
-from launch.start import compile_cache, load_variables, on_host, run_directory, sized
+from launch.origin import hf_directory, run_directory
+from launch.start import compile_cache, load_variables, on_host, sized
 from model.config import ModelConfig
 from model.decode import decode_step, decode_weights, prefill
 from model.record import recorded_forward
@@ -144,21 +145,26 @@ class Scorer:
                 found.append(on_host(jnp.stack(tokens, axis=1))[: len(some)])
         return np.concatenate(found).astype(np.int32)
 
-    def logprobs(self, rows: list[list[int]], width: int) -> list[np.ndarray]:
-        """Of each row, the log-probability of every token but its first, in nats."""
+    def logprobs(self, rows: list[list[int]]) -> list[np.ndarray]:
+        """Of each row, the log-probability of every token but its first, in nats. Few shapes are compiled: powers of two, up to the longest row."""
+        longest, found = max(map(len, rows), default=0), []
+        for first in range(0, len(rows), self.at_once):
+            some = rows[first : first + self.at_once]
+            width = min(longest, 1 << (max(map(len, some)) - 1).bit_length())
+            padding = min(self.at_once, batch_shards(self.mesh) << (-(-len(some) // batch_shards(self.mesh)) - 1).bit_length()) - len(some)
+            logprobs_BT = self._asked(self._logprobs, some + [[0]] * padding, width)["logprobs"]
+            found += [logprobs_BT[number, : len(row) - 1] for number, row in enumerate(some)]
+        return found
 
-        def ask(variables, tokens_BT, segments_BT):
+    @functools.cached_property
+    def _logprobs(self) -> Callable:
+        def ask(variables: dict, tokens_BT: Array, segments_BT: Array) -> dict[str, Array]:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
             output = Transformer(self.model).apply(variables, tokens_BT, positions_BT, segments_BT, stage=self.stage, mtp=False)
             targets_BT = jnp.roll(tokens_BT, -1, axis=1)
             return {"logprobs": token_logprobs(self.model, variables["params"], output.hidden_BTD, targets_BT)[0]}
 
-        jitted, found = jax.jit(ask, out_shardings=replicated(self.mesh)), []
-        for first in range(0, len(rows), self.at_once):
-            some = rows[first : first + self.at_once]
-            logprobs_BT = self._asked(jitted, some + [[0, 0]] * (self.at_once - len(some)), width)["logprobs"]
-            found += [logprobs_BT[number, : len(row) - 1] for number, row in enumerate(some)]
-        return found
+        return jax.jit(ask, out_shardings=replicated(self.mesh))
 
 
 def score_texts(scorer: Scorer, files: list[Path], window: int) -> dict[str, np.ndarray]:
@@ -176,7 +182,7 @@ def score_texts(scorer: Scorer, files: list[Path], window: int) -> dict[str, np.
             raise UserError(f"{file}: cannot read as text: {failure}") from failure
         row = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(written)
         pieces = [row[start : start + window] for start in range(0, max(len(row) - 1, 0), window - 1)]
-        found = np.concatenate([np.zeros(0, np.float32), *scorer.logprobs(pieces, window)])
+        found = np.concatenate([np.zeros(0, np.float32), *scorer.logprobs(pieces)])
         logprobs.append(found)
         counts.append(len(found))
         ids += row[1:]

@@ -14,7 +14,8 @@ from data.pipeline import make_tokenizer
 from data.tokenizer import Tokenizer, load_tokenizer
 from errors import UserError
 from launch.door import Config, recorded, summarise
-from launch.origin import hf_directory
+from launch.hf_record import inherit_record
+from launch.origin import hf_directory, run_directory
 from model.config import ModelConfig
 from model.hf.load import Checkpoint, load
 from model.sharding import batch_sharding, batch_shards, make_mesh
@@ -45,6 +46,8 @@ def start(config: Config, workdir: Path, rows: int) -> Start:
         devices = f"{batch_shards(mesh)} devices (mesh axes data x fsdp x expert)"
         raise UserError(f"{rows} rows at a time do not divide over {devices}; change the mesh, data.batch, train.microbatches or reinforce.prompts")
     tokenizer = workdir_tokenizer(config, workdir)
+    if config.init_from and jax.process_index() == 0:
+        inherit_record(config.init_from, workdir)
     model = sized(config.model, tokenizer)
     summarise(config, *count_parameters(model), mesh)
     return Start(config, model, tokenizer, mesh)
@@ -83,14 +86,6 @@ def workdir_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     if jax.process_index() == 0:
         tokenizer.save(own)
     return tokenizer
-
-
-def run_directory(path: str) -> Path:
-    """The workdir that a path to a workdir, its checkpoints or one of them belongs to."""
-    directory = Path(path)
-    if directory.name.isdigit():
-        directory = directory.parent
-    return directory.parent if directory.name == "checkpoints" else directory
 
 
 def fresh_or_restored(begin: Start, optimizer: optax.GradientTransformation, checkpoints: Checkpoints, cursor=None) -> TrainState:

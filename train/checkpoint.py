@@ -213,12 +213,11 @@ def _open(directory: Path, **options: Any) -> ocp.CheckpointManager:
 
 
 def _in_chunks(leaf: Any) -> ocp.SaveArgs:
-    """Cuts what a device holds of a large array into chunks, matrices stacked in it one from another: each is then compressed, and read, without the rest."""
+    """Cuts what a device holds of a large array into chunks, stacked matrices one from another: each is then compressed, and can be read, without the rest."""
     held = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else np.shape(leaf)
-    sizes = [math.prod(held[axis:]) * leaf.dtype.itemsize for axis in range(len(held) - 1)]  # of all of it, of one entry of the first axis, ...
-    if not sizes or sizes[0] <= CHUNK_BYTES:
+    if math.prod(held) * leaf.dtype.itemsize <= CHUNK_BYTES:
         return ocp.SaveArgs()
-    stacked = [axis for axis, entry in enumerate(sizes[1:]) if entry >= LEAST_CHUNK_BYTES]
+    stacked = [axis for axis in range(len(held) - 2) if math.prod(held[axis + 1 :]) * leaf.dtype.itemsize >= LEAST_CHUNK_BYTES]
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(stacked))
 
 
@@ -227,6 +226,8 @@ def _restore_state(manager: ocp.CheckpointManager, directory: Path, step: int, a
     if partial:
         parts = {name.split("/")[0] for name in here}
         there = {name: array for name, array in there.items() if name.split("/")[0] in parts}
+        # Parameters alone may be kept in bfloat16 (launch.convert --dtype=bfloat16); Orbax makes float32 of them.
+        there |= {name: (shape, "float32") for name, (shape, dtype) in there.items() if dtype == "bfloat16" and here.get(name, ((), ""))[1] == "float32"}
     if difference := difference_between(there, here):
         raise UserError(f"{directory / str(step)}: {difference}")
 

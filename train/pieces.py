@@ -2,9 +2,9 @@
 
 `train.checkpoint` hands Orbax whole arrays. Here Orbax writes a checkpoint of the same tree with a scalar for every array: its frame, with all that Orbax
 knows of a checkpoint (the tree, the kind of each leaf, its own bookkeeping). Then tensorstore, the library beneath Orbax, makes each array anew at its full
-size, in its place, and fills it chunk by chunk. What Orbax reads of a shape, a dtype, the chunks and their compression it reads from the array itself, so it
-restores the result like any other checkpoint. It takes public names of both libraries alone. The frame is without OCDBT, Orbax's container of many chunks to a
-file: one file a chunk can be written, lost and written again by itself.
+size, in its place, and fills it chunk by chunk. Shape, dtype, chunks and compression are known from the array itself, so Orbax restores the result like any
+other checkpoint, and we need none of its private names. The frame is without OCDBT, Orbax's container of many chunks to a file: with a file to each, a chunk
+is written, lost and written again by itself.
 
 A checkpoint under way is the directory `<step>.unfinished`, which neither Orbax nor we take for a checkpoint:
 
@@ -64,20 +64,20 @@ class PieceWriter:
     def __init__(self, directory: Path, step: int, abstract_state: Any, source: str, chunks: Mapping[str, tuple[int, ...]] | None = None):
         self._final = directory.absolute() / str(step)
         self._unfinished = directory.absolute() / f"{step}.unfinished"
-        self._journal = self._unfinished / "journal"
+        self._journal, self._checkpoint = self._unfinished / "journal", self._unfinished / "checkpoint"
         self._leaves = by_path(abstract_state)
         self._context = tensorstore.Context(CONTEXT)
         self._queue: deque[tuple[int, Callable[[], Any]]] = deque()  # oldest first: bytes under way, and what waits for them
         self._under_way = 0
         self._unmarked: Counter[str] = Counter()  # elements of each leaf, written since the last mark
         self._elements: Counter[str] = Counter()  # elements of each leaf that the journal tells of
-        self._files: dict[str, str] = {}  # within checkpoint/
+        self._files: dict[str, str] = {}  # where each leaf's array is, within checkpoint/
         self._arrays: dict[str, tensorstore.TensorStore] = {}
         self.done: set[str] = set()
         if self._final.exists():
             raise UserError(f"{self._final}: there already; delete it, or write to another directory")
         with self._failures_named():
-            if not self._journal.exists():
+            if not (self._journal.exists() and self._checkpoint.exists()):
                 self._begin(abstract_state, source, chunks or {})
             self._go_on(source)
 
@@ -104,13 +104,13 @@ class PieceWriter:
         self._advance(UNDER_WAY_BYTES)
 
     def finish(self) -> None:
-        """Waits for the last pieces and makes the checkpoint one. Raises ValueError if the pieces are not the whole state, each element once."""
+        """Waits for the last pieces and gives the checkpoint its name. Raises ValueError if the pieces are not the whole state, each element once."""
         self._advance(0)
         for name, leaf in self._leaves.items():
             if self._elements[name] != leaf.size:
                 raise ValueError(f"{name}: {self._elements[name]} of {leaf.size} elements written and marked")
         with self._failures_named():
-            os.rename(self._unfinished / "checkpoint", self._final)
+            os.rename(self._checkpoint, self._final)
             shutil.rmtree(self._unfinished)
 
     def _begin(self, abstract_state: Any, source: str, chunks: Mapping[str, tuple[int, ...]]) -> None:
@@ -124,7 +124,7 @@ class PieceWriter:
             scalars = jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), abstract_state)
             manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave(scalars)))
             records = by_path(manager.item_metadata(0).state.tree)
-        os.rename(frame / "0", self._unfinished / "checkpoint")
+        os.rename(frame / "0", self._checkpoint)
         frame.rmdir()
 
         arrays = {name: f"{record.directory.name}/{record.name}" for name, record in records.items()}
@@ -148,8 +148,8 @@ class PieceWriter:
             raise UserError(f"{self._unfinished}: begun from {header['source']}, not from {source}; delete it to begin anew")
         if difference := difference_between(there, entries(self._leaves)):
             raise UserError(f"{self._unfinished}: begun for another state: {difference}; delete it to begin anew")
-        # Chunks that were being written, under the name they have until they are whole. Tensorstore would write into the longest of them without shortening it.
-        for half_written in (self._unfinished / "checkpoint").rglob("*.__lock"):
+        # What a chunk is called until it is whole. Tensorstore would write over one that was left, and keep the end of it where it was longer.
+        for half_written in self._checkpoint.rglob("*.__lock"):
             half_written.unlink()
         self._files = header["arrays"]
         for piece in pieces:
@@ -174,12 +174,12 @@ class PieceWriter:
 
     def _array(self, name: str) -> tensorstore.TensorStore:
         if name not in self._arrays:
-            spec = {"driver": "zarr", "kvstore": self._kvstore(self._files[name]), "store_data_equal_to_fill_value": True}
+            spec = {"driver": "zarr", "kvstore": self._kvstore(self._files[name])}
             self._arrays[name] = tensorstore.open(spec, context=self._context).result()
         return self._arrays[name]
 
     def _kvstore(self, file: str) -> dict[str, str]:
-        return {"driver": "file", "path": f"{self._unfinished / 'checkpoint' / file}/"}
+        return {"driver": "file", "path": f"{self._checkpoint / file}/"}
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
@@ -235,7 +235,7 @@ class PieceReader:
         index = _within(self.leaves[name].shape, index)
         try:
             return self._array(name)[index].read().result()
-        except (OSError, ValueError, KeyError) as failure:
+        except (OSError, ValueError) as failure:
             raise UserError(f"{self.checkpoint}: {name} cannot be read: {reason_of(failure) or 'damaged, or a part of it is missing'}") from failure
 
     def chunk(self, name: str) -> tuple[int, ...]:

@@ -170,10 +170,10 @@ def latent(keys: Keys, names: list[str], indexed: bool) -> dict[str, Any]:
         fields["attention.logit_scale"] = magnitude(fields["rope.stretch"], rope["mscale_all_dim"]) ** 2
     dense = keys.take("first_k_dense_replace", 0)
     kinds = keys.take("mlp_layer_types", ["dense"] * dense + ["sparse"] * (layers - dense))
-    groups = keys.take("n_group", 1)
+    groups, modules = keys.take("n_group", 1), keys.take("num_nextn_predict_layers", keys.take("num_mtp_layers", 0))
     fields |= {
         "attention_kinds": ("mla",),
-        "mtp_depth": keys.take("num_nextn_predict_layers", keys.take("num_mtp_layers", 0)) if any(f"model.layers.{layers}." in name for name in names) else 0,
+        "mtp_depth": modules if any(name.startswith(f"model.layers.{layers}.") for name in names) else 0,
         "mtp_input": "normed",
         "norm": "scale",
         "rope.interleaved": keys.take("rope_interleave", True),
@@ -253,10 +253,10 @@ def hybrid(keys: Keys, names: list[str]) -> dict[str, Any]:
     if len(kinds) != layers:
         raise keys.unsupported("layer_types", kinds, f"names {len(kinds)} layers of {layers}")
     fields, rope = rope_fields(keys)
-    width = keys.take("head_dim", 256)
+    width, modules = keys.take("head_dim", 256), keys.take("num_nextn_predict_layers", 1)
     fields |= {
         "attention_kinds": shortest_period(tuple(ours[kind] for kind in kinds)),
-        "mtp_depth": keys.take("num_nextn_predict_layers", 1) if any(name.startswith("mtp.") for name in names) else 0,
+        "mtp_depth": modules if any(name.startswith("mtp.") for name in names) else 0,
         "mtp_input": "normed",
         "norm": "zero_centred",
         "indexer.heads": 0,
@@ -281,7 +281,7 @@ def routed_fields(keys: Keys) -> dict[str, Any]:
     layers = keys.take("num_hidden_layers")
     without, step = keys.take("mlp_only_layers", []), keys.take("decoder_sparse_step", 1)
     return dense_fields([layer in without or (layer + 1) % step != 0 for layer in range(layers)]) | {
-        "moe.experts": keys.take("num_experts", keys.take("num_local_experts", 0)),
+        "moe.experts": keys.take("num_local_experts" if "num_local_experts" in keys.values else "num_experts"),
         "moe.chosen": keys.take("num_experts_per_tok"),
         "moe.shared": 0,
         "moe.width": keys.take("moe_intermediate_size"),

@@ -107,14 +107,15 @@ class TensorFiles:
             files = sorted(set(of_tensor.values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: not an index of safetensors files (a JSON object with a weight_map)") from None
+        headers = {}
         for file in files:
             if not (self.directory / file).exists():
                 raise UserError(f"{index}: names {file}, which is not there")
-            there = _read_header(self.directory / file)
-            for name in (name for name, of in of_tensor.items() if of == file):
-                if name not in there:
-                    raise UserError(f"{index}: says that {name} is in {file}, which lacks it")
-                self.tensors[name] = there[name]
+            headers[file] = _read_header(self.directory / file)
+        for name, file in of_tensor.items():
+            if name not in headers[file]:
+                raise UserError(f"{index}: says that {name} is in {file}, which lacks it")
+            self.tensors[name] = headers[file][name]
 
     def _take_all(self) -> None:
         files = sorted(self.directory.glob("*.safetensors"))

@@ -1,0 +1,118 @@
+"""Memory and speed of converting a checkpoint: makes one of DeepSeek-V3's kind, of random numbers, and takes it into a workdir and back in processes of their
+own. One JSON line for each way.
+
+    python -m bench.convert --gigabytes=4 --where=/tmp/convert
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from launch.command import Flag, command
+from launch.door import parse
+from model.hf.safetensors import DTYPES, TensorFiles, TensorWriter
+from model.hf.tensors import tensors
+
+LAYER_EXPERTS = 32
+CONFIG = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 129_280,
+    "hidden_size": 2_048,
+    "intermediate_size": 4_096,
+    "moe_intermediate_size": 1_024,
+    "num_attention_heads": 16,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": LAYER_EXPERTS,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000,
+    "num_nextn_predict_layers": 0,
+}
+
+
+def run(gigabytes: float, where: str) -> None:
+    if not where:
+        raise UserError("--where is missing: a directory with room for four times the checkpoint")
+    directory = Path(where)
+    made, workdir, back = directory / "made", directory / "workdir", directory / "back"
+    make(made, gigabytes)
+    files = TensorFiles(made)
+    size, largest = sum(info.bytes for info in files.tensors.values()), max(info.bytes for info in files.tensors.values())
+    for name, source, target in (("in", f"hf:{made}", str(workdir)), ("out", str(workdir), f"hf:{back}")):
+        shutil.rmtree(target.removeprefix("hf:"), ignore_errors=True)
+        seconds, peak = measured([sys.executable, "-m", "launch.convert", f"--from={source}", f"--to={target}"])
+        sizes = {"checkpoint_mb": size, "largest_tensor_mb": largest, "allowed_mb": largest + 2**30, "peak_rss_mb": peak}
+        print(json.dumps({"bench": "convert", "way": name} | {name: round(value / 1e6) for name, value in sizes.items()} | {"seconds": round(seconds, 1)}))
+    print(json.dumps({"bench": "convert", "way": "in and out", "bit_exact": all(equal(files, TensorFiles(back), name) for name in files.tensors)}))
+
+
+def make(directory: Path, gigabytes: float) -> None:
+    """A checkpoint of at least so many bytes in bfloat16: as many layers as that takes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for layers in range(2, 1_000):
+        (directory / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+        wanted = tensors(parsed(directory))
+        if sum(math.prod(tensor.shape) for tensor in wanted) * 2 >= gigabytes * 1e9:
+            break
+    plan = [(tensor.name, DTYPES["F32" if tensor.name.endswith("bias") else "BF16"], tensor.shape) for tensor in wanted]
+    noise = np.random.default_rng(0).normal(size=2**22 + 12_345).astype(DTYPES["BF16"])  # no period of any matrix
+    with TensorWriter(directory, plan, source=f"bench.convert {gigabytes}", shard_bytes=2_000_000_000) as writer:
+        at = 0
+        for name, dtype, shape in plan:
+            if name in writer.done:
+                continue
+            rows = max(1, noise.size // max(1, math.prod(shape[1:])))
+            for start in range(0, shape[0], rows):
+                part = (min(rows, shape[0] - start), *shape[1:])
+                writer.write(name, np.resize(np.roll(noise, -at)[: math.prod(part)], part).astype(dtype))
+                at = (at + 7_919) % noise.size
+
+
+def parsed(directory: Path):
+    """The model of a config.json whose tensors are yet to be written."""
+    from configs import base
+    from launch.origin import with_model
+    from model.hf.architecture import model_fields
+
+    return parse(with_model(base.get_config(), model_fields(directory))).model
+
+
+def measured(words: list[str]) -> tuple[float, int]:
+    """(seconds, peak resident bytes) of a process."""
+    began = time.monotonic()
+    process = subprocess.Popen(words, stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{' '.join(words[1:])}: failed")
+    return time.monotonic() - began, usage.ru_maxrss * 1024
+
+
+def equal(one: TensorFiles, other: TensorFiles, name: str) -> bool:
+    """The same bits."""
+    info = one.tensors[name]
+    step = max(1, 2**24 // max(1, math.prod(info.shape[1:])))
+    blocks = ((start, min(start + step, info.shape[0])) for start in range(0, info.shape[0], step))
+    return info[:2] == other.tensors[name][:2] and all(one.read(name, *block).tobytes() == other.read(name, *block).tobytes() for block in blocks)
+
+
+if __name__ == "__main__":
+    command(run, config="none", workdir=False, flags={"gigabytes": Flag(4.0, "of the checkpoint"), "where": Flag("", "a directory for it all, kept")})

@@ -1,0 +1,123 @@
+"""launch.score against the golden checkpoints, in the shapes it promises; on rows that differ in length; on text; and its errors."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from data.tokenizer import bytes_tokenizer
+from errors import UserError
+from launch import score
+from launch.config_file import completed, of_checkpoint
+from launch.door import parse
+from launch.pretrain import run as pretrain
+from tests.launch.test_training_commands import tiny
+from tests.model.test_golden import GOLDEN, golden
+
+OFF = {"tokens": "", "text": (), "out": "", "greedy": 0, "hidden": False, "routes": False, "mtp": False, "exact": True, "window": 2_048}
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    """--exact sets it for the process."""
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
+
+
+def scored(origin: str, tmp_path, rows=None, overrides=(), **flags) -> dict[str, np.ndarray]:
+    if rows is not None:
+        (tmp_path / "rows.json").write_text(json.dumps({"input_ids": rows}))
+        flags["tokens"] = str(tmp_path / "rows.json")
+    config = parse(completed(of_checkpoint(origin), overrides))
+    score.run(config, origin, **OFF | {"out": str(tmp_path / "out.npz")} | flags)
+    return dict(np.load(tmp_path / "out.npz"))
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v32", "qwen3_next"])
+def test_everything_it_can_say(case, tmp_path):
+    """Over the eight devices of the tests: rows are spread, and padded to as many."""
+    expected = golden(case)
+    found = scored(f"hf:{GOLDEN / case}", tmp_path, expected["input_ids"].tolist(), greedy=10, hidden=True, routes=True, mtp=True)
+    for name in ("logits", "hidden"):
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], expected[name], atol=5e-4)
+    np.testing.assert_array_equal(found["greedy"], expected["greedy"])
+    np.testing.assert_array_equal(np.sort(found["routes"], axis=-1), expected["routes"])
+    np.testing.assert_array_equal(found["lengths"], [expected["input_ids"].shape[1]] * 2)
+    assert ("indexer" in found) == ("indexer" in expected) and ("mtp_logits" in found) == ("mtp_logits" in expected)
+    if "indexer" in expected:
+        np.testing.assert_array_equal(found["indexer"], expected["indexer"])
+    if "mtp_logits" in expected:
+        np.testing.assert_allclose(found["mtp_logits"][:, :-1], expected["mtp_logits"], atol=5e-4)
+        assert not found["mtp_logits"][:, -1].any()
+
+
+def test_rows_of_different_lengths(tmp_path):
+    """Ten of them, more than are handled at a time on one device, each as if it were alone; nothing behind a row's end."""
+    case, rng = "deepseek_v32", np.random.default_rng(0)
+    rows = [rng.integers(0, 96, size).tolist() for size in (3, 17, 1, 9, 30, 12, 12, 5, 2, 8)]
+    one = ("--config.mesh.data=8",)
+    together = scored(f"hf:{GOLDEN / case}", tmp_path, rows, one, greedy=3, routes=True)
+    assert together["logits"].shape == (10, 30, 96) and together["greedy"].shape == (10, 3)
+    for number in (0, 2, 4):
+        alone = scored(f"hf:{GOLDEN / case}", tmp_path, [rows[number]], one, greedy=3, routes=True)
+        size = len(rows[number])
+        np.testing.assert_allclose(together["logits"][number, :size], alone["logits"][0], atol=1e-4)
+        np.testing.assert_array_equal(together["greedy"][number], alone["greedy"][0])
+        np.testing.assert_array_equal(together["indexer"][number, :, :size, : alone["indexer"].shape[-1]], alone["indexer"][0])
+        assert not together["logits"][number, size:].any() and (together["indexer"][number, :, size:] == -1).all()
+
+
+def test_text_in_windows(tmp_path, capsys):
+    """A model of our own, on bytes. Every byte is predicted once, whatever the window; in one window the numbers are those of the logits."""
+    config = tiny(train__steps=1, data__batch=8)
+    pretrain(config, tmp_path / "run")
+    text = "naïve café, " * 9
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "empty.txt").write_text("")
+    origin = str(tmp_path / "run")
+    for window, pattern, files in ((2_048, "a.txt", 1), (16, "*.txt", 2)):
+        score.run(config, origin, **OFF | {"text": (str(tmp_path / pattern),), "out": str(tmp_path / "t.npz"), "window": window})
+        found = dict(np.load(tmp_path / "t.npz"))
+        ids = bytes_tokenizer().encode(text)
+        np.testing.assert_array_equal(found["ids"], ids)
+        assert found["counts"].tolist() == [len(ids)] + [0] * (files - 1) and found["logprobs"].shape == (len(ids),)
+        if window == 2_048:
+            (tmp_path / "rows.json").write_text(json.dumps({"input_ids": [[bytes_tokenizer().bos, *ids]]}))
+            score.run(config, origin, **OFF | {"tokens": str(tmp_path / "rows.json"), "out": str(tmp_path / "l.npz")})
+            logits_TV = np.load(tmp_path / "l.npz")["logits"][0, :-1].astype(np.float64)
+            expected = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
+            np.testing.assert_allclose(found["logprobs"], expected[np.arange(len(ids)), ids], atol=1e-4)
+    said = capsys.readouterr().out
+    assert "perplexity" in said and "a.txt" in said
+
+
+WRONG = {
+    "no such file": (None, "No such file"),
+    "not JSON": ("{", "not JSON"),
+    "no rows": ('{"input_ids": []}', "must be {"),
+    "an empty row": ('{"input_ids": [[1], []]}', "row 1 is empty"),
+    "a token too large": ('{"input_ids": [[1, 96]]}', "row 0 has token 96; the model has 0 to 95"),
+    "not a number": ('{"input_ids": [[1, "a"]]}', "must be {"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_bad_tokens_are_one_line(what, tmp_path):
+    content, words = WRONG[what]
+    if content is not None:
+        (tmp_path / "rows.json").write_text(content)
+    config = parse(completed(of_checkpoint(f"hf:{GOLDEN / 'qwen3'}"), ()))
+    with pytest.raises(UserError) as error:
+        score.run(config, f"hf:{GOLDEN / 'qwen3'}", **OFF | {"tokens": str(tmp_path / "rows.json"), "out": str(tmp_path / "out.npz")})
+    assert words in str(error.value) and not (tmp_path / "out.npz").exists()
+
+
+def test_it_wants_one_thing():
+    config = parse(base.get_config())
+    with pytest.raises(UserError, match="one of --tokens and --text"):
+        score.run(config, "nowhere", **OFF)
+    with pytest.raises(UserError, match="--out is missing"):
+        score.run(config, "nowhere", **OFF | {"tokens": "rows.json"})
