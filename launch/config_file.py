@@ -13,8 +13,8 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from errors import UserError
-from launch.door import command_of, must_be, no_such_field, recorded
-from launch.origin import as_converted, described, hf_directory
+from launch.door import must_be, no_such_field, recorded
+from launch.origin import RECORD, as_recorded, described, hf_directory, run_directory
 
 
 class Source(NamedTuple):
@@ -28,13 +28,13 @@ class Source(NamedTuple):
 
 
 def completed(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """With what the checkpoint that `init_from` names decides, if that is a Hugging Face one, converted or not; the command line has the last word."""
+    """With what the checkpoint that `init_from` names decides, if that is a Hugging Face one or comes from one; the command line has the last word."""
     origin = config.get("init_from", "")
     directory = hf_directory(origin)
     if directory is not None:
         return overridden(described(config, directory), overrides)
-    if origin and command_of(Path(origin)) == "convert":
-        return overridden(as_converted(config, recorded(Path(origin))), overrides)
+    if origin and (run_directory(origin) / RECORD).exists():
+        return overridden(as_recorded(config, recorded(run_directory(origin))), overrides)
     return config
 
 

@@ -23,8 +23,8 @@ from errors import UserError
 from launch.command import Flag, command
 from launch.config_file import completed, of_checkpoint
 from launch.door import claim, parse, recorded
-from launch.hf_record import RECORD, config_for, keep_record, tensor_types, write_beside
-from launch.origin import HF, hf_directory, run_directory
+from launch.hf_record import config_for, keep_record, tensor_types, write_beside
+from launch.origin import HF, RECORD, hf_directory, run_directory
 from launch.start import sized
 from model.config import ModelConfig
 from model.hf.load import Checkpoint

@@ -205,12 +205,6 @@ def recorded(workdir: Path) -> ConfigDict:
     return ConfigDict(_tuples(_read(record)["config"]))
 
 
-def command_of(workdir: Path) -> str:
-    """The command that a workdir belongs to; "" if it is none's."""
-    record = workdir / "config.json"
-    return _read(record)["command"] if record.is_file() else ""
-
-
 def _read(record: Path) -> dict[str, Any]:
     try:
         there = json.loads(record.read_text())

@@ -101,7 +101,7 @@ def complete(begin: Start, sample_fn, variables: dict, chosen: list[Problem], ke
     sharding = batch_sharding(begin.mesh)
     completions = sample_fn(variables, jax.device_put(prompts.tokens_PT, sharding), jax.device_put(prompts.segments_PT, sharding), key)
     tokens_BC, mask_BC = on_host(completions.tokens_BC), on_host(completions.mask_BC)
-    return texts(begin.tokenizer, tokens_BC, mask_BC), mask_BC.sum(axis=1).tolist()
+    return texts(begin, tokens_BC, mask_BC), mask_BC.sum(axis=1).tolist()
 
 
 def infilling(begin: Start, variables: dict) -> dict:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from launch.origin import hf_directory, run_directory
+from launch.origin import RECORD, hf_directory, run_directory
 from model.config import ModelConfig
 from model.hf.architecture import model_fields, read_json
 from model.hf.describe import config_json
 from model.hf.safetensors import DTYPES
 
-RECORD, TYPES = "hf", "tensors.json"
+TYPES = "tensors.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tmp", ".index.json")
 LARGEST = 64 * 2**20  # bytes of a file that is not weights
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from errors import UserError
 
 HF = "hf:"
+RECORD = "hf"  # of a workdir: what a Hugging Face checkpoint has besides tensors, see launch/hf_record.py
 
 
 def hf_directory(path: str | Path) -> Path | None:
@@ -61,12 +62,11 @@ def with_model(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
 FREE = ("init_std", "dtype", "remat", "scan_unroll", "query_chunk", "causal_parts", "logit_chunk", "expert_matmul")
 
 
-def as_converted(config: ConfigDict, converted: ConfigDict) -> ConfigDict:
-    """The config with the model, the template and the attention that launch.convert noted."""
+def as_recorded(config: ConfigDict, recorded: ConfigDict) -> ConfigDict:
+    """The config with the model, the template and the attention of a run that comes from a Hugging Face checkpoint."""
     config = config.copy_and_resolve_references()
-    with config.unlocked():
-        free = {name: config.model[name] for name in FREE if name != "dtype"}
-        config.model = converted.model
-        config.model.update(free)
-        config.data.template, config.sampling.attention = converted.data.template, converted.sampling.attention
+    free = {name: config.model[name] for name in FREE if name != "dtype"}
+    config.model = recorded.model
+    config.model.update(free)
+    config.data.template, config.sampling.attention = recorded.data.template, recorded.sampling.attention
     return config

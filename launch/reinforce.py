@@ -157,7 +157,7 @@ def rollout(begin: Start, sample_fn, variables: dict, chosen: list[Problem], alg
     completions = sample_fn(variables, tokens_PT, segments_PT, key)
     tokens_BC, mask_BC = on_host(completions.tokens_BC), on_host(completions.mask_BC)
     weights = {"answer": config.reinforce.answer_reward, "format": config.reinforce.format_reward}
-    scored = [score(text, chosen[row // group].answer, weights) for row, text in enumerate(texts(tokenizer, tokens_BC, mask_BC))]
+    scored = [score(text, chosen[row // group].answer, weights) for row, text in enumerate(texts(begin, tokens_BC, mask_BC))]
     rewards_PG = np.asarray([reward for reward, _ in scored], np.float32).reshape(-1, group)
     batch = policy_batch(tokens_PT, segments_PT, completions, group)
     advantages_B = algorithm.advantage(jnp.asarray(rewards_PG)).reshape(-1)
@@ -182,9 +182,13 @@ def encode_problems(begin: Start, chosen: list[Problem]):
     return pad_prompts(ids, begin.config.sampling.max_prompt, begin.tokenizer.pad)
 
 
-def texts(tokenizer, tokens_BC: np.ndarray, mask_BC: np.ndarray) -> list[str]:
-    """Completions as text, tags included and the stop token not."""
-    return [tokenizer.decode([i for i in row[mask] if i not in tokenizer.stops], drop_specials=False) for row, mask in zip(tokens_BC, mask_BC, strict=True)]
+def texts(begin: Start, tokens_BC: np.ndarray, mask_BC: np.ndarray) -> list[str]:
+    """Completions as text, tags included and the stop token not; with the <think> that some checkpoints' templates put at the end of the prompt."""
+    tokenizer = begin.tokenizer
+    cue = tokenizer.decode(encode_prompt([{"role": "user", "content": "?"}], tokenizer, begin.config.data.template), drop_specials=False)
+    opening = "<think>" if cue.rstrip().endswith("<think>") else ""
+    rows = ([i for i in row[mask] if i not in tokenizer.stops] for row, mask in zip(tokens_BC, mask_BC, strict=True))
+    return [opening + tokenizer.decode(row, drop_specials=False) for row in rows]
 
 
 def minibatches(begin: Start, batch: dict[str, Array], step: int):

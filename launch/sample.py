@@ -2,6 +2,7 @@
 
     python -m launch.sample --workdir=runs/quickstart/sparse --prompt="def add(a, b):"
     python -m launch.sample --workdir=runs/quickstart/reinforce --chat="A zoo has 7 lions. 3 leave. 5 are born. How many lions now?"
+    python -m launch.sample --workdir=hf:DIR --chat="What is 17 x 23?"                    a Hugging Face checkpoint, by its own chat template
     python -m launch.sample --workdir=runs/quickstart/sparse --infill --prefix="def add(a, b):\\n" --suffix="\\n    return c\\n"
     python -m launch.sample --workdir=runs/quickstart/reinforce                     reads prompts from standard input, a line each
 
@@ -24,6 +25,7 @@ from launch.command import Flag, command
 from launch.door import Config
 from launch.start import Start, run_variables, start
 from model.decode import decode_step, decode_weights, prefill
+from model.sharding import batch_shards
 from rl.rollout import pad_prompts
 from rl.sampler import draw
 
@@ -35,7 +37,7 @@ def run(config: Config, workdir: Path, prompt: str, chat: str, infill: bool, pre
         raise UserError("give one of --prompt, --chat and --infill")
     if (prefix or suffix) and not infill:
         raise UserError("--prefix and --suffix go with --infill")
-    begin = start(config, workdir, rows=1)
+    begin = start(config, workdir, rows=0)
     with jax.set_mesh(begin.mesh):
         variables = run_variables(begin, workdir)
         write = functools.partial(stream, begin, variables, jax.jit(functools.partial(decode_step, begin.model, stage=config.sampling.attention)))
@@ -81,14 +83,15 @@ def tokens(begin: Start, variables: dict, step_fn, ids: list[int]) -> Iterator[i
     """Sampled ids until the end of text or sampling.max_new."""
     sampling = begin.config.sampling
     width = -(-len(ids) // BUCKET) * BUCKET
-    prompt = pad_prompts([ids], width, begin.tokenizer.pad)
+    rows = batch_shards(begin.mesh)  # the same on each of the devices that rows are spread over: the first is shown
+    prompt = pad_prompts([ids] * rows, width, begin.tokenizer.pad)
     read = jax.jit(functools.partial(prefill, begin.model), static_argnames=("slots", "stage"))
     cache, logits_BV = read(variables, jnp.asarray(prompt.tokens_PT), jnp.asarray(prompt.segments_PT), slots=width + sampling.max_new, stage=sampling.attention)
     weights = decode_weights(begin.model, variables)
     key = jax.random.key(begin.config.seed)
     choose = jax.jit(functools.partial(draw, sampling))
     for at in range(sampling.max_new):
-        token_B, _, _ = choose(logits_BV, jax.random.split(jax.random.fold_in(key, at), 1))
+        token_B, _, _ = choose(logits_BV, jnp.repeat(jax.random.split(jax.random.fold_in(key, at), 1), rows))
         token = int(token_B[0])
         if token in begin.tokenizer.stops:
             return
@@ -96,15 +99,13 @@ def tokens(begin: Start, variables: dict, step_fn, ids: list[int]) -> Iterator[i
         cache, logits_BV = step_fn(weights, token_B, cache)
 
 
+FLAGS = {
+    "prompt": Flag("", "text to go on from"),
+    "chat": Flag("", "what the user says"),
+    "infill": Flag(False, "write between --prefix and --suffix"),
+    "prefix": Flag("", "of the gap"),
+    "suffix": Flag("", "of the gap"),
+}
+
 if __name__ == "__main__":
-    command(
-        run,
-        config="recorded",
-        flags={
-            "prompt": Flag("", "text to go on from"),
-            "chat": Flag("", "what the user says"),
-            "infill": Flag(False, "write between --prefix and --suffix"),
-            "prefix": Flag("", "of the gap"),
-            "suffix": Flag("", "of the gap"),
-        },
-    )
+    command(run, config="recorded", flags=FLAGS)

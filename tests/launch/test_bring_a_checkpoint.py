@@ -1,0 +1,144 @@
+"""A stranger's checkpoint, with a tokenizer and a chat template of its own: sampled, fine-tuned, reinforced, evaluated and written back, as a user would."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from configs import base
+from data.tokenizer import load_tokenizer
+from errors import UserError
+from launch import convert, evaluate, finetune, reinforce, sample
+from launch.command import command
+from launch.config_file import completed, of_checkpoint
+from launch.door import parse, recorded
+from launch.start import load_variables
+from model.hf.describe import config_json
+from model.hf.safetensors import TensorFiles, TensorWriter
+from model.hf.tensors import tensors
+from model.sharding import MeshConfig, make_mesh
+from tests import tiny
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last else m.content }}"
+    "{{ '<|end|>' if m.role == 'assistant' else '' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MODEL = tiny.model_config(
+    layers=2,
+    attention_kinds=("gqa",),
+    dense_layers=1,
+    canon=0,
+    mtp_depth=0,
+    vocab=288,
+    indexer={"heads": 0},
+    gqa={"gate": "none", "rope_width": 8},
+    moe={"router": "softmax", "router_bias": False, "shared": 0, "groups": 1, "chosen_groups": 1, "route_scale": 1.0},
+)
+
+
+@pytest.fixture
+def brought(tmp_path) -> Path:
+    """A Qwen3-MoE of random numbers, a tokenizer of bytes with an <|end|> that ends turns, and TEMPLATE."""
+    directory = tmp_path / "brought"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config_json(MODEL, "float32") | {"eos_token_id": 257}))
+    rng = np.random.default_rng(0)
+    with TensorWriter(directory, [(tensor.name, np.dtype(np.float32), tensor.shape) for tensor in tensors(MODEL) if not tensor.copy_of], "test") as writer:
+        for tensor in tensors(MODEL):
+            if not tensor.copy_of:
+                noise = rng.normal(size=tensor.shape).astype(np.float32)
+                writer.write(tensor.name, 1 + 0.1 * noise if "norm" in tensor.name else 0.2 * noise)
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<think>", "</think>", "<answer>", "</answer>"]
+    backend.add_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "pad_token": "<|endoftext|>"}))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "LICENSE").write_text("do as you like\n")
+    return directory
+
+
+def configured(origin: Path | str, **changes) -> object:
+    """configs/base.py, made small, from a checkpoint; `section__field=value` changes a field."""
+    c = base.get_config()
+    c.data.sequence, c.data.batch, c.data.fim_rate = 64, 8, 0.0
+    c.train.update({"steps": 2, "warmup_steps": 1, "log_every": 1, "eval_batches": 1, "stage": "dense", "balance_weight": 0.0})
+    c.sampling.update({"max_prompt": 160, "max_new": 6})
+    c.reinforce.update({"prompts": 8, "group": 2})
+    c.evaluate.update({"problems": 4, "samples": 2, "infill_documents": 0, "bootstrap": 10})
+    c.init_from = str(origin)
+    for name, value in changes.items():
+        section, field = name.split("__")
+        c[section][field] = value
+    return parse(completed(c, ()))
+
+
+def chats(directory: Path) -> Path:
+    """Two turns, the first with a thought that the template drops later."""
+    path = directory / "chats.jsonl"
+    turns = [("user", "2+2?"), ("assistant", "<think>easy</think>4"), ("user", "and 3?"), ("assistant", "<think>4+3</think>7")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(40)))
+    return path
+
+
+def test_its_template_makes_the_prompt(brought, capsys, monkeypatch):
+    """launch.sample by its command line: the ids that reach the model are those of the rendered conversation."""
+    seen = []
+    plain = sample.pad_prompts
+    monkeypatch.setattr(sample, "pad_prompts", lambda rows, *rest: seen.extend(rows) or plain(rows, *rest))
+    before = sorted(file.name for file in brought.iterdir())
+    command(sample.run, config="recorded", flags=sample.FLAGS, argv=[f"--workdir=hf:{brought}", "--chat=2+2?", "--config.sampling.max_new=3"])
+    assert all(row == load_tokenizer(brought).encode_marked("<|user|>2+2?<|assistant|>") for row in seen) and seen
+    assert sorted(file.name for file in brought.iterdir()) == before
+
+
+def test_the_whole_road(brought, tmp_path):
+    """hf:DIR, fine-tuned on its template; that run reinforced; evaluated; written back with all that came along; and read again."""
+    tuned = configured(f"hf:{brought}", data__sources=(f"jsonl:{chats(tmp_path)}#messages",))
+    assert tuned.data.template == "checkpoint" and tuned.model.gqa.heads == MODEL.gqa.heads
+    assert finetune.run(tuned, tmp_path / "tuned")
+
+    rl = configured(tmp_path / "tuned")
+    assert rl.model == tuned.model and rl.data.template == "checkpoint"
+    assert reinforce.run(rl, tmp_path / "rl")
+    assert "pass_at_k" in evaluate.run(parse(recorded(tmp_path / "rl")), tmp_path / "rl")
+
+    back = tmp_path / "back"
+    convert.run(to=f"hf:{back}", dtype="", **{"from": str(tmp_path / "rl")})
+    assert {file.name for file in back.iterdir()} == {file.name for file in brought.iterdir()}
+    for name in ("LICENSE", "chat_template.jinja", "tokenizer.json"):
+        assert (back / name).read_bytes() == (brought / name).read_bytes()
+    before, after = TensorFiles(brought), TensorFiles(back)
+    assert set(before.tensors) == set(after.tensors) and not np.array_equal(before.read("lm_head.weight"), after.read("lm_head.weight"))
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    ours, theirs = (load_variables(rl.model, mesh, origin) for origin in (tmp_path / "rl", f"hf:{back}"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_workdir_to_write_to_is_no_checkpoint(brought, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command(finetune.run, argv=["--config=configs/base.py", f"--workdir=hf:{brought}"])
+    assert exit.value.code == 2 and "this command writes there" in capsys.readouterr().err
+
+
+def test_a_converted_workdir_brings_its_model(brought, tmp_path):
+    """A config file that starts from it needs to say nothing of the model."""
+    convert.run(to=str(tmp_path / "converted"), dtype="", **{"from": f"hf:{brought}"})
+    config = configured(tmp_path / "converted", data__sources=(f"jsonl:{chats(tmp_path)}#messages",))
+    assert config.model == configured(f"hf:{brought}").model and config.data.template == "checkpoint"
+    assert finetune.run(config, tmp_path / "tuned")
+
+
+def test_no_such_checkpoint_is_one_line(tmp_path):
+    for origin, words in ((f"hf:{tmp_path / 'nowhere'}", "no such directory"), (f"hf:{tmp_path}", "no safetensors files there")):
+        with pytest.raises(UserError, match=words):
+            completed(of_checkpoint(origin), ())
