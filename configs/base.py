@@ -6,7 +6,9 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
-    c.init_from = ""  # workdir (or checkpoint directory) whose newest parameters to start from; "" starts fresh
+    # Workdir (or checkpoint directory) whose newest parameters to start from, or hf:DIR, a Hugging Face checkpoint; "" starts fresh. Of the latter, and of runs
+    # that come from one, the model section, the tokenizer and the chat template are the checkpoint's, whatever a config file says of them.
+    c.init_from = ""
 
     c.tokenizer = ConfigDict()
     c.tokenizer.kind = "bpe"  # "bpe": byte-level BPE trained on data.sources | "bytes" | "file": a Hugging Face tokenizer.json
@@ -107,7 +109,7 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     # One string a source: "stdlib" | "text:GLOB" | "jsonl:GLOB#FIELD" (.gz too) | "parquet:GLOB#FIELD" | "arrayrecord:GLOB#FIELD" (records are JSON,
     # or text without #FIELD) | "task:NAME?min_ops=2&max_ops=4" (verifiable problems of data/tasks: the task's own parameters, and count=20000,
-    # style=text|chat, direct=0.0). For chat the FIELD holds the list of messages.
+    # style=text|chat, direct=0.0). For chat the FIELD holds the list of messages; a field "tools" beside it goes to a checkpoint's template.
     c.data.sources = ("stdlib",)
     c.data.mixture = (1.0,)  # share of documents drawn from each source
     c.data.validation = 0.05  # share of files (or records) held out, by hash; a task always holds out a tenth of its problems
@@ -119,7 +121,7 @@ def get_config() -> ConfigDict:
     c.data.copy_rate = 0.0  # share of documents written as copying exercises (data/copies.py) in place of anything else; not in launch.finetune
     c.data.packing = "split"  # "split": concatenate then cut | "fit": first fit, documents stay whole
     c.data.cross_document_attention = True  # attention crosses documents packed in one row (DeepSeek-V3 pretrains so; chat never does)
-    c.data.template = "think"  # how chat is written, see data/chat.py
+    c.data.template = "think"  # how chat is written: "think" | "r1" (data/chat.py) | "checkpoint", by the tokenizer's own template in jinja
 
     c.train = ConfigDict()
     # "dense": full attention | "warmup": full attention, the indexer alone learns, by KL | "sparse": top-k attention, the indexer learns on the selected set

@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     c.model.dense_layers = 3
     c.model.dense_width = 18_432
     c.model.mtp_depth = 1
+    c.model.mtp_input = "normed"
     c.model.dtype = "bfloat16"
     c.model.init_std = 0.006
     c.model.remat = "full"
@@ -41,6 +42,7 @@ def get_config() -> ConfigDict:
     c.model.moe.width = 2_048
     c.model.moe.groups = 8
     c.model.moe.chosen_groups = 4
+    c.model.moe.group_best = 2
     c.model.moe.route_scale = 2.5
 
     c.mesh.data = -1

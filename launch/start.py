@@ -81,8 +81,10 @@ def workdir_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     own = workdir / "tokenizer.json"
     if own.exists():
         return load_tokenizer(own)
-    theirs = (hf_directory(config.init_from) or run_directory(config.init_from)) / "tokenizer.json" if config.init_from else None
-    tokenizer = load_tokenizer(theirs) if theirs is not None and theirs.exists() else make_tokenizer(config.tokenizer, config.data)
+    directory = hf_directory(config.init_from)
+    theirs = (directory or run_directory(config.init_from)) / "tokenizer.json" if config.init_from else None
+    # A checkpoint's must be there: a new one would not be what its model was trained on.
+    tokenizer = load_tokenizer(theirs) if directory or (theirs and theirs.exists()) else make_tokenizer(config.tokenizer, config.data)
     if jax.process_index() == 0:
         tokenizer.save(own)
     return tokenizer

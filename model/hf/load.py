@@ -1,12 +1,10 @@
 """A checkpoint's tensors as our variables, straight onto the devices, each of them only its share."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from errors import UserError
@@ -87,52 +85,49 @@ class Checkpoint:
 
 
 def load(checkpoint: Checkpoint, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The variables {"params", "router"} of a checkpoint.
+    """The variables {"params", "router"} of a checkpoint. The host holds, of one leaf at a time, what its own devices shall have of it.
 
     Args:
       abstract: the variables as jax.ShapeDtypeStruct, with the shardings they shall have and the type they shall be cast to.
     """
     of_leaf: dict[str, list[Tensor]] = {}
     for tensor in checkpoint.tensors:
-        for part in tensor.parts:
-            if not tensor.copy_of:
-                of_leaf.setdefault(part.leaf, []).append(tensor)
         if tensor.copy_of:
-            for _ in checkpoint.pieces(tensor):
+            for _ in checkpoint.pieces(tensor):  # which sees whether it is one
                 pass
+        for leaf in {part.leaf for part in tensor.parts if not tensor.copy_of}:
+            of_leaf.setdefault(leaf, []).append(tensor)
 
-    def leaf(path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        made: dict[tuple, np.ndarray] = {}
+    def array(path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        leaf = jax.tree_util.keystr(path, simple=True, separator="/")
+        shares = wanted.sharding.addressable_devices_indices_map(wanted.shape).values()
+        boxes = {box: np.empty([stop - start for start, stop in box], wanted.dtype) for box in {_bounds(share, wanted.shape) for share in shares}}
+        for tensor in of_leaf[leaf]:
+            _fill(boxes, checkpoint, tensor, leaf)
+        return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda share: boxes[_bounds(share, wanted.shape)])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, wanted.shape, strict=True))
-            if bounds not in made:
-                made.clear()  # devices with the same share come one after the other
-                made[bounds] = _filled(checkpoint, of_leaf[name], name, bounds, wanted.dtype)
-            return made[bounds]
-
-        return jax.make_array_from_callback(wanted.shape, wanted.sharding, shard)
-
-    return jax.tree_util.tree_map_with_path(leaf, abstract)
+    return jax.tree_util.tree_map_with_path(array, abstract)
 
 
-def _filled(checkpoint: Checkpoint, sources: list[Tensor], leaf: str, bounds: tuple[tuple[int, int], ...], dtype: jnp.dtype) -> np.ndarray:
-    """A box of a leaf, from every tensor that reaches into it."""
-    box = np.empty([stop - start for start, stop in bounds], dtype)
-    for tensor in sources:
-        leading = next(part.index for part in tensor.parts if part.leaf == leaf)
-        if not all(start <= at < stop for at, (start, stop) in zip(leading, bounds, strict=False)):
-            continue
-        into = box[tuple(at - start for at, (start, _) in zip(leading, bounds, strict=False))]
-        for _, pieces in checkpoint.pieces(tensor):
-            for part, where, values in pieces:
-                if part.leaf == leaf:
-                    _overlay(into, bounds[len(leading) :], where, values)
-    return box
+Box = tuple[tuple[int, int], ...]  # (start, stop) of each axis
 
 
-def _overlay(into: np.ndarray, bounds: tuple[tuple[int, int], ...], where: tuple[slice, ...], values: np.ndarray) -> None:
+def _bounds(share: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    return tuple(cut.indices(size)[:2] for cut, size in zip(share, shape, strict=True))
+
+
+def _fill(boxes: dict[Box, np.ndarray], checkpoint: Checkpoint, tensor: Tensor, leaf: str) -> None:
+    """Copies what of a tensor lies in the boxes of a leaf. Read once, and not at all if nothing does."""
+    leading = next(part.index for part in tensor.parts if part.leaf == leaf)
+    reached = [box for box in boxes if all(start <= at < stop for at, (start, stop) in zip(leading, box, strict=False))]
+    for _, pieces in checkpoint.pieces(tensor) if reached else ():
+        for part, where, values in pieces:
+            for box in reached if part.leaf == leaf else ():
+                into = boxes[box][tuple(at - start for at, (start, _) in zip(leading, box, strict=False))]
+                _overlay(into, box[len(leading) :], where, values)
+
+
+def _overlay(into: np.ndarray, bounds: Box, where: tuple[slice, ...], values: np.ndarray) -> None:
     """Copies what of `values`, which stand at `where`, lies within `bounds`."""
     of_box, of_values = [], []
     for (start, stop), cut in zip(bounds, where, strict=True):
@@ -156,8 +151,3 @@ def _quantised_block(directory: Path) -> tuple[int, int]:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
-
-
-def largest(checkpoint: Checkpoint) -> int:
-    """Bytes of the largest tensor in the files."""
-    return max(math.prod(info.shape) * info.dtype.itemsize for info in checkpoint.files.tensors.values())
