@@ -17,11 +17,9 @@ from launch.command import command
 from launch.config_file import completed, of_checkpoint
 from launch.door import parse, recorded
 from launch.start import load_variables
-from model.hf.describe import config_json
-from model.hf.safetensors import TensorFiles, TensorWriter
-from model.hf.tensors import tensors
+from model.hf.safetensors import TensorFiles
 from model.sharding import MeshConfig, make_mesh
-from tests import tiny
+from tests.checkpoints import MODEL, write_checkpoint
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>"
@@ -29,31 +27,12 @@ TEMPLATE = (
     "{{ '<|end|>' if m.role == 'assistant' else '' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-MODEL = tiny.model_config(
-    layers=2,
-    attention_kinds=("gqa",),
-    dense_layers=1,
-    canon=0,
-    mtp_depth=0,
-    vocab=288,
-    indexer={"heads": 0},
-    gqa={"gate": "none", "rope_width": 8},
-    moe={"router": "softmax", "router_bias": False, "shared": 0, "groups": 1, "chosen_groups": 1, "route_scale": 1.0},
-)
 
 
 @pytest.fixture
 def brought(tmp_path) -> Path:
     """A Qwen3-MoE of random numbers, a tokenizer of bytes with an <|end|> that ends turns, and TEMPLATE."""
-    directory = tmp_path / "brought"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config_json(MODEL, "float32") | {"eos_token_id": 257}))
-    rng = np.random.default_rng(0)
-    with TensorWriter(directory, [(tensor.name, np.dtype(np.float32), tensor.shape) for tensor in tensors(MODEL) if not tensor.copy_of], "test") as writer:
-        for tensor in tensors(MODEL):
-            if not tensor.copy_of:
-                noise = rng.normal(size=tensor.shape).astype(np.float32)
-                writer.write(tensor.name, 1 + 0.1 * noise if "norm" in tensor.name else 0.2 * noise)
+    directory = write_checkpoint(tmp_path / "brought", eos_token_id=257)
     vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -12,8 +12,7 @@ from errors import UserError
 from launch import score
 from launch.config_file import completed, of_checkpoint
 from launch.door import parse
-from launch.pretrain import run as pretrain
-from tests.launch.test_training_commands import tiny
+from tests.checkpoints import write_checkpoint
 from tests.model.test_golden import GOLDEN, golden
 
 OFF = {"tokens": "", "text": (), "out": "", "greedy": 0, "hidden": False, "routes": False, "mtp": False, "exact": True, "window": 2_048}
@@ -71,13 +70,14 @@ def test_rows_of_different_lengths(tmp_path):
 
 
 def test_text_in_windows(tmp_path, capsys):
-    """A model of our own, on bytes. Every byte is predicted once, whatever the window; in one window the numbers are those of the logits."""
-    config = tiny(train__steps=1, data__batch=8)
-    pretrain(config, tmp_path / "run")
+    """A model of bytes. Every byte is predicted once, whatever the window; in one window the numbers are those of the logits."""
+    directory = write_checkpoint(tmp_path / "bytes")
+    bytes_tokenizer().save(directory / "tokenizer.json")
     text = "naïve café, " * 9
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "empty.txt").write_text("")
-    origin = str(tmp_path / "run")
+    origin = f"hf:{directory}"
+    config = parse(completed(of_checkpoint(origin), ()))
     for window, pattern, files in ((2_048, "a.txt", 1), (16, "*.txt", 2)):
         score.run(config, origin, **OFF | {"text": (str(tmp_path / pattern),), "out": str(tmp_path / "t.npz"), "window": window})
         found = dict(np.load(tmp_path / "t.npz"))
