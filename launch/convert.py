@@ -23,13 +23,13 @@ from errors import UserError
 from launch.command import Flag, command
 from launch.config_file import completed, of_checkpoint
 from launch.door import claim, parse, recorded
-from launch.hf_record import config_for, keep_record, tensor_types, write_beside
+from launch.hf_record import comes_from, config_for, keep_record, tensor_types, write_beside
 from launch.origin import HF, RECORD, hf_directory, run_directory
 from launch.start import sized
 from model.config import ModelConfig
 from model.hf.load import Checkpoint
 from model.hf.safetensors import SHARD_BYTES, TensorWriter
-from model.hf.tensors import Tensor, tensors
+from model.hf.tensors import Tensor, fused, tensors
 from train.pieces import PieceReader, PieceWriter
 from train.progress import Progress
 from train.state import boxed_shapes
@@ -64,6 +64,9 @@ def load_into(source: str, workdir: Path, dtype: str) -> None:
     chunks = {part.leaf: chunk_of(tensor, part.leaf) for tensor in own for part in tensor.parts}
 
     claim(workdir, dataclasses.replace(config, init_from=""), "convert")
+    if (workdir / "checkpoints" / "0").exists() and comes_from(workdir) == str(directory.resolve()):
+        print(f"{workdir}: has it already")
+        return
     keep_record(directory, workdir, {name: info.dtype for name, info in checkpoint.files.tensors.items()})
     if (directory / "tokenizer.json").exists():
         load_tokenizer(directory / "tokenizer.json").save(workdir / "tokenizer.json")
@@ -87,7 +90,7 @@ def export(source: str, directory: Path, dtype: str) -> None:
     """A workdir, or another hf:DIR, into a directory of safetensors."""
     origin = opened(source)
     copies = not origin.types and not origin.model.tie_embeddings  # of a model that comes from no checkpoint: as released, where an MTP module has its copies
-    written = [tensor for tensor in tensors(origin.model) if not tensor.copy_of or tensor.name in origin.types or copies]
+    written = [tensor for tensor in tensors(origin.model, fused(origin.types)) if not tensor.copy_of or tensor.name in origin.types or copies]
     # float8 is read and not written: its products with their scales are float32's. The router's biases are sums of thousandths, and float32 as released.
     types = {}
     for tensor in written:

@@ -17,15 +17,21 @@ from model.hf.architecture import model_fields, read_json
 from model.hf.describe import config_json
 from model.hf.safetensors import DTYPES
 
-TYPES = "tensors.json"
+NOTED = "noted.json"  # beside them, by us
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".tmp", ".index.json")
 LARGEST = 64 * 2**20  # bytes of a file that is not weights
 
 
 def keep_record(directory: Path, workdir: Path, types: dict[str, np.dtype]) -> None:
-    """Copies into workdir/hf what `directory` has besides weights, and notes the type of each tensor."""
+    """Copies into workdir/hf what `directory` has besides weights, and notes the type of each tensor and where it all came from."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    _replace(workdir / RECORD, _beside(directory), {TYPES: json.dumps({name: names[dtype] for name, dtype in types.items()}, indent=1) + "\n"})
+    noted = {"from": str(directory.resolve()), "tensors": {name: names[dtype] for name, dtype in types.items()}}
+    _replace(workdir / RECORD, _beside(directory), {NOTED: json.dumps(noted, indent=1) + "\n"})
+
+
+def comes_from(workdir: Path) -> str:
+    """The directory whose record a workdir has; "" if it has none."""
+    return read_json(workdir / RECORD / NOTED)["from"] if (workdir / RECORD / NOTED).exists() else ""
 
 
 def inherit_record(origin: str, workdir: Path) -> None:
@@ -43,8 +49,8 @@ def inherit_record(origin: str, workdir: Path) -> None:
 
 def tensor_types(workdir: Path) -> dict[str, np.dtype]:
     """Of each tensor of the checkpoint that a run comes from; empty if it comes from none."""
-    types = workdir / RECORD / TYPES
-    return {name: DTYPES[dtype] for name, dtype in read_json(types).items()} if types.exists() else {}
+    noted = workdir / RECORD / NOTED
+    return {name: DTYPES[dtype] for name, dtype in read_json(noted)["tensors"].items()} if noted.exists() else {}
 
 
 def config_for(model: ModelConfig, record: Path | None, names: Iterable[str], types: set[str]) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def write_beside(directory: Path, record: Path | None, workdir: Path | None, con
 
     if record is not None:
         for file in _beside(record):
-            if file.name not in ("config.json", TYPES):
+            if file.name not in ("config.json", NOTED):
                 shutil.copyfile(file, directory / file.name)
     elif workdir is not None and (workdir / "tokenizer.json").exists():
         load_tokenizer(workdir / "tokenizer.json").save(directory / "tokenizer.json")

@@ -1,6 +1,7 @@
 """How every run begins: the mesh, the tokenizer, the model's config, the state, fresh or restored."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -20,7 +21,10 @@ from model.config import ModelConfig
 from model.hf.load import Checkpoint, load
 from model.sharding import batch_sharding, batch_shards, make_mesh
 from train.checkpoint import Checkpoints, restore_parameters
+from train.progress import Progress
 from train.state import TrainState, abstract_state, count_parameters, fresh_state, state_from
+
+SHOWN = 2**28  # parameters; loading fewer takes a moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,4 +121,10 @@ def load_variables(model: ModelConfig, mesh: Mesh, path: str | Path) -> dict:
     abstract = abstract_state(model, optax.identity(), mesh)
     wanted = {"params": abstract.params, "router": abstract.router}
     directory = hf_directory(path)
-    return restore_parameters(Path(path), wanted) if directory is None else load(Checkpoint(directory, model), wanted)
+    if directory is None:
+        return restore_parameters(Path(path), wanted)
+    leaves, read = jax.tree.leaves(wanted), itertools.count(1)
+    if sum(leaf.size for leaf in leaves) < SHOWN:
+        return load(Checkpoint(directory, model), wanted)
+    with Progress(len(leaves), f"loading {path}", unit="parameters") as progress:
+        return load(Checkpoint(directory, model), wanted, lambda elements: progress.update(next(read), {}, elements))

@@ -1,6 +1,7 @@
 """A checkpoint's tensors as our variables, straight onto the devices, each of them only its share."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from errors import UserError
 from model.config import ModelConfig
 from model.hf.architecture import read_json
 from model.hf.safetensors import TensorFiles
-from model.hf.tensors import Piece, Tensor, tensors
+from model.hf.tensors import Piece, Tensor, fused, tensors
 
 BLOCK = 16 * 2**20  # elements of a tensor handled at a time
 IGNORED = (".rotary_emb.inv_freq",)  # of old checkpoints: computed, not learnt
@@ -30,7 +31,7 @@ class Checkpoint:
     def __init__(self, directory: Path, model: ModelConfig, files: TensorFiles | None = None):
         self.directory, self.model = directory, model
         self.files = files or TensorFiles(directory)
-        self.tensors = [tensor for tensor in tensors(model) if tensor.name in self.files.tensors or not tensor.copy_of]
+        self.tensors = [tensor for tensor in tensors(model, fused(self.files.tensors)) if tensor.name in self.files.tensors or not tensor.copy_of]
         self._block = _quantised_block(directory)
         self._check()
 
@@ -84,11 +85,12 @@ class Checkpoint:
                 yield start, tensor.decode(rows, start)
 
 
-def load(checkpoint: Checkpoint, abstract: dict[str, Any]) -> dict[str, Any]:
+def load(checkpoint: Checkpoint, abstract: dict[str, Any], done: Callable[[int], None] = lambda elements: None) -> dict[str, Any]:
     """The variables {"params", "router"} of a checkpoint. The host holds, of one leaf at a time, what its own devices shall have of it.
 
     Args:
       abstract: the variables as jax.ShapeDtypeStruct, with the shardings they shall have and the type they shall be cast to.
+      done: told how many elements each leaf has that is loaded.
     """
     of_leaf: dict[str, list[Tensor]] = {}
     for tensor in checkpoint.tensors:
@@ -104,6 +106,7 @@ def load(checkpoint: Checkpoint, abstract: dict[str, Any]) -> dict[str, Any]:
         boxes = {box: np.empty([stop - start for start, stop in box], wanted.dtype) for box in {_bounds(share, wanted.shape) for share in shares}}
         for tensor in of_leaf[leaf]:
             _fill(boxes, checkpoint, tensor, leaf)
+        done(math.prod(wanted.shape))
         return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda share: boxes[_bounds(share, wanted.shape)])
 
     return jax.tree_util.tree_map_with_path(array, abstract)

@@ -6,7 +6,7 @@ layout says how its rows become theirs. It is handled a few rows at a time: neit
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -113,11 +113,33 @@ class Taps:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stacked:
+    """All experts' matrices in one tensor, as transformers has them in memory (and saves them if told not to take them apart): its rows are the experts."""
+
+    experts: int
+    one: Linear
+    step: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.experts, *self.one.shape
+
+    def slices(self, part: Part, start: int, stop: int) -> tuple[slice, ...]:
+        return (slice(start, stop), *(slice(0, size) for size in part.shape[1:]))
+
+    def decode(self, rows: np.ndarray, parts: tuple[Part, ...], start: int) -> list[np.ndarray]:
+        return [np.stack(of_part) for of_part in zip(*(self.one.decode(expert, parts, 0) for expert in rows), strict=True)]
+
+    def encode(self, values: list[np.ndarray]) -> np.ndarray:
+        return np.stack([self.one.encode(list(of_expert)) for of_expert in zip(*values, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
 class Tensor:
     """One tensor of the checkpoint. `copy_of` names the tensor it repeats, where it does: it may then be missing."""
 
     name: str
-    layout: Rows | Linear | Taps
+    layout: Rows | Linear | Taps | Stacked
     parts: tuple[Part, ...]
     copy_of: str = ""
 
@@ -145,18 +167,23 @@ class Tensor:
         return self.layout.encode(values)
 
 
-def tensors(model: ModelConfig) -> list[Tensor]:
-    """Every tensor of a checkpoint of this model, in the order in which released checkpoints have them."""
+def fused(names: Iterable[str]) -> bool:
+    """Whether these are the tensors of a checkpoint with all experts in one."""
+    return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+
+
+def tensors(model: ModelConfig, fused: bool = False) -> list[Tensor]:
+    """Every tensor of a checkpoint of this model, in the order in which released checkpoints have them; `fused`: with all experts of a layer in two of them."""
     D, V = model.width, model.vocab
     found = [Tensor("model.embed_tokens.weight", Rows((V, D)), (Part("params/embedding", (), (V, D)),))]
     for layer, ((run, block, index), kind) in enumerate(zip(layer_paths(model), model.kinds, strict=True)):
-        found += _layer(model, kind, f"model.layers.{layer}", f"{run}/{block}", (index,))
+        found += _layer(model, kind, f"model.layers.{layer}", f"{run}/{block}", (index,), fused)
     found.append(_vector("model.norm.weight", "params/final_norm/scale", (), D))
     head = (Part("params/embedding", (), (V, D)),) if model.tie_embeddings else (Part("params/head", (), (D, V)),)
     layout = Rows((V, D)) if model.tie_embeddings else Linear((D,), V, ((V,),))
     found.append(Tensor("lm_head.weight", layout, head, "model.embed_tokens.weight" if model.tie_embeddings else ""))
     for depth in range(model.mtp_depth):
-        found += _mtp(model, depth)
+        found += _mtp(model, depth, fused)
     return found
 
 
@@ -170,11 +197,14 @@ def _linear(name: str, inputs: tuple[int, ...], groups: int, index: tuple[int, .
     return Tensor(name, layout, tuple(Part(leaf, index, (*inputs, *shape)) for leaf, shape in outputs))
 
 
-def _layer(model: ModelConfig, kind: LayerKind, theirs: str, ours: str, index: tuple[int, ...]) -> list[Tensor]:
+def _layer(model: ModelConfig, kind: LayerKind, theirs: str, ours: str, index: tuple[int, ...], fused: bool) -> list[Tensor]:
     attention = {"mla": _latent, "gqa": _grouped, "delta": _delta}[kind.attention]
     found = [_vector(f"{theirs}.input_layernorm.weight", f"params/{ours}/attention_norm/scale", index, model.width)]
     found += attention(model, theirs, f"params/{ours}/attention", index)
-    found += _experts(model, f"{theirs}.mlp", ours, index) if kind.moe else _ffn(model, f"{theirs}.mlp", f"params/{ours}/ffn", index, model.dense_width)
+    if kind.moe:
+        found += _experts(model, f"{theirs}.mlp", ours, index, fused)
+    else:
+        found += _ffn(model, f"{theirs}.mlp", f"params/{ours}/ffn", index, model.dense_width)
     return [*found, _vector(f"{theirs}.post_attention_layernorm.weight", f"params/{ours}/ffn_norm/scale", index, model.width)]
 
 
@@ -249,12 +279,17 @@ def _ffn(model: ModelConfig, theirs: str, ours: str, index: tuple[int, ...], F: 
     ]
 
 
-def _experts(model: ModelConfig, theirs: str, ours: str, index: tuple[int, ...]) -> list[Tensor]:
+def _experts(model: ModelConfig, theirs: str, ours: str, index: tuple[int, ...], fused: bool) -> list[Tensor]:
     m, D, moe = model.moe, model.width, f"{ours}/moe"
     found = [_linear(f"{theirs}.gate.weight", (D,), m.experts, index, (f"params/{moe}/router", (m.experts,)))]
     if m.router_bias:
         found.append(_vector(f"{theirs}.gate.e_score_correction_bias", f"router/{moe}/bias", index, m.experts))
-    for expert in range(m.experts):
+    if fused:
+        E, F = m.experts, m.width
+        gate, up, down = (Part(f"params/{moe}/{name}", index, (E, *shape)) for name, shape in (("gate", (D, F)), ("up", (D, F)), ("down", (F, D))))
+        found.append(Tensor(f"{theirs}.experts.gate_up_proj", Stacked(E, Linear((D,), 1, ((F,), (F,)))), (gate, up)))
+        found.append(Tensor(f"{theirs}.experts.down_proj", Stacked(E, Linear((F,), D, ((D,),))), (down,)))
+    for expert in range(0 if fused else m.experts):
         found += _ffn(model, f"{theirs}.experts.{expert}", f"params/{moe}", (*index, expert), m.width)
     if m.shared:
         found += _ffn(model, f"{theirs}.shared_expert{'' if m.shared_gate else 's'}", f"params/{moe}/shared", index, m.shared_hidden)
@@ -263,7 +298,7 @@ def _experts(model: ModelConfig, theirs: str, ours: str, index: tuple[int, ...])
     return found
 
 
-def _mtp(model: ModelConfig, depth: int) -> list[Tensor]:
+def _mtp(model: ModelConfig, depth: int, fused: bool) -> list[Tensor]:
     """DeepSeek's modules are layers after the last, with copies of the embedding and the head; Qwen3-Next's one is `mtp`."""
     D, V, ours, norm = model.width, model.vocab, f"mtp_{depth}", f"params/mtp_norm_{depth}/scale"
     if model.mtp_kind.attention == "mla":
@@ -276,7 +311,7 @@ def _mtp(model: ModelConfig, depth: int) -> list[Tensor]:
         _vector(f"{theirs}.{names['embedding']}.weight", f"params/{ours}/embedding_norm/scale", (), D),
         _vector(f"{theirs}.{names['hidden']}.weight", f"params/{ours}/hidden_norm/scale", (), D),
         _linear(f"{theirs}.{names['merge']}.weight", (2, D), D, (), (f"params/{ours}/merge", (D,))),
-        *_layer(model, model.mtp_kind, layer, f"{ours}/block", ()),
+        *_layer(model, model.mtp_kind, layer, f"{ours}/block", (), fused),
         _vector(f"{theirs}.{names['norm']}.weight", norm, (), D),
     ]
     if model.mtp_kind.attention == "mla":

@@ -219,6 +219,25 @@ def test_an_mtp_key_without_its_tensors_is_a_model_without(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.parametrize("case", ["deepseek_v3", "qwen3_next"])
+def test_experts_in_one_tensor(case, tmp_path):
+    """As transformers saves with save_original_format=False: gate above up, experts stacked. The same model; and written back so."""
+
+    def fuse(tensors):
+        for layer in {name.split(".mlp.experts.")[0] for name in tensors if ".mlp.experts." in name}:
+            of = [[tensors.pop(f"{layer}.mlp.experts.{e}.{name}_proj.weight") for e in range(model(case).moe.experts)] for name in ("gate", "up", "down")]
+            tensors[f"{layer}.mlp.experts.gate_up_proj"] = np.concatenate([np.stack(of[0]), np.stack(of[1])], axis=1)
+            tensors[f"{layer}.mlp.experts.down_proj"] = np.stack(of[2])
+
+    directory = copy_of(case, tmp_path, fuse)
+    found, expected = (load_variables(model(case), one_device(), f"hf:{origin}") for origin in (directory, GOLDEN / case))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    convert.run(to=str(tmp_path / "workdir"), dtype="", **{"from": f"hf:{directory}"})
+    convert.run(to=f"hf:{tmp_path / 'back'}", dtype="", **{"from": str(tmp_path / "workdir")})
+    before, after = TensorFiles(directory), TensorFiles(tmp_path / "back")
+    assert set(before.tensors) == set(after.tensors) and all(before.read(name).tobytes() == after.read(name).tobytes() for name in before.tensors)
+
+
 def test_what_no_architecture_expresses_is_one_line():
     from tests import tiny
 
