@@ -22,7 +22,7 @@ from data.tokenizer import load_tokenizer
 from errors import UserError
 from launch.command import Flag, command
 from launch.config_file import completed, of_checkpoint
-from launch.door import claim, parse, recorded
+from launch.door import Config, claim, parse, recorded
 from launch.hf_record import comes_from, config_for, keep_record, tensor_types, write_beside
 from launch.origin import HF, RECORD, hf_directory, run_directory
 from launch.start import sized
@@ -56,7 +56,7 @@ def load_into(source: str, workdir: Path, dtype: str) -> None:
     if dtype == "float16":
         raise UserError("--dtype=float16: a workdir's parameters are float32 or bfloat16")
     dtype = dtype or "float32"
-    directory, config = hf_directory(source), parse(completed(of_checkpoint(source), ()))
+    directory, config = hf_directory(source), config_of(source)
     checkpoint = Checkpoint(directory, config.model)
     own = [tensor for tensor in checkpoint.tensors if not tensor.copy_of]
     state = abstract(config.model, DTYPES[dtype])
@@ -122,7 +122,7 @@ def opened(source: str) -> Origin:
     """A run's workdir, or hf:DIR."""
     directory = hf_directory(source)
     if directory is not None:
-        checkpoint = Checkpoint(directory, parse(completed(of_checkpoint(source), ())).model)
+        checkpoint = Checkpoint(directory, config_of(source).model)
         types = {name: info.dtype for name, info in checkpoint.files.tensors.items()}
         return Origin(checkpoint.model, lambda tensor, *rows: checkpoint.rows(tensor.name, *rows), types, directory, None, str(directory.resolve()))
     workdir = run_directory(source)
@@ -136,6 +136,15 @@ def opened(source: str) -> Origin:
 
     record = workdir / RECORD
     return Origin(model, rows, tensor_types(workdir), record if record.exists() else None, workdir, str(reader.checkpoint.resolve()))
+
+
+def config_of(source: str) -> Config:
+    """Of hf:DIR. Raises UserError that names it."""
+    written = completed(of_checkpoint(source), ())
+    try:
+        return parse(written)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def abstract(model: ModelConfig, dtype: np.dtype) -> dict[str, Any]:

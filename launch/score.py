@@ -41,7 +41,7 @@ from model.config import ModelConfig
 from model.decode import decode_step, decode_weights, prefill
 from model.record import recorded_forward
 from model.sharding import batch_sharding, batch_shards, make_mesh, replicated
-from model.transformer import Transformer, logits_of, token_logprobs
+from model.transformer import Transformer, logits_of, same_segment, token_logprobs
 from rl.rollout import pad_prompts
 
 ROWS = 8  # at a time, on each share of the batch
@@ -71,7 +71,6 @@ class Scorer:
 
     def __init__(self, config: Config, origin: str, exact: bool):
         self.origin, self.mesh = origin, make_mesh(config.mesh)
-        self._tokenizer: Tokenizer | None = None
         model = config.model if config.model.vocab else sized(config.model, self.tokenizer)
         self.model: ModelConfig = dataclasses.replace(model, dtype="float32") if exact else model
         self.stage = "sparse" if model.indexer.heads and config.sampling.attention == "sparse" else "dense"
@@ -79,11 +78,9 @@ class Scorer:
         with jax.set_mesh(self.mesh):
             self.variables = load_variables(self.model, self.mesh, origin)
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer((hf_directory(self.origin) or run_directory(self.origin)) / "tokenizer.json")
-        return self._tokenizer
+        return load_tokenizer((hf_directory(self.origin) or run_directory(self.origin)) / "tokenizer.json")
 
     def rows(self, rows: list[list[int]], *, hidden: bool, routes: bool, mtp: bool) -> dict[str, np.ndarray]:
         """Logits and what else is wanted, of rows of ids."""
@@ -109,13 +106,14 @@ class Scorer:
             choices = {"routes": record.routes_BLTK, "indexer": record.selected_BLTk}
             found |= {name: jnp.where(real_BT[:, None, :, None], each, -1) for name, each in choices.items() if each.shape[-1]}
         for depth, hidden_BTD in enumerate(output.mtp_hidden if mtp else (), start=1):
-            predicts_BT = real_BT & (jnp.roll(segments_BT, -depth, axis=1).at[:, -depth:].set(0) > 0)
-            found["mtp_logits" if depth == 1 else f"mtp_logits_{depth}"] = jnp.where(predicts_BT[..., None], head(hidden_BTD), 0.0)
+            name = "mtp_logits" if depth == 1 else f"mtp_logits_{depth}"
+            found[name] = jnp.where(same_segment(segments_BT, depth)[..., None], head(hidden_BTD), 0.0)
         return found
 
     def _asked(self, ask, rows: list[list[int]], width: int) -> dict[str, np.ndarray]:
-        """What a jitted function says of some rows, padded on the right to `width` and with empty rows to as many as are handled at once."""
-        tokens_BT, segments_BT = np.zeros((2, min(self.at_once, -(-len(rows) // batch_shards(self.mesh)) * batch_shards(self.mesh)), width), np.int32)
+        """What a jitted function says of some rows, padded on the right to `width` and with empty rows until they divide over the mesh."""
+        shards = batch_shards(self.mesh)
+        tokens_BT, segments_BT = np.zeros((2, -(-len(rows) // shards) * shards, width), np.int32)
         for number, row in enumerate(rows):
             tokens_BT[number, : len(row)], segments_BT[number, : len(row)] = row, 1
         with jax.set_mesh(self.mesh):
@@ -125,8 +123,6 @@ class Scorer:
 
     def greedy(self, rows: list[list[int]], count: int) -> np.ndarray:
         """The `count` likeliest tokens after each row [B, count], one after the other."""
-        if min(map(len, rows)) == 0:
-            raise UserError("--greedy: a row is empty, and there is nothing to go on from")
         width = max(map(len, rows))
         weights_fn = jax.jit(functools.partial(decode_weights, self.model))
         read = jax.jit(functools.partial(prefill, self.model, slots=width + count, stage=self.stage))

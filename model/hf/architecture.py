@@ -30,6 +30,9 @@ WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 
 
+TYPE_NAMES = {int: "a number", float: "a number", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+
+
 class Keys:
     """The keys of a config.json, each to be read once, or found left over."""
 
@@ -37,12 +40,18 @@ class Keys:
         self.values, self.where, self.read = values, where, set()
 
     def take(self, name: str, default: Any = MISSING) -> Any:
-        """Its value; the default where it is missing or null."""
+        """Its value, of the default's type; the default where it is missing or null. Without a default it must be there, and a whole number."""
         self.read.add(name)
         value = self.values.get(name)
         if value is None and default is MISSING:
             raise UserError(f'{self.where}: no key "{name}"')
-        return default if value is None else value
+        if value is None:
+            return default
+        wanted = int if default is MISSING else type(default)
+        number = wanted in (int, float)
+        if not isinstance(value, (int, float) if number and default is not MISSING else wanted) or isinstance(value, bool) != (wanted is bool):
+            raise self.unsupported(name, value, f"must be {TYPE_NAMES[int if default is MISSING else wanted]}")
+        return value
 
     def must_be(self, name: str, allowed: Iterable[Any], default: Any) -> None:
         """For a key of which only some values are supported."""
@@ -119,12 +128,18 @@ def shared_fields(keys: Keys) -> dict[str, Any]:
     }
 
 
-def rope_fields(keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's rope fields, and the rope keys themselves."""
+def rope_fields(keys: Keys, partial: float = 1.0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's rope fields, and the rope keys themselves. `partial`: the share of a head that is rotated where no key says so; 1: it must be all."""
     rope = dict(keys.take("rope_parameters", keys.take("rope_scaling", {})))
-    keys.read |= {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    keys.read |= {"rope_scaling", "rope_theta", "original_max_position_embeddings"}
+    rope["partial_rotary_factor"] = rope.get("partial_rotary_factor") or keys.take("partial_rotary_factor", partial)
+    if partial == 1 and rope["partial_rotary_factor"] != 1:
+        raise keys.unsupported("partial_rotary_factor", rope["partial_rotary_factor"], "only 1 is supported in this architecture")
     if any(isinstance(value, dict) for value in rope.values()):
         raise keys.unsupported("rope_parameters", rope, "positions that differ from layer to layer are not supported")
+    for name, value in rope.items():
+        if name not in ("rope_type", "type") and not isinstance(value, int | float | None):
+            raise keys.unsupported(name, value, "must be a number")
     rope["rope_theta"] = float(rope.get("rope_theta") or keys.take("rope_theta", 10_000.0))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "yarn"):
@@ -169,7 +184,9 @@ def latent(keys: Keys, names: list[str], indexed: bool) -> dict[str, Any]:
     if fields["rope.stretch"] > 1 and rope.get("mscale_all_dim"):
         fields["attention.logit_scale"] = magnitude(fields["rope.stretch"], rope["mscale_all_dim"]) ** 2
     dense = keys.take("first_k_dense_replace", 0)
-    kinds = keys.take("mlp_layer_types", ["dense"] * dense + ["sparse"] * (layers - dense))
+    kinds = keys.take("mlp_layer_types", ["dense"] * min(dense, layers) + ["sparse"] * (layers - dense))
+    if len(kinds) != layers:
+        raise keys.unsupported("mlp_layer_types", kinds, f"names {len(kinds)} layers of {layers}")
     groups, modules = keys.take("n_group", 1), keys.take("num_nextn_predict_layers", keys.take("num_mtp_layers", 0))
     fields |= {
         "attention_kinds": ("mla",),
@@ -252,7 +269,7 @@ def hybrid(keys: Keys, names: list[str]) -> dict[str, Any]:
             raise keys.unsupported("layer_types", kind, f"only {' and '.join(ours)} are supported")
     if len(kinds) != layers:
         raise keys.unsupported("layer_types", kinds, f"names {len(kinds)} layers of {layers}")
-    fields, rope = rope_fields(keys)
+    fields, rope = rope_fields(keys, partial=0.25)
     width, modules = keys.take("head_dim", 256), keys.take("num_nextn_predict_layers", 1)
     fields |= {
         "attention_kinds": shortest_period(tuple(ours[kind] for kind in kinds)),
@@ -263,7 +280,7 @@ def hybrid(keys: Keys, names: list[str]) -> dict[str, Any]:
         "gqa.heads": keys.take("num_attention_heads"),
         "gqa.kv_heads": keys.take("num_key_value_heads"),
         "gqa.head_width": width,
-        "gqa.rope_width": int(width * (rope.get("partial_rotary_factor") or keys.take("partial_rotary_factor", 0.25))),
+        "gqa.rope_width": int(width * rope["partial_rotary_factor"]),
         "gqa.qk_norm": True,
         "gqa.gate": "element",
         "delta.key_heads": keys.take("linear_num_key_heads"),
