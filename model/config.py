@@ -48,8 +48,8 @@ class RopeConfig:
         require(self.theta > 1, "model.rope.theta", self.theta, "must be above 1")
         require(self.stretch >= 1, "model.rope.stretch", self.stretch, "must be at least 1 (1: no YaRN)")
         require(self.stretch == 1 or self.context > 0, "model.rope.context", self.context, "must be positive: the tokens of context before stretching")
-        ordered = self.beta_fast > self.beta_slow > 0
-        require(ordered, "model.rope.beta_fast", self.beta_fast, f"must be above model.rope.beta_slow = {self.beta_slow}, and that above 0")
+        ordered = self.beta_fast >= self.beta_slow > 0
+        require(ordered, "model.rope.beta_fast", self.beta_fast, f"must be at least model.rope.beta_slow = {self.beta_slow}, and that above 0")
         require(self.scale > 0, "model.rope.scale", self.scale, "must be positive")
 
 

@@ -105,6 +105,8 @@ class TensorFiles:
         try:
             of_tensor = json.loads(index.read_bytes())["weight_map"]
             files = sorted(set(of_tensor.values()))
+            if not all(isinstance(file, str) for file in files):
+                raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: not an index of safetensors files (a JSON object with a weight_map)") from None
         headers = {}
@@ -223,14 +225,17 @@ class TensorWriter:
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one file; between them they fill it exactly, or it is refused."""
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > LONGEST_HEADER:
-            raise UserError(f"{file}: not a safetensors file (its header would be {length} bytes long)")
-        if 8 + length > size:
-            raise UserError(f"{file}: truncated: {size} bytes, less than its header")
-        text = opened.read(length)
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            text = opened.read(length) if length <= min(size, LONGEST_HEADER) else b""
+    except OSError as failure:
+        raise UserError(f"{file}: {failure.strerror}") from None
+    if size < 8 or length > LONGEST_HEADER:
+        raise UserError(f"{file}: not a safetensors file (its header would be {length} bytes long)")
+    if 8 + length > size:
+        raise UserError(f"{file}: truncated: {size} bytes, less than its header")
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)

@@ -227,3 +227,16 @@ def test_without_an_index(tmp_path):
     file_of(tmp_path / "z.safetensors", PAIR, PAIR_BYTES)
     with pytest.raises(UserError, match=r"z\.safetensors: has a, and so has y\.safetensors"):
         TensorFiles(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["a directory", "a broken link", "no names in the index"])
+def test_what_is_no_file_is_one_line(what, tmp_path):
+    if what == "a directory":
+        (tmp_path / "model.safetensors").mkdir()
+    elif what == "a broken link":
+        (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
+        (tmp_path / "other.safetensors").symlink_to(tmp_path / "nowhere")
+    else:
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": null}}')
+    with pytest.raises(UserError, match=str(tmp_path)):
+        TensorFiles(tmp_path)
