@@ -271,8 +271,9 @@ class ModelConfig:
 
     @property
     def mtp_kind(self) -> LayerKind:
-        """An MTP module's layer is like the last."""
-        return self.kinds[-1]
+        """Of an MTP module's layer: the last attention that is not delta's (released modules have none), and experts if any layer has."""
+        full = [kind.attention for kind in self.kinds if kind.attention != "delta"]
+        return LayerKind(full[-1] if full else "gqa", self.moe_layers > 0)
 
     @property
     def runs(self) -> tuple[Run, ...]:
