@@ -72,7 +72,7 @@ def load_into(source: str, workdir: Path, dtype: str) -> None:
         load_tokenizer(directory / "tokenizer.json").save(workdir / "tokenizer.json")
     for tensor in checkpoint.tensors:
         if tensor.copy_of:
-            for _ in checkpoint.pieces(tensor, BLOCK):  # which sees whether it is one
+            for _ in checkpoint.pieces(tensor):  # which sees whether it is one
                 pass
     writer = PieceWriter(workdir / "checkpoints", 0, state, source=f"{directory.resolve()}, {dtype}", chunks=chunks)
     for tensor, start, stop in shown(own, f"{source} to {workdir}"):

@@ -74,9 +74,9 @@ class Checkpoint:
         scale = np.repeat(scale, high, axis=0)[start - first * high : stop - first * high]
         return values.astype(np.float32) * np.repeat(scale, wide, axis=1)[:, : values.shape[1]]
 
-    def pieces(self, tensor: Tensor, most: int = BLOCK) -> Iterator[tuple[int, list[Piece]]]:
-        """(first row, its rows as pieces of our leaves), a block of at most `most` elements at a time. Of a copy: nothing, once it is seen to be one."""
-        for start, stop in tensor.blocks(most):
+    def pieces(self, tensor: Tensor) -> Iterator[tuple[int, list[Piece]]]:
+        """(first row, rows as pieces of our leaves), BLOCK elements at a time. Of a copy: nothing, once it is seen to be one."""
+        for start, stop in tensor.blocks(BLOCK):
             rows = self.rows(tensor.name, start, stop)
             if tensor.copy_of:
                 if not np.array_equal(rows, self.rows(tensor.copy_of, start, stop)):

@@ -67,6 +67,14 @@ def test_yarn_ramp_of_parts_of_channels():
     np.testing.assert_allclose(frequencies(64, rope)[15], plain * (1 - slowed) + plain / 40 * slowed)
 
 
+def test_yarn_ramp_may_end_beyond_the_last_pair():
+    """An old context longer than the slowest pair's turn: the ramp, from channel 0, ends at channel 5 (log(64 / 2 pi) * 8 / (2 log 10) = 4.03, up to a whole
+    one), and there are only four pairs."""
+    rope = dataclasses.replace(YARN, theta=10.0, context=64, stretch=4.0)
+    plain = frequencies(8, dataclasses.replace(rope, stretch=1.0))
+    np.testing.assert_allclose(frequencies(8, rope) / plain, [1.0, 0.85, 0.7, 0.55])
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_only_the_first_channels_turn(interleaved):
     """Partial RoPE: the rest is as it was; YaRN's scale multiplies what turns."""
