@@ -116,7 +116,7 @@ class DeltaConfig:
             require(getattr(self, name) > 0, f"model.delta.{name}", getattr(self, name), "must be positive")
         divides = self.value_heads % self.key_heads == 0
         require(divides, "model.delta.key_heads", self.key_heads, f"does not divide model.delta.value_heads = {self.value_heads}")
-        require(self.taps >= 2, "model.delta.taps", self.taps, "must be at least 2")
+        require(self.taps >= 1, "model.delta.taps", self.taps, "must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Keys:
         self.values, self.where, self.read = values, where, set()
 
     def take(self, name: str, default: Any = MISSING) -> Any:
-        """Its value, of the default's type; the default where it is missing or null. Without a default it must be there, and a whole number."""
+        """Its value, of the default's type; the default where it is missing or null. Without a default it must be there, and a positive whole number."""
         self.read.add(name)
         value = self.values.get(name)
         if value is None and default is MISSING:
@@ -51,7 +51,13 @@ class Keys:
         number = wanted in (int, float)
         if not isinstance(value, (int, float) if number and default is not MISSING else wanted) or isinstance(value, bool) != (wanted is bool):
             raise self.unsupported(name, value, f"must be {TYPE_NAMES[int if default is MISSING else wanted]}")
+        if default is MISSING and value <= 0:
+            raise self.unsupported(name, value, "must be positive")
         return value
+
+    def first_of(self, *names: str) -> Any:
+        """The value of the first of these names that is there: they mean the same."""
+        return self.take(next((name for name in names if self.values.get(name) is not None), names[0]))
 
     def must_be(self, name: str, allowed: Iterable[Any], default: Any) -> None:
         """For a key of which only some values are supported."""
@@ -75,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")
@@ -130,8 +136,9 @@ def shared_fields(keys: Keys) -> dict[str, Any]:
 
 def rope_fields(keys: Keys, partial: float = 1.0) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model's rope fields, and the rope keys themselves. `partial`: the share of a head that is rotated where no key says so; 1: it must be all."""
-    rope = dict(keys.take("rope_parameters", keys.take("rope_scaling", {})))
-    keys.read |= {"rope_scaling", "rope_theta", "original_max_position_embeddings"}
+    new, old = keys.take("rope_parameters", {}), keys.take("rope_scaling", {})
+    rope = dict(old or new)  # transformers prefers the old, should both be there
+    keys.read |= {"rope_theta", "original_max_position_embeddings"}
     rope["partial_rotary_factor"] = rope.get("partial_rotary_factor") or keys.take("partial_rotary_factor", partial)
     if partial == 1 and rope["partial_rotary_factor"] != 1:
         raise keys.unsupported("partial_rotary_factor", rope["partial_rotary_factor"], "only 1 is supported in this architecture")
@@ -194,7 +201,7 @@ def latent(keys: Keys, names: list[str], indexed: bool) -> dict[str, Any]:
         "mtp_input": "normed",
         "norm": "scale",
         "rope.interleaved": keys.take("rope_interleave", True),
-        "rope.indexer_interleaved": keys.take("indexer_rope_interleave", False),
+        "rope.indexer_interleaved": False,
         "attention.heads": heads,
         "attention.query_rank": keys.take("q_lora_rank", 0),
         "attention.latent_rank": keys.take("kv_lora_rank"),
@@ -205,7 +212,7 @@ def latent(keys: Keys, names: list[str], indexed: bool) -> dict[str, Any]:
         "attention.norm_eps": 1e-6,  # whatever rms_norm_eps is, in every implementation
         "attention.gate": "none",
         "indexer.heads": 0,
-        "moe.experts": keys.take("n_routed_experts"),
+        "moe.experts": keys.first_of("n_routed_experts", "num_local_experts", "num_experts"),
         "moe.chosen": keys.take("num_experts_per_tok"),
         "moe.shared": keys.take("n_shared_experts", 0),
         "moe.width": keys.take("moe_intermediate_size"),
@@ -222,6 +229,8 @@ def latent(keys: Keys, names: list[str], indexed: bool) -> dict[str, Any]:
     fields |= dense_fields([kind != "sparse" for kind in kinds])
     keys.read.add("head_dim")  # transformers 5 writes the rotated width there
     if indexed:
+        keys.must_be("rope_interleave", [True], True)
+        keys.must_be("indexer_rope_interleave", [False], False)
         keys.must_be("layer_types", [["indexed_attention"] * layers], ["indexed_attention"] * layers)
         if fields["attention.query_rank"] == 0:
             raise keys.unsupported("q_lora_rank", None, "the indexer reads the query latent, and there is none")
@@ -248,13 +257,13 @@ def grouped(keys: Keys, names: list[str], experts: bool) -> dict[str, Any]:
         "norm": "scale",
         "indexer.heads": 0,
         "gqa.heads": heads,
-        "gqa.kv_heads": keys.take("num_key_value_heads", heads),
+        "gqa.kv_heads": keys.take("num_key_value_heads", heads) if "num_key_value_heads" in keys.values else keys.take("num_key_value_heads"),
         "gqa.head_width": width,
         "gqa.rope_width": width,
         "gqa.qk_norm": True,
         "gqa.gate": "none",
     }
-    return fields | (routed_fields(keys) if experts else dense_fields([True] * layers))
+    return fields | (routed_fields(keys, normalise=False) if experts else dense_fields([True] * layers))
 
 
 def hybrid(keys: Keys, names: list[str]) -> dict[str, Any]:
@@ -290,15 +299,15 @@ def hybrid(keys: Keys, names: list[str]) -> dict[str, Any]:
         "delta.taps": keys.take("linear_conv_kernel_dim"),
     }
     shared = {"moe.shared": 1, "moe.shared_width": keys.take("shared_expert_intermediate_size"), "moe.shared_gate": True}
-    return fields | routed_fields(keys) | shared
+    return fields | routed_fields(keys, normalise=True) | shared
 
 
-def routed_fields(keys: Keys) -> dict[str, Any]:
-    """Qwen's experts: softmax over all of them, no groups, no bias."""
+def routed_fields(keys: Keys, normalise: bool) -> dict[str, Any]:
+    """Qwen's experts: softmax over all of them, no groups, no bias. `normalise`: what norm_topk_prob is where it is missing."""
     layers = keys.take("num_hidden_layers")
     without, step = keys.take("mlp_only_layers", []), keys.take("decoder_sparse_step", 1)
     return dense_fields([layer in without or (layer + 1) % step != 0 for layer in range(layers)]) | {
-        "moe.experts": keys.take("num_local_experts" if "num_local_experts" in keys.values else "num_experts"),
+        "moe.experts": keys.first_of("num_experts", "num_local_experts"),
         "moe.chosen": keys.take("num_experts_per_tok"),
         "moe.shared": 0,
         "moe.width": keys.take("moe_intermediate_size"),
@@ -306,7 +315,7 @@ def routed_fields(keys: Keys) -> dict[str, Any]:
         "moe.shared_gate": False,
         "moe.router": "softmax",
         "moe.router_bias": False,
-        "moe.normalise": keys.take("norm_topk_prob", False),
+        "moe.normalise": keys.take("norm_topk_prob", normalise),
         "moe.groups": 1,
         "moe.chosen_groups": 1,
         "moe.group_best": 0,

@@ -54,6 +54,8 @@ class Checkpoint:
                 raise UserError(f"{self.directory}: tensor {name} scales {scale_of}, which is {there[scale_of].dtype} and needs no scale")
 
     def _check_scale(self, name: str) -> None:
+        if len(self.files.tensors[name].shape) != 2:
+            raise UserError(f"{self.directory}: tensor {name} is float8; only matrices are, in blocks with a scale")
         rows, columns = self.files.tensors[name].shape
         expected = -(-rows // self._block[0]), -(-columns // self._block[1])
         scale = self.files.tensors.get(name + SCALE)

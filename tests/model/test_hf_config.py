@@ -57,6 +57,9 @@ SAME = {
     "dense layers by kind": ("deepseek_v32", lambda keys: keys.update(first_k_dense_replace=0)),
     "dense layers by number": ("deepseek_v32", lambda keys: keys.pop("mlp_layer_types")),
     "model_type alone": ("deepseek_v32", lambda keys: keys.pop("architectures")),
+    "both ropes": ("qwen3", lambda keys: keys.update(rope_scaling=keys["rope_parameters"], rope_parameters={"rope_type": "default", "rope_theta": 7.0})),
+    "experts by a third name": ("deepseek_v32", lambda keys: keys.update(num_experts=keys.pop("n_routed_experts"))),
+    "gates normed by default in Next": ("qwen3_next", lambda keys: keys.pop("norm_topk_prob")),
     "experts by the other name": ("qwen3_moe", lambda keys: keys.update(num_experts=keys.pop("num_local_experts"))),
 }
 
@@ -76,6 +79,8 @@ OTHER = {
     "a ramp of parts of channels": ("qwen3", lambda keys: keys["rope_parameters"].update(truncate=False), "rope.whole_channels", False),
     "a magnitude given": ("qwen3", lambda keys: keys["rope_parameters"].update(attention_factor=1.5), "rope.scale", 1.5),
     "dense by kind": ("deepseek_v32", lambda keys: keys.update(mlp_layer_types=["sparse", "dense", "sparse"]), "dense_also", (1,)),
+    "gates not normed by default in Qwen3-MoE": ("qwen3_moe", lambda keys: keys.pop("norm_topk_prob"), "moe.normalise", False),
+    "as many key heads as heads": ("qwen3", lambda keys: keys.update(num_key_value_heads=None), "gqa.kv_heads", 4),
     "a step over layers": ("qwen3_moe", lambda keys: keys.update(decoder_sparse_step=3), "dense_also", (3,)),
 }
 
@@ -90,3 +95,20 @@ def test_a_value_of_another_type_is_one_line(tmp_path):
     for key, value in {"num_hidden_layers": "3", "hidden_size": 4.5, "tie_word_embeddings": 1, "rope_parameters": "yarn", "architectures": "Qwen3"}.items():
         with pytest.raises(UserError, match=f'"{key}": .*must be'):
             fields("qwen3", tmp_path, lambda keys, key=key, value=value: keys.update({key: value}))
+
+
+REFUSED = {
+    "no key heads": ("qwen3_moe", lambda keys: keys.pop("num_key_value_heads"), 'no key "num_key_value_heads"'),
+    "no heads": ("qwen3", lambda keys: keys.update(num_attention_heads=0), '"num_attention_heads": 0: must be positive'),
+    "V3.2 with halves": ("deepseek_v32", lambda keys: keys.update(rope_interleave=False), '"rope_interleave": false: only true'),
+    "V3.2's indexer with pairs": ("deepseek_v32", lambda keys: keys.update(indexer_rope_interleave=True), '"indexer_rope_interleave": true: only false'),
+    "a part of a head turned": ("qwen3", lambda keys: keys.update(partial_rotary_factor=0.5), '"partial_rotary_factor": 0.5'),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_meant_is_one_line(what, tmp_path):
+    case, change, words = REFUSED[what]
+    with pytest.raises(UserError) as error:
+        fields(case, tmp_path, change)
+    assert words in str(error.value)
