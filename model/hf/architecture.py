@@ -56,8 +56,12 @@ class Keys:
         return value
 
     def first_of(self, *names: str) -> Any:
-        """The value of the first of these names that is there: they mean the same."""
-        return self.take(next((name for name in names if self.values.get(name) is not None), names[0]))
+        """The value of the first of these names that is there: they mean the same, and may not differ."""
+        there = [name for name in names if self.values.get(name) is not None] or [names[0]]
+        for name in there[1:]:
+            if self.take(name) != self.take(there[0]):
+                raise self.unsupported(name, self.values[name], f'means the same as "{there[0]}", which is {self.values[there[0]]}')
+        return self.take(there[0])
 
     def must_be(self, name: str, allowed: Iterable[Any], default: Any) -> None:
         """For a key of which only some values are supported."""
