@@ -173,6 +173,7 @@ DEEPSEEK_V32 = {
     "index_topk": 6,
     "index_n_heads": 3,
     "index_head_dim": 12,
+    "num_nextn_predict_layers": 1,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-3,
     "rope_parameters": {  # ramp: 0, 1/3, 2/3, 1
@@ -256,11 +257,11 @@ CASES = {
     "deepseek_v3": Case(DEEPSEEK_V3, length=48, seed=30, shards=3, mtp=True),
     "deepseek_v3_released": Case(DEEPSEEK_V3_RELEASED, length=48, seed=25, released=True, dtype=torch.bfloat16),
     "deepseek_v3_fp8": Case(DEEPSEEK_V3_FP8, length=40, seed=3, released=True, dtype=torch.bfloat16, fp8=True),
-    "deepseek_v32": Case(DEEPSEEK_V32, length=40, seed=14),
+    "deepseek_v32": Case(DEEPSEEK_V32, length=40, seed=14, mtp=True),
     "qwen3": Case(QWEN3, length=22, seed=2),
     "qwen3_moe": Case(QWEN3_MOE, length=40, seed=9),
     "qwen3_moe_step": Case(QWEN3_MOE_STEP, length=40, seed=2),
-    "qwen3_next": Case(QWEN3_NEXT, length=72, seed=13),
+    "qwen3_next": Case(QWEN3_NEXT, length=72, seed=13, mtp=True),
 }
 
 # (name, mean, spread, whether the spread is divided by sqrt(inputs)); the first that matches. Wide enough for attention to be far from uniform, gates from 1/2,

@@ -1,5 +1,6 @@
 """Checkpoints on disk: names, blocks of float8, the MTP module's layout, shards."""
 
+import copy
 import json
 import re
 import tempfile
@@ -10,6 +11,7 @@ import torch
 from cases import Case
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import MtpLayer
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
@@ -59,12 +61,31 @@ def unfused(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor
             yield f"{stem}.experts.{expert}.{part}.weight", weight.contiguous()
 
 
-def mtp_tensors(mtp: torch.nn.Module, main: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:
-    """The module as DeepSeek-V3's release stores it: a decoder layer beyond the last, with the projection, its norms, and copies of embedding and head."""
-    tensors = {"embed_tokens.weight": main["model.embed_tokens.weight"].clone(), "shared_head.head.weight": main["lm_head.weight"].clone()}
-    for name, tensor in mtp.layers[0].state_dict().items():
-        tensors |= unfused(name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm."), tensor)
-    return {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+def mtp_layer(model: PreTrainedModel) -> MtpLayer:
+    """An MTP module for `model`: a decoder layer of its class, with experts, full attention, and an indexer if the model has one."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 1
+    for field, kinds in (
+        ("first_k_dense_replace", 0),
+        ("mlp_only_layers", []),
+        ("mlp_layer_types", ["sparse"]),
+        ("layer_types", [model.config.layer_types[-1]] if getattr(model.config, "layer_types", None) else None),
+    ):
+        if hasattr(config, field):
+            setattr(config, field, kinds)
+    return MtpLayer(config, type(model.model.layers[-1]), type(model.model.norm), 0).eval()
+
+
+def mtp_tensors(layer: MtpLayer, main: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """The module as it is released. DeepSeek-V3's: a decoder layer beyond the last, with the projection, its norms, and copies of embedding and head.
+    Qwen3-Next's: tensors of the prefix `mtp` (transformers drops them; names as in vLLM, which runs them)."""
+    own = {name: part for disk, tensor in layer.state_dict().items() for name, part in unfused(disk, tensor)}
+    if layer.config.model_type == "qwen3_next":
+        ends = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "post_norm": "norm"}
+        return {"mtp." + ".".join(ends.get(part, part) for part in name.replace("mtp_block.", "layers.0.").split(".")): own[name] for name in own}
+    own = {name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm."): part for name, part in own.items()}
+    copies = {"embed_tokens.weight": main["model.embed_tokens.weight"].clone(), "shared_head.head.weight": main["lm_head.weight"].clone()}
+    return {f"model.layers.{layers}.{name}": tensor for name, tensor in (copies | own).items()}
 
 
 def over_blocks(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -14,15 +14,16 @@ try:
     import torch
     import transformers
     from safetensors.torch import load_file
-    from transformers.modeling_layers import MtpModel
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpLayer, MtpModel
 except ImportError as missing:
     print(f"{missing.name} is needed: pip install torch==2.13.0 transformers==5.23.0", file=sys.stderr)
     sys.exit(2)
 
 from cases import CASES, Case, draw, prompts
-from checkpoint import empty, load, mtp_tensors, quantise, saved, write
+from checkpoint import empty, load, mtp_layer, mtp_tensors, quantise, saved, write
 from margins import LEAST, character, margins
-from record import golden, greedy, mtp_logits, trace
+from record import golden, greedy, mtp_trace, trace
 
 HERE = Path(__file__).parent
 
@@ -37,18 +38,27 @@ def build(case: Case, directory: Path) -> torch.Tensor:
     if case.fp8:
         tensors = quantise(tensors, case.seed)
     if case.mtp:
-        mtp = MtpModel(model, 1).eval()
-        draw(mtp.layers[0], case.seed + 1)
-        tensors |= mtp_tensors(mtp, tensors, model.config.num_hidden_layers)
+        tensors |= mtp_tensors(drawn_mtp(case, model), tensors, model.config.num_hidden_layers)
     write(directory, case.config if case.released else config, tensors, case.shards)
     with torch.no_grad():
         return model(prompts(case)).logits
 
 
-def load_mtp(case: Case, model: transformers.PreTrainedModel, directory: Path) -> MtpModel | None:
-    """transformers' MTP module, with the weights that transformers itself finds in the checkpoint."""
+def drawn_mtp(case: Case, model: transformers.PreTrainedModel) -> MtpLayer:
+    layer = mtp_layer(model)
+    draw(layer, case.seed + 1)
+    return layer
+
+
+def load_mtp(case: Case, model: transformers.PreTrainedModel, directory: Path) -> MtpLayer | None:
+    """The MTP module. DeepSeek-V3's with the weights that transformers itself finds in the checkpoint; of the other families transformers reads none, so it is
+    drawn again."""
     if not case.mtp:
         return None
+    return own_mtp(model, directory).layers[0] if model.config.model_type == "deepseek_v3" else drawn_mtp(case, model)
+
+
+def own_mtp(model: transformers.PreTrainedModel, directory: Path) -> MtpModel:
     model.config.name_or_path = str(directory)
     model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\."]  # the class knows of a 61st layer only
     return MtpModel.from_pretrained(model).eval()
@@ -67,15 +77,20 @@ def check(case: Case, directory: Path, drawn: torch.Tensor) -> dict[str, float]:
         assert np.array_equal(greedy(model, ids, cache=False)[0].numpy(), recorded["greedy"])
         mtp = load_mtp(case, model, directory)
         if mtp is not None:
-            assert np.abs(mtp_logits(mtp, again.normed, ids)[0].numpy() - recorded["mtp_logits"]).max() <= 1e-5
+            assert np.abs(mtp_trace(model, mtp, again.normed, ids).logits.numpy() - recorded["mtp_logits"]).max() <= 1e-5
             early = ids.clone()
             early[:, -1] = (early[:, -1] + 1) % case.config["vocab_size"]
-            changed = mtp_logits(mtp, again.normed, early)[0].numpy() != recorded["mtp_logits"]
-            assert not changed[:, :-1].any() and changed[:, -1].all(), "the MTP module is not causal"
-    names = {name for file in directory.glob("*.safetensors") for name in load_file(file)}
-    own = {name for name in names if not any(word in name for word in ("_scale_inv", "e_score_correction_bias", ".indexer."))}
-    own = {name for name in own if not name.startswith(f"model.layers.{model.config.num_hidden_layers}.")}
-    assert own == set(recorded["grad_names"].tolist())
+            changed = np.abs(mtp_trace(model, mtp, again.normed, early).logits.numpy() - recorded["mtp_logits"]) > 1e-5
+            assert not changed[:, :-1].any() and changed[:, -1].any(-1).all(), "the MTP module is not causal"
+            if model.config.model_type == "deepseek_v3":
+                whole, positions = own_mtp(model, directory), torch.arange(1, ids.shape[1])[None]
+                out = whole.forward_layer(0, again.normed[:, :-1], positions, MtpCache(config=whole.config), input_ids=ids[:, 1:])
+                assert np.abs(whole._project_to_logits(out).numpy() - recorded["mtp_logits"]).max() <= 1e-5
+    tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    own = {name for name in tensors if not any(word in name for word in ("_scale_inv", "e_score_correction_bias", ".indexer."))}
+    modules = mtp_tensors(mtp, tensors, model.config.num_hidden_layers) if mtp else {}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in modules.items())
+    assert own - set(modules) == set(recorded["grad_names"].tolist())
     assert (recorded["grad_norms"] > 0).all(), "a parameter without a gradient: an expert that is never chosen?"
     gaps, facts = margins(model, ids, mtp), character(model, ids)
     assert min(gaps.values()) >= max(LEAST, 10 * facts.get("choice noise", 0.0)), (gaps, facts)

@@ -3,9 +3,9 @@
 import copy
 
 import torch
-from record import Trace, greedy, mtp_logits, trace
+from record import Trace, greedy, mtp_trace, trace
 from transformers import PreTrainedModel
-from transformers.modeling_layers import MtpModel
+from transformers.modeling_layers import MtpLayer
 
 LEAST = 2e-4  # and at least ten times the "choice noise"
 GROUP_SCORE = {
@@ -75,16 +75,19 @@ def routers_of(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
 
 
 @torch.no_grad()
-def margins(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpModel | None) -> dict[str, float]:
+def margins(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpLayer | None) -> dict[str, float]:
     """Smallest gaps over `ids` and the tokens generated after them."""
     new, scores = greedy(model, ids)
     everything = torch.cat([ids, new], 1)
     seen, routers = trace(model, everything), routers_of(model)
     found = [route_gaps(routers[n], outputs) for n, outputs in seen.routers.items()]
+    indexers = list(seen.indexers.values())
     if mtp is not None:
-        found.append(route_gaps(mtp.layers[0].mtp_block.mlp.gate, mtp_logits(mtp, seen.normed, everything)[1]))
+        drafted = mtp_trace(model, mtp, seen.normed, everything)
+        found.append(route_gaps(mtp.mtp_block.mlp.gate, drafted.routers[0]))
+        indexers += drafted.indexers.values()
     k = getattr(model.config, "index_topk", 0)
-    found += [{"indexer": gap(scores[:, t, : t + 1], k).min().item()} for scores, _ in seen.indexers.values() for t in range(k, everything.shape[1])]
+    found += [{"indexer": gap(scores[:, t, : t + 1], k).min().item()} for scores, _ in indexers for t in range(k, scores.shape[1])]
     found.append({"greedy": gap(scores, 1).min().item()})
     return {name: min(gaps[name] for gaps in found if name in gaps) for name in ("expert", "group", "indexer", "greedy") if any(name in gaps for gaps in found)}
 

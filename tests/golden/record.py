@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from cases import NEW_TOKENS
 from checkpoint import unfused
 from transformers import PreTrainedModel
-from transformers.cache_utils import MtpCache
-from transformers.modeling_layers import MtpModel
+from transformers.modeling_layers import MtpLayer
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import apply_rotary_pos_emb
 
 PADDED = 11
@@ -71,21 +70,21 @@ def set_of(indices: torch.Tensor) -> torch.Tensor:
     return torch.where(allowed <= limit, allowed, -1).to(torch.int32)
 
 
-def gates_in_order(router: tuple, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts ascending [B, T, K], and their gates in that order."""
-    _, gates, experts = router
-    experts, order = experts.sort(-1)
-    return experts.to(torch.int32).reshape(*shape, -1), gates.gather(-1, order).reshape(*shape, -1)
-
-
-def mtp_logits(mtp: MtpModel, normed: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-    """[B, T-1, V]: position t has seen tokens 0..t+1 and predicts t+2. And the module's router outputs."""
-    routers = []
-    hook = mtp.layers[0].mtp_block.mlp.gate.register_forward_hook(lambda _, inputs, out: routers.append(out))
+def mtp_trace(model: PreTrainedModel, layer: MtpLayer, normed: torch.Tensor, ids: torch.Tensor) -> Trace:
+    """The module over T-1 positions: t has seen tokens 0..t+1 and predicts t+2. Positions count from 1, as transformers' own."""
+    seen, block = Trace(), layer.mtp_block
+    hooks = [block.mlp.gate.register_forward_hook(lambda _, inputs, out: seen.routers.__setitem__(0, out))]
+    if indexer := getattr(block.self_attn, "indexer", None):
+        hooks.append(indexer.register_forward_hook(lambda module, inputs, out: seen.indexers.__setitem__(0, (index_scores(module, *inputs[:3]), out))))
+    embedded = model.model.embed_tokens(ids[:, 1:])
     positions = torch.arange(1, ids.shape[1])[None]
-    out = mtp.forward_layer(0, normed[:, :-1], positions, MtpCache(config=mtp.config), input_ids=ids[:, 1:])
-    hook.remove()
-    return mtp._project_to_logits(out), routers[0]
+    later = torch.full((1, 1, ids.shape[1] - 1, ids.shape[1] - 1), torch.finfo(torch.float32).min).triu(1)
+    rope = model.model.rotary_emb(embedded, positions)
+    out = layer(embedded, normed[:, :-1], position_embeddings=rope, attention_mask=later, position_ids=positions, past_key_values=None)
+    for hook in hooks:
+        hook.remove()
+    seen.logits = model.lm_head(out)
+    return seen
 
 
 def greedy(model: PreTrainedModel, ids: torch.Tensor, cache: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +110,7 @@ def gradient_norms(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, floa
     return {name: float(part.double().norm()) for name, part in sorted(gradients.items())}
 
 
-def golden(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpModel | None) -> dict[str, np.ndarray]:
+def golden(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpLayer | None) -> dict[str, np.ndarray]:
     """The arrays of golden.npz."""
     seen = trace(model, ids)
     loss = F.cross_entropy(seen.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -125,13 +124,12 @@ def golden(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpModel | None) -> d
             "padded_logits": model(ids[:1, :PADDED]).logits[0, -1],
         }
         if seen.routers:
-            chosen = {n: gates_in_order(router, ids.shape) for n, router in seen.routers.items()}
-            none = [torch.full_like(array, fill) for array, fill in zip(next(iter(chosen.values())), (-1, 0.0), strict=True)]
-            for place, name in enumerate(("routes", "gates")):
-                arrays[name] = torch.stack([chosen.get(n, none)[place] for n in sorted(seen.hidden)], 1)
+            chosen = {n: experts.to(torch.int32).sort(-1).values.reshape(*ids.shape, -1) for n, (_, _, experts) in seen.routers.items()}
+            none = torch.full_like(next(iter(chosen.values())), -1)
+            arrays["routes"] = torch.stack([chosen.get(n, none) for n in sorted(seen.hidden)], 1)
         if seen.indexers:
             arrays["indexer"] = torch.stack([set_of(chosen) for _, chosen in seen.indexers.values()], 1)
         if mtp is not None:
-            arrays["mtp_logits"] = mtp_logits(mtp, seen.normed, ids)[0]
+            arrays["mtp_logits"] = mtp_trace(model, mtp, seen.normed, ids).logits
     arrays = {name: array.detach().numpy() for name, array in arrays.items()}
     return arrays | {"loss": np.float64(loss.item()), "grad_names": np.array(list(norms)), "grad_norms": np.array(list(norms.values()))}
