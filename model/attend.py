@@ -1,7 +1,8 @@
 """Attention proper: from queries, keys and values to the mixed values, dense or sparse, with what the indexer learns from.
 
-Two forms of the same function: `attend_expanded` over keys and values expanded per head (training, prefill), in chunks of queries so that no array of
-T x S x N ever lives; `attend_latent` over the latents themselves (decoding; the absorbed form, arXiv 2405.04434, section 2.1.2).
+Three forms of the same function: `attend_expanded` over keys and values per head (training, prefill), in chunks of queries so that no array of T x S x N
+ever lives; `attend_cached` over keys and values that were kept (decoding); `attend_latent` over latents that were (decoding; the absorbed form, arXiv
+2405.04434, section 2.1.2).
 """
 
 import functools

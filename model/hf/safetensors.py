@@ -107,7 +107,7 @@ class TensorFiles:
             files = sorted(set(of_tensor.values()))
             if not all(isinstance(file, str) for file in files):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{index}: not an index of safetensors files (a JSON object with a weight_map)") from None
         headers = {}
         for file in files:
@@ -240,7 +240,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         described = sorted((*map(int, entry["data_offsets"]), name, entry["dtype"], tuple(map(int, entry["shape"]))) for name, entry in entries.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{file}: not a safetensors file (its header is not the JSON it should be)") from None
     tensors, reached = {}, 0
     for begin, end, name, kind, shape in described:
