@@ -226,7 +226,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def summarise(config: Config, parameters_total: int, parameters_active: int, mesh: Mesh) -> None:
+def summarise(config: Config, parameters_total: int, parameters_active: int, mesh: Mesh, *, trains: bool) -> None:
     """Prints what is about to run, in a few lines, once per run: process 0 alone speaks. `parameters_active` counts what one token goes through."""
     import jax
     from rich.console import Console
@@ -242,9 +242,10 @@ def summarise(config: Config, parameters_total: int, parameters_active: int, mes
         "model": f"{model.layers} layers ({attention}; {model.layers - model.moe_layers} dense) x {model.width} wide, {routed}",
         "parameters": f"{parameters_total:,} total, {parameters_active:,} active",
         "mesh": f"{' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}: {devices} {mesh.devices.flat[0].platform} device{'s' * (devices > 1)}",
-        "data": f"{', '.join(data.sources)}; {data.batch} x {data.sequence} = {data.batch * data.sequence:,} tokens a step",
-        "train": f"{train.stage}, {train.steps:,} steps, learning rate {train.learning_rate:g}, seed {config.seed}",
     }
+    if trains:
+        rows["data"] = f"{', '.join(data.sources)}; {data.batch} x {data.sequence} = {data.batch * data.sequence:,} tokens a step"
+        rows["train"] = f"{train.stage}, {train.steps:,} steps, learning rate {train.learning_rate:g}, seed {config.seed}"
     console = Console(highlight=False)
     table = Table(show_header=False, title="config", title_justify="left") if console.is_terminal else None
     for name, value in rows.items():

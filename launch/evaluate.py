@@ -36,7 +36,7 @@ INFILL_BYTES_PER_TOKEN = 2  # a file is cut into texts of about this many bytes 
 
 def run(config: Config, workdir: Path) -> dict:
     """Returns what evaluation.json holds."""
-    begin = start(config, workdir, rows=config.data.batch // config.train.microbatches)
+    begin = start(config, workdir, rows=config.data.batch // config.train.microbatches, trains=False)
     result, samples = {}, []
     with jax.set_mesh(begin.mesh):
         variables = run_variables(begin, workdir)

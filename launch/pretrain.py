@@ -41,7 +41,7 @@ def run(config: Config, workdir: Path) -> bool:
 
 def train(config: Config, workdir: Path, stage: str, chat: bool = False) -> bool:
     """Trains on text, or on conversations; `stage` names the metrics. Returns whether all steps are done."""
-    begin = start(config, workdir, rows=config.data.batch // config.train.microbatches)
+    begin = start(config, workdir, rows=config.data.batch // config.train.microbatches, trains=True)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     stream = iter(batches(config.data, begin.tokenizer, split="train", seed=config.seed, chat=chat, **process))
     objective = language_objective(begin.model, config.train)

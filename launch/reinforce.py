@@ -54,7 +54,7 @@ def run(config: Config, workdir: Path) -> bool:
 
 def train(config: Config, workdir: Path) -> bool:
     r, updates = config.reinforce, config.reinforce.epochs * config.reinforce.minibatches
-    begin = start(config, workdir, rows=r.prompts)
+    begin = start(config, workdir, rows=r.prompts, trains=True)
     trained = per_update(config.train, updates)
     algorithm = get_algorithm(r.algorithm, max_completion=config.sampling.max_new, kl_weight=r.kl_weight)
     temperature = config.sampling.temperature

@@ -37,7 +37,7 @@ def run(config: Config, workdir: Path, prompt: str, chat: str, infill: bool, pre
         raise UserError("give one of --prompt, --chat and --infill")
     if (prefix or suffix) and not infill:
         raise UserError("--prefix and --suffix go with --infill")
-    begin = start(config, workdir, rows=0)
+    begin = start(config, workdir, rows=0, trains=False)
     with jax.set_mesh(begin.mesh):
         variables = run_variables(begin, workdir)
         write = functools.partial(stream, begin, variables, jax.jit(functools.partial(decode_step, begin.model, stage=config.sampling.attention)))

@@ -42,7 +42,7 @@ class Start:
         return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def start(config: Config, workdir: Path, rows: int) -> Start:
+def start(config: Config, workdir: Path, rows: int, *, trains: bool) -> Start:
     """Makes the mesh, finds or trains the tokenizer, and says what is about to run. `rows` is how many rows a microbatch has."""
     compile_cache()
     mesh = make_mesh(config.mesh)
@@ -53,7 +53,7 @@ def start(config: Config, workdir: Path, rows: int) -> Start:
     if config.init_from and jax.process_index() == 0:
         inherit_record(config.init_from, workdir)
     model = sized(config.model, tokenizer)
-    summarise(config, *count_parameters(model), mesh)
+    summarise(config, *count_parameters(model), mesh, trains=trains)
     return Start(config, model, tokenizer, mesh)
 
 

@@ -377,7 +377,7 @@ def test_claim_refuses_a_damaged_record(tmp_path, config):
 def test_summary_names_parameters_and_mesh(capsys, config):
     from model.sharding import make_mesh
 
-    door.summarise(config, 12_345, 6_789, make_mesh(config.mesh))
+    door.summarise(config, 12_345, 6_789, make_mesh(config.mesh), trains=True)
     out = capsys.readouterr().out
     assert "12,345 total, 6,789 active" in out and "data=8 fsdp=1 expert=1 tensor=1: 8 cpu devices" in out
     assert "8 x 256 = 2,048 tokens a step" in out and len(out.splitlines()) == 5

@@ -99,7 +99,7 @@ def test_a_run_that_started_from_another_is_read_from_its_own_checkpoints(tmp_pa
     pretrain.run(config, tmp_path / "second")
     first, second = (final_variables(config, tmp_path / name) for name in ("first", "second"))
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
-    begin = start(config, tmp_path / "second", rows=8)
+    begin = start(config, tmp_path / "second", rows=8, trains=True)
     chex.assert_trees_all_equal(jax.device_get(run_variables(begin, tmp_path / "second")), second)
     chex.assert_trees_all_equal(jax.device_get(run_variables(begin, tmp_path / "results")), first)
     other = dataclasses.replace(begin, config=dataclasses.replace(config, init_from="elsewhere"))
