@@ -6,6 +6,7 @@ Plain reads and writes, on purpose. Mapped pages would count as this process's m
 float8 (nor does it write a tensor in pieces).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -151,7 +152,7 @@ class TensorWriter:
     Args:
       directory: where to, created if need be.
       plan: (name, dtype, shape) of every tensor.
-      source: where the values come from, noted in each file, so that shards of one source are not taken for another's.
+      source: where the values come from. Each file notes its hash (a path is nobody else's business), so that shards of one source are not taken for another's.
       shard_bytes: of tensors, in one file; a larger tensor has a file of its own.
 
     Raises:
@@ -279,7 +280,7 @@ def _plan_shard(file: Path, tensors: list[tuple[str, np.dtype, tuple[int, ...]]]
     for name, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps({"__metadata__": {"format": "pt", "source": source}} | entries, separators=(",", ":")).encode()
+    text = json.dumps({"__metadata__": {"format": "pt", "source": hashlib.sha256(source.encode()).hexdigest()[:16]}} | entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     infos = {}
