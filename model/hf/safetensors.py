@@ -108,12 +108,14 @@ class TensorFiles:
             files = sorted(set(of_tensor.values()))
             if not all(isinstance(file, str) for file in files):
                 raise TypeError
+        except OSError as failure:
+            raise UserError(f"{index}: {failure.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{index}: not an index of safetensors files (a JSON object with a weight_map)") from None
         headers = {}
         for file in files:
-            if not (self.directory / file).exists():
-                raise UserError(f"{index}: names {file}, which is not there")
+            if not os.path.exists(self.directory / file):
+                raise UserError(f"{index}: names {file[:100]}, which is not there")
             headers[file] = _read_header(self.directory / file)
         for name, file in of_tensor.items():
             if name not in headers[file]:
