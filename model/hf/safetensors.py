@@ -242,7 +242,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
-        described = sorted((*map(int, entry["data_offsets"]), name, entry["dtype"], tuple(map(int, entry["shape"]))) for name, entry in entries.items())
+        described = sorted(_described(name, entry) for name, entry in entries.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{file}: not a safetensors file (its header is not the JSON it should be)") from None
     tensors, reached = {}, 0
@@ -259,6 +259,14 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         kind = "truncated" if size < 8 + length + reached else "damaged"
         raise UserError(f"{file}: {kind}: {size} bytes, and its header tells of {8 + length + reached}")
     return tensors
+
+
+def _described(name: str, entry: dict[str, Any]) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """(begin, end, name, dtype, shape) of a header's entry. Raises ValueError, KeyError or TypeError for what is not one."""
+    (begin, end), kind, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
+    if type(kind) is not str or not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise TypeError
+    return begin, end, name, kind, tuple(shape)
 
 
 def _plan_shards(directory: Path, plan: list[tuple[str, np.dtype, tuple[int, ...]]], source: str, shard_bytes: int) -> list[_Shard]:

@@ -170,6 +170,10 @@ DAMAGES = {
     "no JSON": (b"{'a'}", b"", None, "not a safetensors file (its header is not the JSON it should be)"),
     "a list": (b"[1]", b"", None, "not a safetensors file (its header is not the JSON it should be)"),
     "no shape": ({"a": {"dtype": "I32"}}, b"", None, "not a safetensors file (its header is not the JSON it should be)"),
+    "nested": (b"[" * 100_000, b"", None, "not a safetensors file (its header is not the JSON it should be)"),
+    "shape of halves": ({"a": entry("I32", [0.5, 2], 0, 4)}, b"1234", None, "not a safetensors file (its header is not the JSON it should be)"),
+    "three offsets": ({"a": entry("I8", [1], 0, 1) | {"data_offsets": [0, 1, 2]}}, b"1", None, "not a safetensors file (its header is not the JSON it should be)"),
+    "dtypes": ({"a": entry(["I8"], [1], 0, 1)}, b"1", None, "not a safetensors file (its header is not the JSON it should be)"),
     "dtype": ({"a": entry("F4", [2], 0, 1)}, b"x", None, "a is of dtype F4, which is unknown here (known: F64, "),
     "size": ({"a": entry("I32", [2], 0, 4)}, b"1234", None, "a, I32 of shape [2], cannot fill bytes 0 to 4"),
     "overlap": ({"a": entry("I32", [1], 0, 4), "b": entry("I8", [2], 3, 5)}, b"12345", None, "b begins at byte 3 and the tensor before it ends at 4"),
@@ -202,9 +206,10 @@ def test_cut_while_it_is_read(tmp_path):
     [
         ({"a": "one", "b": "two"}, f"{INDEX}: names two, which is not there"),
         ({"a": "one", "c": "one"}, f"{INDEX}: says that c is in one, which lacks it"),
+        ({"a": "a" * 5000}, f"{INDEX}: names {'a' * 100}, which is not there"),
         (["a"], f"{INDEX}: not an index of safetensors files (a JSON object with a weight_map)"),
     ],
-    ids=["file", "tensor", "kind"],
+    ids=["file", "tensor", "long name", "kind"],
 )
 def test_an_index_that_is_wrong(tmp_path, index, message):
     file_of(tmp_path / "one", PAIR, PAIR_BYTES)
