@@ -161,19 +161,20 @@ def test_only_what_was_planned_is_written(tmp_path):
 
 
 HUGE = 10**12
+NO_HEADER = "not a safetensors file (its header is not the JSON it should be)"
 DAMAGES = {
     "empty": (b"", b"", None, "not a safetensors file"),
     "length": (PAIR, PAIR_BYTES, HUGE, f"not a safetensors file (its header would be {HUGE} bytes long)"),
     "header cut": (PAIR, b"", 1000, "truncated: "),
     "cut": (PAIR, PAIR_BYTES[:-1], None, "truncated: "),
     "longer": (PAIR, PAIR_BYTES + b"x", None, "damaged: "),
-    "no JSON": (b"{'a'}", b"", None, "not a safetensors file (its header is not the JSON it should be)"),
-    "a list": (b"[1]", b"", None, "not a safetensors file (its header is not the JSON it should be)"),
-    "no shape": ({"a": {"dtype": "I32"}}, b"", None, "not a safetensors file (its header is not the JSON it should be)"),
-    "nested": (b"[" * 100_000, b"", None, "not a safetensors file (its header is not the JSON it should be)"),
-    "shape of halves": ({"a": entry("I32", [0.5, 2], 0, 4)}, b"1234", None, "not a safetensors file (its header is not the JSON it should be)"),
-    "three offsets": ({"a": entry("I8", [1], 0, 1) | {"data_offsets": [0, 1, 2]}}, b"1", None, "not a safetensors file (its header is not the JSON it should be)"),
-    "dtypes": ({"a": entry(["I8"], [1], 0, 1)}, b"1", None, "not a safetensors file (its header is not the JSON it should be)"),
+    "no JSON": (b"{'a'}", b"", None, NO_HEADER),
+    "a list": (b"[1]", b"", None, NO_HEADER),
+    "no shape": ({"a": {"dtype": "I32"}}, b"", None, NO_HEADER),
+    "nested": (b"[" * 100_000, b"", None, NO_HEADER),
+    "shape of halves": ({"a": entry("I32", [0.5, 2], 0, 4)}, b"1234", None, NO_HEADER),
+    "three offsets": ({"a": entry("I8", [1], 0, 1) | {"data_offsets": [0, 1, 2]}}, b"1", None, NO_HEADER),
+    "dtypes": ({"a": entry(["I8"], [1], 0, 1)}, b"1", None, NO_HEADER),
     "dtype": ({"a": entry("F4", [2], 0, 1)}, b"x", None, "a is of dtype F4, which is unknown here (known: F64, "),
     "size": ({"a": entry("I32", [2], 0, 4)}, b"1234", None, "a, I32 of shape [2], cannot fill bytes 0 to 4"),
     "overlap": ({"a": entry("I32", [1], 0, 4), "b": entry("I8", [2], 3, 5)}, b"12345", None, "b begins at byte 3 and the tensor before it ends at 4"),
