@@ -30,7 +30,7 @@ WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 
 
-TYPE_NAMES = {int: "a number", float: "a number", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
 
 
 class Keys:
@@ -48,9 +48,10 @@ class Keys:
         if value is None:
             return default
         wanted = int if default is MISSING else type(default)
-        number = wanted in (int, float)
-        if not isinstance(value, (int, float) if number and default is not MISSING else wanted) or isinstance(value, bool) != (wanted is bool):
-            raise self.unsupported(name, value, f"must be {TYPE_NAMES[int if default is MISSING else wanted]}")
+        if wanted is int and type(value) is float and value.is_integer():
+            value = int(value)
+        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool) != (wanted is bool):
+            raise self.unsupported(name, value, f"must be {TYPE_NAMES[wanted]}")
         if default is MISSING and value <= 0:
             raise self.unsupported(name, value, "must be positive")
         return value
@@ -124,7 +125,7 @@ def shared_fields(keys: Keys) -> dict[str, Any]:
     """What every family has."""
     keys.must_be("hidden_act", ["silu"], "silu")
     keys.must_be("attention_bias", [False], False)
-    keys.must_be("attention_dropout", [0], 0)
+    keys.must_be("attention_dropout", [0], 0.0)
     stored = keys.take("dtype", keys.take("torch_dtype", "float32"))
     return {
         "vocab": keys.take("vocab_size"),

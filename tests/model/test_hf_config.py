@@ -100,6 +100,7 @@ def test_a_value_of_another_type_is_one_line(tmp_path):
 REFUSED = {
     "no key heads": ("qwen3_moe", lambda keys: keys.pop("num_key_value_heads"), 'no key "num_key_value_heads"'),
     "no heads": ("qwen3", lambda keys: keys.update(num_attention_heads=0), '"num_attention_heads": 0: must be positive'),
+    "half a channel": ("qwen3", lambda keys: keys.update(head_dim=14.5), '"head_dim": 14.5: must be a whole number'),
     "V3.2 with halves": ("deepseek_v32", lambda keys: keys.update(rope_interleave=False), '"rope_interleave": false: only true'),
     "V3.2's indexer with pairs": ("deepseek_v32", lambda keys: keys.update(indexer_rope_interleave=True), '"indexer_rope_interleave": true: only false'),
     "a part of a head turned": ("qwen3", lambda keys: keys.update(partial_rotary_factor=0.5), '"partial_rotary_factor": 0.5'),
