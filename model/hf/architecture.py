@@ -116,7 +116,7 @@ def named_architecture(keys: Keys) -> str:
         of_type = {"deepseek_v3": "DeepseekV3", "deepseek_v32": "DeepseekV32", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen3_next": "Qwen3Next"}
         kind = keys.take("model_type", "")
         named = [of_type.get(kind, kind) + "ForCausalLM"]
-    if named[0] not in ARCHITECTURES:
+    if str(named[0]) not in ARCHITECTURES:
         raise UserError(f'{keys.where}: architecture "{named[0]}" is not supported (these are: {", ".join(ARCHITECTURES)})')
     return named[0]
 
