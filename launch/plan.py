@@ -75,7 +75,7 @@ def run(config: Config, topology: str, what: str, json: str) -> None:
     devices = topology_devices(topology) if topology else jax.devices()
     mesh = make_mesh(config.mesh, devices)
     model = sized(config)
-    summarise(dataclasses.replace(config, model=model), *count_parameters(model), mesh)
+    summarise(dataclasses.replace(config, model=model), *count_parameters(model), mesh, trains=True)
     plans = []
     with jax.set_mesh(mesh):
         for name in PROGRAMS[what]:
