@@ -112,6 +112,6 @@ def test_the_indexer_learns_as_autodiff_through_a_naive_implementation_says(stag
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 def test_its_loss_reaches_nothing_else(stage):
-    """Exactly zero, to every parameter of trunk and MTP module. (That the language model's reaches no indexer, exactly: test_golden.test_loss_and_gradients.)"""
+    """Exactly zero, to all of trunk and MTP module. (That the language model's reaches no indexer, exactly: test_golden.test_loss_and_gradients.)"""
     for path, leaf in jax.tree.leaves_with_path(ours(stage)[1]):
         assert jnp.any(leaf) == any(key.key == "indexer" for key in path), path
