@@ -68,17 +68,18 @@ def pretrain() -> ConfigDict:
     c = common()
     c.init_from = "runs/quickstart/copying"
     c.train.stage = "dense"
-    c.train.steps = 1_300
+    c.train.steps = 1_500  # after 1,300 seed 0 had not yet learnt the problems: half of what it worked out was right, after 1,500 nine tenths
     c.train.optimizer = "muon"
     c.train.learning_rate = 5e-3
     return c
 
 
 def warmup() -> ConfigDict:
+    """With 30 steps here and 40 of `sparse` the held-out loss stayed 0.06 to 0.13 nats/token above dense attention's; with 100 of both, within 0.01."""
     c = common()
     c.init_from = "runs/quickstart/pretrain"
     c.train.stage = "warmup"
-    c.train.steps = 30
+    c.train.steps = 100
     c.train.learning_rate = 5e-3
     c.train.warmup_steps = 5
     return c
@@ -88,7 +89,7 @@ def sparse() -> ConfigDict:
     c = common()
     c.init_from = "runs/quickstart/warmup"
     c.train.stage = "sparse"
-    c.train.steps = 40
+    c.train.steps = 100
     c.train.learning_rate = 5e-4
     c.train.warmup_steps = 5
     return c
