@@ -1,0 +1,216 @@
+"""The indexer's loss without an array of T x S: KL(p || softmax of the scores over the set), where p is the attention's probabilities, mean over heads
+(arXiv 2512.02556, eq. 3 over all keys, eq. 4 over the selected ones).
+
+Each head's probabilities sum to 1 over the set, so p = mean over heads of exp(logits - lse) needs no normalising of its own. With I the scores and L their
+log-sum-exp over the set,
+
+    KL = sum over keys of p (log p - I + L)        dKL/dI = softmax(I) - p
+
+so a first pass over the tiles finds L, and a second one the loss and, since a sum's cotangent is one number, its gradients too: w gets the sum of dI relu(q k),
+q gets dI w [q k > 0] k, k the same with q. Both passes and the attention's forward skip tiles without a key of the set.
+
+The gradient of the indexer's keys is a sum over queries while the tiles run over keys first: it is kept in HBM, and a tile's part fetched, added to and put
+back (half a megabyte for 10^10 operations). So the grid must run in order, on one core.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from model.indexer import indexer_kl, indexer_scores
+from model.kernels.keyset import KEYS, LANES, held_tiles, next_held, tile_bias, unpack
+from model.kernels.selection import score_tile, sum_by_lane
+from model.kernels.sparse_attention import F32, NO_KEY, column, dot, padded
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of a tile: multiples of 128; keys divide 4096."""
+
+    queries: int = 128
+    keys: int = 256
+    interpret: Any = False
+
+
+def total_kl_reference(
+    q_BNTH: Array, k_BNSH: Array, lse_BNT: Array, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, *, queries: int = 256
+) -> Array:
+    """See `total_kl_tpu`. So many queries at a time."""
+    T, S = q_BNTH.shape[2], k_BNSH.shape[2]
+    size = -(-T // queries) * queries
+
+    def cut(x: Array, axis: int) -> Array:
+        x = padded(x, axis, size)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, queries, *x.shape[axis + 1 :]), axis, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(total, piece):
+        q_BNCH, lse_BNC, q_BCIC, w_BCI, bits_BCW = piece
+        among_BCS = unpack(bits_BCW, S)
+        logits_BNCS = jnp.einsum("BNCH,BNSH->BNCS", q_BNCH, k_BNSH, preferred_element_type=F32)
+        p_BCS = jnp.mean(jnp.where(among_BCS[:, None], jnp.exp(logits_BNCS - lse_BNC[..., None]), 0.0), axis=1)
+        return total + jnp.sum(indexer_kl(p_BCS, indexer_scores(q_BCIC, k_BSC, w_BCI), among_BCS)), None
+
+    pieces = cut(q_BNTH, 2), cut(lse_BNT, 2), cut(q_BTIC, 1), cut(w_BTI, 1), cut(bits_BTW, 1)
+    return lax.scan(step, jnp.zeros((), F32), pieces)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def total_kl_tpu(
+    q_BNTH: Array, k_BNSH: Array, lse_BNT: Array, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, tiles: Tiles = Tiles()
+) -> Array:
+    """The loss summed over all queries, float32 scalar; 0 for queries without keys. Its gradient reaches the indexer's q, w and k alone.
+
+    Args:
+      q_BNTH, k_BNSH, lse_BNT: the attention's, as `attend_tpu` had and gave them.
+      q_BTIC, w_BTI, k_BSC: the indexer's, see `indexer_scores`.
+      bits_BTW: the keys compared, those that lse is over.
+    """
+    return _with_gradients(q_BNTH, k_BNSH, lse_BNT, q_BTIC, w_BTI, k_BSC, bits_BTW, tiles)[0]
+
+
+def _normaliser_kernel(held_ref, fetch_ref, q_ref, w_ref, k_ref, bits_ref, lse_ref, largest_ref, total_ref):
+    b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+
+    @pl.when(j == 0)
+    def _():
+        largest_ref[...] = jnp.full(largest_ref.shape, NO_KEY, F32)
+        total_ref[...] = jnp.zeros(total_ref.shape, F32)
+
+    @pl.when(held_ref[b, i, j] != 0)
+    def _():
+        scores_QK = score_tile(q_ref[0], k_ref[0], w_ref[0], q_ref.shape[1]) + tile_bias(bits_ref[0], j, k_ref.shape[1])
+        before_QL = largest_ref[...]
+        largest_QL = jnp.maximum(before_QL, jnp.max(scores_QK, axis=1, keepdims=True))
+        total_ref[...] = jnp.exp(before_QL - largest_QL) * total_ref[...] + jnp.sum(jnp.exp(scores_QK - largest_QL[:, :1]), axis=1, keepdims=True)
+        largest_ref[...] = largest_QL
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _():
+        some_QL = total_ref[...] > 0
+        lse_ref[0] = jnp.where(some_QL, largest_ref[...] + jnp.log(jnp.where(some_QL, total_ref[...], 1.0)), 0.0).T[:1]
+
+
+def _kl_kernel(
+    held_ref, fetch_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, zeros_ref,
+    kl_ref, dq_ref, dw_ref, dk_ref, kl_sum_ref, dq_sum_ref, dw_sum_ref, positive_ref, dk_tile_ref, arrived,
+):  # fmt: skip
+    """positive_ref [I, queries, keys]: relu(q k) of each indexer head, kept from the scores to the gradients."""
+    del zeros_ref  # dk_ref begins as them
+    b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    N, I, keys = q_ref.shape[1], index_q_ref.shape[1], index_k_ref.shape[1]
+
+    @pl.when(j == 0)
+    def _():
+        for sum_ref in (kl_sum_ref, dq_sum_ref, dw_sum_ref):
+            sum_ref[...] = jnp.zeros(sum_ref.shape, F32)
+
+    @pl.when(held_ref[b, i, j] != 0)
+    def _():
+        dk_here = dk_ref.at[b, pl.ds(pl.multiple_of(j * keys, LANES), keys)]
+        fetched = pltpu.make_async_copy(dk_here, dk_tile_ref, arrived)
+        fetched.start()
+        bias_QK = tile_bias(bits_ref[0], j, keys)
+        p_QK = jnp.zeros(bias_QK.shape, F32)
+        for head in range(N):
+            p_QK += jnp.exp(dot(q_ref[0, head], k_ref[0, head], (1, 1)) + bias_QK - column(lse_ref[0, head]))
+        p_QK *= 1.0 / N
+        scores_QK = jnp.zeros(bias_QK.shape, F32)
+        for head in range(I):
+            positive_QK = jnp.maximum(dot(index_q_ref[0, head], index_k_ref[0], (1, 1)), 0.0)
+            positive_ref[head] = positive_QK.astype(positive_ref.dtype)
+            scores_QK += positive_QK * w_ref[0, :, head : head + 1]
+        log_predicted_QK = scores_QK - column(index_lse_ref[0])
+        chosen_QK = bias_QK == 0
+        kl_QK = p_QK * (jnp.log(jnp.where(p_QK > 0, p_QK, 1.0)) - log_predicted_QK)
+        kl_sum_ref[...] += sum_by_lane(jnp.where(chosen_QK, kl_QK, 0.0))
+        dscores_QK = jnp.where(chosen_QK, jnp.exp(log_predicted_QK) - p_QK, 0.0)
+        fetched.wait()
+        dk_KC = dk_tile_ref[...]
+        for head in range(I):
+            positive_QK = positive_ref[head].astype(F32)
+            dw_sum_ref[head] += sum_by_lane(dscores_QK * positive_QK)
+            ddot_QK = (jnp.where(positive_QK > 0, dscores_QK, 0.0) * w_ref[0, :, head : head + 1]).astype(index_k_ref.dtype)
+            dq_sum_ref[head] += dot(ddot_QK, index_k_ref[0], (1, 0))
+            dk_KC += dot(ddot_QK, index_q_ref[0, head], (0, 0))
+        dk_tile_ref[...] = dk_KC
+        put = pltpu.make_async_copy(dk_tile_ref, dk_here, arrived)
+        put.start()
+        put.wait()
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _():
+        kl_ref[0] = jnp.sum(kl_sum_ref[...], axis=1, keepdims=True).T
+        dq_ref[0] = dq_sum_ref[...]
+        for head in range(I):
+            dw_ref[0, head] = jnp.sum(dw_sum_ref[head], axis=1, keepdims=True).T
+
+
+def _with_gradients(q_BNTH, k_BNSH, lse_BNT, q_BTIC, w_BTI, k_BSC, bits_BTW, tiles: Tiles):
+    """(total, what the backward pass scales: dq, dw, dk in float32 and the three themselves)."""
+    (B, N, T, H), S, (I, C) = q_BNTH.shape, k_BNSH.shape[2], q_BTIC.shape[2:]
+    queries, keys = tiles.queries, tiles.keys
+    Tp, Sp, of_word = -(-T // queries) * queries, -(-S // keys) * keys, KEYS // keys
+    bits = padded(bits_BTW, 1, Tp)
+    held_Bnm = held_tiles(bits, queries, keys)[..., : Sp // keys]
+    prefetched = held_Bnm.astype(jnp.int32), next_held(held_Bnm)
+
+    def spec(block, index):
+        return pl.BlockSpec(block, lambda b, i, j, held_ref, fetch_ref: index(b, i, fetch_ref[b, i, j]))
+
+    def call(kernel, name, operands, results, scratch, **options):
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=held_Bnm.shape,
+                in_specs=[where for _, where in operands],
+                out_specs=[where for _, where in results],
+                scratch_shapes=scratch,
+            ),
+            out_shape=[jax.ShapeDtypeStruct(shape, F32) for shape, _ in results],
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=60 * 2**20),
+            interpret=tiles.interpret,
+            name=name,
+            **options,
+        )(*prefetched, *(operand for operand, _ in operands))
+
+    row = spec((1, 1, queries), lambda b, i, j: (b, 0, i))
+    of_head = spec((1, I, queries, C), lambda b, i, j: (b, 0, i, 0))
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    index_q = padded(jnp.swapaxes(q_BTIC, 1, 2), 2, Tp), of_head
+    index_k = padded(k_BSC, 1, Sp), spec((1, keys, C), lambda b, i, j: (b, j, 0))
+    w = padded(w_BTI.astype(F32), 1, Tp), spec((1, queries, I), lambda b, i, j: (b, i, 0))
+    mask = bits, spec((1, queries, LANES), lambda b, i, j: (b, i, j // of_word))
+    lanes = pltpu.VMEM((queries, LANES), F32)
+    (index_lse_B1T,) = call(_normaliser_kernel, "indexer_normaliser", [index_q, w, index_k, mask], [((B, 1, Tp), row)], [lanes, lanes])
+    operands = [
+        (padded(q_BNTH, 2, Tp), spec((1, N, queries, H), lambda b, i, j: (b, 0, i, 0))),
+        (padded(k_BNSH, 2, Sp), spec((1, N, keys, H), lambda b, i, j: (b, 0, j, 0))),
+        (padded(lse_BNT, 2, Tp)[:, :, None], spec((1, N, 1, queries), lambda b, i, j: (b, 0, 0, i))),
+        *(index_q, w, index_k, (index_lse_B1T, row), mask, (jnp.zeros((B, Sp, C), F32), in_hbm)),
+    ]
+    results = [
+        ((B, 1, Tp), row),
+        ((B, I, Tp, C), of_head),
+        ((B, I, 1, Tp), spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))),
+        ((B, Sp, C), in_hbm),
+    ]
+    sums = [lanes, pltpu.VMEM((I, queries, C), F32), pltpu.VMEM((I, queries, LANES), F32), pltpu.VMEM((I, queries, keys), k_BSC.dtype)]
+    scratch = [*sums, pltpu.VMEM((keys, C), F32), pltpu.SemaphoreType.DMA]
+    zeros = len(prefetched) + len(operands) - 1
+    kl_B1T, dq_BITC, dw_BI1T, dk_BSC = call(_kl_kernel, "indexer_kl", operands, results, scratch, input_output_aliases={zeros: 3})
+    dw_BTI = jnp.swapaxes(dw_BI1T[:, :, 0, :T], 1, 2)
+    return jnp.sum(kl_B1T), ((jnp.swapaxes(dq_BITC[:, :, :T], 1, 2), dw_BTI, dk_BSC[:, :S]), (q_BTIC, w_BTI, k_BSC))
+
+
+def _scaled(tiles: Tiles, saved, by: Array):
+    gradients, inputs = saved
+    return None, None, None, *((by * gradient).astype(own.dtype) for gradient, own in zip(gradients, inputs, strict=True)), None
+
+
+total_kl_tpu.defvjp(_with_gradients, _scaled)

@@ -1,0 +1,67 @@
+"""Which keys each query attends to, a bit a key: what selection hands to attention and to the indexer's loss.
+
+    key s is bit (s // 128) % 32 of word (s // 4096) * 128 + s % 128
+
+so that 128 keys side by side are one bit of 128 words side by side: a kernel unpacks them without moving anything between lanes. A row of S keys is
+W = 128 * ceil(S / 4096) words of int32; at 128K keys a sequence's whole set is 2 GiB, where a mask of bytes would be 16.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+LANES, BITS = 128, 32
+KEYS = LANES * BITS  # in LANES words side by side
+MASKED = -1e30  # finite, so that a row without any key gives no NaN
+
+
+def words(keys: int) -> int:
+    """W of a row of so many keys."""
+    return -(-keys // KEYS) * LANES
+
+
+def pack(among_BTS: Array) -> Array:
+    """bits_BTW of a set given as bool."""
+    *rows, S = among_BTS.shape
+    padded = jnp.pad(among_BTS, [(0, 0)] * len(rows) + [(0, -S % KEYS)]).reshape(*rows, -1, BITS, LANES)
+    bit_b1 = jnp.left_shift(jnp.int32(1), jnp.arange(BITS, dtype=jnp.int32))[:, None]
+    return jnp.sum(jnp.where(padded, bit_b1, 0), axis=-2, dtype=jnp.int32).reshape(*rows, -1)
+
+
+def unpack(bits_BTW: Array, keys: int) -> Array:
+    """The set as bool [B, T, keys]."""
+    *rows, W = bits_BTW.shape
+    place_b1 = jnp.arange(BITS, dtype=jnp.int32)[:, None]
+    return (jnp.right_shift(bits_BTW.reshape(*rows, W // LANES, 1, LANES), place_b1) & 1).reshape(*rows, -1)[..., :keys] == 1
+
+
+def held_tiles(bits_BTW: Array, queries: int, keys: int) -> Array:
+    """Whether any query of a block has a key in a tile: bool [B, T / queries, 32 W / keys]. `queries` divides T; `keys` is 128, 256, ..., or 4096."""
+    B, T, W = bits_BTW.shape
+    per = keys // LANES
+    any_BnwL = lax.reduce_or(bits_BTW.reshape(B, T // queries, queries, W), (2,)).reshape(B, T // queries, W // LANES, LANES)
+    any_Bnw = lax.reduce_or(any_BnwL, (3,))
+    tile_p = jnp.arange(BITS // per, dtype=jnp.int32) * per
+    shifted_Bnwp = lax.shift_right_logical(any_Bnw[..., None], jnp.broadcast_to(tile_p, (*any_Bnw.shape, BITS // per)))
+    return ((shifted_Bnwp & jnp.int32(-1 if per == BITS else (1 << per) - 1)) != 0).reshape(B, T // queries, -1)
+
+
+def next_held(held_Bnm: Array) -> Array:
+    """For each tile the first held one from it on, and behind the last held one that again, int32: what a pipeline fetches, none in vain."""
+    tiles = held_Bnm.shape[-1]
+    place_Bnm = jnp.where(held_Bnm, jnp.arange(tiles, dtype=jnp.int32), tiles)
+    after_Bnm = lax.cummin(place_Bnm, axis=2, reverse=True)
+    last_Bn1 = jnp.max(jnp.where(held_Bnm, jnp.arange(tiles, dtype=jnp.int32), 0), axis=2, keepdims=True)
+    return jnp.where(after_Bnm == tiles, last_Bn1, after_Bnm)
+
+
+def bit(place: int) -> Array:
+    """int32 with that bit alone: the last one is the sign."""
+    return jnp.int32(-(2**31) if place == BITS - 1 else 1 << place)
+
+
+def tile_bias(bits_QL: Array, tile: Array, keys: int) -> Array:
+    """In a kernel: 0 for the keys of a tile that are in the set, MASKED for the others, float32 [Q, keys]. bits_QL: the 128 words the tile is in."""
+    per = keys // LANES
+    first = lax.rem(tile, BITS // per) * per
+    shifted_QL = lax.shift_right_logical(bits_QL, jnp.full(bits_QL.shape, first, jnp.int32))
+    return jnp.concatenate([jnp.where((shifted_QL & bit(place)) != 0, 0.0, MASKED) for place in range(per)], axis=1)

@@ -1,0 +1,307 @@
+"""The best-scored keys of each query, found exactly and without a sort: the threshold of the k best, by counting.
+
+The indexer's scores [T, S] never leave the chip. A block of queries scores every key before it into VMEM; then, eight queries at a time, a bound is moved until
+exactly k scores are at or above it. One pass over a row counts; the counts so far tell where the next bound goes (regula falsi in its Illinois variant, begun
+at the quantile of a normal distribution), so half a dozen passes do, where settling a float bit by bit takes 32. It ends whatever the scores are: after
+GUESSES bounds the float's bits are halved. Of equal scores the earlier key goes first, as in the reference, model/indexer.py: select_topk.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from model.indexer import indexer_scores, select_topk
+from model.kernels.keyset import BITS, KEYS, LANES, bit, pack, words
+
+ROWS = 8  # queries whose bounds move together: the sublanes of a register
+GUESSES = 24  # bounds put where the counts lead, before bits are halved
+PLACES = 24  # bits of the largest place in a row
+SCORES_BYTES = 32 * 2**20  # of VMEM for a block's scores
+
+
+def select_reference(q_BTIC: Array, k_BSC: Array, w_BTI: Array, segments_BT: Array, topk: int, *, queries: int = 512) -> Array:
+    """bits_BTW of the min(topk, allowed) best-scored allowed keys of each query, so many queries at a time."""
+    B, T = segments_BT.shape
+    chunk = min(queries, T)
+    padded = -(-T // chunk) * chunk
+
+    def cut(x_BT):
+        x_BT = jnp.pad(x_BT, [(0, 0), (0, padded - T)] + [(0, 0)] * (x_BT.ndim - 2))
+        return jnp.moveaxis(x_BT.reshape(B, -1, chunk, *x_BT.shape[2:]), 1, 0)
+
+    def step(first, piece):
+        q_BCIC, w_BCI, own_BC = piece
+        allowed_BCS = (jnp.arange(T) <= first + jnp.arange(chunk)[:, None]) & (own_BC[..., None] == segments_BT[:, None]) & (own_BC[..., None] > 0)
+        return first + chunk, pack(select_topk(indexer_scores(q_BCIC, k_BSC, w_BCI), allowed_BCS, topk))
+
+    _, bits_nBCW = lax.scan(step, 0, (cut(q_BTIC), cut(w_BTI), cut(segments_BT)))
+    return jnp.moveaxis(bits_nBCW, 0, 1).reshape(B, padded, -1)[:, :T]
+
+
+def select_tpu(q_BTIC: Array, k_BSC: Array, w_BTI: Array, segments_BT: Array, topk: int, *, queries: int = 0, keys: int = 512, interpret=False) -> Array:
+    """The kernel.
+
+    Args:
+      q_BTIC, k_BSC, w_BTI: the indexer's queries, keys and weights of the heads, see `indexer_scores`; T = S.
+      segments_BT: a query may choose keys of its own segment up to itself; a query of segment 0 none.
+      queries: of a block, a multiple of 8; 0 for as many as SCORES_BYTES allow, at most 128.
+      keys: of a tile: 128, 256, ..., 4096.
+
+    Returns: bits_BTW.
+    """
+    B, T, I, C = q_BTIC.shape
+    W = words(T)
+    queries = queries or min(128, max(SCORES_BYTES // (4 * BITS * W) // ROWS, 1) * ROWS, -(-T // ROWS) * ROWS)
+    nq, nk = -(-T // queries), -(-T // keys)
+    q_BITC = jnp.pad(jnp.swapaxes(q_BTIC, 1, 2), [(0, 0), (0, 0), (0, nq * queries - T), (0, 0)])
+    k_BSC = jnp.pad(k_BSC, [(0, 0), (0, nk * keys - T), (0, 0)])
+    # A query's segment stands behind its weights: a column of its own would fill 128 lanes. As a float it is exact up to 2^24.
+    w_BTJ = jnp.concatenate([w_BTI.astype(jnp.float32), segments_BT[..., None].astype(jnp.float32)], axis=-1)
+    w_BTJ = jnp.pad(w_BTJ, [(0, 0), (0, nq * queries - T), (0, 0)])
+    segments_B1S = jnp.pad(segments_BT, [(0, 0), (0, nk * keys - T)]).astype(jnp.float32)[:, None]
+
+    def seen(i, j):
+        return jnp.minimum(j, ((i + 1) * queries - 1) // keys)  # what no query of the block may see is not fetched
+
+    return pl.pallas_call(
+        functools.partial(_kernel, heads=I, topk=topk, tiles=nk),
+        grid=(B, nq, nk),
+        in_specs=[
+            pl.BlockSpec((1, I, queries, C), lambda b, i, j: (b, 0, i, 0)),
+            pl.BlockSpec((1, queries, I + 1), lambda b, i, j: (b, i, 0)),
+            pl.BlockSpec((1, keys, C), lambda b, i, j: (b, jnp.minimum(seen(i, j), nk - 1), 0)),
+            pl.BlockSpec((1, 1, keys), lambda b, i, j: (b, 0, jnp.minimum(seen(i, j), nk - 1))),
+        ],
+        out_specs=pl.BlockSpec((1, queries, W), lambda b, i, j: (b, i, 0)),
+        out_shape=jax.ShapeDtypeStruct((B, nq * queries, W), jnp.int32),
+        scratch_shapes=[pltpu.VMEM((W // LANES, queries, KEYS), jnp.float32), pltpu.VMEM((4, queries, LANES), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20),
+        interpret=interpret,
+        name="select",
+    )(q_BITC, w_BTJ, k_BSC, segments_B1S)[:, :T]
+
+
+def _kernel(q_ref, w_ref, k_ref, segments_ref, bits_ref, scores_ref, seen_ref, *, heads: int, topk: int, tiles: int):
+    """
+    scores_ref [words, queries, KEYS]: a block's scores, -inf where not allowed.
+    seen_ref [4, queries, 128]: their largest, least, sum and sum of squares, lane by lane.
+    """
+    i, j = pl.program_id(1), pl.program_id(2)
+    queries, keys = scores_ref.shape[1], k_ref.shape[1]
+    live = jnp.minimum(((i + 1) * queries - 1) // keys + 1, tiles)  # tiles that any of these queries may see
+
+    @pl.when(j == 0)
+    def _():
+        for which, first in enumerate((-jnp.inf, jnp.inf, 0.0, 0.0)):
+            seen_ref[which] = jnp.full((queries, LANES), first, jnp.float32)
+
+    @pl.when(j < live)
+    def _():
+        scores = score_tile(q_ref[0], k_ref[0], w_ref[0], heads)
+        query = i * queries + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        key = j * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        own = w_ref[0, :, heads : heads + 1]
+        allowed = (key <= query) & (own == segments_ref[0]) & (own > 0)
+        per = KEYS // keys
+        scores_ref[lax.div(j, per), :, pl.ds(pl.multiple_of(lax.rem(j, per) * keys, LANES), keys)] = jnp.where(allowed, scores, -jnp.inf)
+        kept = jnp.where(allowed, scores, 0.0)
+        seen_ref[0] = jnp.maximum(seen_ref[0], _by_lane(jnp.where(allowed, scores, -jnp.inf), jnp.maximum))
+        seen_ref[1] = jnp.minimum(seen_ref[1], _by_lane(jnp.where(allowed, scores, jnp.inf), jnp.minimum))
+        seen_ref[2] += _by_lane(kept, jnp.add)
+        seen_ref[3] += _by_lane(kept * kept, jnp.add)
+
+    @pl.when(j == tiles - 1)
+    def _():
+        @pl.loop(0, queries // ROWS)
+        def _(group):
+            rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
+            _select_rows(scores_ref, seen_ref, bits_ref, rows, live * keys, keys, topk)
+
+
+def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array, heads: int) -> Array:
+    """sum over heads of w * relu(q . k): [Q, K] float32 (arXiv 2512.02556, eq. 1). Unrolled: the products of one head overlap the sums of the one before."""
+    precision = lax.Precision.HIGHEST if k_KC.dtype == jnp.float32 else None
+    total_QK = jnp.zeros((q_IQC.shape[1], k_KC.shape[0]), jnp.float32)
+    for head in range(heads):
+        dot_QK = lax.dot_general(q_IQC[head], k_KC, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        total_QK += jnp.maximum(dot_QK, 0.0) * w_QI[:, head : head + 1]
+    return total_QK
+
+
+def sum_by_lane(x_QK: Array) -> Array:
+    """[Q, K] added up to [Q, 128]: what is left of a sum over keys waits until the last tile."""
+    return _by_lane(x_QK, jnp.add)
+
+
+def _by_lane(x_QK: Array, fold) -> Array:
+    """[Q, K] folded to [Q, 128]."""
+    return _tree(fold, jnp.split(x_QK, x_QK.shape[1] // LANES, axis=1))
+
+
+def _tree(fold, parts: list[Array]) -> Array:
+    """Pair by pair: in a chain each would wait for the one before."""
+    while len(parts) > 1:
+        parts = [fold(*parts[at : at + 2]) if at + 1 < len(parts) else parts[at] for at in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: int):
+    """Bits of ROWS queries, whose keys end before `stop`."""
+    words = lax.div(stop + KEYS - 1, KEYS)  # blocks of KEYS
+
+    @pl.loop(lax.div(stop, keys), words * (KEYS // keys))  # what no tile has filled
+    def _(tile):
+        per = KEYS // keys
+        scores_ref[lax.div(tile, per), rows, pl.ds(pl.multiple_of(lax.rem(tile, per) * keys, LANES), keys)] = jnp.full((ROWS, keys), -jnp.inf)
+
+    def count(chosen) -> Array:
+        """How many scores of each row are `chosen(scores, first key)`: [ROWS, 1]. KEYS at a time: a shorter loop would be mostly its own overhead."""
+
+        def one(word, found):
+            pieces = jnp.split(scores_ref[word, rows], BITS, axis=1)
+            parts = [jnp.where(chosen(x, word * KEYS + place * LANES), 1, 0) for place, x in enumerate(pieces)]
+            return found + _tree(jnp.add, parts)
+
+        return jnp.sum(lax.fori_loop(0, words, one, jnp.zeros((ROWS, LANES), jnp.int32)), axis=1, keepdims=True)
+
+    allowed = count(lambda x, _: x > -jnp.inf)
+    few = allowed <= topk
+    low = jnp.where(few, 0.0, jnp.min(seen_ref[1, rows], axis=1, keepdims=True))
+    high = jnp.where(few, 0.0, jnp.max(seen_ref[0, rows], axis=1, keepdims=True))
+    low, at_low, above = find_threshold(count, allowed, few, low, high, _normal_quantile(seen_ref, rows, allowed, topk), topk)
+    level = jnp.where(few, jnp.finfo(jnp.float32).min, low)
+    crowded = ~few & (at_low > topk)  # where more are at or above, these tie
+    some_crowded = jnp.max(crowded.astype(jnp.int32)) > 0
+
+    def write(chosen):
+        @pl.loop(0, bits_ref.shape[2] // LANES)
+        def _(word):
+            where = pl.ds(pl.multiple_of(word * LANES, LANES), LANES)
+
+            @pl.when(word < words)
+            def _():
+                bits = jnp.zeros((ROWS, LANES), jnp.int32)
+                for place, x in enumerate(jnp.split(scores_ref[word, rows], BITS, axis=1)):
+                    bits |= jnp.where(chosen(x, word * KEYS + place * LANES), bit(place), 0)
+                bits_ref[0, rows, where] = bits
+
+            @pl.when(word >= words)
+            def _():
+                bits_ref[0, rows, where] = jnp.zeros((ROWS, LANES), jnp.int32)
+
+    @pl.when(~some_crowded)
+    def _():
+        write(lambda x, _: x >= level)
+
+    @pl.when(some_crowded)
+    def _():
+        last = jnp.where(crowded, _last_tied(count, level, topk - above), stop)
+        write(lambda x, first: (x > level) | ((x == level) & (first + lax.broadcasted_iota(jnp.int32, x.shape, 1) <= last)))
+
+
+class _Search(NamedTuple):
+    """Of each row; all [ROWS, 1] int32 but the scalar `step` and the float32 `over` and `under`."""
+
+    step: Array
+    low: Array  # the bound known to have topk scores at or above it, or more, as ordered bits
+    high: Array  # and one with fewer
+    at_low: Array  # how many there are
+    at_high: Array
+    over: Array  # how many too many at `low`, and too few at `high`: what the next bound is weighed by
+    under: Array
+    side: Array  # which of the two moved last
+    done: Array
+
+
+def find_threshold(count, allowed: Array, done: Array, low: Array, high: Array, guess: Array, topk: int) -> tuple[Array, Array, Array]:
+    """Moves a bound for each row until `topk` scores are at or above it, or no float lies between one that has more and one that has fewer.
+
+    Args: all [ROWS, 1].
+      count: bounds test -> how many scores pass.
+      allowed: scores there are; `done` where they are not more than topk.
+      low, high: the least and the largest of them.
+      guess: the first bound to try.
+
+    Returns: the threshold, how many scores are at or above it, and how many are above where that is too many.
+    """
+    zero = jnp.zeros_like(allowed)
+    state = _Search(
+        step=jnp.int32(0),
+        low=ordered(low),
+        high=ordered(high) + 1,
+        at_low=allowed,
+        at_high=zero,
+        over=(allowed - topk).astype(jnp.float32),
+        under=jnp.full(low.shape, -float(topk)),
+        side=zero,
+        done=done.astype(jnp.int32),
+    )
+
+    def going(state: _Search) -> Array:
+        return jnp.min(state.done) == 0
+
+    def move(s: _Search) -> _Search:
+        low, high = unordered(s.low), unordered(s.high)
+        bound = ordered(jnp.where(s.step == 0, guess, low + (high - low) * (s.over / (s.over - s.under))))
+        halved = (s.low >> 1) + (s.high >> 1) + (s.low & s.high & 1)
+        bound = jnp.where((bound <= s.low) | (bound >= s.high) | (s.step >= GUESSES), halved, bound)
+        level = unordered(bound)
+        found = count(lambda x, _: x >= level)
+        up, down = (s.done == 0) & (found >= topk), (s.done == 0) & (found < topk)
+        excess = (found - topk).astype(jnp.float32)
+        new_low, new_high = jnp.where(up, bound, s.low), jnp.where(down, bound, s.high)
+        at_low = jnp.where(up, found, s.at_low)
+        settled = (at_low == topk) | (new_high - 1 <= new_low)
+        return _Search(
+            step=s.step + 1,
+            low=new_low,
+            high=new_high,
+            at_low=at_low,
+            at_high=jnp.where(down, found, s.at_high),
+            # Illinois: the side that stays twice counts half, else one side would crawl.
+            over=jnp.where(up, excess, jnp.where(down & (s.side < 0), 0.5 * s.over, s.over)),
+            under=jnp.where(down, excess, jnp.where(up & (s.side > 0), 0.5 * s.under, s.under)),
+            side=jnp.where(up, 1, jnp.where(down, -1, s.side)),
+            done=jnp.where(settled, 1, s.done),
+        )
+
+    end = lax.while_loop(going, move, state)
+    return unordered(end.low), end.at_low, end.at_high
+
+
+def _last_tied(count, level: Array, wanted: Array) -> Array:
+    """The place of the last of the `wanted` first keys whose score is the level."""
+
+    def settle(step, found):
+        bound = found + (jnp.int32(1) << (PLACES - 1 - step))
+        before = count(lambda x, first: (x == level) & (first + lax.broadcasted_iota(jnp.int32, x.shape, 1) < bound))
+        return jnp.where(before < wanted, bound, found)
+
+    return lax.fori_loop(0, PLACES, settle, jnp.zeros_like(wanted))
+
+
+def _normal_quantile(seen_ref, rows, allowed: Array, topk: int) -> Array:
+    """Where topk of the scores would be above if they were of a normal distribution (Abramowitz and Stegun, 26.2.23)."""
+    n = jnp.maximum(allowed, 1).astype(jnp.float32)
+    mean = jnp.sum(seen_ref[2, rows], axis=1, keepdims=True) / n
+    variance = jnp.sum(seen_ref[3, rows], axis=1, keepdims=True) / n - mean * mean
+    share = topk / n
+    t = jnp.sqrt(-2 * jnp.log(jnp.clip(jnp.minimum(share, 1 - share), 1e-9, 0.5)))
+    z = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1 + t * (1.432788 + t * (0.189269 + t * 0.001308)))
+    return mean + jnp.sqrt(jnp.maximum(variance, 0.0)) * jnp.where(share < 0.5, z, -z)
+
+
+def ordered(x: Array) -> Array:
+    """float32 as int32 in the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def unordered(bits: Array) -> Array:
+    """The float32 of `ordered`."""
+    return lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), jnp.float32)

@@ -1,0 +1,59 @@
+"""The indexer's loss by tiles, in Pallas' TPU interpreter, which fills memory with NaN and watches for races: value and gradients against autodiff through the
+dense definition, of a whole set (warm-up) and of a selected one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from model.indexer import indexer_kl, indexer_scores
+from model.kernels.indexer_kl import Tiles, total_kl_reference, total_kl_tpu
+from model.kernels.keyset import pack
+
+STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+
+
+def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
+    """(attention's q, k, lse; the indexer's q, w, k; the set; p). The set is causal, with two segments and a query without keys."""
+    rng = np.random.default_rng(0)
+    shapes = (B, N, T, H), (B, N, T, H), (B, T, I, C), (B, T, I), (B, T, C)
+    q_BNTH, k_BNSH, q_BTIC, w_BTI, k_BSC = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    among_BTS = np.tril(rng.random((B, T, T)) < share)
+    among_BTS[:, T // 2 :, : T // 2] = False
+    among_BTS[:, 5] = False
+    among_BTS = jnp.asarray(among_BTS)
+    logits_BNTS = jnp.where(among_BTS[:, None], jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, precision="highest"), -1e30)
+    lse_BNT = jnp.where(jnp.any(among_BTS, axis=-1)[:, None], jax.nn.logsumexp(logits_BNTS, axis=-1), 0.0)
+    p_BTS = jnp.mean(jnp.where(among_BTS[:, None], jnp.exp(logits_BNTS - lse_BNT[..., None]), 0), axis=1)
+    return (q_BNTH, k_BNSH, lse_BNT), (q_BTIC, w_BTI, k_BSC), among_BTS, p_BTS
+
+
+@pytest.mark.parametrize(
+    ("shape", "share", "tiles"),
+    [
+        ((1, 3, 200, 24, 2, 16), 1.0, Tiles(128, 128)),  # all keys: the warm-up
+        ((2, 1, 150, 8, 3, 8), 0.2, Tiles(128, 256)),  # selected ones, one head
+    ],
+    ids=["warm-up", "sparse"],
+)
+@pytest.mark.parametrize("kind", ["kernel", "reference"])
+def test_it_is_the_definition_and_its_gradient(shape, share, tiles, kind):
+    attention, indexer, among_BTS, p_BTS = made(*shape, share)
+    by_tile = {
+        "kernel": lambda *given: total_kl_tpu(*given, tiles._replace(interpret=STRICT)),
+        "reference": lambda *given: total_kl_reference(*given, queries=64),
+    }[kind]
+    with jax.default_matmul_precision("highest"):
+        definition = jax.value_and_grad(lambda q, w, k: 3.0 * jnp.sum(indexer_kl(p_BTS, indexer_scores(q, k, w), among_BTS)), (0, 1, 2))
+        expected, expected_gradients = definition(*indexer)
+        found, gradients = jax.value_and_grad(lambda *given: 3.0 * by_tile(*attention, *given, pack(among_BTS)), (0, 1, 2))(*indexer)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for one, other in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.max(jnp.abs(other))))
+
+
+def test_nothing_reaches_the_attention():
+    attention, indexer, among_BTS, _ = made(1, 1, 128, 8, 1, 8, 0.5)
+    gradients = jax.grad(lambda *given: total_kl_tpu(*given, *indexer, pack(among_BTS), Tiles(128, 128, interpret=True)), (0, 1, 2))(*attention)
+    assert not any(np.any(gradient) for gradient in gradients)

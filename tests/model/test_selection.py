@@ -1,0 +1,134 @@
+"""The selection kernel in Pallas' TPU interpreter, which fills memory with NaN and watches for races, against the reference; and the sets it hands on."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from model.indexer import indexer_scores, select_topk
+from model.kernels.keyset import KEYS, held_tiles, next_held, pack, tile_bias, unpack, words
+from model.kernels.selection import GUESSES, find_threshold, select_reference, select_tpu
+
+STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+
+
+def inputs(B: int, T: int, I: int, C: int, dtype=jnp.float32, segments: int = 1, seed: int = 0):
+    """Integers, so that scores are exact in whatever order they are summed, and tie; rows of several segments and padding at both ends."""
+    rng = np.random.default_rng(seed)
+    q_BTIC, k_BSC, w_BTI = (jnp.asarray(rng.integers(-3, 4, shape), dtype) for shape in ((B, T, I, C), (B, T, C), (B, T, I)))
+    segments_BT = np.sort(rng.integers(0, segments + 1, (B, T)), axis=1) if segments > 1 else np.ones((B, T), int)
+    segments_BT[:, -T // 20 :] = 0
+    return q_BTIC, k_BSC, w_BTI.astype(jnp.float32), jnp.asarray(segments_BT, jnp.int32)
+
+
+def expected(q_BTIC, k_BSC, w_BTI, segments_BT, topk: int):
+    place = jnp.arange(segments_BT.shape[1])
+    allowed_BTS = (place[:, None] >= place) & (segments_BT[:, :, None] == segments_BT[:, None]) & (segments_BT[:, :, None] > 0)
+    return select_topk(indexer_scores(q_BTIC, k_BSC, w_BTI), allowed_BTS, topk)
+
+
+@pytest.mark.parametrize(
+    ("shape", "segments", "topk", "block"),
+    [
+        ((1, 150, 2, 16), 1, 17, {"queries": 24, "keys": 128}),  # not multiples of anything
+        ((2, 75, 1, 8), 4, 9, {"queries": 40, "keys": 256}),  # a single head, packed rows
+        ((1, 70, 8, 8), 2, 1, {}),  # k = 1, blocks as they come
+        ((1, 60, 3, 8), 1, 100, {"queries": 8, "keys": 512}),  # k beyond every row
+        ((1, 4_200, 1, 8), 2, 64, {"queries": 1_056, "keys": 4_096}),  # two blocks of words
+    ],
+    ids=["odd", "packed", "k 1", "k > T", "words"],
+)
+def test_the_kernel_selects_what_the_reference_does(shape, segments, topk, block):
+    made = inputs(*shape, segments=segments)
+    T = shape[1]
+    # Of thousands of keys the watchful interpreter would take minutes.
+    found = select_tpu(*made, topk, interpret=STRICT if T <= 300 else True, **block)
+    np.testing.assert_array_equal(unpack(found, T), expected(*made, topk))
+    assert not np.any(unpack(found, words(T) * 32)[..., T:])
+
+
+def test_bfloat16_and_scores_that_do_not_tie():
+    rng = np.random.default_rng(0)
+    q_BTIC, k_BSC, w_BTI = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 96, 4, 16), (1, 96, 16), (1, 96, 4)))
+    made = q_BTIC, k_BSC, w_BTI.astype(jnp.float32), jnp.ones((1, 96), jnp.int32)
+    np.testing.assert_array_equal(unpack(select_tpu(*made, 20, interpret=STRICT, keys=128), 96), expected(*made, 20))
+
+
+@pytest.mark.parametrize("queries", [64, 77, 512])
+def test_the_reference_in_pieces_is_the_whole(queries):
+    made = inputs(2, 200, 2, 8, segments=3)
+    np.testing.assert_array_equal(unpack(select_reference(*made, 20, queries=queries), 200), expected(*made, 20))
+
+
+def passes(scores_RS: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(threshold, scores at or above it, bounds tried) by `find_threshold`, its guess as the kernel's."""
+    scores, tried = jnp.asarray(scores_RS, jnp.float32), []
+
+    def count(chosen):
+        jax.debug.callback(lambda: tried.append(1))
+        return jnp.sum(chosen(scores, 0), axis=1, keepdims=True, dtype=jnp.int32)
+
+    z = {2_048 / 32_768: 1.534, 0.5: 0.0}[topk / scores.shape[1]]
+    guess = jnp.mean(scores, 1, keepdims=True) + z * jnp.std(scores, 1, keepdims=True)
+    all_R1 = jnp.full((len(scores), 1), scores.shape[1], jnp.int32)
+    threshold, at, _ = find_threshold(
+        count, all_R1, all_R1 < 0, jnp.min(scores, axis=1, keepdims=True), jnp.max(scores, axis=1, keepdims=True), guess, topk
+    )
+    jax.effects_barrier()
+    return np.asarray(threshold), np.asarray(at), len(tried)
+
+
+def test_a_dozen_passes_find_the_threshold():
+    """Of 32,768 scores 2,048: sums of weighted rectified normals, as an indexer's are. Bit by bit it takes 32, whatever the scores."""
+    rng = np.random.default_rng(0)
+    scores = sum(rng.normal(size=(8, 1)) * np.maximum(rng.normal(size=(8, 32_768)), 0) for _ in range(64)).astype(np.float32)
+    threshold, at, tried = passes(scores, 2_048)
+    np.testing.assert_array_equal(at, 2_048)
+    np.testing.assert_array_equal(np.sum(scores >= threshold, axis=1, keepdims=True), 2_048)
+    assert tried <= 16
+
+
+@pytest.mark.parametrize("kind", ["all the same", "heavy tails", "both infinities' neighbours", "a step"])
+def test_it_ends_whatever_the_scores(kind):
+    rng = np.random.default_rng(0)
+    scores = {
+        "all the same": np.full((8, 64), -3.0),
+        "heavy tails": np.exp(20 * rng.normal(size=(8, 64))) * rng.choice([-1, 1], (8, 64)),
+        "both infinities' neighbours": rng.choice([-3.4e38, 3.4e38], (8, 64)),
+        "a step": np.repeat([[1e-30, 1.0]], 32, axis=1).repeat(8, axis=0),
+    }[kind].astype(np.float32)
+    threshold, at, tried = passes(scores, 32)
+    best = np.sort(scores, axis=1)[:, -32:]
+    assert np.all((threshold > np.sort(scores, axis=1)[:, -33:-32]) | (threshold == best[:, :1])), "between the last chosen and the first not, or at a tie"
+    np.testing.assert_array_equal(at, np.sum(scores >= threshold, axis=1, keepdims=True))
+    assert tried <= GUESSES + 33
+
+
+def test_a_set_comes_back_as_it_went():
+    among_BTS = np.random.default_rng(0).random((2, 3, KEYS + 130)) < 0.5
+    bits_BTW = pack(jnp.asarray(among_BTS))
+    assert bits_BTW.shape == (2, 3, words(KEYS + 130)) and bits_BTW.dtype == jnp.int32
+    np.testing.assert_array_equal(unpack(bits_BTW, KEYS + 130), among_BTS)
+
+
+@pytest.mark.parametrize("keys", [128, 512, 4_096])
+def test_tiles_of_a_set(keys):
+    rng = np.random.default_rng(1)
+    among_BTS = (rng.random((1, 32, 2 * KEYS)) < 0.001) & (rng.random((1, 32, 1)) < 0.3)
+    bits_BTW = pack(jnp.asarray(among_BTS))
+    by_tile_BnmQK = among_BTS.reshape(1, 4, 8, -1, keys).swapaxes(2, 3)
+    held_Bnm = held_tiles(bits_BTW, 8, keys)
+    np.testing.assert_array_equal(held_Bnm, by_tile_BnmQK.any(axis=(3, 4)))
+    assert not np.all(held_Bnm)
+    biased = jax.jit(functools.partial(tile_bias, keys=keys))
+    for tile in range(2 * KEYS // keys):
+        first = tile * keys // KEYS * 128
+        np.testing.assert_array_equal(biased(bits_BTW[0, :, first : first + 128], tile) == 0, among_BTS[0, :, tile * keys : (tile + 1) * keys])
+
+
+def test_only_held_tiles_are_fetched():
+    held_Bnm = jnp.asarray([[[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]]], bool)
+    np.testing.assert_array_equal(next_held(held_Bnm), [[[1, 1, 4, 4, 4, 4], [0, 0, 0, 0, 0, 0], [0, 5, 5, 5, 5, 5]]])
