@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all test-compile lint clean
 
 # XLA's temporary memory is new in every step; in pages of 2 MiB that costs a tenth less time (bench/results/README.md). Without glibc it means nothing.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -10,10 +10,14 @@ quickstart: .venv/installed
 	$(BIN)/python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not compile"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not compile"
+
+# Every kernel through the TPU's own compiler, which needs no TPU.
+test-compile: .venv/compiler
+	$(BIN)/python -m pytest -n 2 -m compile tests/compile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -22,6 +26,10 @@ lint: .venv/installed
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/compiler: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check "jax[tpu]"
 	@touch $@
 
 clean:

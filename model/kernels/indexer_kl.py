@@ -27,9 +27,11 @@ from model.kernels.keyset import KEYS, LANES, held_tiles, next_held, tile_bias, 
 from model.kernels.selection import score_tile, sum_by_lane
 from model.kernels.sparse_attention import F32, NO_KEY, column, dot, padded
 
+AT_ONCE = 16_384  # queries of a call: the table of its tiles must fit into scalar memory, a megabyte
+
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile: multiples of 128; keys divide 4096."""
+    """Queries and keys of a tile: multiples of 128; queries divide AT_ONCE, keys 4096."""
 
     queries: int = 128
     keys: int = 256
@@ -96,11 +98,11 @@ def _normaliser_kernel(held_ref, fetch_ref, q_ref, w_ref, k_ref, bits_ref, lse_r
 
 
 def _kl_kernel(
-    held_ref, fetch_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, zeros_ref,
+    held_ref, fetch_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, dk_before_ref,
     kl_ref, dq_ref, dw_ref, dk_ref, kl_sum_ref, dq_sum_ref, dw_sum_ref, positive_ref, dk_tile_ref, arrived,
 ):  # fmt: skip
     """positive_ref [I, queries, keys]: relu(q k) of each indexer head, kept from the scores to the gradients."""
-    del zeros_ref  # dk_ref begins as them
+    del dk_before_ref  # dk_ref is the same memory
     b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     N, I, keys = q_ref.shape[1], index_q_ref.shape[1], index_k_ref.shape[1]
 
@@ -151,12 +153,31 @@ def _kl_kernel(
 
 
 def _with_gradients(q_BNTH, k_BNSH, lse_BNT, q_BTIC, w_BTI, k_BSC, bits_BTW, tiles: Tiles):
-    """(total, what the backward pass scales: dq, dw, dk in float32 and the three themselves)."""
+    """(total, what the backward pass scales: dq, dw, dk in float32 and the three themselves). AT_ONCE queries a call, dk handed on from call to call."""
+    (B, _, T, _), S = q_BNTH.shape, k_BNSH.shape[2]
+    once = min(AT_ONCE, -(-T // tiles.queries) * tiles.queries)
+    keys = padded(k_BNSH, 2, -(-S // tiles.keys) * tiles.keys), padded(k_BSC, 1, -(-S // tiles.keys) * tiles.keys)
+
+    def cut(x: Array, axis: int) -> Array:
+        x = padded(x, axis, -(-T // once) * once)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, once, *x.shape[axis + 1 :]), axis, 0)
+
+    def step(dk_BSC, queries):
+        kl, dq_BCIC, dw_BCI, dk_BSC = _part(*queries, *keys, dk_BSC, tiles)
+        return dk_BSC, (kl, dq_BCIC, dw_BCI)
+
+    zeros_BSC = jnp.zeros((*keys[1].shape[:2], k_BSC.shape[2]), F32)
+    pieces = cut(q_BNTH, 2), cut(lse_BNT, 2), cut(q_BTIC, 1), cut(w_BTI, 1), cut(bits_BTW, 1)
+    dk_BSC, (kl_n, *of_queries) = lax.scan(step, zeros_BSC, pieces)
+    dq_BTIC, dw_BTI = (jnp.moveaxis(x_nBC, 0, 1).reshape(B, -1, *x_nBC.shape[3:])[:, :T] for x_nBC in of_queries)
+    return jnp.sum(kl_n), ((dq_BTIC, dw_BTI, dk_BSC[:, :S]), (q_BTIC, w_BTI, k_BSC))
+
+
+def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, k_BNSH, k_BSC, dk_BSC, tiles: Tiles) -> tuple[Array, Array, Array, Array]:
+    """(total, dq_BTIC, dw_BTI, dk_BSC with these queries' added) of whole tiles."""
     (B, N, T, H), S, (I, C) = q_BNTH.shape, k_BNSH.shape[2], q_BTIC.shape[2:]
-    queries, keys = tiles.queries, tiles.keys
-    Tp, Sp, of_word = -(-T // queries) * queries, -(-S // keys) * keys, KEYS // keys
-    bits = padded(bits_BTW, 1, Tp)
-    held_Bnm = held_tiles(bits, queries, keys)[..., : Sp // keys]
+    queries, keys, of_word = tiles.queries, tiles.keys, KEYS // tiles.keys
+    held_Bnm = held_tiles(bits_BTW, queries, keys)[..., : S // keys]
     prefetched = held_Bnm.astype(jnp.int32), next_held(held_Bnm)
 
     def spec(block, index):
@@ -182,30 +203,29 @@ def _with_gradients(q_BNTH, k_BNSH, lse_BNT, q_BTIC, w_BTI, k_BSC, bits_BTW, til
     row = spec((1, 1, queries), lambda b, i, j: (b, 0, i))
     of_head = spec((1, I, queries, C), lambda b, i, j: (b, 0, i, 0))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    index_q = padded(jnp.swapaxes(q_BTIC, 1, 2), 2, Tp), of_head
-    index_k = padded(k_BSC, 1, Sp), spec((1, keys, C), lambda b, i, j: (b, j, 0))
-    w = padded(w_BTI.astype(F32), 1, Tp), spec((1, queries, I), lambda b, i, j: (b, i, 0))
-    mask = bits, spec((1, queries, LANES), lambda b, i, j: (b, i, j // of_word))
+    index_q = jnp.swapaxes(q_BTIC, 1, 2), of_head
+    index_k = k_BSC, spec((1, keys, C), lambda b, i, j: (b, j, 0))
+    w = w_BTI.astype(F32), spec((1, queries, I), lambda b, i, j: (b, i, 0))
+    mask = bits_BTW, spec((1, queries, LANES), lambda b, i, j: (b, i, lax.div(j, of_word)))
     lanes = pltpu.VMEM((queries, LANES), F32)
-    (index_lse_B1T,) = call(_normaliser_kernel, "indexer_normaliser", [index_q, w, index_k, mask], [((B, 1, Tp), row)], [lanes, lanes])
+    (index_lse_B1T,) = call(_normaliser_kernel, "indexer_normaliser", [index_q, w, index_k, mask], [((B, 1, T), row)], [lanes, lanes])
     operands = [
-        (padded(q_BNTH, 2, Tp), spec((1, N, queries, H), lambda b, i, j: (b, 0, i, 0))),
-        (padded(k_BNSH, 2, Sp), spec((1, N, keys, H), lambda b, i, j: (b, 0, j, 0))),
-        (padded(lse_BNT, 2, Tp)[:, :, None], spec((1, N, 1, queries), lambda b, i, j: (b, 0, 0, i))),
-        *(index_q, w, index_k, (index_lse_B1T, row), mask, (jnp.zeros((B, Sp, C), F32), in_hbm)),
+        (q_BNTH, spec((1, N, queries, H), lambda b, i, j: (b, 0, i, 0))),
+        (k_BNSH, spec((1, N, keys, H), lambda b, i, j: (b, 0, j, 0))),
+        (lse_BNT[:, :, None], spec((1, N, 1, queries), lambda b, i, j: (b, 0, 0, i))),
+        *(index_q, w, index_k, (index_lse_B1T, row), mask, (dk_BSC, in_hbm)),
     ]
     results = [
-        ((B, 1, Tp), row),
-        ((B, I, Tp, C), of_head),
-        ((B, I, 1, Tp), spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))),
-        ((B, Sp, C), in_hbm),
+        ((B, 1, T), row),
+        ((B, I, T, C), of_head),
+        ((B, I, 1, T), spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))),
+        ((B, S, C), in_hbm),
     ]
     sums = [lanes, pltpu.VMEM((I, queries, C), F32), pltpu.VMEM((I, queries, LANES), F32), pltpu.VMEM((I, queries, keys), k_BSC.dtype)]
     scratch = [*sums, pltpu.VMEM((keys, C), F32), pltpu.SemaphoreType.DMA]
-    zeros = len(prefetched) + len(operands) - 1
-    kl_B1T, dq_BITC, dw_BI1T, dk_BSC = call(_kl_kernel, "indexer_kl", operands, results, scratch, input_output_aliases={zeros: 3})
-    dw_BTI = jnp.swapaxes(dw_BI1T[:, :, 0, :T], 1, 2)
-    return jnp.sum(kl_B1T), ((jnp.swapaxes(dq_BITC[:, :, :T], 1, 2), dw_BTI, dk_BSC[:, :S]), (q_BTIC, w_BTI, k_BSC))
+    before = len(prefetched) + len(operands) - 1
+    kl_B1T, dq_BITC, dw_BI1T, dk_BSC = call(_kl_kernel, "indexer_kl", operands, results, scratch, input_output_aliases={before: 3})
+    return jnp.sum(kl_B1T), jnp.swapaxes(dq_BITC, 1, 2), jnp.swapaxes(dw_BI1T[:, :, 0], 1, 2), dk_BSC
 
 
 def _scaled(tiles: Tiles, saved, by: Array):

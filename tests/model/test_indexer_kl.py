@@ -38,7 +38,8 @@ def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
     ids=["warm-up", "sparse"],
 )
 @pytest.mark.parametrize("kind", ["kernel", "reference"])
-def test_it_is_the_definition_and_its_gradient(shape, share, tiles, kind):
+def test_it_is_the_definition_and_its_gradient(shape, share, tiles, kind, monkeypatch):
+    monkeypatch.setattr("model.kernels.indexer_kl.AT_ONCE", 128)  # two calls
     attention, indexer, among_BTS, p_BTS = made(*shape, share)
     by_tile = {
         "kernel": lambda *given: total_kl_tpu(*given, tiles._replace(interpret=STRICT)),
