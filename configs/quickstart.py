@@ -68,7 +68,7 @@ def pretrain() -> ConfigDict:
     c = common()
     c.init_from = "runs/quickstart/copying"
     c.train.stage = "dense"
-    c.train.steps = 1_500  # after 1,300 seed 0 had not yet learnt the problems: half of what it worked out was right, after 1,500 nine tenths
+    c.train.steps = 1_500  # after 1,300 seed 0 had not yet learnt the problems: half of what it worked out was right, after 1,500 eight tenths
     c.train.optimizer = "muon"
     c.train.learning_rate = 5e-3
     return c
