@@ -24,8 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_kl, indexer_scores
 from model.kernels.keyset import KEYS, LANES, held_tiles, next_held, tile_bias, unpack
-from model.kernels.selection import score_tile, sum_by_lane
-from model.kernels.sparse_attention import F32, NO_KEY, column, dot, padded
+from model.kernels.selection import score_tile
+from model.kernels.tile import F32, NO_KEY, by_lane, column, dot, padded
 
 AT_ONCE = 16_384  # queries of a call: the table of its tiles must fit into scalar memory, a megabyte
 
@@ -85,7 +85,7 @@ def _normaliser_kernel(held_ref, fetch_ref, q_ref, w_ref, k_ref, bits_ref, lse_r
 
     @pl.when(held_ref[b, i, j] != 0)
     def _():
-        scores_QK = score_tile(q_ref[0], k_ref[0], w_ref[0], q_ref.shape[1]) + tile_bias(bits_ref[0], j, k_ref.shape[1])
+        scores_QK = score_tile(q_ref[0], k_ref[0], w_ref[0]) + tile_bias(bits_ref[0], j, k_ref.shape[1])
         before_QL = largest_ref[...]
         largest_QL = jnp.maximum(before_QL, jnp.max(scores_QK, axis=1, keepdims=True))
         total_ref[...] = jnp.exp(before_QL - largest_QL) * total_ref[...] + jnp.sum(jnp.exp(scores_QK - largest_QL[:, :1]), axis=1, keepdims=True)
@@ -129,13 +129,13 @@ def _kl_kernel(
         log_predicted_QK = scores_QK - column(index_lse_ref[0])
         chosen_QK = bias_QK == 0
         kl_QK = p_QK * (jnp.log(jnp.where(p_QK > 0, p_QK, 1.0)) - log_predicted_QK)
-        kl_sum_ref[...] += sum_by_lane(jnp.where(chosen_QK, kl_QK, 0.0))
+        kl_sum_ref[...] += by_lane(jnp.add, jnp.where(chosen_QK, kl_QK, 0.0))
         dscores_QK = jnp.where(chosen_QK, jnp.exp(log_predicted_QK) - p_QK, 0.0)
         fetched.wait()
         dk_KC = dk_tile_ref[...]
         for head in range(I):
             positive_QK = positive_ref[head].astype(F32)
-            dw_sum_ref[head] += sum_by_lane(dscores_QK * positive_QK)
+            dw_sum_ref[head] += by_lane(jnp.add, dscores_QK * positive_QK)
             ddot_QK = (jnp.where(positive_QK > 0, dscores_QK, 0.0) * w_ref[0, :, head : head + 1]).astype(index_k_ref.dtype)
             dq_sum_ref[head] += dot(ddot_QK, index_k_ref[0], (1, 0))
             dk_KC += dot(ddot_QK, index_q_ref[0, head], (0, 0))

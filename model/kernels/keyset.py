@@ -9,9 +9,10 @@ W = 128 * ceil(S / 4096) words of int32; at 128K keys a sequence's whole set is 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from model.indexer import MASKED
+
 LANES, BITS = 128, 32
 KEYS = LANES * BITS  # in LANES words side by side
-MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
 
 def words(keys: int) -> int:

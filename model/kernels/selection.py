@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_scores, select_topk
 from model.kernels.keyset import BITS, KEYS, LANES, bit, pack, words
+from model.kernels.tile import F32, by_lane, dot, in_pairs
 
 ROWS = 8  # queries whose bounds move together: the sublanes of a register
 GUESSES = 24  # bounds put where the counts lead, before bits are halved
@@ -61,12 +62,12 @@ def select_tpu(q_BTIC: Array, k_BSC: Array, w_BTI: Array, segments_BT: Array, to
     q_BITC = jnp.pad(jnp.swapaxes(q_BTIC, 1, 2), [(0, 0), (0, 0), (0, nq * queries - T), (0, 0)])
     k_BSC = jnp.pad(k_BSC, [(0, 0), (0, nk * keys - T), (0, 0)])
     # A query's segment stands behind its weights: a column of its own would fill 128 lanes. As a float it is exact up to 2^24.
-    w_BTJ = jnp.concatenate([w_BTI.astype(jnp.float32), segments_BT[..., None].astype(jnp.float32)], axis=-1)
+    w_BTJ = jnp.concatenate([w_BTI.astype(F32), segments_BT[..., None].astype(F32)], axis=-1)
     w_BTJ = jnp.pad(w_BTJ, [(0, 0), (0, nq * queries - T), (0, 0)])
-    segments_B1S = jnp.pad(segments_BT, [(0, 0), (0, nk * keys - T)]).astype(jnp.float32)[:, None]
+    segments_B1S = jnp.pad(segments_BT, [(0, 0), (0, nk * keys - T)]).astype(F32)[:, None]
 
-    def seen(i, j):
-        return jnp.minimum(j, ((i + 1) * queries - 1) // keys)  # what no query of the block may see is not fetched
+    def fetched(i, j):
+        return jnp.minimum(jnp.minimum(j, ((i + 1) * queries - 1) // keys), nk - 1)  # not what no query of the block may see
 
     return pl.pallas_call(
         functools.partial(_kernel, heads=I, topk=topk, tiles=nk),
@@ -74,12 +75,12 @@ def select_tpu(q_BTIC: Array, k_BSC: Array, w_BTI: Array, segments_BT: Array, to
         in_specs=[
             pl.BlockSpec((1, I, queries, C), lambda b, i, j: (b, 0, i, 0)),
             pl.BlockSpec((1, queries, I + 1), lambda b, i, j: (b, i, 0)),
-            pl.BlockSpec((1, keys, C), lambda b, i, j: (b, jnp.minimum(seen(i, j), nk - 1), 0)),
-            pl.BlockSpec((1, 1, keys), lambda b, i, j: (b, 0, jnp.minimum(seen(i, j), nk - 1))),
+            pl.BlockSpec((1, keys, C), lambda b, i, j: (b, fetched(i, j), 0)),
+            pl.BlockSpec((1, 1, keys), lambda b, i, j: (b, 0, fetched(i, j))),
         ],
         out_specs=pl.BlockSpec((1, queries, W), lambda b, i, j: (b, i, 0)),
         out_shape=jax.ShapeDtypeStruct((B, nq * queries, W), jnp.int32),
-        scratch_shapes=[pltpu.VMEM((W // LANES, queries, KEYS), jnp.float32), pltpu.VMEM((4, queries, LANES), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((W // LANES, queries, KEYS), F32), pltpu.VMEM((4, queries, LANES), F32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20),
         interpret=interpret,
         name="select",
@@ -98,11 +99,11 @@ def _kernel(q_ref, w_ref, k_ref, segments_ref, bits_ref, scores_ref, seen_ref, *
     @pl.when(j == 0)
     def _():
         for which, first in enumerate((-jnp.inf, jnp.inf, 0.0, 0.0)):
-            seen_ref[which] = jnp.full((queries, LANES), first, jnp.float32)
+            seen_ref[which] = jnp.full((queries, LANES), first, F32)
 
     @pl.when(j < live)
     def _():
-        scores = score_tile(q_ref[0], k_ref[0], w_ref[0], heads)
+        scores = score_tile(q_ref[0], k_ref[0], w_ref[0])
         query = i * queries + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         key = j * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         own = w_ref[0, :, heads : heads + 1]
@@ -110,10 +111,10 @@ def _kernel(q_ref, w_ref, k_ref, segments_ref, bits_ref, scores_ref, seen_ref, *
         per = KEYS // keys
         scores_ref[lax.div(j, per), :, pl.ds(pl.multiple_of(lax.rem(j, per) * keys, LANES), keys)] = jnp.where(allowed, scores, -jnp.inf)
         kept = jnp.where(allowed, scores, 0.0)
-        seen_ref[0] = jnp.maximum(seen_ref[0], _by_lane(jnp.where(allowed, scores, -jnp.inf), jnp.maximum))
-        seen_ref[1] = jnp.minimum(seen_ref[1], _by_lane(jnp.where(allowed, scores, jnp.inf), jnp.minimum))
-        seen_ref[2] += _by_lane(kept, jnp.add)
-        seen_ref[3] += _by_lane(kept * kept, jnp.add)
+        seen_ref[0] = jnp.maximum(seen_ref[0], by_lane(jnp.maximum, jnp.where(allowed, scores, -jnp.inf)))
+        seen_ref[1] = jnp.minimum(seen_ref[1], by_lane(jnp.minimum, jnp.where(allowed, scores, jnp.inf)))
+        seen_ref[2] += by_lane(jnp.add, kept)
+        seen_ref[3] += by_lane(jnp.add, kept * kept)
 
     @pl.when(j == tiles - 1)
     def _():
@@ -123,31 +124,13 @@ def _kernel(q_ref, w_ref, k_ref, segments_ref, bits_ref, scores_ref, seen_ref, *
             _select_rows(scores_ref, seen_ref, bits_ref, rows, live * keys, keys, topk)
 
 
-def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array, heads: int) -> Array:
-    """sum over heads of w * relu(q . k): [Q, K] float32 (arXiv 2512.02556, eq. 1). Unrolled: the products of one head overlap the sums of the one before."""
-    precision = lax.Precision.HIGHEST if k_KC.dtype == jnp.float32 else None
-    total_QK = jnp.zeros((q_IQC.shape[1], k_KC.shape[0]), jnp.float32)
-    for head in range(heads):
-        dot_QK = lax.dot_general(q_IQC[head], k_KC, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        total_QK += jnp.maximum(dot_QK, 0.0) * w_QI[:, head : head + 1]
+def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array) -> Array:
+    """sum over heads of w * relu(q . k): [Q, K] float32 (arXiv 2512.02556, eq. 1). Unrolled: the products of one head overlap the sums of the one before.
+    Of w the first columns are the heads'."""
+    total_QK = jnp.zeros((q_IQC.shape[1], k_KC.shape[0]), F32)
+    for head, q_QC in enumerate(q_IQC):
+        total_QK += jnp.maximum(dot(q_QC, k_KC, (1, 1)), 0.0) * w_QI[:, head : head + 1]
     return total_QK
-
-
-def sum_by_lane(x_QK: Array) -> Array:
-    """[Q, K] added up to [Q, 128]: what is left of a sum over keys waits until the last tile."""
-    return _by_lane(x_QK, jnp.add)
-
-
-def _by_lane(x_QK: Array, fold) -> Array:
-    """[Q, K] folded to [Q, 128]."""
-    return _tree(fold, jnp.split(x_QK, x_QK.shape[1] // LANES, axis=1))
-
-
-def _tree(fold, parts: list[Array]) -> Array:
-    """Pair by pair: in a chain each would wait for the one before."""
-    while len(parts) > 1:
-        parts = [fold(*parts[at : at + 2]) if at + 1 < len(parts) else parts[at] for at in range(0, len(parts), 2)]
-    return parts[0]
 
 
 def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: int):
@@ -165,7 +148,7 @@ def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: in
         def one(word, found):
             pieces = jnp.split(scores_ref[word, rows], BITS, axis=1)
             parts = [jnp.where(chosen(x, word * KEYS + place * LANES), 1, 0) for place, x in enumerate(pieces)]
-            return found + _tree(jnp.add, parts)
+            return found + in_pairs(jnp.add, parts)
 
         return jnp.sum(lax.fori_loop(0, words, one, jnp.zeros((ROWS, LANES), jnp.int32)), axis=1, keepdims=True)
 
@@ -174,7 +157,7 @@ def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: in
     low = jnp.where(few, 0.0, jnp.min(seen_ref[1, rows], axis=1, keepdims=True))
     high = jnp.where(few, 0.0, jnp.max(seen_ref[0, rows], axis=1, keepdims=True))
     low, at_low, above = find_threshold(count, allowed, few, low, high, _normal_quantile(seen_ref, rows, allowed, topk), topk)
-    level = jnp.where(few, jnp.finfo(jnp.float32).min, low)
+    level = jnp.where(few, jnp.finfo(F32).min, low)
     crowded = ~few & (at_low > topk)  # where more are at or above, these tie
     some_crowded = jnp.max(crowded.astype(jnp.int32)) > 0
 
@@ -236,7 +219,7 @@ def find_threshold(count, allowed: Array, done: Array, low: Array, high: Array, 
         high=ordered(high) + 1,
         at_low=allowed,
         at_high=zero,
-        over=(allowed - topk).astype(jnp.float32),
+        over=(allowed - topk).astype(F32),
         under=jnp.full(low.shape, -float(topk)),
         side=zero,
         done=done.astype(jnp.int32),
@@ -253,7 +236,7 @@ def find_threshold(count, allowed: Array, done: Array, low: Array, high: Array, 
         level = unordered(bound)
         found = count(lambda x, _: x >= level)
         up, down = (s.done == 0) & (found >= topk), (s.done == 0) & (found < topk)
-        excess = (found - topk).astype(jnp.float32)
+        excess = (found - topk).astype(F32)
         new_low, new_high = jnp.where(up, bound, s.low), jnp.where(down, bound, s.high)
         at_low = jnp.where(up, found, s.at_low)
         settled = (at_low == topk) | (new_high - 1 <= new_low)
@@ -287,7 +270,7 @@ def _last_tied(count, level: Array, wanted: Array) -> Array:
 
 def _normal_quantile(seen_ref, rows, allowed: Array, topk: int) -> Array:
     """Where topk of the scores would be above if they were of a normal distribution (Abramowitz and Stegun, 26.2.23)."""
-    n = jnp.maximum(allowed, 1).astype(jnp.float32)
+    n = jnp.maximum(allowed, 1).astype(F32)
     mean = jnp.sum(seen_ref[2, rows], axis=1, keepdims=True) / n
     variance = jnp.sum(seen_ref[3, rows], axis=1, keepdims=True) / n - mean * mean
     share = topk / n
@@ -304,4 +287,4 @@ def ordered(x: Array) -> Array:
 
 def unordered(bits: Array) -> Array:
     """The float32 of `ordered`."""
-    return lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), jnp.float32)
+    return lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), F32)

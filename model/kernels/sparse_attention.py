@@ -22,10 +22,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.keyset import KEYS, LANES, MASKED, held_tiles, next_held, tile_bias, unpack
-
-NO_KEY = MASKED / 2  # what a running maximum begins at: below it the exponential of a masked logit is 0 even in a row without any key
-F32 = jnp.float32
+from model.indexer import MASKED
+from model.kernels.keyset import KEYS, LANES, held_tiles, next_held, tile_bias, unpack
+from model.kernels.tile import F32, NO_KEY, column, dot, padded
 
 
 class Tiles(NamedTuple):
@@ -73,17 +72,6 @@ def attend_tpu(q_BNTH: Array, k_BNSH: Array, v_BNSV: Array, bits_BTW: Array, til
       out_BNTV of v's dtype, and lse_BNT float32; both 0 for a query without keys.
     """
     return _forward(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles)[0]
-
-
-def dot(x: Array, y: Array, over: tuple[int, int]) -> Array:
-    """A product summed over these axes, in float32: of bfloat16 as it is, of float32 at full precision."""
-    precision = lax.Precision.HIGHEST if x.dtype == F32 else None
-    return lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=F32)
-
-
-def column(row_1Q: Array) -> Array:
-    """[1, Q] to [Q, 1], in a kernel."""
-    return jnp.broadcast_to(row_1Q, (LANES, row_1Q.shape[1])).T[:, :1]
 
 
 def _forward_kernel(held_ref, fetch_ref, q_ref, k_ref, v_ref, bits_ref, out_ref, lse_ref, largest_ref, total_ref, mixed_ref):
@@ -170,10 +158,6 @@ class Operand(NamedTuple):
     array: Any
     block: tuple[int, ...]
     index: Callable[..., tuple]
-
-
-def padded(x: Array, axis: int, size: int) -> Array:
-    return jnp.pad(x, [(0, size - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
 
 
 def _operands(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles: Tiles) -> list[Operand]:

@@ -1,0 +1,40 @@
+"""What the Pallas kernels over tiles share: products, the turning of rows into columns, sums that wait for the last tile."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from model.indexer import MASKED
+from model.kernels.keyset import LANES
+
+F32 = jnp.float32
+NO_KEY = MASKED / 2  # what a running maximum begins at: below it the exponential of a masked logit is 0 even in a row without any key
+
+
+def padded(x: Array, axis: int, size: int) -> Array:
+    """Zeros behind an axis, up to `size`."""
+    return jnp.pad(x, [(0, size - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
+
+
+def dot(x: Array, y: Array, over: tuple[int, int]) -> Array:
+    """A product summed over these axes, in float32: of bfloat16 as it is, of float32 at full precision."""
+    precision = lax.Precision.HIGHEST if x.dtype == F32 else None
+    return lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=F32)
+
+
+def column(row_1Q: Array) -> Array:
+    """[1, Q] to [Q, 1]."""
+    return jnp.broadcast_to(row_1Q, (LANES, row_1Q.shape[1])).T[:, :1]
+
+
+def by_lane(fold: Callable[[Array, Array], Array], x_QK: Array) -> Array:
+    """[Q, K] folded to [Q, 128]: what is left of it waits until the last tile."""
+    return in_pairs(fold, jnp.split(x_QK, x_QK.shape[1] // LANES, axis=1))
+
+
+def in_pairs(fold: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
+    """Folded pair by pair: in a chain each would wait for the one before."""
+    while len(parts) > 1:
+        parts = [fold(*parts[at : at + 2]) if at + 1 < len(parts) else parts[at] for at in range(0, len(parts), 2)]
+    return parts[0]
