@@ -15,9 +15,9 @@ test: .venv/installed
 test-all: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not compile"
 
-# Every kernel through the TPU's own compiler, which needs no TPU.
-test-compile: .venv/compiler
-	$(BIN)/python -m pytest -n 2 -m compile tests/compile
+# Every kernel through the TPU's own compiler, which needs no TPU; in an environment of its own, since JAX complains wherever it finds that compiler and no TPU.
+test-compile: .venv-compile/installed
+	.venv-compile/bin/python -m pytest -n 2 -m compile tests/compile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -28,9 +28,10 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/compiler: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check "jax[tpu]"
+.venv-compile/installed: requirements.txt
+	$(PYTHON) -m venv .venv-compile
+	.venv-compile/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "jax[tpu]"
 	@touch $@
 
 clean:
-	rm -rf .venv .jax_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-compile .jax_cache .pytest_cache .ruff_cache
