@@ -57,7 +57,7 @@ def stretches(directory: Path, name: str) -> list[Stretch]:
 
 
 def _one(directory: Path, name: str, ending: str) -> Path:
-    files = sorted(file for file in directory.glob(f"*{ending}") if re.search(rf"-\w*{name}\w*(\.\d+)?-\d+-{ending}$", file.name))
+    files = sorted(file for file in directory.glob(f"*{ending}") if re.search(rf"-(\w*_)?{name}_*(\.\d+)?-\d+-{ending}$", file.name))
     if not files:
         raise FileNotFoundError(f"no schedule of a kernel {name} in {directory}: was it compiled?")
     return files[-1]
