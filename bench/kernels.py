@@ -38,11 +38,12 @@ def run(topology: str) -> None:
             return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
 
         def step(q, k, v, iq, w, ik, segments):
-            bits = select_tpu(iq, ik, w, segments, 2_048)
+            bits, _ = select_tpu(iq, ik, w, segments, segments, 2_048)
 
             def total(q, k, v, iq, w, ik):
                 out, lse = sparse_attention.attend_tpu(q, k, v, bits)
-                return jnp.sum(out.astype(jnp.float32)) + indexer_kl.total_kl_tpu(*jax.lax.stop_gradient((q, k, lse)), iq, w, ik, bits)
+                attention = jax.lax.stop_gradient(indexer_kl.Attention(q, k, lse))
+                return jnp.sum(out.astype(jnp.float32)) + indexer_kl.total_kl_tpu(attention, iq, w, ik, bits, bits)[0]
 
             return jax.grad(total, range(6))(q, k, v, iq, w, ik)
 
