@@ -38,7 +38,7 @@ def run(topology: str) -> None:
             return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
 
         def step(q, k, v, iq, w, ik, segments):
-            bits, _ = select_tpu(iq, ik, w, segments, segments, 2_048)
+            bits, _ = select_tpu(iq, ik, w, segments, segments, jnp.arange(L), 2_048)
 
             def total(q, k, v, iq, w, ik):
                 out, lse = sparse_attention.attend_tpu(q, k, v, bits)

@@ -5,8 +5,8 @@
     total_kl    the indexer's loss against that attention      queries cut over `tensor`: each needs all heads
 
 Queries are dealt out in blocks, one to each device of `tensor` in turn, so that every device gets as many long rows as short ones. Between the three the
-compiler moves what lies elsewhere: the bits to all (L / 8 bytes a query), queries and log-sum-exps from heads to queries (all-to-all), and the keys of all heads
-to all, which is the dearest: 49 KB a key in DeepSeek-V3.2, bfloat16.
+compiler moves what lies elsewhere: the bits to all (L / 8 bytes a query), queries and log-sum-exps from heads to queries (all-to-all), and all heads' keys
+to all, which is the dearest: 49 KB a key in DeepSeek-V3.2.
 """
 
 import functools
@@ -25,13 +25,33 @@ from model.config import ModelConfig
 from model.kernels import indexer_kl, sparse_attention
 from model.kernels.indexer_kl import Attention, total_kl_reference, total_kl_tpu
 from model.kernels.keyset import causal, sizes, unpack
-from model.kernels.selection import BLOCK, Share, select_reference, select_tpu
+from model.kernels.selection import BLOCK, select_reference, select_tpu
 from model.kernels.sparse_attention import attend_reference, attend_tpu
 from model.kernels.tile import padded
 from model.sharding import MESH_AXES, RULES, platform
 
 ROWS, CUT = P(RULES["batch"]), P(RULES["batch"], None, "tensor")  # of arrays [B, ...] and dealt ones [B, n, tensor, BLOCK, ...]
+PIECE = 16_384  # queries of the loss at a time
 LEAST_TILED = 512  # tokens of a row: shorter ones would leave most of a tile empty
+
+
+class Queries(NamedTuple):
+    """The indexer's, and where they stand: dealt, or a device's own."""
+
+    q_BTIC: Array
+    w_BTI: Array
+    segments_BT: Array
+    place_1T: Array
+
+
+class Keys(NamedTuple):
+    """The indexer's, of the whole sequence."""
+
+    k_BSC: Array
+    segments_BS: Array
+
+
+DEALT = Queries(CUT, CUT, CUT, P(None, None, "tensor"))
 
 
 class Kernels(NamedTuple):
@@ -76,21 +96,20 @@ def attend_tiled(
     record: bool = False,
 ) -> tuple[Array, IndexerReport, Array | None]:
     """See `attend_expanded`."""
-    T, place_T = q_BTNH.shape[1], jnp.arange(q_BTNH.shape[1])
+    T = q_BTNH.shape[1]
     q_BNTH, k_BNSH, v_BNSV = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
     k_BNSH, v_BNSV = (jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BNSH, v_BNSV))
-    dealt_bits = selected = None
-    if stage != "dense":
-        query, index_k_BSC = indexer
+    queries = None if stage == "dense" else Queries(*(dealt(x, 1) for x in (*indexer.query, segments_BT, jnp.arange(T)[None])))
+    keys = None if stage == "dense" else Keys(indexer.k_BSC, segments_BT)
+    if stage == "sparse":
         with jax.named_scope("select"):
-            selected = jax.lax.stop_gradient(select(kernels, query, index_k_BSC, segments_BT, topk))
+            dealt_bits = select(kernels, queries, keys, topk)
+            bits_BTW = together(dealt_bits, 1)[:, :T]
+    else:
+        bits_BTW = causal(segments_BT, segments_BT, jnp.arange(T))
+    # What a block's recomputation keeps of attention, it keeps of this: the selection is not made again in the backward pass.
+    bits_BTW = checkpoint_name(bits_BTW, "attention")
     with jax.named_scope("attention"):
-        if stage == "sparse":
-            dealt_bits, bits_BTW = selected, together(selected, 1)[:, :T]
-        else:
-            bits_BTW = causal(segments_BT, segments_BT, place_T)
-        # What a block's recomputation keeps of attention, it keeps of this: the selection is not made again in the backward pass.
-        bits_BTW = checkpoint_name(bits_BTW, "attention")
         heads = P(RULES["batch"], "tensor")
         out_BNTV, lse_BNT = on_mesh(kernels.attend, (heads, heads, heads, ROWS), (heads, heads))(q_BNTH, k_BNSH, v_BNSV, bits_BTW)
         out_BTNV = jnp.swapaxes(out_BNTV, 1, 2)
@@ -98,44 +117,66 @@ def attend_tiled(
     if stage == "dense":
         return out_BTNV, IndexerReport.zero(), recorded
     with jax.named_scope("indexer_kl"):
-        dealt_bits = dealt(bits_BTW, 1) if dealt_bits is None else dealt_bits
         attention = jax.lax.stop_gradient(Attention(q_BNTH, k_BNSH, lse_BNT))
-        kl, mass_BT = total_kl(kernels, attention, query, index_k_BSC, dealt_bits, selected)
+        kl, mass = total_kl(kernels, attention, queries, keys, dealt_bits if stage == "sparse" else dealt(bits_BTW, 1), stage, topk)
     zero = jnp.zeros((), jnp.float32)
     if stage == "sparse":
         return out_BTNV, IndexerReport(kl, zero, zero, zero), recorded
     allowed_BT = sizes(bits_BTW)
     counts_BT = allowed_BT > topk
-    recall = jnp.sum(jnp.where(counts_BT, mass_BT[:, :T], 0.0))
+    recall = jnp.sum(jnp.where(counts_BT, together(mass, 1)[:, :T], 0.0))
     random = jnp.sum(jnp.where(counts_BT, topk / jnp.maximum(allowed_BT, 1), 0.0))
     return out_BTNV, IndexerReport(kl, recall, random, jnp.sum(counts_BT, dtype=jnp.float32)), recorded
 
 
-def select(kernels: Kernels, query, index_k_BSC: Array, segments_BT: Array, topk: int) -> Array:
+def select(kernels: Kernels, queries: Queries, keys: Keys, topk: int) -> Array:
     """Each query's keys: bits, dealt."""
 
-    def own(q, w, segments, k_BSC, key_segments_BS):
-        share = Share(jax.lax.axis_index("tensor"), devices()) if devices() > 1 else Share()
-        bits_BTW, _ = kernels.select(together(q, 1), k_BSC, together(w, 1), together(segments, 1), key_segments_BS, topk, share)
-        return dealt(bits_BTW, 1, 1)
+    def own(queries: Queries, keys: Keys):
+        return dealt(_selected(kernels, _own(queries), keys, topk), 1, 1)
 
-    inputs = jax.lax.stop_gradient((dealt(query.q_BTIC, 1), dealt(query.w_BTI, 1), dealt(segments_BT, 1), index_k_BSC, segments_BT))
-    return on_mesh(own, (CUT, CUT, CUT, ROWS, ROWS), CUT)(*inputs)
+    return on_mesh(own, (DEALT, ROWS), CUT)(*jax.lax.stop_gradient((queries, keys)))
 
 
-def total_kl(kernels: Kernels, attention: Attention, query, index_k_BSC: Array, bits: Array, selected: Array) -> tuple[Array, Array]:
-    """The indexer's loss, and the attention's mass on the selected keys [B, T']. `bits` and `selected` are dealt."""
+def _own(dealt_BT):
+    return jax.tree.map(lambda x: together(x, 1), dealt_BT)
 
-    def own(attention: Attention, q, w, k_BSC, bits, selected):
-        attention = Attention(together(attention.q_BNTH, 2), attention.k_BNSH, together(attention.lse_BNT, 2))
-        kl, mass_BT = kernels.total_kl(attention, together(q, 1), together(w, 1), k_BSC, together(bits, 1), together(selected, 1))
-        return kl[None], dealt(mass_BT, 1, 1)
+
+def _selected(kernels: Kernels, queries: Queries, keys: Keys, topk: int) -> Array:
+    (q_BTIC, w_BTI, segments_BT, place_1T), (k_BSC, segments_BS) = jax.lax.stop_gradient((queries, keys))
+    return kernels.select(q_BTIC, k_BSC, w_BTI, segments_BT, segments_BS, place_1T[0], topk)[0]
+
+
+def total_kl(kernels: Kernels, attention: Attention, queries: Queries, keys: Keys, bits: Array, stage: str, topk: int) -> tuple[Array, Array]:
+    """The indexer's loss, and the attention's mass on the keys selected, dealt. `bits`, dealt: the keys compared."""
+
+    def own(attention: Attention, queries: Queries, keys: Keys, bits):
+        """PIECE queries at a time: in the warm-up only recall wants the selection, and no more of it than that is ever held."""
+        by_query = Attention(together(attention.q_BNTH, 2), None, together(attention.lse_BNT, 2))
+        pieces = jax.tree.map(lambda x, axis: cut(x, axis), (by_query, _own(queries), _own(bits)), (Attention(2, None, 2), Queries(1, 1, 1, 1), 1))
+
+        def step(total, piece):
+            (q_BNTH, _, lse_BNT), queries, bits_BTW = piece
+            selected_BTW = bits_BTW if stage == "sparse" else _selected(kernels, queries, keys, topk)
+            given = Attention(q_BNTH, attention.k_BNSH, lse_BNT), queries.q_BTIC, queries.w_BTI, keys.k_BSC, bits_BTW, selected_BTW
+            kl, mass_BT = kernels.total_kl(*given)
+            return total + kl, mass_BT
+
+        kl, mass_nBT = jax.lax.scan(step, jnp.zeros((), jnp.float32), pieces)
+        T = bits.shape[1] * BLOCK
+        return kl[None], dealt(jnp.moveaxis(mass_nBT, 0, 1).reshape(mass_nBT.shape[1], -1)[:, :T], 1, 1)
 
     by_query = P(RULES["batch"], None, None, "tensor")
-    specs = (Attention(by_query, ROWS, by_query), CUT, CUT, ROWS, CUT, CUT)
     shared = Attention(dealt(attention.q_BNTH, 2), attention.k_BNSH, dealt(attention.lse_BNT, 2))
-    kl_n, mass = on_mesh(own, specs, (P(MESH_AXES), CUT))(shared, dealt(query.q_BTIC, 1), dealt(query.w_BTI, 1), index_k_BSC, bits, selected)
-    return jnp.sum(kl_n), together(mass, 1)
+    kl_n, mass = on_mesh(own, (Attention(by_query, ROWS, by_query), DEALT, ROWS, CUT), (P(MESH_AXES), CUT))(shared, queries, keys, bits)
+    return jnp.sum(kl_n), mass
+
+
+def cut(x: Array, axis: int) -> Array:
+    """[..., T, ...] to [n, ..., at most PIECE, ...]."""
+    size = min(PIECE, x.shape[axis])
+    x = padded(x, axis, -(-x.shape[axis] // size) * size)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def devices() -> int:

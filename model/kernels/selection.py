@@ -19,28 +19,15 @@ from model.indexer import indexer_scores, select_topk
 from model.kernels.keyset import BITS, KEYS, LANES, bit, pack, words
 from model.kernels.tile import F32, by_lane, dot, in_pairs, padded
 
-BLOCK = 128  # queries that stay together when a sequence's are shared out
+BLOCK = 128  # queries that stand side by side, wherever the next ones stand
 ROWS = 8  # queries whose bounds move together: the sublanes of a register
 GUESSES = 24  # bounds put where the counts lead, before bits are halved
 PLACES = 24  # bits of the largest place in a row
 SCORES_BYTES = 32 * 2**20  # of VMEM for a block's scores
 
 
-class Share(NamedTuple):
-    """Which queries of a sequence these are: of its blocks of BLOCK queries, every `count`-th from block `index` on. So every device of `count` gets as many
-    long rows as short ones."""
-
-    index: Array | int = 0
-    count: int = 1
-
-    def places(self, queries: int) -> Array:
-        """Where in the sequence so many of them stand: [queries] int32."""
-        place_T = jnp.arange(queries, dtype=jnp.int32)
-        return place_T if self.count == 1 else (place_T // BLOCK * self.count + self.index) * BLOCK + place_T % BLOCK
-
-
 def select_reference(
-    q_BTIC: Array, k_BSC: Array, w_BTI: Array, segments_BT: Array, key_segments_BS: Array, topk: int, share: Share = Share(), *, queries: int = 512
+    q_BTIC: Array, k_BSC: Array, w_BTI: Array, segments_BT: Array, key_segments_BS: Array, place_T: Array, topk: int, *, queries: int = 512
 ) -> tuple[Array, Array]:
     """See `select_tpu`. So many queries at a time; the threshold is read off the selection."""
     (B, T), S = segments_BT.shape, k_BSC.shape[1]
@@ -58,7 +45,7 @@ def select_reference(
         all_BC = jnp.sum(allowed_BCS, axis=-1) <= topk
         return pack(among_BCS), jnp.where(all_BC, -jnp.inf, jnp.min(jnp.where(among_BCS, scores_BCS, jnp.inf), axis=-1))
 
-    bits_nBCW, threshold_nBC = lax.map(step, (cut(q_BTIC), cut(w_BTI), cut(segments_BT), cut(share.places(T), axis=0)))
+    bits_nBCW, threshold_nBC = lax.map(step, (cut(q_BTIC), cut(w_BTI), cut(segments_BT), cut(place_T, axis=0)))
     return jnp.moveaxis(bits_nBCW, 0, 1).reshape(B, -1, words(S))[:, :T], jnp.moveaxis(threshold_nBC, 0, 1).reshape(B, -1)[:, :T]
 
 
@@ -68,8 +55,8 @@ def select_tpu(
     w_BTI: Array,
     segments_BT: Array,
     key_segments_BS: Array,
+    place_T: Array,
     topk: int,
-    share: Share = Share(),
     *,
     queries: int = 0,
     keys: int = 512,
@@ -81,8 +68,8 @@ def select_tpu(
       q_BTIC, w_BTI: the indexer's queries and the weights of their heads, see `indexer_scores`.
       k_BSC: its keys, of the whole sequence.
       segments_BT, key_segments_BS: a query may choose keys of its own segment up to itself; a query of segment 0 none.
-      share: where in the sequence the queries stand.
-      queries: of a block, a multiple of 8 (and with a share of many, a divisor of BLOCK); 0 for as many as SCORES_BYTES allow, at most BLOCK.
+      place_T: where in the sequence each query stands. BLOCK by BLOCK they stand side by side.
+      queries: of a block: a divisor of BLOCK and a multiple of 8, or, for one block, of any size; 0 for as many as SCORES_BYTES allow, at most BLOCK.
       keys: of a tile: 128, 256, ..., 4096.
 
     Returns:
@@ -91,7 +78,7 @@ def select_tpu(
     """
     (B, T, I, C), S = q_BTIC.shape, k_BSC.shape[1]
     W = words(S)
-    queries = queries or _most_queries(W, T, share.count)
+    queries = queries or min(_most_queries(W), -(-T // ROWS) * ROWS)
     nq, nk = -(-T // queries), -(-S // keys)
     # A query's segment stands behind its weights: a column of its own would fill 128 lanes. As a float it is exact up to 2^24.
     w_BTJ = jnp.concatenate([w_BTI.astype(F32), segments_BT[..., None].astype(F32)], axis=-1)
@@ -121,7 +108,7 @@ def select_tpu(
         interpret=interpret,
         name="select",
     )(
-        share.places(nq * queries)[::queries],
+        padded(place_T, 0, nq * queries)[::queries].astype(jnp.int32),
         padded(jnp.swapaxes(q_BTIC, 1, 2), 2, nq * queries),
         padded(w_BTJ, 1, nq * queries),
         padded(k_BSC, 1, nk * keys),
@@ -130,10 +117,10 @@ def select_tpu(
     return bits_BTW[:, :T], threshold_Bn1Q.reshape(B, -1)[:, :T]
 
 
-def _most_queries(W: int, queries: int, shares: int) -> int:
-    """Of a block: as many as SCORES_BYTES allow, a power of two where blocks of BLOCK are dealt out."""
-    most = min(BLOCK, max(SCORES_BYTES // (4 * BITS * W) // ROWS, 1) * ROWS)
-    return min(most, -(-queries // ROWS) * ROWS) if shares == 1 else 1 << (most.bit_length() - 1)
+def _most_queries(W: int) -> int:
+    """Of a block: the power of two that SCORES_BYTES allow."""
+    most = min(BLOCK, max(SCORES_BYTES // (4 * BITS * W), ROWS))
+    return 1 << (most.bit_length() - 1)
 
 
 def _kernel(first_ref, q_ref, w_ref, k_ref, segments_ref, bits_ref, threshold_ref, scores_ref, seen_ref, *, heads: int, topk: int, tiles: int):

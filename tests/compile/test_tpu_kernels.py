@@ -49,7 +49,7 @@ def attention(L: int, heads: int) -> list:
 @pytest.mark.parametrize("topology", CHIPS)
 def test_selection(topology, L):
     q, w, k = indexer(L)
-    program = compiled(topology, functools.partial(select_tpu, topk=TOPK), q, k, w, *[((1, L), jnp.int32)] * 2)
+    program = compiled(topology, functools.partial(select_tpu, topk=TOPK), q, k, w, *[((1, L), jnp.int32)] * 2, ((L,), jnp.int32))
     memory = program.memory_analysis()
     assert memory.output_size_in_bytes < L * (words(L) + 2) * 4, "a bit a key, and a threshold"
     assert memory.temp_size_in_bytes < 2 * L * I * C * 2 + GIB // 4, "nothing of L x L but the bits: the queries, heads first, and little else"

@@ -77,6 +77,12 @@ def test_the_mesh_changes_nothing(stage, mesh, kernels):
     assert_same(result(attend, make_mesh(MeshConfig(*mesh))), by_chunks(stage))
 
 
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_pieces_of_the_loss_change_nothing(stage, monkeypatch):
+    monkeypatch.setattr("model.attend_tiled.PIECE", 128)
+    assert_same(result(functools.partial(attend_tiled, stage=stage, topk=TOPK, kernels=KERNELS["reference"])), by_chunks(stage))
+
+
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_a_model_is_the_same_by_tiles(remat):
     """Loss and every gradient of a whole model, MTP and gate included, the kernels interpreted; with `dots` the backward pass keeps what attention gave."""

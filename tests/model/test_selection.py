@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_scores, select_topk
 from model.kernels.keyset import KEYS, causal, held_tiles, next_held, pack, sizes, tile_bias, unpack, words
-from model.kernels.selection import BLOCK, GUESSES, Share, find_threshold, select_reference, select_tpu
+from model.kernels.selection import BLOCK, GUESSES, find_threshold, select_reference, select_tpu
 
 STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 
@@ -39,7 +39,7 @@ def expected(*made_and_topk):
 def select(kind, made, topk: int, **options):
     """(the selection as bool, thresholds) of whole sequences."""
     q_BTIC, k_BSC, w_BTI, segments_BT = made
-    bits_BTW, threshold_BT = kind(q_BTIC, k_BSC, w_BTI, segments_BT, segments_BT, topk, **options)
+    bits_BTW, threshold_BT = kind(q_BTIC, k_BSC, w_BTI, segments_BT, segments_BT, jnp.arange(segments_BT.shape[1]), topk, **options)
     assert not np.any(unpack(bits_BTW, bits_BTW.shape[-1] * 32)[..., k_BSC.shape[1] :]), "nothing beyond the last key"
     return unpack(bits_BTW, k_BSC.shape[1]), threshold_BT
 
@@ -56,7 +56,7 @@ def assert_bounds(threshold_BT, chosen_BTS, made, topk: int):
 @pytest.mark.parametrize(
     ("shape", "segments", "topk", "block"),
     [
-        ((1, 150, 2, 16), 1, 17, {"queries": 24, "keys": 128}),  # not multiples of anything
+        ((1, 150, 2, 16), 1, 17, {"queries": 32, "keys": 128}),  # not multiples of anything
         ((2, 75, 1, 8), 4, 9, {"queries": 40, "keys": 256}),  # a single head, packed rows
         ((1, 70, 8, 8), 2, 1, {}),  # k = 1, blocks as they come
         ((1, 60, 3, 8), 1, 100, {"queries": 8, "keys": 512}),  # k beyond every row
@@ -89,16 +89,13 @@ def test_the_reference_in_pieces_is_the_whole(queries):
 
 
 @pytest.mark.parametrize("kind", [functools.partial(select_tpu, interpret=True), select_reference], ids=["kernel", "reference"])
-def test_shares_of_a_sequence_are_the_whole(kind):
-    """Two devices, each with every other block of queries."""
+def test_every_other_block_of_queries(kind):
+    """As two devices have them."""
     made = inputs(2, 4 * BLOCK, 1, 8, segments=3)
     q_BTIC, k_BSC, w_BTI, segments_BT = made
     whole_BTS = select(kind, made, 20)[0]
-    for index in range(2):
-        share = Share(jnp.int32(index), 2)
-        place_T = share.places(2 * BLOCK)
-        assert np.all(place_T // BLOCK % 2 == index)
-        bits_BTW, _ = kind(q_BTIC[:, place_T], k_BSC, w_BTI[:, place_T], segments_BT[:, place_T], segments_BT, 20, share)
+    for place_T in jnp.arange(4 * BLOCK).reshape(2, 2, BLOCK).swapaxes(0, 1).reshape(2, -1):
+        bits_BTW, _ = kind(q_BTIC[:, place_T], k_BSC, w_BTI[:, place_T], segments_BT[:, place_T], segments_BT, place_T, 20)
         np.testing.assert_array_equal(unpack(bits_BTW, 4 * BLOCK), whole_BTS[:, place_T])
 
 
