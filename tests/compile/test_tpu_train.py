@@ -1,4 +1,4 @@
-"""Train steps of DeepSeek-V3.2's shape through the TPU's own compiler, with the kernels in them: on a pod, and one layer of a row of 128K tokens on one chip."""
+"""Train steps of DeepSeek-V3.2's shape through the TPU's own compiler, with the kernels in them: on a pod, and a layer of a row of 128K tokens on one chip."""
 
 import math
 import re
