@@ -28,6 +28,11 @@ def column(row_1Q: Array) -> Array:
     return jnp.broadcast_to(row_1Q, (LANES, row_1Q.shape[1])).T[:, :1]
 
 
+def across(x_QL: Array, width: int) -> Array:
+    """[Q, width] of what stands in every one of 128 lanes: whole registers again, nothing moves between lanes."""
+    return jnp.tile(x_QL, (1, -(-width // LANES)))[:, :width]
+
+
 def by_lane(fold: Callable[[Array, Array], Array], x_QK: Array) -> Array:
     """[Q, K] folded to [Q, 128]: what is left of it waits until the last tile."""
     return in_pairs(fold, jnp.split(x_QK, x_QK.shape[1] // LANES, axis=1))

@@ -16,7 +16,7 @@ from model.sharding import MESH_AXES, make_mesh
 pytestmark = pytest.mark.compile
 
 KERNELS = {"warmup": {"select", "sparse_attention", "indexer_normaliser", "indexer_kl"}}
-KERNELS["sparse"] = KERNELS["warmup"] | {"sparse_attention_dq", "sparse_attention_dkv"}
+KERNELS["sparse"] = KERNELS["warmup"] | {"sparse_attention_backward"}
 
 
 def compiled(topology: str, devices: int, **changes):

@@ -7,24 +7,33 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from model.kernels import sparse_attention
 from model.kernels.keyset import held_tiles, pack
 from model.kernels.sparse_attention import Tiles, attend_reference, attend_tpu
 
 STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 
 
-def made(B: int, N: int, T: int, H: int, V: int, dtype=jnp.float32):
+@pytest.fixture(autouse=True)
+def no_races(capfd):
+    """The interpreter prints the races that it finds."""
+    yield
+    assert "RACE" not in capfd.readouterr().out
+
+
+def made(B: int, N: int, K: int, T: int, H: int, V: int, dtype=jnp.float32):
     """(q, k, v, the set as bool): causal, a fifth of the keys, a query without any, and 64 keys that nobody wants."""
     rng = np.random.default_rng(0)
-    q_BNTH, k_BNSH, v_BNSV = (jnp.asarray(rng.normal(size=(B, N, T, width)), dtype) for width in (H, H, V))
+    q_BNTH, k_BKSH, v_BKSV = (jnp.asarray(rng.normal(size=(B, heads, T, width)), dtype) for heads, width in ((N, H), (K, H), (K, V)))
     among_BTS = np.tril(rng.random((B, T, T)) < 0.2)
     among_BTS[:, 5] = False
     among_BTS[..., 64:128] = False
-    return q_BNTH, k_BNSH, v_BNSV, jnp.asarray(among_BTS)
+    return q_BNTH, k_BKSH, v_BKSV, jnp.asarray(among_BTS)
 
 
-def dense(q_BNTH, k_BNSH, v_BNSV, among_BTS):
+def dense(q_BNTH, k_BKSH, v_BKSV, among_BTS):
     """(out, lse) of the definition."""
+    k_BNSH, v_BNSV = (jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BKSH, v_BKSV))
     among_B1TS = among_BTS[:, None]
     logits_BNTS = jnp.where(among_B1TS, jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, precision="highest"), -1e30)
     p_BNTS = jnp.where(among_B1TS, jax.nn.softmax(logits_BNTS, axis=-1), 0)
@@ -48,11 +57,14 @@ def graded(attend, q_BNTH, k_BNSH, v_BNSV):
 @pytest.mark.parametrize(
     ("shape", "tiles"),
     [
-        ((1, 2, 200, 24, 16), Tiles(128, 256, heads=2)),  # sizes that divide nothing
-        ((2, 1, 130, 8, 8), Tiles(128, 128, heads=1)),  # one head
-        ((1, 4, 140, 16, 24), Tiles(256, 128, heads=2)),  # values wider than keys, heads in two programs
+        ((1, 2, 2, 200, 24, 16), Tiles(128, 256, 2, 128, 2)),  # sizes that divide nothing
+        ((2, 1, 1, 130, 8, 8), Tiles(128, 128, 1, 128, 1)),  # one head
+        ((1, 3, 3, 140, 16, 24), Tiles(256, 128, 2, 256, 2)),  # values wider than keys, heads that two do not divide
+        ((1, 1, 1, 700, 8, 136), Tiles(128, 128, 1, 256, 1)),  # six tiles of queries: each place for dq is used twice; values wider than a register
+        ((1, 4, 2, 140, 8, 16), Tiles(128, 128, 4, 128, 2)),  # heads of keys that serve two each: two in a program, and one
+        ((1, 4, 1, 260, 8, 16), Tiles(128, 256, 2, 128, 2)),  # that serve all: in two programs
     ],
-    ids=["odd", "one head", "wide values"],
+    ids=["odd", "one head", "wide values", "long", "grouped", "one head of keys"],
 )
 def test_the_kernels_are_the_definition(shape, tiles):
     *qkv, among_BTS = made(*shape)
@@ -66,7 +78,7 @@ def test_the_kernels_are_the_definition(shape, tiles):
 
 @pytest.mark.parametrize("queries", [64, 77, 256])
 def test_the_reference_is_the_definition(queries):
-    *qkv, among_BTS = made(2, 2, 200, 24, 16)
+    *qkv, among_BTS = made(2, 4, 2, 200, 24, 16)
     expected = graded(lambda *qkv: dense(*qkv, among_BTS), *qkv)
     found = graded(lambda *qkv: attend_reference(*qkv, pack(among_BTS), queries=queries), *qkv)
     for one, other in zip(found, expected, strict=True):
@@ -74,22 +86,43 @@ def test_the_reference_is_the_definition(queries):
 
 
 def test_bfloat16_rounds_as_the_reference_does():
-    *qkv, among_BTS = made(1, 2, 130, 16, 16, jnp.bfloat16)
+    *qkv, among_BTS = made(1, 2, 2, 130, 16, 16, jnp.bfloat16)
     found = attend_tpu(*qkv, pack(among_BTS), Tiles(128, 128, interpret=STRICT))
     for one, other in zip(found, dense(*(x.astype(jnp.float32) for x in qkv), among_BTS), strict=True):
         np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.02)  # 8 bits of values up to 3
 
 
-def test_tiles_without_a_chosen_key_are_not_computed():
-    """Keys 128 to 255 are chosen by nobody and are NaN: in a tile that is computed, the mask would not keep a NaN out of the sums."""
-    q_BNTH, k_BNSH, v_BNSV, among_BTS = made(1, 1, 384, 8, 8)
+def computed_tiles(q_BNTH, k_BKSH, v_BKSV, bits_BTW, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which tiles the kernels compute, forward and backward: bool [tiles of queries, tiles of keys]. Found out by NaN in one tile of keys at a time, which comes
+    out at every query that the tile is computed for: a mask is added, and would not keep it out."""
+    tiles = Tiles(size, size, 1, size, 1, interpret=True)
+    (out, lse), (*inputs, out, lse) = sparse_attention._forward(q_BNTH, k_BKSH, v_BKSV, bits_BTW, tiles)
+    assert np.all(np.isfinite(out))
+
+    def seen(x_BNTX) -> np.ndarray:
+        return np.any(np.isnan(x_BNTX[0, 0]).reshape(-1, size * x_BNTX.shape[3]), axis=1)
+
+    forward, backward = [], []
+    for tile in range(k_BKSH.shape[2] // size):
+        k_nan = k_BKSH.at[:, :, tile * size : (tile + 1) * size].set(jnp.nan)
+        forward.append(seen(sparse_attention._forward(q_BNTH, k_nan, v_BKSV, bits_BTW, tiles)[0][0]))
+        dq, *_ = sparse_attention._backward(tiles, (q_BNTH, k_nan, v_BKSV, bits_BTW, out, lse), (jnp.ones_like(out), jnp.zeros_like(lse)))
+        backward.append(seen(dq))
+    return np.stack(forward, axis=1), np.stack(backward, axis=1)
+
+
+def test_only_tiles_with_a_chosen_key_are_computed():
+    q_BNTH, k_BKSH, v_BKSV, among_BTS = made(1, 1, 1, 640, 8, 8)
+    among_BTS = among_BTS.at[..., 128:256].set(False).at[:, 256:384, 256:384].set(False)  # of nobody, and not of their own queries
+    bits_BTW = pack(among_BTS)
+    held = held_tiles(bits_BTW, 128, 128)[0, :, :5]
+    np.testing.assert_array_equal(held, [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]])
+    for computed in computed_tiles(q_BNTH, k_BKSH, v_BKSV, bits_BTW, 128):
+        np.testing.assert_array_equal(computed, held)
+
+
+def test_keys_of_nobody_get_no_gradient():
+    q_BNTH, k_BKSH, v_BKSV, among_BTS = made(1, 1, 1, 384, 8, 8)
     among_BTS = among_BTS.at[..., 128:256].set(False)
-    k_BNSH, v_BNSV = k_BNSH.at[:, :, 128:256].set(jnp.nan), v_BNSV.at[:, :, 128:256].set(jnp.nan)
-    bits_BTW, tiles = pack(among_BTS), Tiles(128, 128, interpret=True)
-    np.testing.assert_array_equal(held_tiles(bits_BTW, 128, 128)[0, :, :3], [[1, 0, 0], [1, 0, 0], [1, 0, 1]])
-    out, lse, dq, dk, dv = graded(lambda *qkv: attend_tpu(*qkv, bits_BTW, tiles), q_BNTH, k_BNSH, v_BNSV)
-    for x in (out, lse, dq, dk, dv):
-        assert np.all(np.isfinite(x))
-    assert not np.any(dk[:, :, 128:256]) and not np.any(dv[:, :, 128:256])
-    one = jnp.zeros((1, 384, 384), bool).at[0, 300, 130].set(True)  # and one that wants such a key has it computed
-    assert np.all(np.isnan(attend_tpu(q_BNTH, k_BNSH, v_BNSV, pack(among_BTS | one), tiles)[0][0, 0, 300]))
+    *_, dk, dv = graded(lambda *qkv: attend_tpu(*qkv, pack(among_BTS), Tiles(128, 128, 1, 128, 1, interpret=STRICT)), q_BNTH, k_BKSH, v_BKSV)
+    assert np.all(np.isfinite(dk)) and not np.any(dk[:, :, 128:256]) and not np.any(dv[:, :, 128:256])
