@@ -22,7 +22,7 @@ ROUTERS = ("sigmoid", "softmax")
 REMAT_POLICIES = ("none", "full", "dots")
 GATES = ("none", "head", "element")
 DTYPES = ("float32", "bfloat16")
-EXPERT_MATMULS = ("auto", "blocks", "ragged", "reference")
+EXPERT_MATMULS = ("auto", "blocks", "megablox", "reference", "tokamax")
 
 
 def require(condition: bool, field: str, value: object, rule: str) -> None:
