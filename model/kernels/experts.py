@@ -4,7 +4,7 @@
 |---|---|---|
 | reference | every expert on every token, unchosen ones weighted 0 | decoding a few tokens (each expert's weights are read once anyway), and the oracle |
 | blocks | tokens sorted by expert, each expert's share padded to whole blocks, batched matmul over blocks | CPU, and GPU without tokamax |
-| megablox, tokamax | tokens sorted by expert, a grouped matmul of `grouped_matmul.py` | TPU; TPU and GPU |
+| megablox, tokamax | tokens sorted by expert, a grouped matmul (`grouped_matmul.py`) | TPU; GPU |
 """
 
 import functools

@@ -3,7 +3,10 @@
 | implementation | what | where |
 |---|---|---|
 | megablox | the Pallas kernels that come with JAX, `jax.experimental.pallas.ops.tpu.megablox` (arXiv 2211.15841, section 5) | TPU |
-| tokamax | `tokamax.ragged_dot`, an optional dependency with Python 3.12 and newer | TPU, and GPU, where nobody has run it from here |
+| tokamax | `tokamax.ragged_dot`, an optional dependency (Python 3.12 or newer) | GPU, and TPU if asked for |
+
+"auto" takes megablox on TPU: where its autotuner has not seen the shapes, tokamax 0.0.17 cuts operands for v5e, v5p and v6e into 128 x 128, 64 FLOPs to a byte;
+its second kernels (`mosaic_tpu_v2`) ask for more vector memory than a v6e has at DeepSeek-V3.2's widths. On a GPU nobody has run it from here.
 
 Never a bare `jax.lax.ragged_dot`: on CPU and GPU it becomes a dense matmul for every group over all rows, and so does its gradient to the weights by the TPU
 compilers of jax 0.10 (libtpu 0.0.42).
@@ -24,8 +27,8 @@ from model.kernels.tile import padded
 
 GroupedMatmul = Callable[[Array, Array, Array], Array]
 PLATFORMS = {"megablox": ("tpu",), "tokamax": ("tpu", "gpu")}
-# Named, since what tokamax picks by itself may end in a bare ragged_dot. The first two of a GPU's that takes the shapes and the chip.
-TOKAMAX_KERNELS = {"tpu": "mosaic_tpu_v2", "gpu": ("mosaic", "triton")}
+# By name, since what tokamax picks by itself may end in a bare ragged_dot. Of a GPU's two the first that takes the chip and the shapes.
+TOKAMAX_KERNELS = {"tpu": "mosaic_tpu", "gpu": ("mosaic", "triton")}
 
 
 class Tiles(NamedTuple):
@@ -96,10 +99,10 @@ def tokamax(x_SD: Array, w_EDF: Array, counts_E: Array, kernels: str | tuple[str
 
 
 def preferred(platform: str) -> str:
-    """What "auto" takes; "" where it has nothing."""
-    if platform in PLATFORMS["tokamax"] and importlib.util.find_spec("tokamax"):
+    """What "auto" takes; "" where there is none."""
+    if platform == "gpu" and importlib.util.find_spec("tokamax"):
         return "tokamax"
-    return "megablox" if platform in PLATFORMS["megablox"] else ""
+    return "megablox" if platform == "tpu" else ""
 
 
 def pick(name: str, platform: str, share: int) -> tuple[GroupedMatmul, int]:

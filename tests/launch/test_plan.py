@@ -299,6 +299,22 @@ def test_plans_a_tpu_without_one(tmp_path):
 
 
 @needs_libtpu
+def test_plans_tokamax_s_grouped_matmul(tmp_path):
+    """As many FLOPs as megablox's, but for the slots that megablox pads to whole tiles."""
+    pytest.importorskip("tokamax", reason="optional: pip install tokamax, with Python 3.12 or newer")
+
+    def grouped(implementation: str) -> float:
+        sizes = ("model.width=128", "model.moe.width=128", "model.moe.experts=2", "model.moe.chosen=2", "model.dtype=bfloat16", "data.batch=4")
+        c = config(*SMALL, *sizes, f"model.expert_matmul={implementation}")
+        mesh = plan.make_mesh(c.mesh, topology.topology_devices("v5e:2x2"))
+        with jax.set_mesh(mesh), plan.for_absent_devices(c.model):
+            program = plan.train_program(c, c.model, mesh)
+            return flops.program_flops(program.jitted.trace(*program.arguments).jaxpr).grouped
+
+    assert 0 < grouped("tokamax") <= grouped("megablox")
+
+
+@needs_libtpu
 def test_what_does_not_fit_a_tpu_is_a_verdict(tmp_path):
     words = [f"--config.{word}" for word in (*SMALL, "model.vocab=64000000", "data.batch=4")]
     done = command("--config=configs/base.py", *words, "--topology=v5e:2x2", "--what=train")
