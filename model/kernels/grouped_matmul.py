@@ -6,7 +6,7 @@
 | tokamax | `tokamax.ragged_dot`, an optional dependency (Python 3.12 or newer) | GPU, and TPU if asked for |
 
 "auto" takes megablox on TPU: where its autotuner has not seen the shapes, tokamax 0.0.17 cuts operands for v5e, v5p and v6e into 128 x 128, 64 FLOPs to a byte;
-its second kernels (`mosaic_tpu_v2`) ask for more vector memory than a v6e has at DeepSeek-V3.2's widths. On a GPU nobody has run it from here.
+its second kernels (`mosaic_tpu_v2`) ask for more vector memory than a v5p or v6e has at DeepSeek-V3.2's widths. On a GPU nobody has run it from here.
 
 Never a bare `jax.lax.ragged_dot`: on CPU and GPU it becomes a dense matmul for every group over all rows, and so does its gradient to the weights by the TPU
 compilers of jax 0.10 (libtpu 0.0.42).
