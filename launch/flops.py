@@ -12,9 +12,11 @@ from model.config import ModelConfig
 from rl.config import SamplingConfig
 from train.state import count_parameters
 
+GROUPED = ("gmm", "tgmm", "gmm_v2", "tgmm_v2")  # the jitted functions that hold the grouped kernels of megablox and of tokamax
+
 
 class Flops(NamedTuple):
-    """Of all devices together. `grouped` is that of grouped matmuls (ragged_dot), counted as if every row of their buffers were filled."""
+    """Of all devices together. `grouped` is that of grouped matmuls, counted as if every row of their buffers were filled."""
 
     dense: float
     grouped: float
@@ -29,7 +31,8 @@ class Flops(NamedTuple):
 def program_flops(jaxpr: Any, rounds: int = 1) -> Flops:
     """Multiply-adds (2 each) of the matmuls in a jaxpr; what several devices repeat counts once. `rounds` is how often a `while` loop runs.
 
-    The weight gradient of a ragged_dot counts once for each group, over all rows: so the TPU compiler does it, as one dense matmul over masked copies.
+    A Pallas kernel counts what it states as its cost: the grouped ones what the mathematics needs, 2 * rows * D * F for each of the three products. One that
+    states none counts its body in every program of its grid.
     """
     total = Flops(0.0, 0.0)
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -37,20 +40,18 @@ def program_flops(jaxpr: Any, rounds: int = 1) -> Flops:
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += Flops(2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][d] for d in contracted), 0.0)
-        elif name == "ragged_dot_general":
-            numbers = eqn.params["ragged_dot_dimension_numbers"]
-            (contracted, _), _ = numbers.dot_dimension_numbers
-            flops = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][d] for d in contracted)
-            # A result with a matrix per group has the groups' number in its shape already.
-            total += Flops(flops, 0.0) if set(numbers.lhs_ragged_dimensions) <= set(contracted) else Flops(0.0, flops)
+        elif cost := eqn.params.get("cost_estimate"):
+            total += Flops(cost.flops, 0.0)
         elif name == "cond":
             total += max(program_flops(branch, rounds) for branch in eqn.params["branches"])
         else:
             times = {"scan": eqn.params.get("length", 1), "while": rounds}.get(name, 1)
             if name == "shard_map":
                 times = eqn.params["mesh"].size  # its shapes are those of one device
-            for inner in _inner(eqn.params):
-                total += program_flops(inner, rounds) * times
+            elif name == "pallas_call":
+                times = math.prod(eqn.params["grid_mapping"].grid)  # a grid known only at run time comes with a cost
+            inner = sum((program_flops(inner, rounds) for inner in _inner(eqn.params)), Flops(0.0, 0.0)) * times
+            total += Flops(0.0, inner.dense) if eqn.params.get("name") in GROUPED else inner
     return total
 
 

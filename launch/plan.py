@@ -9,6 +9,7 @@ Without --topology it plans for the devices of this process. docs/plan.md says w
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,12 +79,21 @@ def run(config: Config, topology: str, what: str, json: str) -> None:
     model = sized(config)
     summarise(dataclasses.replace(config, model=model), *count_parameters(model), mesh, trains=True)
     plans = []
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), for_absent_devices(model):
         for name in PROGRAMS[what]:
             plans.append(plan(name, PREPARE[name](config, model, mesh), mesh))
             print("\n".join(["", *describe(plans[-1], mesh)]), flush=True)
     if json:
         write(Path(json), config, topology, mesh, plans)
+
+
+def for_absent_devices(model: ModelConfig) -> AbstractContextManager:
+    """tokamax traces nothing for devices that this process lacks, unless it is told."""
+    if model.expert_matmul != "tokamax" or importlib.util.find_spec("tokamax") is None:
+        return nullcontext()
+    import tokamax
+
+    return tokamax.config.cross_compile(True)
 
 
 def sized(config: Config) -> ModelConfig:

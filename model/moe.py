@@ -91,7 +91,7 @@ def mix_experts(x_BTD: Array, chosen_BTK: Array, gates_BTK: Array, weights: tupl
 
     def local(x_BTD, chosen_BTK, gates_BTK, *weights):
         B, T, D = x_BTD.shape
-        pick = experts.pick(implementation, platform(), chosen_BTK.size, weights[0].shape[0])
+        pick = experts.pick(implementation, platform(), chosen_BTK.size, weights[0].shape[0], mesh.shape.get("expert", 1))
         return pick(x_BTD.reshape(B * T, D), chosen_BTK.reshape(B * T, -1), gates_BTK.reshape(B * T, -1), *weights).reshape(B, T, D)
 
     if mesh.empty or mesh.size == 1:

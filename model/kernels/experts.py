@@ -3,8 +3,8 @@
 | implementation | how | good for |
 |---|---|---|
 | reference | every expert on every token, unchosen ones weighted 0 | decoding a few tokens (each expert's weights are read once anyway), and the oracle |
-| blocks | tokens sorted by expert, each expert's share padded to whole blocks, batched matmul over blocks | CPU and GPU |
-| ragged | tokens sorted by expert, `jax.lax.ragged_dot` | TPU, where XLA has a kernel for it (on CPU it is 13 times slower than blocks) |
+| blocks | tokens sorted by expert, each expert's share padded to whole blocks, batched matmul over blocks | CPU, and GPU without tokamax |
+| megablox, tokamax | tokens sorted by expert, a grouped matmul (`grouped_matmul.py`) | TPU; GPU |
 """
 
 import functools
@@ -16,6 +16,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from errors import UserError
+from model.kernels import grouped_matmul
+from model.kernels.grouped_matmul import GroupedMatmul
 
 BLOCK = 128  # tokens; the largest block. Padding wastes half a block per expert on average.
 
@@ -40,8 +42,8 @@ def experts_reference(x_TD: Array, chosen_TK: Array, gates_TK: Array, gate_EDF: 
 
 @jax.custom_vjp
 def dispatch(x_TD: Array, token_of_slot_S: Array, slot_of_TK: Array) -> Array:
-    """Row s is token `token_of_slot[s]`."""
-    return jnp.take(x_TD, token_of_slot_S, axis=0, mode="fill", fill_value=0)
+    """Row s is token `token_of_slot[s]`, of an empty slot any."""
+    return jnp.take(x_TD, token_of_slot_S, axis=0, mode="clip")
 
 
 @jax.custom_vjp
@@ -145,24 +147,35 @@ def experts_blocks(x_TD: Array, chosen_TK: Array, gates_TK: Array, gate_EDF: Arr
     return collect((hidden_nbF @ down_nFD).reshape(-1, D), *slots)
 
 
-def experts_ragged(x_TD: Array, chosen_TK: Array, gates_TK: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array) -> Array:
-    """`jax.lax.ragged_dot` over tokens sorted by expert."""
-    slot_of_TK, choice_of_slot_S, _, counts_E = sorted_slots(chosen_TK, gate_EDF.shape[0], block=1)
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("gate_and_up"), static_argnums=(0, 1))
+def experts_grouped(
+    matmul: GroupedMatmul, rows: int, x_TD: Array, chosen_TK: Array, gates_TK: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array
+) -> Array:
+    """`matmul(x_SD, w_EDF, counts_E)` over tokens sorted by expert, each expert's share beginning on a multiple of `rows`. For the backward pass only the two
+    projections' outputs are kept, as in `experts_blocks`."""
+    slot_of_TK, choice_of_slot_S, _, counts_E = sorted_slots(chosen_TK, gate_EDF.shape[0], rows)
     slots = choice_of_slot_S // chosen_TK.shape[1], slot_of_TK
+    slots_E = -(-counts_E // rows) * rows
     x_SD = dispatch(x_TD, *slots)
     gates_S1 = gates_of_slots(gates_TK, choice_of_slot_S, slot_of_TK)[:, None].astype(x_TD.dtype)
-    hidden_SF = swiglu(jax.lax.ragged_dot(x_SD, gate_EDF, counts_E), jax.lax.ragged_dot(x_SD, up_EDF, counts_E)) * gates_S1
-    return collect(jax.lax.ragged_dot(hidden_SF, down_EFD, counts_E), *slots)
+    gate_SF, up_SF = (checkpoint_name(matmul(x_SD, w_EDF, slots_E), "gate_and_up") for w_EDF in (gate_EDF, up_EDF))
+    return collect(matmul(swiglu(gate_SF, up_SF) * gates_S1, down_EFD, slots_E), *slots)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": experts_reference, "blocks": experts_blocks, "ragged": experts_ragged}
+IMPLEMENTATIONS = ("blocks", "megablox", "reference", "tokamax")
 
 
-def pick(name: str, platform: str, choices: int, experts: int) -> Callable:
-    """The table: (platform, size) -> implementation. `name` other than "auto" overrides it."""
+def pick(name: str, platform: str, choices: int, experts: int, devices: int = 1) -> Callable:
+    """The table: (platform, size) -> implementation. `name` other than "auto" overrides it.
+
+    `choices` are those of all tokens that are here, made among the experts of `devices` devices, each with `experts` of them. Raises UserError for a name that
+    is unknown, or not for this platform, or not installed.
+    """
     if name == "auto":
         few = choices <= 16 * experts  # then the weights, not the arithmetic, set the time
-        name = "reference" if few else "ragged" if platform == "tpu" else "blocks"
+        name = "reference" if few else grouped_matmul.preferred(platform) or "blocks"
     if name not in IMPLEMENTATIONS:
         raise UserError(f"model.expert_matmul = {name!r}: must be one of auto, {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name]
+    if name in grouped_matmul.PLATFORMS:
+        return functools.partial(experts_grouped, *grouped_matmul.pick(name, platform, choices // (devices * experts)))
+    return {"reference": experts_reference, "blocks": experts_blocks}[name]

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +20,8 @@ from errors import UserError
 from launch import flops, hlo, plan, topology
 from launch.config_file import overridden
 from launch.door import parse
+from model.kernels import experts
+from model.kernels.grouped_matmul import Tiles, megablox
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -164,11 +167,27 @@ def test_flops_count_loops_recomputation_and_devices():
     assert flops.program_flops(jax.make_jaxpr(each)(x)).dense == 8 * once
 
 
-def test_flops_of_grouped_matmuls_and_their_dense_weight_gradient():
-    x, w, sizes = jnp.ones((16, 8)), jnp.ones((3, 8, 4)), jnp.array([4, 2, 6])
-    once = 2 * 16 * 8 * 4
-    loss = jax.make_jaxpr(jax.grad(lambda x, w: jnp.sum(jax.lax.ragged_dot(x, w, sizes) ** 2), argnums=(0, 1)))(x, w)
-    assert flops.program_flops(loss) == (3 * once, 2 * once)  # forward and to x grouped; to w, once for each of the three groups
+def test_flops_of_grouped_matmuls():
+    """Forward, to x and to w: rows x D x F x 2 each, whatever the tiles; and of those of the experts, a gate, an up and a down projection."""
+    x, w, sizes = jnp.ones((256, 8)), jnp.ones((3, 8, 4)), jnp.array([4, 2, 6])
+    once = 2 * 256 * 8 * 4
+    loss = jax.make_jaxpr(jax.grad(lambda x, w: jnp.sum(megablox(x, w, sizes, Tiles(128)) ** 2), argnums=(0, 1)))(x, w)
+    assert flops.program_flops(loss) == (0, 3 * once)
+
+    chosen, gates, down = jnp.zeros((64, 4), int), jnp.ones((64, 4)), jnp.ones((3, 4, 8))
+    mixture = experts.pick("megablox", "tpu", 256, 3)
+    slots = 128 * ((256 + 3 * 127) // 128)  # each of the three groups may leave its last tile all but empty
+    loss = jax.make_jaxpr(jax.grad(lambda x, w, down: jnp.sum(mixture(x, chosen, gates, w, w, down) ** 2), argnums=(0, 1, 2)))(x[:64], w, down)
+    assert flops.program_flops(loss) == (0, 3 * 3 * 2 * slots * 8 * 4)
+
+
+def test_flops_of_a_kernel_that_states_no_cost():
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] @ x_ref[...]
+
+    double = pl.pallas_call(kernel, jax.ShapeDtypeStruct((5, 8, 8), jnp.float32), grid=(5,), in_specs=[pl.BlockSpec((None, 8, 8), lambda i: (i, 0, 0))],
+                            out_specs=pl.BlockSpec((None, 8, 8), lambda i: (i, 0, 0)))  # fmt: skip
+    assert flops.program_flops(jax.make_jaxpr(double)(jnp.ones((5, 8, 8)))) == (5 * 2 * 8 * 8 * 8, 0)
 
 
 @pytest.mark.parametrize("stage, mtp_weight", [("dense", 0.3), ("sparse", 0.3), ("dense", 0.0)])
@@ -277,6 +296,22 @@ def test_plans_a_tpu_without_one(tmp_path):
     assert "train: fits" in done.stdout and "static estimate" in done.stdout and train["seconds"].keys() == {"compute", "hbm", "links"}
     assert train["flops"]["grouped"] > 0  # the experts' matmul is the TPU's, not that of the CPU that compiles
     assert train["traffic"]["collectives"] and train["traffic"]["unknown_loops"] == 0
+
+
+@needs_libtpu
+def test_plans_tokamax_s_grouped_matmul(tmp_path):
+    """As many FLOPs as megablox's, but for the slots that megablox pads to whole tiles."""
+    pytest.importorskip("tokamax", reason="optional: pip install tokamax, with Python 3.12 or newer")
+
+    def grouped(implementation: str) -> float:
+        sizes = ("model.width=128", "model.moe.width=128", "model.moe.experts=2", "model.moe.chosen=2", "model.dtype=bfloat16", "data.batch=4")
+        c = config(*SMALL, *sizes, f"model.expert_matmul={implementation}")
+        mesh = plan.make_mesh(c.mesh, topology.topology_devices("v5e:2x2"))
+        with jax.set_mesh(mesh), plan.for_absent_devices(c.model):
+            program = plan.train_program(c, c.model, mesh)
+            return flops.program_flops(program.jitted.trace(*program.arguments).jaxpr).grouped
+
+    assert 0 < grouped("tokamax") <= grouped("megablox")
 
 
 @needs_libtpu

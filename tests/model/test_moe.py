@@ -1,4 +1,4 @@
-"""Routing, balance, and the three ways to compute the same mixture."""
+"""Routing, balance, and the ways to compute the same mixture; the TPU's runs in Pallas' interpreter, where memory that nobody wrote is NaN."""
 
 import functools
 
@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels.experts import IMPLEMENTATIONS, pick
+from errors import UserError
+from model.config import EXPERT_MATMULS
+from model.kernels import grouped_matmul
+from model.kernels.experts import IMPLEMENTATIONS, experts_blocks, experts_grouped, experts_reference, pick
+from model.kernels.grouped_matmul import Tiles, megablox
 from model.moe import MoE, choose_experts, expert_gates, sequence_balance
 from tests import tiny
 
@@ -28,10 +32,17 @@ def loads(name: str) -> jnp.ndarray:
     return jnp.asarray(pairs[name], jnp.int32)
 
 
+MIXTURES = {
+    "reference": experts_reference,
+    "blocks": experts_blocks,
+    "megablox": functools.partial(experts_grouped, functools.partial(megablox, tiles=Tiles(128, interpret=True)), 128),
+}
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradient(implementation, chosen_TK, arrays):
     def loss(arrays):
-        out_TD = IMPLEMENTATIONS[implementation](arrays[0], chosen_TK, *arrays[1:])
+        out_TD = MIXTURES[implementation](arrays[0], chosen_TK, *arrays[1:])
         return jnp.sum(jnp.sin(out_TD)), out_TD
 
     return jax.value_and_grad(loss, has_aux=True)(arrays)
@@ -44,15 +55,39 @@ def test_implementations_agree(load):
     arrays = tuple(jnp.asarray(0.5 * rng.normal(size=shape), jnp.float32) for shape in ((TOKENS, D), (TOKENS, K), (E, D, F), (E, D, F), (E, F, D)))
     expected = value_and_gradient("reference", loads(load), arrays)
     assert tiny.tree_max(expected[1][2]) > 0.1
-    for implementation in ("blocks", "ragged"):
+    for implementation in ("blocks", "megablox"):
         tiny.assert_close(value_and_gradient(implementation, loads(load), arrays), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_table():
-    assert pick("auto", "tpu", 10_000, 8) is IMPLEMENTATIONS["ragged"]
-    assert pick("auto", "cpu", 10_000, 8) is pick("auto", "gpu", 10_000, 8) is IMPLEMENTATIONS["blocks"]
-    assert pick("auto", "tpu", 16, 8) is IMPLEMENTATIONS["reference"]
-    assert pick("ragged", "cpu", 16, 8) is IMPLEMENTATIONS["ragged"]
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_table(installed, monkeypatch):
+    monkeypatch.setattr(grouped_matmul.importlib.util, "find_spec", lambda name: installed or None)
+
+    def grouped(implementation) -> str:
+        return implementation.args[0].func.__name__
+
+    assert pick("auto", "cpu", 10_000, 8) is experts_blocks
+    assert grouped(pick("auto", "tpu", 10_000, 8)) == grouped(pick("megablox", "tpu", 16, 8)) == "megablox"
+    assert grouped(pick("auto", "gpu", 10_000, 8)) == "tokamax" if installed else pick("auto", "gpu", 10_000, 8) is experts_blocks
+    assert pick("auto", "tpu", 16, 8) is pick("reference", "tpu", 10_000, 8) is experts_reference
+    assert not installed or grouped(pick("tokamax", "tpu", 16, 8)) == "tokamax"
+    assert {"auto", *IMPLEMENTATIONS} == set(EXPERT_MATMULS)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "said"),
+    [
+        ("tokamax", "cpu", "runs on tpu and gpu, and this is cpu"),
+        ("tokamax", "tpu", "pip install tokamax"),
+        ("megablox", "gpu", "runs on tpu, and this is gpu"),
+        ("ragged", "tpu", "must be one of auto, blocks"),
+    ],
+)
+def test_what_a_person_can_get_wrong_is_one_line(name, platform, said, monkeypatch):
+    monkeypatch.setattr(grouped_matmul.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=said) as error:
+        pick(name, platform, 10_000, 8)
+    assert "\n" not in str(error.value) and str(error.value).startswith("model.expert_matmul = ")
 
 
 def brute_force_choice(biased_E, chosen, groups, chosen_groups):
