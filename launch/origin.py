@@ -59,7 +59,7 @@ def with_model(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
 
 
 # Fields of the model section that say how it is computed or trained, and nothing of what it is.
-FREE = ("init_std", "dtype", "remat", "scan_unroll", "query_chunk", "causal_parts", "logit_chunk", "expert_matmul")
+FREE = ("init_std", "dtype", "remat", "scan_unroll", "attention_form", "query_chunk", "causal_parts", "logit_chunk", "expert_matmul")
 
 
 def as_recorded(config: ConfigDict, recorded: ConfigDict) -> ConfigDict:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.attend import IndexerInputs, IndexerReport, attend_expanded, attend_latent
+from model.attend import IndexerInputs, IndexerReport, attend_latent
+from model.attend_tiled import expanded_form
 from model.cache import LatentCache
 from model.config import ModelConfig
 from model.gate import gate_weight, gated
@@ -102,10 +103,8 @@ class LatentAttention(nn.Module):
             k_BSNH = constrain(jnp.concatenate([k_nope_BSNH, k_rope_BSNP], axis=-1), "batch", "time", "heads", None)
             v_BSNV = constrain(linear(latent_BSR, self.value_up), "batch", "time", "heads", None)
         q_BTNH = jnp.concatenate([q_nope_BTNH, q_rope_BTNP], axis=-1)
-        c = self.config
-        options = {"stage": stage, "topk": c.indexer.topk, "query_chunk": c.query_chunk, "causal_parts": c.causal_parts}
-        record = self.is_mutable_collection("record")
-        out_BTNV, report, selected_BTk = attend_expanded(q_BTNH, k_BSNH, v_BSNV, segments_BT, indexer, **options, record=record)
+        attend, record = expanded_form(self.config, q_BTNH.shape[1]), self.is_mutable_collection("record")
+        out_BTNV, report, selected_BTk = attend(q_BTNH, k_BSNH, v_BSNV, segments_BT, indexer, stage=stage, topk=self.config.indexer.topk, record=record)
         if selected_BTk is not None:
             self.sow("record", "selected", selected_BTk)
         return out_BTNV, report

@@ -22,6 +22,7 @@ ROUTERS = ("sigmoid", "softmax")
 REMAT_POLICIES = ("none", "full", "dots")
 GATES = ("none", "head", "element")
 DTYPES = ("float32", "bfloat16")
+ATTENTION_FORMS = ("auto", "chunks", "tiles")
 EXPERT_MATMULS = ("auto", "blocks", "ragged", "reference")
 
 
@@ -232,6 +233,7 @@ class ModelConfig:
     dtype: str
     remat: str
     scan_unroll: int
+    attention_form: str
     query_chunk: int
     causal_parts: int
     logit_chunk: int
@@ -261,6 +263,7 @@ class ModelConfig:
         require(latent, "model.indexer.heads", self.indexer.heads, 'the indexer selects keys of attention "mla", and model.attention_kinds has none: set 0')
         require(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
         require(self.remat in REMAT_POLICIES, "model.remat", self.remat, f"must be one of {', '.join(REMAT_POLICIES)}")
+        require(self.attention_form in ATTENTION_FORMS, "model.attention_form", self.attention_form, f"must be one of {', '.join(ATTENTION_FORMS)}")
         require(self.expert_matmul in EXPERT_MATMULS, "model.expert_matmul", self.expert_matmul, f"must be one of {', '.join(EXPERT_MATMULS)}")
 
     @property

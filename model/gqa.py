@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.attend import IndexerReport, attend_cached, attend_expanded
+from model.attend import IndexerReport, attend_cached
+from model.attend_tiled import expanded_form
 from model.cache import KeyValueCache
 from model.config import ModelConfig
 from model.gate import gate_weight, gated
@@ -58,8 +59,8 @@ class GroupedAttention(nn.Module):
             q_BTNH = constrain(q_BTNH, "batch", "time", "heads", None)
             entries = KeyValueCache(rotate(k_BTKH, angles_BTP, c.rope, interleaved=False), v_BTKH)
         if past is None:
-            options = {"stage": "dense", "topk": 1, "query_chunk": c.query_chunk, "causal_parts": c.causal_parts}
-            out_BTNH, _, _ = attend_expanded(q_BTNH, entries.k_BSKH, entries.v_BSKH, segments_BT, None, **options)
+            attend = expanded_form(c, q_BTNH.shape[1])
+            out_BTNH, _, _ = attend(q_BTNH, entries.k_BSKH, entries.v_BSKH, segments_BT, None, stage="dense", topk=1)
         else:
             entries = past.write(entries, at)
             out_BTNH = attend_cached(q_BTNH, entries.k_BSKH, entries.v_BSKH, allowed_BTS)

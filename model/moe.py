@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from model.config import ModelConfig
 from model.kernels import experts
 from model.linear import linear
-from model.sharding import RULES, named
+from model.sharding import RULES, named, platform
 
 
 @flax.struct.dataclass
@@ -88,12 +88,10 @@ def mix_experts(x_BTD: Array, chosen_BTK: Array, gates_BTK: Array, weights: tupl
     """
 
     mesh = jax.sharding.get_abstract_mesh()
-    # A program compiled ahead of time for a TPU runs on the mesh's devices, which this process does not have.
-    platform = jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
 
     def local(x_BTD, chosen_BTK, gates_BTK, *weights):
         B, T, D = x_BTD.shape
-        pick = experts.pick(implementation, platform, chosen_BTK.size, weights[0].shape[0])
+        pick = experts.pick(implementation, platform(), chosen_BTK.size, weights[0].shape[0])
         return pick(x_BTD.reshape(B * T, D), chosen_BTK.reshape(B * T, -1), gates_BTK.reshape(B * T, -1), *weights).reshape(B, T, D)
 
     if mesh.empty or mesh.size == 1:

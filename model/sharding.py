@@ -73,6 +73,12 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": of the devices a program is for. One compiled ahead of time for a TPU runs on the mesh's, which this process does not have."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are spread."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -42,6 +42,7 @@ MODEL = ModelConfig(
     dtype="float32",
     remat="none",
     scan_unroll=1,
+    attention_form="auto",
     query_chunk=512,
     causal_parts=4,
     logit_chunk=1024,

@@ -7,7 +7,8 @@ log-sum-exp over the set,
     KL = sum over keys of p (log p - I + L)        dKL/dI = softmax(I) - p
 
 so a first pass over the tiles finds L, and a second one the loss and, since a sum's cotangent is one number, its gradients too: w gets the sum of dI relu(q k),
-q gets dI w [q k > 0] k, k the same with q. Both passes and the attention's forward skip tiles without a key of the set.
+q gets dI w [q k > 0] k, k the same with q. Both passes and the attention's forward skip tiles without a key of the set. The second
+one also sums p over a part of the set: in the dense warm-up, over what would be selected, that is the indexer's recall.
 
 The gradient of the indexer's keys is a sum over queries while the tiles run over keys first: it is kept in HBM, and a tile's part fetched, added to and put
 back (half a megabyte for 10^10 operations). So the grid must run in order, on one core.
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -38,11 +40,19 @@ class Tiles(NamedTuple):
     interpret: Any = False
 
 
+class Attention(NamedTuple):
+    """What the indexer is compared with, all heads."""
+
+    q_BNTH: Array
+    k_BNSH: Array
+    lse_BNT: Array  # over the keys compared
+
+
 def total_kl_reference(
-    q_BNTH: Array, k_BNSH: Array, lse_BNT: Array, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, *, queries: int = 256
-) -> Array:
+    attention: Attention, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, selected_BTW: Array, *, queries: int = 256
+) -> tuple[Array, Array]:
     """See `total_kl_tpu`. So many queries at a time."""
-    T, S = q_BNTH.shape[2], k_BNSH.shape[2]
+    (q_BNTH, k_BNSH, lse_BNT), T, S = jax.lax.stop_gradient(attention), q_BTIC.shape[1], k_BSC.shape[1]
     size = -(-T // queries) * queries
 
     def cut(x: Array, axis: int) -> Array:
@@ -51,28 +61,35 @@ def total_kl_reference(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(total, piece):
-        q_BNCH, lse_BNC, q_BCIC, w_BCI, bits_BCW = piece
+        q_BNCH, lse_BNC, q_BCIC, w_BCI, bits_BCW, selected_BCW = piece
         among_BCS = unpack(bits_BCW, S)
         logits_BNCS = jnp.einsum("BNCH,BNSH->BNCS", q_BNCH, k_BNSH, preferred_element_type=F32)
         p_BCS = jnp.mean(jnp.where(among_BCS[:, None], jnp.exp(logits_BNCS - lse_BNC[..., None]), 0.0), axis=1)
-        return total + jnp.sum(indexer_kl(p_BCS, indexer_scores(q_BCIC, k_BSC, w_BCI), among_BCS)), None
+        mass_BC = jnp.sum(jnp.where(unpack(selected_BCW, S), p_BCS, 0.0), axis=-1)
+        return total + jnp.sum(indexer_kl(p_BCS, indexer_scores(q_BCIC, k_BSC, w_BCI), among_BCS)), mass_BC
 
-    pieces = cut(q_BNTH, 2), cut(lse_BNT, 2), cut(q_BTIC, 1), cut(w_BTI, 1), cut(bits_BTW, 1)
-    return lax.scan(step, jnp.zeros((), F32), pieces)[0]
+    pieces = cut(q_BNTH, 2), cut(lse_BNT, 2), cut(q_BTIC, 1), cut(w_BTI, 1), cut(bits_BTW, 1), cut(selected_BTW, 1)
+    total, mass_nBC = lax.scan(step, jnp.zeros((), F32), pieces)
+    return total, jnp.moveaxis(mass_nBC, 0, 1).reshape(q_BTIC.shape[0], -1)[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def total_kl_tpu(
-    q_BNTH: Array, k_BNSH: Array, lse_BNT: Array, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, tiles: Tiles = Tiles()
-) -> Array:
-    """The loss summed over all queries, float32 scalar; 0 for queries without keys. Its gradient reaches the indexer's q, w and k alone.
+    attention: Attention, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, selected_BTW: Array, tiles: Tiles = Tiles()
+) -> tuple[Array, Array]:
+    """The kernels. Queries need not be a sequence's first ones, nor stand side by side: the sets say what each sees.
 
     Args:
-      q_BNTH, k_BNSH, lse_BNT: the attention's, as `attend_tpu` had and gave them.
+      attention: as `attend_tpu` had and gave it.
       q_BTIC, w_BTI, k_BSC: the indexer's, see `indexer_scores`.
       bits_BTW: the keys compared, those that lse is over.
+      selected_BTW: keys among them.
+
+    Returns:
+      The loss summed over all queries, float32; 0 for queries without keys. Its gradient reaches the indexer's q, w and k alone.
+      mass_BT: the attention's probability of the selected keys, float32. Without gradient.
     """
-    return _with_gradients(q_BNTH, k_BNSH, lse_BNT, q_BTIC, w_BTI, k_BSC, bits_BTW, tiles)[0]
+    return _with_gradients(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles)[0]
 
 
 def _normaliser_kernel(held_ref, fetch_ref, q_ref, w_ref, k_ref, bits_ref, lse_ref, largest_ref, total_ref):
@@ -98,8 +115,8 @@ def _normaliser_kernel(held_ref, fetch_ref, q_ref, w_ref, k_ref, bits_ref, lse_r
 
 
 def _kl_kernel(
-    held_ref, fetch_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, dk_before_ref,
-    kl_ref, dq_ref, dw_ref, dk_ref, kl_sum_ref, dq_sum_ref, dw_sum_ref, positive_ref, dk_tile_ref, arrived,
+    held_ref, fetch_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, selected_ref, dk_before_ref,
+    kl_ref, mass_ref, dq_ref, dw_ref, dk_ref, kl_sum_ref, mass_sum_ref, dq_sum_ref, dw_sum_ref, positive_ref, dk_tile_ref, arrived,
 ):  # fmt: skip
     """positive_ref [I, queries, keys]: relu(q k) of each indexer head, kept from the scores to the gradients."""
     del dk_before_ref  # dk_ref is the same memory
@@ -108,7 +125,7 @@ def _kl_kernel(
 
     @pl.when(j == 0)
     def _():
-        for sum_ref in (kl_sum_ref, dq_sum_ref, dw_sum_ref):
+        for sum_ref in (kl_sum_ref, mass_sum_ref, dq_sum_ref, dw_sum_ref):
             sum_ref[...] = jnp.zeros(sum_ref.shape, F32)
 
     @pl.when(held_ref[b, i, j] != 0)
@@ -121,6 +138,7 @@ def _kl_kernel(
         for head in range(N):
             p_QK += jnp.exp(dot(q_ref[0, head], k_ref[0, head], (1, 1)) + bias_QK - column(lse_ref[0, head]))
         p_QK *= 1.0 / N
+        mass_sum_ref[...] += by_lane(jnp.add, jnp.where(tile_bias(selected_ref[0], j, keys) == 0, p_QK, 0.0))
         scores_QK = jnp.zeros(bias_QK.shape, F32)
         for head in range(I):
             positive_QK = jnp.maximum(dot(index_q_ref[0, head], index_k_ref[0], (1, 1)), 0.0)
@@ -146,15 +164,16 @@ def _kl_kernel(
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
-        kl_ref[0] = jnp.sum(kl_sum_ref[...], axis=1, keepdims=True).T
-        dq_ref[0] = dq_sum_ref[...]
+        for row_ref, sum_ref in ((kl_ref, kl_sum_ref), (mass_ref, mass_sum_ref)):
+            row_ref[0] = jnp.sum(sum_ref[...], axis=1, keepdims=True).T
+        dq_ref[0] = dq_sum_ref[...].astype(dq_ref.dtype)
         for head in range(I):
             dw_ref[0, head] = jnp.sum(dw_sum_ref[head], axis=1, keepdims=True).T
 
 
-def _with_gradients(q_BNTH, k_BNSH, lse_BNT, q_BTIC, w_BTI, k_BSC, bits_BTW, tiles: Tiles):
-    """(total, what the backward pass scales: dq, dw, dk in float32 and the three themselves). AT_ONCE queries a call, dk handed on from call to call."""
-    (B, _, T, _), S = q_BNTH.shape, k_BNSH.shape[2]
+def _with_gradients(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles: Tiles):
+    """(results, the gradients of the first). AT_ONCE queries a call, k's gradient handed on from call to call."""
+    (q_BNTH, k_BNSH, lse_BNT), (B, T, *_), S = attention, q_BTIC.shape, k_BSC.shape[1]
     once = min(AT_ONCE, -(-T // tiles.queries) * tiles.queries)
     keys = padded(k_BNSH, 2, -(-S // tiles.keys) * tiles.keys), padded(k_BSC, 1, -(-S // tiles.keys) * tiles.keys)
 
@@ -163,18 +182,23 @@ def _with_gradients(q_BNTH, k_BNSH, lse_BNT, q_BTIC, w_BTI, k_BSC, bits_BTW, til
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, once, *x.shape[axis + 1 :]), axis, 0)
 
     def step(dk_BSC, queries):
-        kl, dq_BCIC, dw_BCI, dk_BSC = _part(*queries, *keys, dk_BSC, tiles)
-        return dk_BSC, (kl, dq_BCIC, dw_BCI)
+        *of_queries, dk_BSC = _part(*queries, *keys, dk_BSC, tiles)
+        return dk_BSC, of_queries
+
+    def join(x_nBC: Array) -> Array:
+        return jnp.moveaxis(x_nBC, 0, 1).reshape(B, -1, *x_nBC.shape[3:])[:, :T]
 
     zeros_BSC = jnp.zeros((*keys[1].shape[:2], k_BSC.shape[2]), F32)
-    pieces = cut(q_BNTH, 2), cut(lse_BNT, 2), cut(q_BTIC, 1), cut(w_BTI, 1), cut(bits_BTW, 1)
-    dk_BSC, (kl_n, *of_queries) = lax.scan(step, zeros_BSC, pieces)
-    dq_BTIC, dw_BTI = (jnp.moveaxis(x_nBC, 0, 1).reshape(B, -1, *x_nBC.shape[3:])[:, :T] for x_nBC in of_queries)
-    return jnp.sum(kl_n), ((dq_BTIC, dw_BTI, dk_BSC[:, :S]), (q_BTIC, w_BTI, k_BSC))
+    pieces = cut(q_BNTH, 2), cut(lse_BNT, 2), cut(q_BTIC, 1), cut(w_BTI, 1), cut(bits_BTW, 1), cut(selected_BTW, 1)
+    dk_BSC, of_queries = lax.scan(step, zeros_BSC, pieces)
+    kl_BT, mass_BT, dq_BTIC, dw_BTI = map(join, of_queries)
+    gradients = dq_BTIC, dw_BTI.astype(w_BTI.dtype), dk_BSC[:, :S].astype(k_BSC.dtype)
+    # Named as attention's results are: what keeps those for the backward pass keeps these, or else the loss is computed twice.
+    return (jnp.sum(kl_BT), mass_BT), checkpoint_name(gradients, "attention")
 
 
-def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, k_BNSH, k_BSC, dk_BSC, tiles: Tiles) -> tuple[Array, Array, Array, Array]:
-    """(total, dq_BTIC, dw_BTI, dk_BSC with these queries' added) of whole tiles."""
+def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW, k_BNSH, k_BSC, dk_BSC, tiles: Tiles) -> tuple[Array, ...]:
+    """(kl_BT, mass_BT, dq_BTIC, dw_BTI, dk_BSC with these queries' added) of whole tiles."""
     (B, N, T, H), S, (I, C) = q_BNTH.shape, k_BNSH.shape[2], q_BTIC.shape[2:]
     queries, keys, of_word = tiles.queries, tiles.keys, KEYS // tiles.keys
     held_Bnm = held_tiles(bits_BTW, queries, keys)[..., : S // keys]
@@ -190,10 +214,10 @@ def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, k_BNSH, k_BSC, dk_BSC, tiles
                 num_scalar_prefetch=2,
                 grid=held_Bnm.shape,
                 in_specs=[where for _, where in operands],
-                out_specs=[where for _, where in results],
+                out_specs=[where for _, _, where in results],
                 scratch_shapes=scratch,
             ),
-            out_shape=[jax.ShapeDtypeStruct(shape, F32) for shape, _ in results],
+            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in results],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=60 * 2**20),
             interpret=tiles.interpret,
             name=name,
@@ -206,31 +230,33 @@ def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, k_BNSH, k_BSC, dk_BSC, tiles
     index_q = jnp.swapaxes(q_BTIC, 1, 2), of_head
     index_k = k_BSC, spec((1, keys, C), lambda b, i, j: (b, j, 0))
     w = w_BTI.astype(F32), spec((1, queries, I), lambda b, i, j: (b, i, 0))
-    mask = bits_BTW, spec((1, queries, LANES), lambda b, i, j: (b, i, lax.div(j, of_word)))
+    mask, selected = ((bits, spec((1, queries, LANES), lambda b, i, j: (b, i, lax.div(j, of_word)))) for bits in (bits_BTW, selected_BTW))
     lanes = pltpu.VMEM((queries, LANES), F32)
-    (index_lse_B1T,) = call(_normaliser_kernel, "indexer_normaliser", [index_q, w, index_k, mask], [((B, 1, T), row)], [lanes, lanes])
+    (index_lse_B1T,) = call(_normaliser_kernel, "indexer_normaliser", [index_q, w, index_k, mask], [((B, 1, T), F32, row)], [lanes, lanes])
     operands = [
         (q_BNTH, spec((1, N, queries, H), lambda b, i, j: (b, 0, i, 0))),
         (k_BNSH, spec((1, N, keys, H), lambda b, i, j: (b, 0, j, 0))),
         (lse_BNT[:, :, None], spec((1, N, 1, queries), lambda b, i, j: (b, 0, 0, i))),
-        *(index_q, w, index_k, (index_lse_B1T, row), mask, (dk_BSC, in_hbm)),
+        *(index_q, w, index_k, (index_lse_B1T, row), mask, selected, (dk_BSC, in_hbm)),
     ]
     results = [
-        ((B, 1, T), row),
-        ((B, I, T, C), of_head),
-        ((B, I, 1, T), spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))),
-        ((B, S, C), in_hbm),
+        ((B, 1, T), F32, row),
+        ((B, 1, T), F32, row),
+        ((B, I, T, C), q_BTIC.dtype, of_head),
+        ((B, I, 1, T), F32, spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))),
+        ((B, S, C), F32, in_hbm),
     ]
-    sums = [lanes, pltpu.VMEM((I, queries, C), F32), pltpu.VMEM((I, queries, LANES), F32), pltpu.VMEM((I, queries, keys), k_BSC.dtype)]
+    sums = [lanes, lanes, pltpu.VMEM((I, queries, C), F32), pltpu.VMEM((I, queries, LANES), F32), pltpu.VMEM((I, queries, keys), k_BSC.dtype)]
     scratch = [*sums, pltpu.VMEM((keys, C), F32), pltpu.SemaphoreType.DMA]
     before = len(prefetched) + len(operands) - 1
-    kl_B1T, dq_BITC, dw_BI1T, dk_BSC = call(_kl_kernel, "indexer_kl", operands, results, scratch, input_output_aliases={before: 3})
-    return jnp.sum(kl_B1T), jnp.swapaxes(dq_BITC, 1, 2), jnp.swapaxes(dw_BI1T[:, :, 0], 1, 2), dk_BSC
+    aliases = {before: len(results) - 1}
+    kl_B1T, mass_B1T, dq_BITC, dw_BI1T, dk_BSC = call(_kl_kernel, "indexer_kl", operands, results, scratch, input_output_aliases=aliases)
+    return kl_B1T[:, 0], mass_B1T[:, 0], jnp.swapaxes(dq_BITC, 1, 2), jnp.swapaxes(dw_BI1T[:, :, 0], 1, 2), dk_BSC
 
 
-def _scaled(tiles: Tiles, saved, by: Array):
-    gradients, inputs = saved
-    return None, None, None, *((by * gradient).astype(own.dtype) for gradient, own in zip(gradients, inputs, strict=True)), None
+def _scaled(tiles: Tiles, gradients, cotangents):
+    by, _ = cotangents
+    return None, *((by * gradient.astype(F32)).astype(gradient.dtype) for gradient in gradients), None, None
 
 
 total_kl_tpu.defvjp(_with_gradients, _scaled)

@@ -35,6 +35,22 @@ def unpack(bits_BTW: Array, keys: int) -> Array:
     return (jnp.right_shift(bits_BTW.reshape(*rows, W // LANES, 1, LANES), place_b1) & 1).reshape(*rows, -1)[..., :keys] == 1
 
 
+def causal(segments_BT: Array, key_segments_BS: Array, place_T: Array) -> Array:
+    """bits_BTW of every key a query may attend to: those of its own segment up to itself, none for a query of segment 0. `place_T`: where queries stand."""
+    B, S = key_segments_BS.shape
+    key_wbL = jnp.arange(words(S) * BITS, dtype=jnp.int32).reshape(-1, BITS, LANES)
+    segment_B1wbL = jnp.pad(key_segments_BS, [(0, 0), (0, -S % KEYS)]).reshape(B, 1, *key_wbL.shape)
+    own_BT111 = segments_BT[..., None, None, None]
+    allowed_BTwbL = (key_wbL <= place_T[:, None, None, None]) & (own_BT111 == segment_B1wbL) & (own_BT111 > 0)
+    bit_b1 = jnp.left_shift(jnp.int32(1), jnp.arange(BITS, dtype=jnp.int32))[:, None]
+    return jnp.sum(jnp.where(allowed_BTwbL, bit_b1, 0), axis=3, dtype=jnp.int32).reshape(*segments_BT.shape, -1)
+
+
+def sizes(bits_BTW: Array) -> Array:
+    """How many keys are in each query's set: [B, T] int32."""
+    return jnp.sum(lax.population_count(bits_BTW), axis=-1)
+
+
 def held_tiles(bits_BTW: Array, queries: int, keys: int) -> Array:
     """Whether any query of a block has a key in a tile: bool [B, T / queries, 32 W / keys]. `queries` divides T; `keys` is 128, 256, ..., or 4096."""
     B, T, W = bits_BTW.shape

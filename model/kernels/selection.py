@@ -7,7 +7,7 @@ GUESSES bounds the float's bits are halved. Of equal scores the earlier key goes
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,84 +17,121 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_scores, select_topk
 from model.kernels.keyset import BITS, KEYS, LANES, bit, pack, words
-from model.kernels.tile import F32, by_lane, dot, in_pairs
+from model.kernels.tile import F32, by_lane, dot, in_pairs, padded
 
+BLOCK = 128  # queries that stand side by side, wherever the next ones stand
 ROWS = 8  # queries whose bounds move together: the sublanes of a register
 GUESSES = 24  # bounds put where the counts lead, before bits are halved
 PLACES = 24  # bits of the largest place in a row
 SCORES_BYTES = 32 * 2**20  # of VMEM for a block's scores
 
 
-def select_reference(q_BTIC: Array, k_BSC: Array, w_BTI: Array, segments_BT: Array, topk: int, *, queries: int = 512) -> Array:
-    """bits_BTW of the min(topk, allowed) best-scored allowed keys of each query, so many queries at a time."""
-    B, T = segments_BT.shape
+def select_reference(
+    q_BTIC: Array, k_BSC: Array, w_BTI: Array, segments_BT: Array, key_segments_BS: Array, place_T: Array, topk: int, *, queries: int = 512
+) -> tuple[Array, Array]:
+    """See `select_tpu`. So many queries at a time; the threshold is read off the selection."""
+    (B, T), S = segments_BT.shape, k_BSC.shape[1]
     chunk = min(queries, T)
-    padded = -(-T // chunk) * chunk
 
-    def cut(x_BT):
-        x_BT = jnp.pad(x_BT, [(0, 0), (0, padded - T)] + [(0, 0)] * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(B, -1, chunk, *x_BT.shape[2:]), 1, 0)
+    def cut(x_BT, axis=1):
+        x_BT = padded(x_BT, axis, -(-T // chunk) * chunk)
+        return jnp.moveaxis(x_BT.reshape(*x_BT.shape[:axis], -1, chunk, *x_BT.shape[axis + 1 :]), axis, 0)
 
-    def step(first, piece):
-        q_BCIC, w_BCI, own_BC = piece
-        allowed_BCS = (jnp.arange(T) <= first + jnp.arange(chunk)[:, None]) & (own_BC[..., None] == segments_BT[:, None]) & (own_BC[..., None] > 0)
-        return first + chunk, pack(select_topk(indexer_scores(q_BCIC, k_BSC, w_BCI), allowed_BCS, topk))
+    def step(piece):
+        q_BCIC, w_BCI, own_BC1, place_C1 = *piece[:2], *(x[..., None] for x in piece[2:])
+        allowed_BCS = (jnp.arange(S) <= place_C1) & (own_BC1 == key_segments_BS[:, None]) & (own_BC1 > 0)
+        scores_BCS = indexer_scores(q_BCIC, k_BSC, w_BCI)
+        among_BCS = select_topk(scores_BCS, allowed_BCS, topk)
+        all_BC = jnp.sum(allowed_BCS, axis=-1) <= topk
+        return pack(among_BCS), jnp.where(all_BC, -jnp.inf, jnp.min(jnp.where(among_BCS, scores_BCS, jnp.inf), axis=-1))
 
-    _, bits_nBCW = lax.scan(step, 0, (cut(q_BTIC), cut(w_BTI), cut(segments_BT)))
-    return jnp.moveaxis(bits_nBCW, 0, 1).reshape(B, padded, -1)[:, :T]
+    bits_nBCW, threshold_nBC = lax.map(step, (cut(q_BTIC), cut(w_BTI), cut(segments_BT), cut(place_T, axis=0)))
+    return jnp.moveaxis(bits_nBCW, 0, 1).reshape(B, -1, words(S))[:, :T], jnp.moveaxis(threshold_nBC, 0, 1).reshape(B, -1)[:, :T]
 
 
-def select_tpu(q_BTIC: Array, k_BSC: Array, w_BTI: Array, segments_BT: Array, topk: int, *, queries: int = 0, keys: int = 512, interpret=False) -> Array:
+def select_tpu(
+    q_BTIC: Array,
+    k_BSC: Array,
+    w_BTI: Array,
+    segments_BT: Array,
+    key_segments_BS: Array,
+    place_T: Array,
+    topk: int,
+    *,
+    queries: int = 0,
+    keys: int = 512,
+    interpret: Any = False,
+) -> tuple[Array, Array]:
     """The kernel.
 
     Args:
-      q_BTIC, k_BSC, w_BTI: the indexer's queries, keys and weights of the heads, see `indexer_scores`; T = S.
-      segments_BT: a query may choose keys of its own segment up to itself; a query of segment 0 none.
-      queries: of a block, a multiple of 8; 0 for as many as SCORES_BYTES allow, at most 128.
+      q_BTIC, w_BTI: the indexer's queries and the weights of their heads, see `indexer_scores`.
+      k_BSC: its keys, of the whole sequence.
+      segments_BT, key_segments_BS: a query may choose keys of its own segment up to itself; a query of segment 0 none.
+      place_T: where in the sequence each query stands. BLOCK by BLOCK they stand side by side.
+      queries: of a block: a divisor of BLOCK and a multiple of 8, or, for one block, of any size; 0 for as many as SCORES_BYTES allow, at most BLOCK.
       keys: of a tile: 128, 256, ..., 4096.
 
-    Returns: bits_BTW.
+    Returns:
+      bits_BTW: the min(topk, allowed) best-scored allowed keys of each query. Of equal scores the earlier key goes first.
+      threshold_BT: float32; every allowed key of a higher score is chosen, none of a lower one. -inf where all allowed keys are.
     """
-    B, T, I, C = q_BTIC.shape
-    W = words(T)
-    queries = queries or min(128, max(SCORES_BYTES // (4 * BITS * W) // ROWS, 1) * ROWS, -(-T // ROWS) * ROWS)
-    nq, nk = -(-T // queries), -(-T // keys)
-    q_BITC = jnp.pad(jnp.swapaxes(q_BTIC, 1, 2), [(0, 0), (0, 0), (0, nq * queries - T), (0, 0)])
-    k_BSC = jnp.pad(k_BSC, [(0, 0), (0, nk * keys - T), (0, 0)])
+    (B, T, I, C), S = q_BTIC.shape, k_BSC.shape[1]
+    W = words(S)
+    queries = queries or min(_most_queries(W), -(-T // ROWS) * ROWS)
+    nq, nk = -(-T // queries), -(-S // keys)
     # A query's segment stands behind its weights: a column of its own would fill 128 lanes. As a float it is exact up to 2^24.
     w_BTJ = jnp.concatenate([w_BTI.astype(F32), segments_BT[..., None].astype(F32)], axis=-1)
-    w_BTJ = jnp.pad(w_BTJ, [(0, 0), (0, nq * queries - T), (0, 0)])
-    segments_B1S = jnp.pad(segments_BT, [(0, 0), (0, nk * keys - T)]).astype(F32)[:, None]
 
-    def fetched(i, j):
-        return jnp.minimum(jnp.minimum(j, ((i + 1) * queries - 1) // keys), nk - 1)  # not what no query of the block may see
+    def fetched(i, j, first_ref):
+        return jnp.minimum(jnp.minimum(j, lax.div(first_ref[i] + queries - 1, keys)), nk - 1)  # not what no query of the block may see
 
-    return pl.pallas_call(
+    bits_BTW, threshold_Bn1Q = pl.pallas_call(
         functools.partial(_kernel, heads=I, topk=topk, tiles=nk),
-        grid=(B, nq, nk),
-        in_specs=[
-            pl.BlockSpec((1, I, queries, C), lambda b, i, j: (b, 0, i, 0)),
-            pl.BlockSpec((1, queries, I + 1), lambda b, i, j: (b, i, 0)),
-            pl.BlockSpec((1, keys, C), lambda b, i, j: (b, fetched(i, j), 0)),
-            pl.BlockSpec((1, 1, keys), lambda b, i, j: (b, 0, fetched(i, j))),
-        ],
-        out_specs=pl.BlockSpec((1, queries, W), lambda b, i, j: (b, i, 0)),
-        out_shape=jax.ShapeDtypeStruct((B, nq * queries, W), jnp.int32),
-        scratch_shapes=[pltpu.VMEM((W // LANES, queries, KEYS), F32), pltpu.VMEM((4, queries, LANES), F32)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, nq, nk),
+            in_specs=[
+                pl.BlockSpec((1, I, queries, C), lambda b, i, j, _: (b, 0, i, 0)),
+                pl.BlockSpec((1, queries, I + 1), lambda b, i, j, _: (b, i, 0)),
+                pl.BlockSpec((1, keys, C), lambda b, i, j, first_ref: (b, fetched(i, j, first_ref), 0)),
+                pl.BlockSpec((1, 1, keys), lambda b, i, j, first_ref: (b, 0, fetched(i, j, first_ref))),
+            ],
+            out_specs=[
+                pl.BlockSpec((1, queries, W), lambda b, i, j, _: (b, i, 0)),
+                pl.BlockSpec((1, 1, 1, queries), lambda b, i, j, _: (b, i, 0, 0)),
+            ],
+            scratch_shapes=[pltpu.VMEM((W // LANES, queries, KEYS), F32), pltpu.VMEM((4, queries, LANES), F32)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((B, nq * queries, W), jnp.int32), jax.ShapeDtypeStruct((B, nq, 1, queries), F32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20),
         interpret=interpret,
         name="select",
-    )(q_BITC, w_BTJ, k_BSC, segments_B1S)[:, :T]
+    )(
+        padded(place_T, 0, nq * queries)[::queries].astype(jnp.int32),
+        padded(jnp.swapaxes(q_BTIC, 1, 2), 2, nq * queries),
+        padded(w_BTJ, 1, nq * queries),
+        padded(k_BSC, 1, nk * keys),
+        padded(key_segments_BS, 1, nk * keys).astype(F32)[:, None],
+    )
+    return bits_BTW[:, :T], threshold_Bn1Q.reshape(B, -1)[:, :T]
 
 
-def _kernel(q_ref, w_ref, k_ref, segments_ref, bits_ref, scores_ref, seen_ref, *, heads: int, topk: int, tiles: int):
+def _most_queries(W: int) -> int:
+    """Of a block: the power of two that SCORES_BYTES allow."""
+    most = min(BLOCK, max(SCORES_BYTES // (4 * BITS * W), ROWS))
+    return 1 << (most.bit_length() - 1)
+
+
+def _kernel(first_ref, q_ref, w_ref, k_ref, segments_ref, bits_ref, threshold_ref, scores_ref, seen_ref, *, heads: int, topk: int, tiles: int):
     """
+    first_ref [blocks]: where in the sequence each block's first query stands.
     scores_ref [words, queries, KEYS]: a block's scores, -inf where not allowed.
     seen_ref [4, queries, 128]: their largest, least, sum and sum of squares, lane by lane.
     """
-    i, j = pl.program_id(1), pl.program_id(2)
+    j, first = pl.program_id(2), first_ref[pl.program_id(1)]
     queries, keys = scores_ref.shape[1], k_ref.shape[1]
-    live = jnp.minimum(((i + 1) * queries - 1) // keys + 1, tiles)  # tiles that any of these queries may see
+    live = jnp.minimum(lax.div(first + queries - 1, keys) + 1, tiles)  # tiles that any of these queries may see
 
     @pl.when(j == 0)
     def _():
@@ -104,7 +141,7 @@ def _kernel(q_ref, w_ref, k_ref, segments_ref, bits_ref, scores_ref, seen_ref, *
     @pl.when(j < live)
     def _():
         scores = score_tile(q_ref[0], k_ref[0], w_ref[0])
-        query = i * queries + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        query = first + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         key = j * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         own = w_ref[0, :, heads : heads + 1]
         allowed = (key <= query) & (own == segments_ref[0]) & (own > 0)
@@ -121,7 +158,9 @@ def _kernel(q_ref, w_ref, k_ref, segments_ref, bits_ref, scores_ref, seen_ref, *
         @pl.loop(0, queries // ROWS)
         def _(group):
             rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
-            _select_rows(scores_ref, seen_ref, bits_ref, rows, live * keys, keys, topk)
+            seen_ref[0, rows] = jnp.broadcast_to(_select_rows(scores_ref, seen_ref, bits_ref, rows, live * keys, keys, topk), (ROWS, LANES))
+
+        threshold_ref[0, 0] = seen_ref[0].T[:1]
 
 
 def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array) -> Array:
@@ -133,8 +172,8 @@ def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array) -> Array:
     return total_QK
 
 
-def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: int):
-    """Bits of ROWS queries, whose keys end before `stop`."""
+def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: int) -> Array:
+    """Writes the bits of ROWS queries, whose keys end before `stop`; returns their thresholds [ROWS, 1]."""
     words = lax.div(stop + KEYS - 1, KEYS)  # blocks of KEYS
 
     @pl.loop(lax.div(stop, keys), words * (KEYS // keys))  # what no tile has filled
@@ -185,6 +224,8 @@ def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: in
     def _():
         last = jnp.where(crowded, _last_tied(count, level, topk - above), stop)
         write(lambda x, first: (x > level) | ((x == level) & (first + lax.broadcasted_iota(jnp.int32, x.shape, 1) <= last)))
+
+    return jnp.where(few, -jnp.inf, level)
 
 
 class _Search(NamedTuple):

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -264,7 +265,8 @@ def _forward(q_BNTH, k_BKSH, v_BKSV, bits_BTW, tiles: Tiles):
     ]
     scratch = [pltpu.VMEM((heads, queries, width), F32) for width in (LANES, LANES, V)]
     out_BNTV, lse_BN1T = _call(_forward_kernel, "sparse_attention", operands, results, scratch, tiles.interpret)
-    out_BNTV, lse_BNT = out_BNTV[:, :, : q_BNTH.shape[2]], lse_BN1T[:, :, 0, : q_BNTH.shape[2]]
+    # What a block's recomputation keeps of attention must be this, or else it runs this kernel again.
+    out_BNTV, lse_BNT = checkpoint_name((out_BNTV[:, :, : q_BNTH.shape[2]], lse_BN1T[:, :, 0, : q_BNTH.shape[2]]), "attention")
     return (out_BNTV, lse_BNT), (q_BNTH, k_BKSH, v_BKSV, bits_BTW, out_BNTV, lse_BNT)
 
 

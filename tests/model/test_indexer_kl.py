@@ -1,6 +1,8 @@
 """The indexer's loss by tiles, in Pallas' TPU interpreter, which fills memory with NaN and watches for races: value and gradients against autodiff through the
 dense definition, of a whole set (warm-up) and of a selected one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,25 +10,26 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_kl, indexer_scores
-from model.kernels.indexer_kl import Tiles, total_kl_reference, total_kl_tpu
+from model.kernels.indexer_kl import Attention, Tiles, total_kl_reference, total_kl_tpu
 from model.kernels.keyset import pack
 
 STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 
 
 def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
-    """(attention's q, k, lse; the indexer's q, w, k; the set; p). The set is causal, with two segments and a query without keys."""
+    """(attention's; the indexer's q, w, k; the set; a part of it; p). The set is causal, with two segments and a query without keys."""
     rng = np.random.default_rng(0)
     shapes = (B, N, T, H), (B, N, T, H), (B, T, I, C), (B, T, I), (B, T, C)
     q_BNTH, k_BNSH, q_BTIC, w_BTI, k_BSC = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     among_BTS = np.tril(rng.random((B, T, T)) < share)
     among_BTS[:, T // 2 :, : T // 2] = False
     among_BTS[:, 5] = False
+    some_BTS = jnp.asarray(among_BTS & (rng.random((B, T, T)) < 0.3))
     among_BTS = jnp.asarray(among_BTS)
     logits_BNTS = jnp.where(among_BTS[:, None], jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, precision="highest"), -1e30)
     lse_BNT = jnp.where(jnp.any(among_BTS, axis=-1)[:, None], jax.nn.logsumexp(logits_BNTS, axis=-1), 0.0)
     p_BTS = jnp.mean(jnp.where(among_BTS[:, None], jnp.exp(logits_BNTS - lse_BNT[..., None]), 0), axis=1)
-    return (q_BNTH, k_BNSH, lse_BNT), (q_BTIC, w_BTI, k_BSC), among_BTS, p_BTS
+    return Attention(q_BNTH, k_BNSH, lse_BNT), (q_BTIC, w_BTI, k_BSC), among_BTS, some_BTS, p_BTS
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
 @pytest.mark.parametrize("kind", ["kernel", "reference"])
 def test_it_is_the_definition_and_its_gradient(shape, share, tiles, kind, monkeypatch):
     monkeypatch.setattr("model.kernels.indexer_kl.AT_ONCE", 128)  # two calls
-    attention, indexer, among_BTS, p_BTS = made(*shape, share)
+    attention, indexer, among_BTS, some_BTS, p_BTS = made(*shape, share)
     by_tile = {
         "kernel": lambda *given: total_kl_tpu(*given, tiles._replace(interpret=STRICT)),
         "reference": lambda *given: total_kl_reference(*given, queries=64),
@@ -48,13 +51,20 @@ def test_it_is_the_definition_and_its_gradient(shape, share, tiles, kind, monkey
     with jax.default_matmul_precision("highest"):
         definition = jax.value_and_grad(lambda q, w, k: 3.0 * jnp.sum(indexer_kl(p_BTS, indexer_scores(q, k, w), among_BTS)), (0, 1, 2))
         expected, expected_gradients = definition(*indexer)
-        found, gradients = jax.value_and_grad(lambda *given: 3.0 * by_tile(*attention, *given, pack(among_BTS)), (0, 1, 2))(*indexer)
+
+        def three_times(*given):
+            kl, mass_BT = by_tile(attention, *given, pack(among_BTS), pack(some_BTS))
+            return 3.0 * kl, mass_BT
+
+        (found, mass_BT), gradients = jax.value_and_grad(three_times, (0, 1, 2), has_aux=True)(*indexer)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(mass_BT, jnp.sum(jnp.where(some_BTS, p_BTS, 0.0), axis=-1), atol=1e-5)
     for one, other in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.max(jnp.abs(other))))
 
 
-def test_nothing_reaches_the_attention():
-    attention, indexer, among_BTS, _ = made(1, 1, 128, 8, 1, 8, 0.5)
-    gradients = jax.grad(lambda *given: total_kl_tpu(*given, *indexer, pack(among_BTS), Tiles(128, 128, interpret=True)), (0, 1, 2))(*attention)
+@pytest.mark.parametrize("kind", [functools.partial(total_kl_tpu, tiles=Tiles(128, 128, interpret=True)), total_kl_reference], ids=["kernel", "reference"])
+def test_nothing_reaches_the_attention(kind):
+    attention, indexer, among_BTS, some_BTS, _ = made(1, 1, 128, 8, 1, 8, 0.5)
+    gradients = jax.grad(lambda attention: kind(attention, *indexer, pack(among_BTS), pack(some_BTS))[0])(attention)
     assert not any(np.any(gradient) for gradient in gradients)

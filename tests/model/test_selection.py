@@ -9,8 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_scores, select_topk
-from model.kernels.keyset import KEYS, held_tiles, next_held, pack, tile_bias, unpack, words
-from model.kernels.selection import GUESSES, find_threshold, select_reference, select_tpu
+from model.kernels.keyset import KEYS, causal, held_tiles, next_held, pack, sizes, tile_bias, unpack, words
+from model.kernels.selection import BLOCK, GUESSES, find_threshold, select_reference, select_tpu
 
 STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 
@@ -24,16 +24,39 @@ def inputs(B: int, T: int, I: int, C: int, dtype=jnp.float32, segments: int = 1,
     return q_BTIC, k_BSC, w_BTI.astype(jnp.float32), jnp.asarray(segments_BT, jnp.int32)
 
 
-def expected(q_BTIC, k_BSC, w_BTI, segments_BT, topk: int):
+def scored(q_BTIC, k_BSC, w_BTI, segments_BT):
+    """(scores_BTS, allowed_BTS)"""
     place = jnp.arange(segments_BT.shape[1])
     allowed_BTS = (place[:, None] >= place) & (segments_BT[:, :, None] == segments_BT[:, None]) & (segments_BT[:, :, None] > 0)
-    return select_topk(indexer_scores(q_BTIC, k_BSC, w_BTI), allowed_BTS, topk)
+    return indexer_scores(q_BTIC, k_BSC, w_BTI), allowed_BTS
+
+
+def expected(*made_and_topk):
+    *made, topk = made_and_topk
+    return select_topk(*scored(*made), topk)
+
+
+def select(kind, made, topk: int, **options):
+    """(the selection as bool, thresholds) of whole sequences."""
+    q_BTIC, k_BSC, w_BTI, segments_BT = made
+    bits_BTW, threshold_BT = kind(q_BTIC, k_BSC, w_BTI, segments_BT, segments_BT, jnp.arange(segments_BT.shape[1]), topk, **options)
+    assert not np.any(unpack(bits_BTW, bits_BTW.shape[-1] * 32)[..., k_BSC.shape[1] :]), "nothing beyond the last key"
+    return unpack(bits_BTW, k_BSC.shape[1]), threshold_BT
+
+
+def assert_bounds(threshold_BT, chosen_BTS, made, topk: int):
+    """All allowed keys above the threshold are chosen, none below; where all are, it says so."""
+    scores_BTS, allowed_BTS = scored(*made)
+    threshold_BT1 = np.asarray(threshold_BT)[..., None]
+    assert np.all(chosen_BTS[(scores_BTS > threshold_BT1) & allowed_BTS])
+    assert not np.any(chosen_BTS[scores_BTS < threshold_BT1])
+    np.testing.assert_array_equal(threshold_BT == -np.inf, np.sum(allowed_BTS, axis=-1) <= topk)
 
 
 @pytest.mark.parametrize(
     ("shape", "segments", "topk", "block"),
     [
-        ((1, 150, 2, 16), 1, 17, {"queries": 24, "keys": 128}),  # not multiples of anything
+        ((1, 150, 2, 16), 1, 17, {"queries": 32, "keys": 128}),  # not multiples of anything
         ((2, 75, 1, 8), 4, 9, {"queries": 40, "keys": 256}),  # a single head, packed rows
         ((1, 70, 8, 8), 2, 1, {}),  # k = 1, blocks as they come
         ((1, 60, 3, 8), 1, 100, {"queries": 8, "keys": 512}),  # k beyond every row
@@ -45,22 +68,35 @@ def test_the_kernel_selects_what_the_reference_does(shape, segments, topk, block
     made = inputs(*shape, segments=segments)
     T = shape[1]
     # Of thousands of keys the watchful interpreter would take minutes.
-    found = select_tpu(*made, topk, interpret=STRICT if T <= 300 else True, **block)
-    np.testing.assert_array_equal(unpack(found, T), expected(*made, topk))
-    assert not np.any(unpack(found, words(T) * 32)[..., T:])
+    chosen_BTS, threshold_BT = select(select_tpu, made, topk, interpret=STRICT if T <= 300 else True, **block)
+    np.testing.assert_array_equal(chosen_BTS, expected(*made, topk))
+    assert_bounds(threshold_BT, chosen_BTS, made, topk)
 
 
 def test_bfloat16_and_scores_that_do_not_tie():
     rng = np.random.default_rng(0)
     q_BTIC, k_BSC, w_BTI = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 96, 4, 16), (1, 96, 16), (1, 96, 4)))
     made = q_BTIC, k_BSC, w_BTI.astype(jnp.float32), jnp.ones((1, 96), jnp.int32)
-    np.testing.assert_array_equal(unpack(select_tpu(*made, 20, interpret=STRICT, keys=128), 96), expected(*made, 20))
+    np.testing.assert_array_equal(select(select_tpu, made, 20, interpret=STRICT, keys=128)[0], expected(*made, 20))
 
 
 @pytest.mark.parametrize("queries", [64, 77, 512])
 def test_the_reference_in_pieces_is_the_whole(queries):
     made = inputs(2, 200, 2, 8, segments=3)
-    np.testing.assert_array_equal(unpack(select_reference(*made, 20, queries=queries), 200), expected(*made, 20))
+    chosen_BTS, threshold_BT = select(select_reference, made, 20, queries=queries)
+    np.testing.assert_array_equal(chosen_BTS, expected(*made, 20))
+    assert_bounds(threshold_BT, chosen_BTS, made, 20)
+
+
+@pytest.mark.parametrize("kind", [functools.partial(select_tpu, interpret=True), select_reference], ids=["kernel", "reference"])
+def test_every_other_block_of_queries(kind):
+    """As two devices have them."""
+    made = inputs(2, 4 * BLOCK, 1, 8, segments=3)
+    q_BTIC, k_BSC, w_BTI, segments_BT = made
+    whole_BTS = select(kind, made, 20)[0]
+    for place_T in jnp.arange(4 * BLOCK).reshape(2, 2, BLOCK).swapaxes(0, 1).reshape(2, -1):
+        bits_BTW, _ = kind(q_BTIC[:, place_T], k_BSC, w_BTI[:, place_T], segments_BT[:, place_T], segments_BT, place_T, 20)
+        np.testing.assert_array_equal(unpack(bits_BTW, 4 * BLOCK), whole_BTS[:, place_T])
 
 
 def passes(scores_RS: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -112,6 +148,14 @@ def test_a_set_comes_back_as_it_went():
     bits_BTW = pack(jnp.asarray(among_BTS))
     assert bits_BTW.shape == (2, 3, words(KEYS + 130)) and bits_BTW.dtype == jnp.int32
     np.testing.assert_array_equal(unpack(bits_BTW, KEYS + 130), among_BTS)
+
+
+def test_the_set_of_every_key_a_query_may_see():
+    made = inputs(2, 200, 1, 4, segments=3)
+    _, allowed_BTS = scored(*made)
+    bits_BTW = causal(made[3], made[3], jnp.arange(200))
+    np.testing.assert_array_equal(unpack(bits_BTW, KEYS), jnp.pad(allowed_BTS, [(0, 0), (0, 0), (0, KEYS - 200)]))
+    np.testing.assert_array_equal(sizes(bits_BTW), jnp.sum(allowed_BTS, axis=-1))
 
 
 @pytest.mark.parametrize("keys", [128, 512, 4_096])

@@ -1,0 +1,205 @@
+"""Attention over a whole sequence by the kernels of model/kernels: what `attend_expanded` computes, tile by tile, on whatever mesh is ambient.
+
+    select      each query's keys, a bit a key                 queries cut over `tensor`
+    attend      attention over those, and its log-sum-exp      heads cut over `tensor`
+    total_kl    the indexer's loss against that attention      queries cut over `tensor`: each needs all heads
+
+Queries are dealt out in blocks, one to each device of `tensor` in turn, so that every device gets as many long rows as short ones. Between the three the
+compiler moves what lies elsewhere: the bits to all (L / 8 bytes a query), queries and log-sum-exps from heads to queries (all-to-all), and all heads' keys
+to all, which is the dearest: 49 KB a key in DeepSeek-V3.2.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from errors import UserError
+from model.attend import IndexerInputs, IndexerReport, attend_expanded, positions_of
+from model.config import ModelConfig
+from model.kernels import indexer_kl, sparse_attention
+from model.kernels.indexer_kl import Attention, total_kl_reference, total_kl_tpu
+from model.kernels.keyset import causal, sizes, unpack
+from model.kernels.selection import BLOCK, select_reference, select_tpu
+from model.kernels.sparse_attention import attend_reference, attend_tpu
+from model.kernels.tile import padded
+from model.sharding import MESH_AXES, RULES, platform
+
+ROWS, CUT = P(RULES["batch"]), P(RULES["batch"], None, "tensor")  # of arrays [B, ...] and dealt ones [B, n, tensor, BLOCK, ...]
+PIECE = 16_384  # queries of the loss at a time
+LEAST_TILED = 512  # tokens of a row: shorter ones would leave most of a tile empty
+
+
+class Queries(NamedTuple):
+    """The indexer's, and where they stand: dealt, or a device's own."""
+
+    q_BTIC: Array
+    w_BTI: Array
+    segments_BT: Array
+    place_1T: Array
+
+
+class Keys(NamedTuple):
+    """The indexer's, of the whole sequence."""
+
+    k_BSC: Array
+    segments_BS: Array
+
+
+DEALT = Queries(CUT, CUT, CUT, P(None, None, "tensor"))
+
+
+class Kernels(NamedTuple):
+    """One implementation of each operation; signatures as the references have them."""
+
+    select: Callable
+    attend: Callable
+    total_kl: Callable
+
+
+KERNELS = {
+    "tpu": Kernels(select_tpu, attend_tpu, total_kl_tpu),
+    "cpu": Kernels(
+        functools.partial(select_tpu, interpret=True),
+        functools.partial(attend_tpu, tiles=sparse_attention.Tiles(128, 128, interpret=True)),
+        functools.partial(total_kl_tpu, tiles=indexer_kl.Tiles(128, 128, interpret=True)),
+    ),
+    "reference": Kernels(select_reference, attend_reference, total_kl_reference),
+}
+
+
+def expanded_form(config: ModelConfig, length: int) -> Callable:
+    """The table: (config.attention_form, platform, tokens of a row) -> `attend_expanded` or `attend_tiled`."""
+    tiled = config.attention_form == "tiles" or (config.attention_form == "auto" and platform() == "tpu" and length >= LEAST_TILED)
+    if not tiled:
+        return functools.partial(attend_expanded, query_chunk=config.query_chunk, causal_parts=config.causal_parts)
+    if platform() not in KERNELS:
+        raise UserError(f"model.attention_form = {config.attention_form!r}: there are no kernels for {platform()}; take 'chunks'")
+    return functools.partial(attend_tiled, kernels=KERNELS[platform()])
+
+
+def attend_tiled(
+    q_BTNH: Array,
+    k_BSNH: Array,
+    v_BSNV: Array,
+    segments_BT: Array,
+    indexer: IndexerInputs | None,
+    *,
+    stage: str,
+    topk: int,
+    kernels: Kernels,
+    record: bool = False,
+) -> tuple[Array, IndexerReport, Array | None]:
+    """See `attend_expanded`."""
+    T = q_BTNH.shape[1]
+    q_BNTH, k_BNSH, v_BNSV = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
+    k_BNSH, v_BNSV = (jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BNSH, v_BNSV))
+    queries = None if stage == "dense" else Queries(*(dealt(x, 1) for x in (*indexer.query, segments_BT, jnp.arange(T)[None])))
+    keys = None if stage == "dense" else Keys(indexer.k_BSC, segments_BT)
+    if stage == "sparse":
+        with jax.named_scope("select"):
+            dealt_bits = select(kernels, queries, keys, topk)
+            bits_BTW = together(dealt_bits, 1)[:, :T]
+    else:
+        bits_BTW = causal(segments_BT, segments_BT, jnp.arange(T))
+    # What a block's recomputation keeps of attention, it keeps of this: the selection is not made again in the backward pass.
+    bits_BTW = checkpoint_name(bits_BTW, "attention")
+    with jax.named_scope("attention"):
+        heads = P(RULES["batch"], "tensor")
+        out_BNTV, lse_BNT = on_mesh(kernels.attend, (heads, heads, heads, ROWS), (heads, heads))(q_BNTH, k_BNSH, v_BNSV, bits_BTW)
+        out_BTNV = jnp.swapaxes(out_BNTV, 1, 2)
+    recorded = positions_of(unpack(bits_BTW, T), min(topk, T)) if record and stage == "sparse" else None
+    if stage == "dense":
+        return out_BTNV, IndexerReport.zero(), recorded
+    with jax.named_scope("indexer_kl"):
+        attention = jax.lax.stop_gradient(Attention(q_BNTH, k_BNSH, lse_BNT))
+        kl, mass = total_kl(kernels, attention, queries, keys, dealt_bits if stage == "sparse" else dealt(bits_BTW, 1), stage, topk)
+    zero = jnp.zeros((), jnp.float32)
+    if stage == "sparse":
+        return out_BTNV, IndexerReport(kl, zero, zero, zero), recorded
+    allowed_BT = sizes(bits_BTW)
+    counts_BT = allowed_BT > topk
+    recall = jnp.sum(jnp.where(counts_BT, together(mass, 1)[:, :T], 0.0))
+    random = jnp.sum(jnp.where(counts_BT, topk / jnp.maximum(allowed_BT, 1), 0.0))
+    return out_BTNV, IndexerReport(kl, recall, random, jnp.sum(counts_BT, dtype=jnp.float32)), recorded
+
+
+def select(kernels: Kernels, queries: Queries, keys: Keys, topk: int) -> Array:
+    """Each query's keys: bits, dealt."""
+
+    def own(queries: Queries, keys: Keys):
+        return dealt(_selected(kernels, _own(queries), keys, topk), 1, 1)
+
+    return on_mesh(own, (DEALT, ROWS), CUT)(*jax.lax.stop_gradient((queries, keys)))
+
+
+def _own(dealt_BT):
+    return jax.tree.map(lambda x: together(x, 1), dealt_BT)
+
+
+def _selected(kernels: Kernels, queries: Queries, keys: Keys, topk: int) -> Array:
+    (q_BTIC, w_BTI, segments_BT, place_1T), (k_BSC, segments_BS) = jax.lax.stop_gradient((queries, keys))
+    return kernels.select(q_BTIC, k_BSC, w_BTI, segments_BT, segments_BS, place_1T[0], topk)[0]
+
+
+def total_kl(kernels: Kernels, attention: Attention, queries: Queries, keys: Keys, bits: Array, stage: str, topk: int) -> tuple[Array, Array]:
+    """The indexer's loss, and the attention's mass on the keys selected, dealt. `bits`, dealt: the keys compared."""
+
+    def own(attention: Attention, queries: Queries, keys: Keys, bits):
+        """PIECE queries at a time: in the warm-up only recall wants the selection, and no more of it than that is ever held."""
+        by_query = Attention(together(attention.q_BNTH, 2), None, together(attention.lse_BNT, 2))
+        pieces = jax.tree.map(lambda x, axis: cut(x, axis), (by_query, _own(queries), _own(bits)), (Attention(2, None, 2), Queries(1, 1, 1, 1), 1))
+
+        def step(total, piece):
+            (q_BNTH, _, lse_BNT), queries, bits_BTW = piece
+            selected_BTW = bits_BTW if stage == "sparse" else _selected(kernels, queries, keys, topk)
+            given = Attention(q_BNTH, attention.k_BNSH, lse_BNT), queries.q_BTIC, queries.w_BTI, keys.k_BSC, bits_BTW, selected_BTW
+            kl, mass_BT = kernels.total_kl(*given)
+            return total + kl, mass_BT
+
+        kl, mass_nBT = jax.lax.scan(step, jnp.zeros((), jnp.float32), pieces)
+        T = bits.shape[1] * BLOCK
+        return kl[None], dealt(jnp.moveaxis(mass_nBT, 0, 1).reshape(mass_nBT.shape[1], -1)[:, :T], 1, 1)
+
+    by_query = P(RULES["batch"], None, None, "tensor")
+    shared = Attention(dealt(attention.q_BNTH, 2), attention.k_BNSH, dealt(attention.lse_BNT, 2))
+    kl_n, mass = on_mesh(own, (Attention(by_query, ROWS, by_query), DEALT, ROWS, CUT), (P(MESH_AXES), CUT))(shared, queries, keys, bits)
+    return jnp.sum(kl_n), mass
+
+
+def cut(x: Array, axis: int) -> Array:
+    """[..., T, ...] to [n, ..., at most PIECE, ...]."""
+    size = min(PIECE, x.shape[axis])
+    x = padded(x, axis, -(-x.shape[axis] // size) * size)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def devices() -> int:
+    """Over how many `tensor` cuts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["tensor"]
+
+
+def on_mesh(function: Callable, in_specs, out_specs) -> Callable:
+    """The function, each device on its own part; without a mesh, or on one device, on the whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def dealt(x: Array, axis: int, count: int = 0) -> Array:
+    """[..., T, ...] to [..., n, count, BLOCK, ...], zeros behind; `count`: the devices of `tensor`, if not given."""
+    count = count or devices()
+    x = padded(x, axis, -(-x.shape[axis] // (count * BLOCK)) * count * BLOCK)
+    return x.reshape(*x.shape[:axis], -1, count, BLOCK, *x.shape[axis + 1 :])
+
+
+def together(x: Array, axis: int) -> Array:
+    """Back to [..., T', ...]: the padding stays."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 3 :])

@@ -1,0 +1,118 @@
+"""Attention by tiles against attention by chunks: outputs, what the indexer reports, every gradient; on one device and on meshes, whose `tensor` axis cuts
+heads for attention and queries for the selection and the loss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.attend import IndexerInputs, attend_expanded
+from model.attend_tiled import KERNELS, attend_tiled
+from model.indexer import IndexerQuery
+from model.sharding import MeshConfig, make_mesh
+from model.transformer import Transformer
+from tests import tiny
+from tests.tiny import STAGES
+
+B, T, N, H, V, I, C, TOPK = 4, 300, 4, 8, 6, 3, 4, 20
+LAYOUT = (((1, 130), (2, 150), (0, 20)), ((1, 300),), ((0, 40), (1, 260)), ((1, 10), (2, 5), (3, 285)))  # packed, full, padded on the left
+
+
+def inputs(seed: int = 0):
+    """(q, k, v, indexer): numbers of few bits, so that the indexer's scores are exact in any order and a selection cannot turn on rounding."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def whole(*shape):
+        return jnp.asarray(rng.integers(-4, 5, shape), jnp.float32) / 4
+
+    query = IndexerQuery(whole(B, T, I, C), whole(B, T, I))
+    return draw(B, T, N, H) * H**-0.5, draw(B, T, N, H), draw(B, T, N, V), IndexerInputs(query, whole(B, T, C))
+
+
+@functools.cache
+def segments():
+    return tiny.batch_of(LAYOUT, width=T)["segments"]
+
+
+def loss(arrays, segments_BT, attend):
+    """Something that depends on every output, with a gradient to every input."""
+    out, report, _ = attend(*arrays[:3], segments_BT, arrays[3])
+    return jnp.sum(jnp.sin(out)) + report.kl, (out, report)
+
+
+def result(attend, mesh=None):
+    """((loss, (out, report)), gradients)"""
+    function = jax.jit(jax.value_and_grad(functools.partial(loss, attend=attend), has_aux=True))
+    if mesh is None:
+        return function(inputs(), segments())
+    with jax.set_mesh(mesh):
+        return jax.device_get(function(inputs(), segments()))
+
+
+@functools.cache
+def by_chunks(stage: str):
+    return result(functools.partial(attend_expanded, stage=stage, topk=TOPK, query_chunk=512, causal_parts=1))
+
+
+def assert_same(found, expected):
+    """Sums of a few hundred float32 terms in another order; the loss sums a hundred thousand."""
+    tiny.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_tiles_are_chunks(stage, kernels):
+    assert_same(result(functools.partial(attend_tiled, stage=stage, topk=TOPK, kernels=KERNELS[kernels])), by_chunks(stage))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("mesh", "kernels"), [((2, 1, 1, 4), "reference"), ((1, 2, 2, 2), "reference"), ((1, 4, 1, 2), "cpu")])
+def test_the_mesh_changes_nothing(stage, mesh, kernels):
+    attend = functools.partial(attend_tiled, stage=stage, topk=TOPK, kernels=KERNELS[kernels])
+    assert_same(result(attend, make_mesh(MeshConfig(*mesh))), by_chunks(stage))
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_pieces_of_the_loss_change_nothing(stage, monkeypatch):
+    monkeypatch.setattr("model.attend_tiled.PIECE", 128)
+    assert_same(result(functools.partial(attend_tiled, stage=stage, topk=TOPK, kernels=KERNELS["reference"])), by_chunks(stage))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_a_model_is_the_same_by_tiles(remat):
+    """Loss and every gradient of a whole model, MTP and gate included, the kernels interpreted; with `dots` the backward pass keeps what attention gave."""
+    batch = tiny.batch_of()
+
+    def total(params, router, config):
+        output = Transformer(config).apply({"params": params, "router": router}, batch["tokens"], batch["positions"], batch["segments"], stage="sparse")
+        return jnp.sum(jnp.sin(output.hidden_BTD)) + jnp.sum(output.reports.indexer.kl)
+
+    variables = tiny.variables(tiny.model_config())
+    with jax.default_matmul_precision("highest"):
+        tiles, chunks = (
+            jax.jit(jax.value_and_grad(total), static_argnums=2)(variables["params"], variables["router"], tiny.model_config(attention_form=form, remat=remat))
+            for form in ("tiles", "chunks")
+        )
+    tiny.assert_close(tiles, chunks, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_of_heads_share_keys():
+    """Grouped-query attention."""
+    (q, k, v, _), segments_BT = inputs(), segments()
+    k, v = k[:, :, :2], v[:, :, :2]
+    found = attend_tiled(q, k, v, segments_BT, None, stage="dense", topk=1, kernels=KERNELS["cpu"])[0]
+    expected = attend_expanded(q, k, v, segments_BT, None, stage="dense", topk=1, query_chunk=512, causal_parts=1)[0]
+    tiny.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_it_records_what_it_selected():
+    recorded = [
+        attend(*inputs()[:3], segments(), inputs()[3], stage="sparse", topk=TOPK, record=True)[2]
+        for attend in (functools.partial(attend_tiled, kernels=KERNELS["reference"]), functools.partial(attend_expanded, query_chunk=512, causal_parts=1))
+    ]
+    np.testing.assert_array_equal(*recorded)
