@@ -66,7 +66,7 @@ KERNELS = {
     "tpu": Kernels(select_tpu, attend_tpu, total_kl_tpu),
     "cpu": Kernels(
         functools.partial(select_tpu, interpret=True),
-        functools.partial(attend_tpu, tiles=sparse_attention.Tiles(128, 128, interpret=True)),
+        functools.partial(attend_tpu, tiles=sparse_attention.Tiles(128, 128, keys_backward=128, interpret=True)),
         functools.partial(total_kl_tpu, tiles=indexer_kl.Tiles(128, 128, interpret=True)),
     ),
     "reference": Kernels(select_reference, attend_reference, total_kl_reference),
@@ -98,7 +98,6 @@ def attend_tiled(
     """See `attend_expanded`."""
     T = q_BTNH.shape[1]
     q_BNTH, k_BNSH, v_BNSV = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
-    k_BNSH, v_BNSV = (jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BNSH, v_BNSV))
     queries = None if stage == "dense" else Queries(*(dealt(x, 1) for x in (*indexer.query, segments_BT, jnp.arange(T)[None])))
     keys = None if stage == "dense" else Keys(indexer.k_BSC, segments_BT)
     if stage == "sparse":

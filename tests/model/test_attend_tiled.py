@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from errors import UserError
 from model.attend import IndexerInputs, attend_expanded
-from model.attend_tiled import KERNELS, attend_tiled
+from model.attend_tiled import KERNELS, LEAST_TILED, attend_tiled, expanded_form
 from model.indexer import IndexerQuery
 from model.sharding import MeshConfig, make_mesh
 from model.transformer import Transformer
@@ -108,6 +109,17 @@ def test_groups_of_heads_share_keys():
     found = attend_tiled(q, k, v, segments_BT, None, stage="dense", topk=1, kernels=KERNELS["cpu"])[0]
     expected = attend_expanded(q, k, v, segments_BT, None, stage="dense", topk=1, query_chunk=512, causal_parts=1)[0]
     tiny.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_table(monkeypatch):
+    def form(asked, platform, length):
+        monkeypatch.setattr("model.attend_tiled.platform", lambda: platform)
+        return expanded_form(tiny.model_config(attention_form=asked), length).func
+
+    assert form("auto", "tpu", LEAST_TILED) == form("tiles", "tpu", 8) == form("tiles", "cpu", 8) == attend_tiled
+    assert form("auto", "tpu", LEAST_TILED - 1) == form("auto", "cpu", 4_096) == form("chunks", "tpu", 4_096) == attend_expanded
+    with pytest.raises(UserError, match="no kernels for abacus"):
+        form("tiles", "abacus", 512)
 
 
 def test_it_records_what_it_selected():
