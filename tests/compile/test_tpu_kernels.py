@@ -40,9 +40,9 @@ def indexer(L: int) -> list:
     return [((1, L, I, C), BF16), ((1, L, I), F32), ((1, L, C), BF16)]
 
 
-def attention(L: int, heads: int) -> list:
+def attention(L: int, heads: int, heads_of_keys: int = 0) -> list:
     """Shapes of q, k, v."""
-    return [((1, heads, L, width), BF16) for width in (H, H, V)]
+    return [((1, own, L, width), BF16) for own, width in ((heads, H), (heads_of_keys or heads, H), (heads_of_keys or heads, V))]
 
 
 @pytest.mark.parametrize("L", [4_096, 32_768, 131_072])
@@ -55,9 +55,9 @@ def test_selection(topology, L):
     assert memory.temp_size_in_bytes < 2 * L * I * C * 2 + GIB // 4, "nothing of L x L but the bits: the queries, heads first, and little else"
 
 
-@pytest.mark.parametrize(("L", "heads"), [(4_096, 128), (4_096, 16), (32_768, 16), (131_072, 16)])
+@pytest.mark.parametrize(("L", "heads", "heads_of_keys"), [(4_096, 128, 128), (4_096, 16, 16), (4_096, 16, 2), (32_768, 16, 16), (131_072, 16, 16)])
 @pytest.mark.parametrize("topology", CHIPS)
-def test_sparse_attention_forward_and_backward(topology, L, heads):
+def test_sparse_attention_forward_and_backward(topology, L, heads, heads_of_keys):
     def gradients(q, k, v, bits):
         def total(q, k, v):
             out, lse = sparse_attention.attend_tpu(q, k, v, bits)
@@ -65,9 +65,17 @@ def test_sparse_attention_forward_and_backward(topology, L, heads):
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
-    program = compiled(topology, gradients, *attention(L, heads), ((1, L, words(L)), jnp.int32))
+    program = compiled(topology, gradients, *attention(L, heads, heads_of_keys), ((1, L, words(L)), jnp.int32))
     arrays = L * heads * (2 * H + 2 * V) * 2  # of one pass: q, k, v, out
     assert program.memory_analysis().temp_size_in_bytes < 2 * arrays + GIB, "a few arrays of the inputs' size, none of L x L"
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_a_tile_too_large_is_refused(topology):
+    """So that the tests above mean something: what does not fit the chip's memory is not compiled."""
+    attend = functools.partial(sparse_attention.attend_tpu, tiles=sparse_attention.Tiles(queries=4_096, keys=128))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"RESOURCE_EXHAUSTED.*vmem"):
+        compiled(topology, attend, *attention(4_096, 16), ((1, 4_096, words(4_096)), jnp.int32))
 
 
 @pytest.mark.parametrize(("L", "heads"), [(4_096, 16), (32_768, 16), (131_072, 16)])

@@ -1,0 +1,145 @@
+"""What bench.kernels compiles, counts and times: the TPU kernels and what a JAX user has in their place, for one sequence at DeepSeek-V3.2's widths."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+from model.kernels import indexer_kl, sparse_attention
+from model.kernels.keyset import LANES, words
+from model.kernels.selection import _most_queries, select_tpu
+
+HEADS, TOPK = 16, 2_048  # heads of a device: 128 on eight
+I, C, H, V = 64, 128, 192, 128  # the indexer's heads and width; the attention's widths
+BF16, F32 = jnp.bfloat16, jnp.float32
+SPLASH = 512  # queries and keys of its tiles: as ours, and what it does best with of 256 to 1024
+
+
+class Program(NamedTuple):
+    function: Callable
+    shapes: tuple[tuple[tuple[int, ...], jnp.dtype], ...]  # of its arguments
+
+
+class Work(NamedTuple):
+    """What a kernel does for a sequence. Every tile with a pair of a query and an earlier key is counted as computed."""
+
+    kernel: str  # its name
+    tiles: int  # computed
+    rows: int  # how often the code runs that begins and ends a sum over tiles
+    flops: int  # of a tile: what the mathematics needs, two a product
+    tile_bytes: int  # fetched and put back a tile
+    row_bytes: int
+
+
+def attention_shapes(L: int, heads: int) -> tuple:
+    return tuple(((1, heads, L, width), BF16) for width in (H, H, V))
+
+
+def programs(L: int, *, heads: int = HEADS, topk: int = TOPK, interpret=False) -> dict[str, Program]:
+    """The kernels. `interpret` runs them without a TPU, with small tiles."""
+    qkv, bits = attention_shapes(L, heads), ((1, L, words(L)), jnp.int32)
+    indexer = ((1, L, I, C), BF16), ((1, L, I), F32), ((1, L, C), BF16)
+    small = {"queries": 128, "keys": 128, "interpret": interpret} if interpret else {}
+    attend_tiles, kl_tiles = sparse_attention.Tiles(**small), indexer_kl.Tiles(**small)
+
+    def select(iq, w, ik, segments):
+        return select_tpu(iq, ik, w, segments, segments, jnp.arange(L), topk, interpret=interpret)
+
+    def attend(q, k, v, bits):
+        return sparse_attention.attend_tpu(q, k, v, bits, attend_tiles)
+
+    def kl(q, k, lse, iq, w, ik, bits):
+        def total(iq, w, ik):
+            return indexer_kl.total_kl_tpu(indexer_kl.Attention(q, k, lse), iq, w, ik, bits, bits, kl_tiles)[0]
+
+        return jax.grad(total, (0, 1, 2))(iq, w, ik)
+
+    return {
+        "select": Program(select, (*indexer, ((1, L), jnp.int32))),
+        "attention": Program(attend, (*qkv, bits)),
+        "attention and gradients": Program(gradients(lambda q, k, v, bits: attend(q, k, v, bits)[0]), (*qkv, bits)),
+        "indexer's loss and gradients": Program(kl, (*qkv[:2], ((1, heads, L), F32), *indexer, bits)),
+    }
+
+
+def gradients(attend: Callable) -> Callable:
+    return jax.grad(lambda q, k, v, *rest: jnp.sum(attend(q, k, v, *rest).astype(F32)), (0, 1, 2))
+
+
+def splash_program(L: int, *, causal: bool) -> Program:
+    """JAX's splash attention, forward and backward: with a mask only known when it runs, [1, L, L] bool, or with the causal one."""
+    sides = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    blocks = splash.BlockSizes(**dict.fromkeys(sides, SPLASH))
+
+    def attend(q, k, v, *masks):
+        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L, L))] * HEADS) if causal else masks[0]
+        kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+        if not causal:  # else it asks a traced array
+            tables = (table._replace(is_dynamic_mask=True) for table in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info))
+            kernel = splash.SplashAttentionKernel(*tables, **kernel.kwargs)
+        return kernel(q[0], k[0], v[0])
+
+    return Program(gradients(attend), (*attention_shapes(L, HEADS), *([] if causal else [((1, L, L), jnp.bool_)])))
+
+
+def top_k_program(rows: int, L: int) -> Program:
+    return Program(lambda scores: jax.lax.top_k(scores, TOPK), (((rows, L), F32),))
+
+
+def select_queries(L: int) -> int:
+    """Of a block of the selection's."""
+    return _most_queries(words(L))
+
+
+def stored(width: int) -> int:
+    """Elements of a row in memory: whole lanes."""
+    return -(-width // LANES) * LANES
+
+
+def causal_tiles(L: int, queries: int, keys: int) -> int:
+    return sum(min(-(-(first + queries) // keys), L // keys) for first in range(0, L, queries))
+
+
+def works(L: int) -> list[Work]:
+    """Of the kernels that go over tiles."""
+    tiles, loss = sparse_attention.Tiles(), indexer_kl.Tiles()
+    h, v, mask = 2 * stored(H), 2 * stored(V), 4 * LANES  # bytes of a query or a key, and of a query's bits in a tile
+    row = 8 * 4  # a float32 a query that is stored along lanes takes eight sublanes
+
+    queries, keys = tiles.queries, tiles.keys
+    forward_tile = tiles.heads * keys * (h + v) + queries * mask
+    forward_row = tiles.heads * queries * (h + 2 * v + row)
+
+    heads, keys_backward = tiles.heads_backward, tiles.keys_backward
+    backward_tile = heads * queries * (h + v + 2 * row + 2 * 4 * H) + queries * mask  # dq comes and goes in float32, queries along lanes
+    backward_row = heads * keys_backward * 2 * (h + v)
+
+    pairs, loss_tiles, loss_rows = loss.queries * loss.keys, causal_tiles(L, loss.queries, loss.keys), L // loss.queries
+    index_q, index_k, loss_mask = loss.queries * (I * 2 * C + 4 * stored(I)), loss.keys * 2 * C, loss.queries * mask
+    kl_tile = loss.keys * HEADS * h + index_k + 2 * loss_mask + 2 * loss.keys * 4 * C  # the keys' gradient comes and goes in float32
+    kl_row = 2 * index_q + loss.queries * (HEADS * (h + row) + I * row)
+
+    def attention(kernel: str, heads: int, keys: int, widths: int, row: int, tile_bytes: int, row_bytes: int) -> Work:
+        programs, flops = HEADS // heads, 2 * heads * queries * keys * widths
+        return Work(kernel, programs * causal_tiles(L, queries, keys), programs * L // row, flops, tile_bytes, row_bytes)
+
+    return [
+        attention("sparse_attention", tiles.heads, keys, H + V, queries, forward_tile, forward_row),
+        attention("sparse_attention_backward", heads, keys_backward, 3 * H + 2 * V, keys_backward, backward_tile, backward_row),
+        Work("indexer_normaliser", loss_tiles, loss_rows, 2 * pairs * I * C, index_k + loss_mask, index_q),
+        Work("indexer_kl", loss_tiles, loss_rows, 2 * pairs * (HEADS * H + 3 * I * C), kl_tile, kl_row),
+    ]
+
+
+def splash_works(L: int, *, causal: bool) -> list[Work]:
+    tiles, rows, pairs = HEADS * causal_tiles(L, SPLASH, SPLASH), HEADS * L // SPLASH, SPLASH * SPLASH
+    h, v, mask = SPLASH * 2 * stored(H), SPLASH * 2 * stored(V), 0 if causal else pairs  # a byte a pair, for every head anew
+    row = SPLASH * 4 * LANES
+    return [
+        Work("splash_mha_fwd_residuals", tiles, rows, 2 * pairs * (H + V), h + v + mask, h + 2 * v + row),
+        Work("splash_mha_dq_no_residuals", tiles, rows, 2 * pairs * (2 * H + V), h + v + mask, 2 * h + v),
+        Work("splash_mha_dkv_no_residuals", tiles, rows, 2 * pairs * (2 * H + 2 * V), h + v + mask, 2 * (h + v)),
+    ]
