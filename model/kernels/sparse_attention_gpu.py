@@ -5,8 +5,8 @@ and the third only fetches. It brings the tiles of the other side, those alone i
 barriers say when a tile has landed and when both have done with it. Products are wgmma, with the probabilities as left operand straight from registers.
 
 A kernel wants the bits of a row side by side, 32 to a word, and the words of neighbouring rows next to each other, so that a thread reads the few words of its
-two rows and nothing else: `words_along` rearranges those of model/kernels/keyset.py. The backward pass makes the probabilities again in two kernels, one that
-sums over keys (dq) and one over queries (dk, dv): no atomics, so the same inputs give the same bits.
+two rows and nothing else: model/kernels/keyset.py rearranges its own, along keys or along queries. The backward pass makes the probabilities again in two
+kernels, one that sums over keys (dq) and one over queries (dk, dv): no atomics, so the same inputs give the same bits.
 
 Interpreted on a CPU everything is as on the device but wgmma itself, in whose place the same product is a plain one (docs/gpu.md). Never run on a GPU so far.
 """
@@ -23,16 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from model.indexer import MASKED
-from model.kernels.keyset import unpack
+from model.kernels.keyset import BITS, along_keys, along_queries
 from model.kernels.tile import F32, NO_KEY, dot, padded
 
 ROWS = 64  # of a warpgroup: those of one wgmma
 GROUPS = 2  # warpgroups that compute
 BLOCK = GROUPS * ROWS
-WORD = 32  # bits
 COMPUTING, FETCHING = 240, 24  # registers of a thread: together the 65,536 of a multiprocessor
 SHARED_BYTES = 227 * 1024  # of shared memory that a program may have on Hopper
-KEPT_BYTES = 2048  # of it for barriers, what is reduced across warps, and alignment
+KEPT_BYTES = 3072  # of it for barriers, what is reduced across warps, and alignment
 LANE = 64  # columns of 16 bits in the 128 bytes of a swizzle: head widths are padded to multiples of it
 LOG2E = math.log2(math.e)
 
@@ -61,22 +60,10 @@ def attend_gpu(q_BNTH: Array, k_BNSH: Array, v_BNSV: Array, bits_BTW: Array, til
     return _forward(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles)[0]
 
 
-def words_along(axis: int, bits_BTW: Array, keys: int) -> Array:
-    """The set with WORD bits of an axis (1 queries, 2 keys) in a word and the other axis last: int32 [B, S / 32, T] along keys, [B, T / 32, S] along queries.
-    Both sizes are padded to multiples of BLOCK."""
-    among_BTS = unpack(jnp.pad(bits_BTW, [(0, 0), (0, -bits_BTW.shape[1] % BLOCK), (0, 0)]), keys)
-    among_BTS = jnp.pad(among_BTS, [(0, 0), (0, 0), (0, -keys % BLOCK)])
-    B, T, S = among_BTS.shape
-    bit = jnp.left_shift(jnp.int32(1), jnp.arange(WORD, dtype=jnp.int32))
-    if axis == 2:
-        return jnp.swapaxes(jnp.sum(jnp.where(among_BTS.reshape(B, T, -1, WORD), bit, 0), axis=-1, dtype=jnp.int32), 1, 2)
-    return jnp.sum(jnp.where(among_BTS.reshape(B, -1, WORD, S), bit[:, None], 0), axis=2, dtype=jnp.int32)
-
-
 def held_first(words_BwR: Array, tile: int) -> tuple[Array, Array]:
     """For each block of BLOCK rows its tiles, those with a bit first and in order, [B, R / BLOCK, tiles], and how many have one, [B, R / BLOCK]; int32."""
     B, w, R = words_BwR.shape
-    held_Bmn = jnp.any(words_BwR.reshape(B, w * WORD // tile, tile // WORD, R // BLOCK, BLOCK) != 0, axis=(2, 4))
+    held_Bmn = jnp.any(words_BwR.reshape(B, w * BITS // tile, tile // BITS, R // BLOCK, BLOCK) != 0, axis=(2, 4))
     held_Bnm = jnp.swapaxes(held_Bmn, 1, 2)
     return jnp.argsort(~held_Bnm, axis=-1, stable=True).astype(jnp.int32), jnp.sum(held_Bnm, axis=-1, dtype=jnp.int32)
 
@@ -108,20 +95,20 @@ def _run(body, name: str, fixed: Sequence[Array], moving: Sequence[Array], besid
     """Runs `body` for each block of rows, with its tiles.
 
     Args:
-      body: called by each computing warpgroup as body(mine, each, results): `mine` the refs of its rows of `fixed`; each(step, carry) -> carry calls
+      body: called by each computing warpgroup as body(mine, each): `mine` the refs of its rows of `fixed`; each(step, carry) -> carry calls
         step(tile, carry) in order for the block's tiles, where `tile` has a Fetched for each of `moving`, the first with `beside` and the words of the
-        warpgroup's rows behind it; `results` the refs of its rows of the results.
+        warpgroup's rows behind it; returns its rows of the results.
       fixed: [B, N, rows, ...] of the block's side.
       moving, beside: [B, N, rows, width] and [B, N, rows] of the other side.
-      words_BwR: see `words_along`, the block's rows last.
+      words_BwR: the set, 32 rows of the other side in a word and the block's rows last.
       tile: rows of the other side.
-      results: (shape, dtype), of the block's side.
+      results: of the block's side. The operand whose width and type one has, and from whose place in shared memory it leaves; None for a float32 a row.
     """
     B, N, R = fixed[0].shape[:3]
     order_Bnm, count_Bn = held_first(words_BwR, tile)
     homes = [_shared((GROUPS, ROWS), x) for x in fixed]
     a_stage = [[_shared((tile,), x)] for x in moving]
-    a_stage[0] += [_shared((1, tile), x) for x in beside] + [_Shared((tile // WORD, BLOCK), jnp.int32)]
+    a_stage[0] += [_shared((1, tile), x) for x in beside] + [_Shared((tile // BITS, BLOCK), jnp.int32)]
     stages = (SHARED_BYTES - KEPT_BYTES - sum(home.bytes for home in homes)) // sum(home.bytes for part in a_stage for home in part)
     if stages < 2:
         raise ValueError(f"{name}: head widths {[x.shape[3:] for x in (*fixed, *moving)]} leave no room for two tiles of {tile} rows in shared memory")
@@ -131,7 +118,7 @@ def _run(body, name: str, fixed: Sequence[Array], moving: Sequence[Array], besid
         fixed_refs, refs = refs[: len(fixed)], refs[len(fixed) :]
         moving_refs, refs = refs[: len(moving)], refs[len(moving) :]
         beside_refs, refs = refs[: len(beside)], refs[len(beside) :]
-        result_refs, (homes, ring, arrived, landed, free) = refs[: len(results)], refs[len(results) :]
+        result_refs, (homes, ring, column, arrived, landed, free, done) = refs[: len(results)], refs[len(results) :]
         b, n, group = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("group")
         block = R // BLOCK - 1 - lax.axis_index("block")  # under a causal mask the last ones have most to do: first
         steps = count_ref[b, block]
@@ -156,7 +143,17 @@ def _run(body, name: str, fixed: Sequence[Array], moving: Sequence[Array], besid
 
                 return lax.fori_loop(0, steps, one, carry)
 
-            body(mine, each, [ref.at[b, n, rows] for ref in result_refs])
+            values = body(mine, each)
+            plgpu.barrier_arrive(done)
+            plgpu.barrier_wait(done)  # the ring is free too
+            places = [(x, home) for x, home in zip(fixed, mine, strict=True)]
+            places += [(x, part[0].at[group, pl.ds(0, ROWS)]) for x, part in zip(moving, ring, strict=True)] + [(None, column.at[group])]
+            for result, value, ref in zip(results, values, result_refs, strict=True):
+                place = next(place for x, place in places if x is result)
+                place[...] = value.astype(ref.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(place, ref.at[b, n, rows])
+            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == GROUPS)
         def _():
@@ -166,7 +163,7 @@ def _run(body, name: str, fixed: Sequence[Array], moving: Sequence[Array], besid
             def _(at):
                 which = order_ref[b, block, at]
                 there = pl.ds(which * tile, tile)
-                words = words_ref.at[b, pl.ds(which * (tile // WORD), tile // WORD), pl.ds(block * BLOCK, BLOCK)]
+                words = words_ref.at[b, pl.ds(which * (tile // BITS), tile // BITS), pl.ds(block * BLOCK, BLOCK)]
                 sources = [[ref.at[b, n, there]] for ref in moving_refs]
                 sources[0] += [ref.at[b, n, pl.ds(0, 1), there] for ref in beside_refs] + [words]
                 for refs, places, barrier, done in zip(sources, ring, landed, free, strict=True):
@@ -186,13 +183,15 @@ def _run(body, name: str, fixed: Sequence[Array], moving: Sequence[Array], besid
     kernel.__name__ = name
     return plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct((B, N, R, *shape), dtype) for shape, dtype in results],
+        out_type=[jax.ShapeDtypeStruct((B, N, R), F32) if x is None else jax.ShapeDtypeStruct((B, N, R, x.shape[3]), x.dtype) for x in results],
         scratch_types=[
             [home.ref() for home in homes],
             [[home._replace(shape=(stages, *home.shape)).ref() for home in part] for part in a_stage],
+            plgpu.SMEM((GROUPS, ROWS), F32),
             plgpu.Barrier(num_arrivals=len(fixed), num_barriers=GROUPS),
             [plgpu.Barrier(num_arrivals=len(part), num_barriers=stages) for part in a_stage],
             [plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages) for _ in a_stage],
+            plgpu.Barrier(num_arrivals=GROUPS),
         ],
         grid=(B, N, R // BLOCK),
         grid_names=("b", "n", "block"),
@@ -257,9 +256,9 @@ def _among(words_R: Sequence[Array], columns: int) -> Array:
     words = [lax.broadcast_in_dim(word_R, shape, (0,)) for word_R in words_R]
     word = words[-1]
     for at in reversed(range(len(words) - 1)):
-        word = lax.select(column < WORD * (at + 1), words[at], word)
+        word = lax.select(column < BITS * (at + 1), words[at], word)
     # The compiler knows which columns a thread has but for the last three bits: those are shifted away, once a word, and the rest is a constant.
-    place = lax.shift_left(jnp.full(shape, 1, jnp.int32), column & (WORD - 8))
+    place = lax.shift_left(jnp.full(shape, 1, jnp.int32), column & (BITS - 8))
     return (lax.shift_right_logical(word, column & 7) & place) != 0
 
 
@@ -292,10 +291,9 @@ def _operands(tiles: Tiles, rows: dict[str, Array]) -> dict[str, Array]:
 def _forward(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles: Tiles):
     T, V = q_BNTH.shape[2], v_BNSV.shape[3]
     q, k, v = _operands(tiles, {"q": q_BNTH, "k": k_BNSH, "v": v_BNSV}).values()
-    width = v.shape[3]
 
-    def body(mine, each, results):
-        (q_ref,), (out_ref, lse_ref) = mine, results
+    def body(mine, each):
+        (q_ref,) = mine
 
         def step(tile, carry):
             (k, v), (mixed_RV, largest_R, total_R) = tile, carry
@@ -310,15 +308,14 @@ def _forward(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles: Tiles):
             v.release()
             return mixed_RV, largest_R, total_R
 
-        first = jnp.zeros((ROWS, width), F32), jnp.full((ROWS,), NO_KEY, F32), jnp.zeros((ROWS,), F32)
+        first = jnp.zeros((ROWS, v.shape[3]), F32), jnp.full((ROWS,), NO_KEY, F32), jnp.zeros((ROWS,), F32)
         mixed_RV, largest_R, total_R = each(step, first)
         some_R = total_R > 0
         total_R = jnp.where(some_R, total_R, 1.0)
-        out_ref[...] = (mixed_RV / _down(total_R, mixed_RV)).astype(out_ref.dtype)
-        lse_ref[...] = jnp.where(some_R, largest_R + jnp.log(total_R), 0.0)
+        return mixed_RV / _down(total_R, mixed_RV), jnp.where(some_R, largest_R + jnp.log(total_R), 0.0)
 
-    words_BsT = words_along(2, bits_BTW, k_BNSH.shape[2])
-    out, lse = _run(body, "sparse_attention", [q], [k, v], [], words_BsT, tiles.forward, [((width,), v.dtype), ((), F32)], tiles.interpret)
+    words_BwT = along_keys(padded(bits_BTW, 1, q.shape[2]))
+    out, lse = _run(body, "sparse_attention", [q], [k, v], [], words_BwT, tiles.forward, [v, None], tiles.interpret)
     out_BNTV, lse_BNT = out[:, :, :T, :V], lse[:, :, :T]
     return (out_BNTV, lse_BNT), (q_BNTH, k_BNSH, v_BNSV, bits_BTW, out_BNTV, lse_BNT)
 
@@ -331,8 +328,8 @@ def _backward(tiles: Tiles, saved, cotangents):
     rows = {"q": q_BNTH, "k": k_BNSH, "v": v_BNSV, "dout": dout_BNTV, "lse": lse_BNT * LOG2E, "delta": delta_BNT}
     q, k, v, dout, lse, delta = _operands(tiles, rows).values()
 
-    def dq_body(mine, each, results):
-        (q_ref, dout_ref, lse_ref, delta_ref), (dq_ref,) = mine, results
+    def dq_body(mine, each):
+        q_ref, dout_ref, lse_ref, delta_ref = mine
         lse_R, delta_R = lse_ref[...], delta_ref[...]
 
         def step(tile, dq_RH):
@@ -346,10 +343,10 @@ def _backward(tiles: Tiles, saved, cotangents):
             k.release(read=True)
             return dq_RH
 
-        dq_ref[...] = each(step, jnp.zeros(q_ref.shape, F32)).astype(dq_ref.dtype)
+        return (each(step, jnp.zeros(q_ref.shape, F32)),)
 
-    def dkv_body(mine, each, results):
-        (k_ref, v_ref), (dk_ref, dv_ref) = mine, results
+    def dkv_body(mine, each):
+        k_ref, v_ref = mine
 
         def step(tile, carry):
             (q, dout), (dk_RH, dv_RV) = tile, carry
@@ -364,14 +361,12 @@ def _backward(tiles: Tiles, saved, cotangents):
             q.release(read=True)
             return dk_RH, dv_RV
 
-        dk_RH, dv_RV = each(step, (jnp.zeros(k_ref.shape, F32), jnp.zeros(v_ref.shape, F32)))
-        dk_ref[...] = dk_RH.astype(dk_ref.dtype)
-        dv_ref[...] = dv_RV.astype(dv_ref.dtype)
+        return each(step, (jnp.zeros(k_ref.shape, F32), jnp.zeros(v_ref.shape, F32)))
 
-    words_BsT, words_BtS = words_along(2, bits_BTW, S), words_along(1, bits_BTW, S)
-    wide, narrow = (q.shape[3:], q.dtype), (v.shape[3:], v.dtype)
-    (dq,) = _run(dq_body, "sparse_attention_dq", [q, dout, lse, delta], [k, v], [], words_BsT, tiles.backward, [wide], tiles.interpret)
-    dk, dv = _run(dkv_body, "sparse_attention_dkv", [k, v], [q, dout], [lse, delta], words_BtS, tiles.backward, [wide, narrow], tiles.interpret)
+    bits_BTW = padded(bits_BTW, 1, q.shape[2])
+    words_BwT, words_BwS = along_keys(bits_BTW), along_queries(bits_BTW)[..., : k.shape[2]]
+    (dq,) = _run(dq_body, "sparse_attention_dq", [q, dout, lse, delta], [k, v], [], words_BwT, tiles.backward, [q], tiles.interpret)
+    dk, dv = _run(dkv_body, "sparse_attention_dkv", [k, v], [q, dout], [lse, delta], words_BwS, tiles.backward, [k, v], tiles.interpret)
     return dq[:, :, :T, :H], dk[:, :, :S, :H], dv[:, :, :S, :V], None
 
 
