@@ -54,6 +54,12 @@ class Keys(NamedTuple):
 DEALT = Queries(CUT, CUT, CUT, P(None, None, "tensor"))
 
 
+def _attend_gpu(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array) -> tuple[Array, Array]:
+    from model.kernels.sparse_attention_gpu import attend_gpu  # its part of Pallas takes longest to import, and few need it
+
+    return attend_gpu(q_BNTH, *(jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BKSH, v_BKSV)), bits_BTW)
+
+
 class Kernels(NamedTuple):
     """One implementation of each operation; signatures as the references have them."""
 
@@ -69,6 +75,7 @@ KERNELS = {
         functools.partial(attend_tpu, tiles=sparse_attention.Tiles(128, 128, keys_backward=128, interpret=True)),
         functools.partial(total_kl_tpu, tiles=indexer_kl.Tiles(128, 128, interpret=True)),
     ),
+    "gpu": Kernels(select_reference, _attend_gpu, total_kl_reference),
     "reference": Kernels(select_reference, attend_reference, total_kl_reference),
 }
 

@@ -51,6 +51,31 @@ def sizes(bits_BTW: Array) -> Array:
     return jnp.sum(lax.population_count(bits_BTW), axis=-1)
 
 
+def transposed_bits(x: Array, axis: int) -> Array:
+    """Of int32 with 32 elements along an axis: bit i of element p is what was bit p of element i. Halves change places, then quarters, then eighths ..."""
+    x = jnp.moveaxis(x, axis, -1)
+    for half, mask in ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        pairs = x.reshape(*x.shape[:-1], BITS // (2 * half), 2, half)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        other = (lax.shift_right_logical(low, jnp.full(low.shape, half, jnp.int32)) ^ high) & mask
+        x = jnp.stack([low ^ jnp.left_shift(other, half), high ^ other], axis=-2).reshape(x.shape)
+    return jnp.moveaxis(x, -1, axis)
+
+
+def along_keys(bits_BTW: Array) -> Array:
+    """The set with 32 keys in a word and the queries last: key s of query t is bit s % 32 of [b, s / 32, t]. int32 [B, W, T]."""
+    B, T, W = bits_BTW.shape
+    keys_BTGQp = transposed_bits(bits_BTW.reshape(B, T, W // LANES, LANES // BITS, BITS), -1)  # before: a place p for 32 words, now a word for each place
+    return jnp.transpose(keys_BTGQp, (0, 2, 4, 3, 1)).reshape(B, W, T)
+
+
+def along_queries(bits_BTW: Array) -> Array:
+    """The set with 32 queries in a word and the keys last: key s of query t is bit t % 32 of [b, t / 32, s]. T a multiple of 32; int32 [B, T / 32, W * 32]."""
+    B, T, W = bits_BTW.shape
+    queries_BtpGL = transposed_bits(bits_BTW.reshape(B, T // BITS, BITS, W // LANES, LANES), 2)
+    return jnp.swapaxes(queries_BtpGL, 2, 3).reshape(B, T // BITS, W * BITS)
+
+
 def held_tiles(bits_BTW: Array, queries: int, keys: int) -> Array:
     """Whether any query of a block has a key in a tile: bool [B, T / queries, 32 W / keys]. `queries` divides T; `keys` is 128, 256, ..., or 4096."""
     B, T, W = bits_BTW.shape

@@ -36,7 +36,7 @@ def compiled(topology: str, devices: int, **changes):
 
 
 def kernels_of(program: str) -> set[str]:
-    return {name for name in re.findall(r'kernel_name = \\?"(\w+)', program) + re.findall(r'"(\w+)" *\}? *custom_call_target="tpu_custom_call"', program)}
+    return set(re.findall(r'XX', program))
 
 
 def largest(program: str, length: int) -> int:

@@ -1,0 +1,94 @@
+"""NVIDIA's compiler takes every kernel for an H200, at DeepSeek-V3.2's sizes, and says what it makes of it: registers that did not suffice, products that wait
+for each other. Compiled, not run, and without a GPU: XLA's CUDA plugin and ptxas do. Where they are not installed, this is skipped; docs/gpu.md has the recipe."""
+
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from model.kernels.keyset import words
+from model.kernels.selection import select_reference
+from model.kernels.sparse_attention_gpu import attend_gpu
+
+MISSING = [name for name, there in (("jax-cuda13-plugin", importlib.util.find_spec("jax_cuda13_plugin")), ("ptxas", shutil.which("ptxas"))) if not there]
+pytestmark = [pytest.mark.compile, pytest.mark.skipif(bool(MISSING), reason=f"no compiler for NVIDIA GPUs: {' and '.join(MISSING)} not found (docs/gpu.md)")]
+
+GIB = 2**30
+I, C, H, V, TOPK = 64, 128, 192, 128, 2_048  # V3.2's indexer and, expanded, its attention
+BF16, F32 = jnp.bfloat16, jnp.float32
+# What XLA asks a GPU for when there is one: NVIDIA's data sheet, and the limits of compute capability 9.0 (CUDA programming guide, table of those).
+H200 = """gpu_device_info {
+  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 device_memory_size: 150754820096
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 } device_description_str: "NVIDIA H200"
+"""
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> Path:
+    """Where ptxas leaves what it says of each Mosaic kernel. Said before the plugin is loaded, which reads it once."""
+    directory = tmp_path_factory.mktemp("ptxas")
+    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(directory), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    return directory
+
+
+@pytest.fixture(scope="module")
+def h200(reports) -> Iterator[Mesh]:
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="cuda", topology_name="h200", topology="1x1x1", target_config=H200).devices
+    jax.config.update("jax_enable_compilation_cache", False)  # what is found there comes without a report
+    yield Mesh(np.array(devices[:1]), ("one",))
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def compiled(mesh: Mesh, function, *shapes):
+    """For that device; `shapes`: (shape, dtype) of each argument."""
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P())) for shape, dtype in shapes]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function).lower(*arguments).compile()
+
+
+@pytest.mark.parametrize(("L", "heads"), [(4_096, 128), (32_768, 16)])
+def test_sparse_attention_forward_and_backward(h200, reports, L, heads):
+    for old in reports.glob("*.ptxas"):
+        old.unlink()
+
+    def gradients(q, k, v, bits):
+        def total(q, k, v):
+            out, lse = attend_gpu(q, k, v, bits)
+            return jnp.sum(out.astype(F32)) + jnp.sum(lse)
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    program = compiled(h200, gradients, *[((1, heads, L, width), BF16) for width in (H, H, V)], ((1, L, words(L)), jnp.int32))
+    arrays = L * heads * (2 * H + 2 * V) * 2  # of one pass: q, k, v, out
+    assert program.memory_analysis().temp_size_in_bytes < arrays + 4 * L * L // 8, "a few arrays of the inputs' size, and of L x L bits alone"
+
+    said = {re.sub(r"_\d+$", "", file.stem): file.read_text() for file in reports.glob("*.ptxas")}
+    assert sorted(said) == ["sparse_attention", "sparse_attention_dkv", "sparse_attention_dq"]
+    spilled = {name: int(re.search(r"(\d+) bytes spill stores", text)[1]) for name, text in said.items()}
+    assert all("serialized" not in text for text in said.values()), "a product waits for the one before it"
+    assert spilled["sparse_attention"] == spilled["sparse_attention_dq"] == 0
+    assert spilled["sparse_attention_dkv"] < 300, "of scalars: 160 of its 240 registers hold dk and dv"
+
+
+def test_selection(h200):
+    L = 4_096
+    shapes = [((1, L, I, C), BF16), ((1, L, C), BF16), ((1, L, I), F32), ((1, L), jnp.int32)]
+    program = compiled(h200, lambda *inputs: select_reference(*inputs, TOPK), *shapes)
+    assert " sort(" not in program.as_text(), "counting, no sort"
+    assert program.memory_analysis().temp_size_in_bytes < 4 * I * 512 * L * 2 + GIB, "a chunk's products of every head, not all queries'"
