@@ -3,10 +3,10 @@
     python -m bench.gpu                    128 heads: one device has them all
     python -m bench.gpu --heads=16         as with eight devices that share them
 
-Of each length: the masked kernel forward and backward, on keys scattered over the whole past (no tile is empty) and on the last ones alone (most are); plain XLA
-masked, in chunks of queries; XLA's gather of chosen latents and two batched products, for reading (`gather`) and for one step of writing (`decode`). TFLOP/s
-counts what is computed: of the kernel the pairs in tiles it visits. GB/s counts what must be read once, and its share is of what a copy in memory reaches.
-One JSON line, medians of 10; nothing is written. Needs a Hopper GPU.
+Of each length: the masked kernel forward and backward, on keys scattered over the whole past (no tile is empty) and on the last ones alone (most are); plain
+XLA masked, in chunks of queries; XLA's gather of chosen latents and two batched products, for reading (`gather`) and for one step of writing (`decode`).
+TFLOP/s counts what is computed: of the kernel the pairs in tiles it visits. GB/s counts what must be read once, and its share is of what a copy in memory
+reaches. One JSON line, medians of 10; nothing is written. Needs a Hopper GPU.
 """
 
 import json

@@ -105,6 +105,7 @@ def test_float32_is_refused_on_a_gpu():
         attend_gpu(*qkv, pack(among_BTS))
 
 
+@pytest.mark.slow
 def test_the_bench_measures_every_way_and_asks_for_a_gpu(monkeypatch):
     """At a tiny size, on a CPU, with the reference in the kernel's place."""
     monkeypatch.setattr(bench.gpu, "REPEATS", 1)
