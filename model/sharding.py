@@ -73,6 +73,11 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
+def ambient_device() -> jax.Device | jax.sharding.AbstractDevice:
+    """What this program is compiled for. Of one compiled ahead of time the devices are the ambient mesh's, and this process does not have them."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are spread."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
