@@ -27,10 +27,10 @@ from model.kernels.tile import F32, NO_KEY, dot, padded
 
 TILE = 2 * LANES  # channels
 HEADS = 16  # their number is padded to a multiple: whole registers of bfloat16
-# Slots from which fetching token by token beats reading every latent and masking most: 2,048 copies and the list take about 8 us on v6e by the static schedule
-# (bench/decode.py), in which its memory's 1.64 TB/s bring 11,500 latents of 1,152 bytes. An estimate: nothing was measured on a TPU.
+# Slots from which fetching token by token beats reading every latent and masking most: on v6e 2,048 copies and their list take about 7.5 us by the static
+# schedule (bench/decode.py) and a microsecond until the first arrive, in which 1.64 TB/s bring 12,000 latents of 1,152 bytes. Estimated, not measured.
 CROSSOVER = 12_288
-UNROLLED = 16  # copies a step of the first chunk's loop issues; there is no product yet to hide them behind
+UNROLLED = 16  # copies that a step of the first chunk's loop issues; there is no product yet to hide them behind
 
 
 def in_tiles(platform: str, slots: int, topk: int) -> bool:
@@ -73,7 +73,7 @@ def decode_tpu(
       value_rank: the first so many channels of a latent are its value.
       index_Bk: each row's tokens, none twice, in any order. All are in 0 .. S - 1, those behind the row's count too: whole chunks are fetched, unchecked.
       count_B: how many of them count.
-      keys: of a chunk, a multiple of 16.
+      keys: of a chunk at most, a multiple of 16.
       parts: so many programs share a row's chunks: for a chip whose two cores are one device, and batches of few rows.
 
     Returns: out_BNV of the cache's dtype, zeros for a row whose count is 0.
@@ -82,6 +82,7 @@ def decode_tpu(
     _, S, tiles, _, _ = tiles_BSn2L.shape
     heads, width, dtype = -(-N // HEADS) * HEADS, -(-value_rank // LANES) * LANES, tiles_BSn2L.dtype
     q_BNC = padded(padded(q_BNR, 1, heads), 2, tiles * TILE)
+    keys = min(keys, -(-index_Bk.shape[1] // UNROLLED) * UNROLLED)
     # Behind a list stand its first tokens again: one token again and again would be what all those copies wait for.
     index_Bk = jnp.pad(index_Bk, [(0, 0), (0, -index_Bk.shape[1] % keys)], mode="wrap")
     first_tile_B1k = ((index_Bk + jnp.arange(B, dtype=jnp.int32)[:, None] * S) * tiles)[:, None]
