@@ -1,11 +1,13 @@
 """bench.kernels without a TPU: what it would time on one is run once by the interpreter, and what it counts is counted anew."""
 
 import numpy as np
+import pytest
 
 from bench.kernel_programs import causal_tiles, splash_works, works
 from bench.kernels import timed
 
 
+@pytest.mark.slow
 def test_what_is_timed_runs():
     found = timed(256, heads=4, interpret=True, repeats=1)
     assert found["interpreted"] and not found["static"]
