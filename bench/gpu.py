@@ -6,9 +6,11 @@
 Of each length: the masked kernel forward and backward, on keys scattered over the whole past (no tile is empty) and on the last ones alone (most are); plain
 XLA masked, in chunks of queries; XLA's gather of chosen latents and two batched products, for reading (`gather`) and for one step of writing (`decode`).
 TFLOP/s counts what is computed: of the kernel the pairs in tiles it visits. GB/s counts what must be read once, and its share is of what a copy in memory
-reaches. One JSON line, medians of 10; nothing is written. Needs a Hopper GPU.
+reaches. First the kernel's values and gradients are compared with the reference's (`differs`: 0.02 is bfloat16's). One JSON line, medians of 10; nothing is
+written. Needs a Hopper GPU.
 """
 
+import functools
 import json
 import statistics
 import time
@@ -73,6 +75,21 @@ def gathered(q_NR: Array, latent_SR: Array, index_k: Array, value: int) -> Array
     return jnp.einsum("Nk,kV->NV", p_Nk.astype(q_NR.dtype), latent_kR[:, :value])
 
 
+def graded(attend: Callable, q: Array, k: Array, v: Array, bits: Array) -> tuple[Array, ...]:
+    """Both values, and the gradients of their sum."""
+    values, pull = jax.vjp(lambda *qkv: attend(*qkv, bits), q, k, v)
+    return *values, *pull(jax.tree.map(jnp.ones_like, values))
+
+
+def differences(attend: Callable, sizes: Sizes, L: int = 1_024, dtype=jnp.bfloat16) -> dict[str, float]:
+    """The largest from the reference, as a share of what is largest there: what is wrong need not be fast."""
+    q, k, v = (jax.random.normal(jax.random.key(at), (1, 2, L, width), dtype) for at, width in enumerate((sizes.qk, sizes.qk, sizes.v)))
+    operands = q * sizes.qk**-0.5, k, v, chosen(L, L // 8, scattered=True)
+    pairs = zip(jax.jit(functools.partial(graded, attend))(*operands), graded(attend_reference, *operands), strict=True)
+    shares = [jnp.max(jnp.abs(found.astype(jnp.float32) - right)) / jnp.max(jnp.abs(right.astype(jnp.float32))) for found, right in pairs]
+    return {name: float(f"{share:.2g}") for name, share in zip(("out", "lse", "dq", "dk", "dv"), shares, strict=True)}
+
+
 def rows_of(L: int, sizes: Sizes, copy: float, attend: Callable, dtype=jnp.bfloat16) -> list[dict]:
     """The measurements of one length. `copy`: bytes a second that a copy reads and writes; `attend` as attend_gpu."""
     keys = iter(jax.random.split(jax.random.key(L), 9))
@@ -96,9 +113,6 @@ def rows_of(L: int, sizes: Sizes, copy: float, attend: Callable, dtype=jnp.bfloa
     arrays = 2 * L * sizes.heads * (sizes.qk + sizes.v) * q.dtype.itemsize
     topk = min(sizes.topk, L)
 
-    def both(q, k, v, bits, *, attend):
-        return jax.grad(lambda *qkv: sum(jnp.sum(x.astype(jnp.float32)) for x in attend(*qkv, bits)), (0, 1, 2))(q, k, v)
-
     for scattered in (True, False):
         where = "scattered" if scattered else "last"
         bits = chosen(L, topk, scattered=scattered)
@@ -106,12 +120,12 @@ def rows_of(L: int, sizes: Sizes, copy: float, attend: Callable, dtype=jnp.bfloa
         forward = measured(f"kernel, {where}", 2 * pairs * (sizes.qk + sizes.v), arrays, attend, q, k, v, bits)
         if forward:  # five products: what the two kernels make twice counts once
             again = 2 * pairs * (3 * sizes.qk + 2 * sizes.v)
-            measured(f"kernel backward, {where}", again, 2 * arrays, lambda *x: both(*x, attend=attend), q, k, v, bits, before=forward)
+            measured(f"kernel backward, {where}", again, 2 * arrays, functools.partial(graded, attend), q, k, v, bits, before=forward)
     everything = 2 * sizes.heads * L * L * (sizes.qk + sizes.v)
     forward = measured("masked in chunks", everything, arrays, attend_reference, q, k, v, bits)
     if forward:
         again = 2 * sizes.heads * L * L * (3 * sizes.qk + 2 * sizes.v)
-        measured("masked in chunks, backward", again, 2 * arrays, lambda *x: both(*x, attend=attend_reference), q, k, v, bits, before=forward)
+        measured("masked in chunks, backward", again, 2 * arrays, functools.partial(graded, attend_reference), q, k, v, bits, before=forward)
     del q, k, v, bits
 
     q_TNR, latent_SR = drawn(L, sizes.heads, sizes.latent), drawn(L, sizes.latent)
@@ -143,9 +157,10 @@ def run(heads: int) -> None:
         raise UserError(f"bench.gpu needs a GPU; JAX has {device.device_kind} here. On one: pip install 'jax[cuda13]'")
     if device.compute_capability != "9.0":
         raise UserError(f"bench.gpu: {device.device_kind} has compute capability {device.compute_capability}; the kernel is for Hopper, 9.0")
+    differs = differences(attend_gpu, Sizes(heads))
     copy = copy_rate(2**30)
     rows = [row for L in LENGTHS for row in rows_of(L, Sizes(heads), copy, attend_gpu)]
-    about = {"device": device.device_kind, "jax": version("jax"), "heads": heads, "copy_gb_s": round(copy / 1e9, 1)}
+    about = {"device": device.device_kind, "jax": version("jax"), "heads": heads, "copy_gb_s": round(copy / 1e9, 1), "differs": differs}
     print(json.dumps({"bench": "gpu"} | about | {"rows": rows}))
 
 
