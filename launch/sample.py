@@ -87,7 +87,7 @@ def tokens(begin: Start, variables: dict, step_fn, ids: list[int]) -> Iterator[i
     prompt = pad_prompts([ids] * rows, width, begin.tokenizer.pad)
     read = jax.jit(functools.partial(prefill, begin.model), static_argnames=("slots", "stage"))
     cache, logits_BV = read(variables, jnp.asarray(prompt.tokens_PT), jnp.asarray(prompt.segments_PT), slots=width + sampling.max_new, stage=sampling.attention)
-    weights = decode_weights(begin.model, variables)
+    weights = decode_weights(begin.model, variables, rows)
     key = jax.random.key(begin.config.seed)
     choose = jax.jit(functools.partial(draw, sampling))
     for at in range(sampling.max_new):
