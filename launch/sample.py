@@ -88,7 +88,7 @@ def tokens(begin: Start, variables: dict, step_fn, ids: list[int]) -> Iterator[i
     slots, stage = width + sampling.max_new, sampling.attention
     read = jax.jit(functools.partial(prefill, begin.model, slots=slots, stage=stage, attention_mass=sampling.attention_mass))
     cache, logits_BV = read(variables, jnp.asarray(prompt.tokens_PT), jnp.asarray(prompt.segments_PT))
-    weights = decode_weights(begin.model, variables)
+    weights = decode_weights(begin.model, variables, rows)
     key = jax.random.key(begin.config.seed)
     choose = jax.jit(functools.partial(draw, sampling))
     for at in range(sampling.max_new):

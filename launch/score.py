@@ -124,7 +124,7 @@ class Scorer:
     def greedy(self, rows: list[list[int]], count: int) -> np.ndarray:
         """The `count` likeliest tokens after each row [B, count], one after the other."""
         width = max(map(len, rows))
-        weights_fn = jax.jit(functools.partial(decode_weights, self.model))
+        weights_fn = jax.jit(functools.partial(decode_weights, self.model, rows=self.at_once))
         read = jax.jit(functools.partial(prefill, self.model, slots=width + count, stage=self.stage))
         step = jax.jit(functools.partial(decode_step, self.model, stage=self.stage))
         found = []

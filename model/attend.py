@@ -253,7 +253,8 @@ def attend_latent(
     with jax.named_scope("latent_attention"):
         logits_BNTS = jnp.einsum("BTNR,BSR->BNTS", q_BTNR, latent_BSR, preferred_element_type=jnp.float32)
         weights_BNTS, sum_BNT1 = softmax_parts(logits_BNTS, allowed_BTS)
-        mixed_BNTR = jnp.einsum("BNTS,BSR->BNTR", weights_BNTS.astype(latent_BSR.dtype), latent_BSR[..., :value_rank], preferred_element_type=jnp.float32)
+        # Cut after the mixing: cut before it, XLA:CPU copies the whole cache twice a step, in place of writing the new entry into it.
+        mixed_BNTR = jnp.einsum("BNTS,BSR->BNTR", weights_BNTS.astype(latent_BSR.dtype), latent_BSR, preferred_element_type=jnp.float32)[..., :value_rank]
         return jnp.swapaxes(mixed_BNTR / sum_BNT1, 1, 2).astype(latent_BSR.dtype)
 
 

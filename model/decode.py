@@ -1,26 +1,33 @@
 """Reading and writing token by token: prefill fills a cache, decode_step extends it. Absorbed attention over latents (model/attend.py)."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from model.cache import Cache
 from model.config import ModelConfig
+from model.kernels import experts
 from model.norm import RMSNorm
 from model.transformer import Block, Transformer, embed, layer_paths, logits_of
 
 
-class DecodeWeights(NamedTuple):
+@flax.struct.dataclass
+class DecodeWeights:
     """A model's variables with the stacked layers taken apart, once, so that a step does not copy a layer's weights out of the stack."""
 
     params: dict
     layers: tuple[dict, ...]  # per layer {"params": ..., "router": ...}
+    side_by_side: bool = flax.struct.field(pytree_node=False)  # the routed experts' gate and up are [D, E * F] each, and not [E, D, F]
 
 
-def decode_weights(config: ModelConfig, variables: dict) -> DecodeWeights:
-    """Cast to the compute type: a step then reads half the bytes in bfloat16. What training keeps in float32 stays so."""
+def decode_weights(config: ModelConfig, variables: dict, rows: int) -> DecodeWeights:
+    """What `decode_step` reads for so many rows. Cast to the compute type: a step then reads half the bytes in bfloat16. What training keeps in float32
+    stays so. With few rows every expert sees every token (model/kernels/experts.py), in one matmul over all of them: its weights are laid out for it here,
+    as XLA:CPU does it in every step otherwise."""
 
     kept = ("scale", "bias", "router", "decay_rate", "decay_bias")
 
@@ -28,11 +35,32 @@ def decode_weights(config: ModelConfig, variables: dict) -> DecodeWeights:
         return leaf if path[-1].key in kept else leaf.astype(config.dtype)
 
     variables = jax.tree_util.tree_map_with_path(cast, variables)
+    side_by_side = experts.few(rows * config.moe.chosen, config.moe.experts) and config.expert_matmul in ("auto", "reference")
     layers = []
     for run, block, index in layer_paths(config):
         own = {kind: variables[kind].get(run, {}).get(block, {}) for kind in ("params", "router")}
-        layers.append(jax.tree.map(lambda leaf, i=index: leaf[i], own))
-    return DecodeWeights({name: leaf for name, leaf in variables["params"].items() if not name.startswith("layers_")}, tuple(layers))
+        own = jax.tree.map(lambda leaf, i=index: leaf[i], own)
+        layers.append(with_experts(own, expert_columns) if side_by_side else own)
+    params = {name: leaf for name, leaf in variables["params"].items() if not name.startswith("layers_")}
+    return DecodeWeights(params, tuple(layers), side_by_side)
+
+
+def expert_columns(w_EDF: Array) -> Array:
+    """The experts' matrices side by side as one, [D, E * F]."""
+    return jnp.swapaxes(w_EDF, 0, 1).reshape(w_EDF.shape[1], -1)
+
+
+def expert_matrices(w_DX: Array, count: int) -> Array:
+    """Those of `expert_columns` apart again, [E, D, F]."""
+    return jnp.swapaxes(w_DX.reshape(w_DX.shape[0], count, -1), 0, 1)
+
+
+def with_experts(layer: dict, change: Callable[[Array], Array]) -> dict:
+    """A layer's variables with the routed experts' gate and up changed."""
+    if "moe" not in layer["params"]:
+        return layer
+    moe = layer["params"]["moe"]
+    return layer | {"params": layer["params"] | {"moe": moe | {name: change(moe[name]) for name in ("gate", "up")}}}
 
 
 def prefill(
@@ -65,6 +93,10 @@ def decode_step(config: ModelConfig, weights: DecodeWeights, tokens_B: Array, ca
     layers = []
     for kind, layer, past in zip(config.kinds, weights.layers, cache.layers, strict=True):
         block = Block(config, kind)
+        if weights.side_by_side:
+            # Tied to the step: a compiler that may move this out of a loop over steps undoes `expert_columns` with it.
+            x_B1D, layer = jax.lax.optimization_barrier((x_B1D, layer))
+            layer = with_experts(layer, functools.partial(expert_matrices, count=config.moe.experts))
         x_B1D, (_, _, written) = block.apply(layer, x_B1D, positions_B1, jnp.ones_like(positions_B1), stage, past, (segments_BS > 0)[:, None], at)
         layers.append(written)
     hidden_BD = RMSNorm(config.norm_eps, config.norm).apply({"params": weights.params["final_norm"]}, x_B1D[:, 0])

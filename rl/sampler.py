@@ -82,7 +82,7 @@ def sample(
     logits_BV = spread(logits_PV)
     B = logits_BV.shape[0]
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(B))
-    weights = decode_weights(config, variables)
+    weights = decode_weights(config, variables, B)
     stops = jnp.asarray(stop, jnp.int32)
 
     def body(carry):

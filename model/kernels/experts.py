@@ -29,11 +29,12 @@ def swiglu(gate_TF: Array, up_TF: Array) -> Array:
 
 
 def experts_reference(x_TD: Array, chosen_TK: Array, gates_TK: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array) -> Array:
-    """Every expert on every token."""
+    """Every expert on every token: two matmuls with all experts' hidden widths side by side, and one back that sums over experts too."""
     E = gate_EDF.shape[0]
     mix_TE = jnp.sum(jnp.where(chosen_TK[..., None] == jnp.arange(E), gates_TK[..., None], 0.0), axis=1)
-    out_ETD = swiglu(x_TD @ gate_EDF, x_TD @ up_EDF) @ down_EFD
-    return jnp.einsum("ETD,TE->TD", out_ETD, mix_TE.astype(x_TD.dtype))
+    gate_TEF, up_TEF = (jnp.einsum("TD,EDF->TEF", x_TD, w_EDF) for w_EDF in (gate_EDF, up_EDF))
+    hidden_TEF = swiglu(gate_TEF, up_TEF) * mix_TE[..., None].astype(x_TD.dtype)
+    return jnp.einsum("TEF,EFD->TD", hidden_TEF, down_EFD)
 
 
 # Moving tokens to slots and back is gathers both ways, never a scatter-add: that is slow on CPU and adds in no fixed order on GPU. Each of these is the
@@ -72,7 +73,7 @@ gates_of_slots.defvjp(
 @jax.custom_vjp
 def weights_of_blocks(w_EXY: Array, expert_of_block_n: Array) -> Array:
     """Each block's weights. The transpose is one matmul with the blocks' one-hot experts, in place of a scatter-add of whole matrices."""
-    return jnp.take(w_EXY, expert_of_block_n, axis=0)
+    return jnp.take(w_EXY, expert_of_block_n, axis=0, mode="clip")  # the default mode reads and writes every weight once more, to check
 
 
 def weights_of_blocks_backward(saved, d_nXY: Array):
@@ -165,6 +166,11 @@ def experts_grouped(
 IMPLEMENTATIONS = ("blocks", "megablox", "reference", "tokamax")
 
 
+def few(choices: int, experts: int) -> bool:
+    """Whether reading the weights, not the arithmetic, sets the time: then every expert may as well see every token."""
+    return choices <= 16 * experts
+
+
 def pick(name: str, platform: str, choices: int, experts: int, devices: int = 1) -> Callable:
     """The table: (platform, size) -> implementation. `name` other than "auto" overrides it.
 
@@ -172,8 +178,7 @@ def pick(name: str, platform: str, choices: int, experts: int, devices: int = 1)
     is unknown, or not for this platform, or not installed.
     """
     if name == "auto":
-        few = choices <= 16 * experts  # then the weights, not the arithmetic, set the time
-        name = "reference" if few else grouped_matmul.preferred(platform) or "blocks"
+        name = "reference" if few(choices, experts) else grouped_matmul.preferred(platform) or "blocks"
     if name not in IMPLEMENTATIONS:
         raise UserError(f"model.expert_matmul = {name!r}: must be one of auto, {', '.join(IMPLEMENTATIONS)}")
     if name in grouped_matmul.PLATFORMS:

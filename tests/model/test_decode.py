@@ -39,7 +39,7 @@ def decoded(case: str, topk: int | None = None):
         config = tiny.model_config(mtp_depth=0, indexer={"topk": topk})
     variables, batch = tiny.variables(config), tiny.batch_of(LAYOUT, seed=SEED)
     cache, logits_BV = prefill(config, variables, batch["tokens"][:, :PROMPT], batch["segments"][:, :PROMPT], T, stage)
-    weights, found = decode_weights(config, variables), [logits_BV]
+    weights, found = decode_weights(config, variables, len(logits_BV)), [logits_BV]
     for t in range(PROMPT, T):
         cache, logits_BV = step(config, weights, batch["tokens"][:, t], cache, stage)
         found.append(logits_BV)

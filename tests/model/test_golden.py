@@ -110,7 +110,7 @@ def test_greedy_tokens(case):
     slots = prompt_BT.shape[1] + expected.shape[1]
     read = jax.jit(prefill, static_argnums=(0, 4, 5))
     cache, logits_BV = read(config, variables(case), jnp.asarray(prompt_BT), jnp.asarray(segments_BT), slots, stage(case))
-    weights, step = decode_weights(config, variables(case)), jax.jit(decode_step, static_argnums=(0, 4))
+    weights, step = decode_weights(config, variables(case), len(logits_BV)), jax.jit(decode_step, static_argnums=(0, 4))
     found = [logits_BV]
     while len(found) < expected.shape[1]:
         cache, logits_BV = step(config, weights, jnp.argmax(found[-1], axis=-1), cache, stage(case))
