@@ -158,6 +158,9 @@ def get_config() -> ConfigDict:
     c.sampling.max_prompt = 96  # tokens
     c.sampling.max_new = 64  # tokens
     c.sampling.attention = "sparse"  # "sparse" | "dense"
+    # Below 1, each new token attends to the fewest of its keys that by estimate hold this share of its attention (Twilight, arXiv 2502.02770): the indexer's
+    # softmax over what it selected, or without an indexer 4-bit keys. Samples are then not quite the model's own: for reinforcement see docs/decode.md.
+    c.sampling.attention_mass = 1.0
 
     c.reinforce = ConfigDict()
     c.reinforce.algorithm = "dr_grpo"  # a row of rl/algorithms.py

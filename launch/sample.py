@@ -85,8 +85,9 @@ def tokens(begin: Start, variables: dict, step_fn, ids: list[int]) -> Iterator[i
     width = -(-len(ids) // BUCKET) * BUCKET
     rows = batch_shards(begin.mesh)  # the same on each of the devices that rows are spread over: the first is shown
     prompt = pad_prompts([ids] * rows, width, begin.tokenizer.pad)
-    read = jax.jit(functools.partial(prefill, begin.model), static_argnames=("slots", "stage"))
-    cache, logits_BV = read(variables, jnp.asarray(prompt.tokens_PT), jnp.asarray(prompt.segments_PT), slots=width + sampling.max_new, stage=sampling.attention)
+    slots, stage = width + sampling.max_new, sampling.attention
+    read = jax.jit(functools.partial(prefill, begin.model, slots=slots, stage=stage, attention_mass=sampling.attention_mass))
+    cache, logits_BV = read(variables, jnp.asarray(prompt.tokens_PT), jnp.asarray(prompt.segments_PT))
     weights = decode_weights(begin.model, variables)
     key = jax.random.key(begin.config.seed)
     choose = jax.jit(functools.partial(draw, sampling))

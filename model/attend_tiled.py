@@ -57,6 +57,8 @@ DEALT = Queries(CUT, CUT, CUT, P(None, None, "tensor"))
 def _attend_gpu(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array) -> tuple[Array, Array]:
     from model.kernels.sparse_attention_gpu import attend_gpu  # its part of Pallas takes longest to import, and few need it
 
+    if q_BNTH.dtype == jnp.float32:
+        raise UserError("model.attention_form = 'tiles': a GPU's tensor cores take no float32; set model.dtype = 'bfloat16', or take 'chunks'")
     return attend_gpu(q_BNTH, *(jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BKSH, v_BKSV)), bits_BTW)
 
 

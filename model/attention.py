@@ -115,5 +115,6 @@ class LatentAttention(nn.Module):
             q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, self.key_up.astype(dtype))
             q_BTNR = jnp.concatenate([q_latent_BTNR, q_rope_BTNP], axis=-1)
         indexer = None if query is None else IndexerInputs(query, cache.index_key_BSC)
-        mixed_BTNR = attend_latent(q_BTNR, cache.latent_BSR, a.latent_rank, allowed_BTS, indexer, topk=self.config.indexer.topk)
+        options = {"topk": self.config.indexer.topk, "mass": cache.attention_mass, "estimate": cache.estimate}
+        mixed_BTNR = attend_latent(q_BTNR, cache.latent_BSR, a.latent_rank, allowed_BTS, indexer, **options)
         return jnp.einsum("BTNR,RNV->BTNV", mixed_BTNR, self.value_up.astype(dtype))

@@ -5,6 +5,9 @@
 | mla | the normalised key-value latent, and the indexer's keys | with every token |
 | gqa | keys and values of the few key-value heads | with every token |
 | delta | a matrix a head, and the last few inputs of its convolutions | not at all |
+
+Where decoding reads only a share of attention's mass (`attention_mass` below 1, model/kernels/top_p.py), attention without an indexer also remembers its keys
+in four bits, to estimate by.
 """
 
 import flax.struct
@@ -13,6 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.config import ModelConfig
+from model.int4 import Int4, quantise
+from model.kernels import sparse_decode
+from model.sharding import platform
+
+LATENT_GROUP = 64  # channels of a latent with a range of their own in four bits: DeepSeek's rotated key has its own then
 
 
 def put(old_BSX: Array, new_BTX: Array, at: Array) -> Array:
@@ -20,37 +28,61 @@ def put(old_BSX: Array, new_BTX: Array, at: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(old_BSX, new_BTX.astype(old_BSX.dtype), at, axis=1)
 
 
+def put_int4(old: Int4 | None, keys_BTX: Array, size: int, at: Array) -> Int4 | None:
+    """The same for keys kept in four bits, in groups of `size` channels; None where they are not."""
+    return None if old is None else jax.tree.map(lambda old_BSX, new_BTX: put(old_BSX, new_BTX, at), old, quantise(keys_BTX.astype(old.low.dtype), size))
+
+
 @flax.struct.dataclass
 class LatentCache:
-    """latent_BSR holds the normalised key-value latent and after it the rotated shared key; index_key_BSC the indexer's keys (C = 0: none)."""
+    """latent_BSR holds the normalised key-value latent and after it the rotated shared key, where `sparse_decode.in_tiles` says so as tiles
+    [B, S, n, 2, 128]; index_key_BSC the indexer's keys (C = 0: none); estimate the latents in four bits, where there is no indexer to estimate by."""
 
     latent_BSR: Array
     index_key_BSC: Array
+    estimate: Int4 | None = None
+    attention_mass: float = flax.struct.field(pytree_node=False, default=1.0)
 
     def write(self, entries: "LatentCache", at: Array) -> "LatentCache":
-        return LatentCache(put(self.latent_BSR, entries.latent_BSR, at), put(self.index_key_BSC, entries.index_key_BSC, at))
+        tiled = self.latent_BSR.ndim == 5
+        return self.replace(
+            latent_BSR=put(self.latent_BSR, sparse_decode.to_tiles(entries.latent_BSR) if tiled else entries.latent_BSR, at),
+            index_key_BSC=put(self.index_key_BSC, entries.index_key_BSC, at),
+            estimate=put_int4(self.estimate, entries.latent_BSR, LATENT_GROUP, at),
+        )
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int) -> "LatentCache":
+    def empty(cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_mass: float) -> "LatentCache":
         dtype, indexed = jnp.dtype(config.dtype), config.indexer.width if config.indexer.heads else 0
-        latent = config.attention.latent_rank + config.attention.rope_width
-        return cls(jnp.zeros((batch, slots, latent), dtype), jnp.zeros((batch, slots, indexed), dtype))
+        latent_BSR = jnp.zeros((batch, slots, config.attention.latent_rank + config.attention.rope_width), dtype)
+        sparse = stage == "sparse" and indexed > 0
+        estimate = quantise(latent_BSR, LATENT_GROUP) if attention_mass < 1 and not sparse else None
+        if sparse and sparse_decode.in_tiles(platform(), slots, config.indexer.topk):
+            latent_BSR = sparse_decode.to_tiles(latent_BSR)
+        return cls(latent_BSR, jnp.zeros((batch, slots, indexed), dtype), estimate, attention_mass)
 
 
 @flax.struct.dataclass
 class KeyValueCache:
-    """Keys, normalised and rotated, and values of the K key-value heads."""
+    """Keys, normalised and rotated, and values of the K key-value heads; estimate the keys in four bits, a range a token and head."""
 
     k_BSKH: Array
     v_BSKH: Array
+    estimate: Int4 | None = None
+    attention_mass: float = flax.struct.field(pytree_node=False, default=1.0)
 
     def write(self, entries: "KeyValueCache", at: Array) -> "KeyValueCache":
-        return KeyValueCache(put(self.k_BSKH, entries.k_BSKH, at), put(self.v_BSKH, entries.v_BSKH, at))
+        return self.replace(
+            k_BSKH=put(self.k_BSKH, entries.k_BSKH, at),
+            v_BSKH=put(self.v_BSKH, entries.v_BSKH, at),
+            estimate=put_int4(self.estimate, entries.k_BSKH, entries.k_BSKH.shape[-1], at),
+        )
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int) -> "KeyValueCache":
+    def empty(cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_mass: float) -> "KeyValueCache":
+        del stage
         zeros = jnp.zeros((batch, slots, config.gqa.kv_heads, config.gqa.head_width), config.dtype)
-        return cls(zeros, zeros)
+        return cls(zeros, zeros, quantise(zeros, config.gqa.head_width) if attention_mass < 1 else None, attention_mass)
 
 
 @flax.struct.dataclass
@@ -68,8 +100,8 @@ class DeltaCache:
         return jax.tree.map(lambda old, new: new.astype(old.dtype), self, entries)
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int) -> "DeltaCache":
-        del slots
+    def empty(cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_mass: float) -> "DeltaCache":
+        del slots, stage, attention_mass
         d = config.delta
 
         def recent(heads: int, width: int) -> Array:
@@ -106,7 +138,7 @@ class Cache:
     length: Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int) -> "Cache":
+    def empty(cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_mass: float = 1.0) -> "Cache":
         recent_BKD = jnp.zeros((batch, max(config.canon - 1, 0), config.width), config.dtype)
-        layers = tuple(LayerCache(ATTENTION_CACHES[kind.attention].empty(config, batch, slots), recent_BKD) for kind in config.kinds)
+        layers = tuple(LayerCache(ATTENTION_CACHES[kind.attention].empty(config, batch, slots, stage, attention_mass), recent_BKD) for kind in config.kinds)
         return cls(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32))

@@ -35,15 +35,18 @@ def decode_weights(config: ModelConfig, variables: dict) -> DecodeWeights:
     return DecodeWeights({name: leaf for name, leaf in variables["params"].items() if not name.startswith("layers_")}, tuple(layers))
 
 
-def prefill(config: ModelConfig, variables: dict, tokens_BT: Array, segments_BT: Array, slots: int, stage: str) -> tuple[Cache, Array]:
-    """Reads prompts, padded on the left (segment 0) so that each ends in the last column.
+def prefill(
+    config: ModelConfig, variables: dict, tokens_BT: Array, segments_BT: Array, slots: int, stage: str, attention_mass: float = 1.0
+) -> tuple[Cache, Array]:
+    """Reads prompts, padded on the left (segment 0) so that each ends in the last column. What is decoded from the cache shall have the same stage, and of
+    attention's keys it reads the fewest that by estimate hold `attention_mass` of it (Twilight, arXiv 2502.02770); prompts are read in full.
 
     Returns the cache with `slots` slots (T of them filled) and the logits [B, V] after the last token.
     """
     positions_BT = jnp.maximum(jnp.cumsum(segments_BT > 0, axis=-1) - 1, 0)
     output = Transformer(config).apply(variables, tokens_BT, positions_BT, segments_BT, stage=stage, mtp=False)
     B, T = tokens_BT.shape
-    cache = Cache.empty(config, B, slots)
+    cache = Cache.empty(config, B, slots, stage, attention_mass)
     cache = Cache(
         layers=tuple(layer.write(entries, 0) for layer, entries in zip(cache.layers, output.entries, strict=True)),
         segments_BS=cache.segments_BS.at[:, :T].set(segments_BT),

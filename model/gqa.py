@@ -63,7 +63,7 @@ class GroupedAttention(nn.Module):
             out_BTNH, _, _ = attend(q_BTNH, entries.k_BSKH, entries.v_BSKH, segments_BT, None, stage="dense", topk=1)
         else:
             entries = past.write(entries, at)
-            out_BTNH = attend_cached(q_BTNH, entries.k_BSKH, entries.v_BSKH, allowed_BTS)
+            out_BTNH = attend_cached(q_BTNH, entries.k_BSKH, entries.v_BSKH, allowed_BTS, mass=entries.attention_mass, estimate=entries.estimate)
         out_BTNH = gated(out_BTNH, hidden_BTD, self.gate)
         with jax.named_scope("output_projection"):
             return linear(out_BTNH, self.out, axes=2), IndexerReport.zero(), entries

@@ -73,10 +73,14 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
+def ambient_device() -> jax.Device | jax.sharding.AbstractDevice:
+    """What this program is compiled for. Of one compiled ahead of time the devices are the ambient mesh's, and this process does not have them."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": of the devices a program is for. One compiled ahead of time for a TPU runs on the mesh's, which this process does not have."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    """"cpu", "gpu" or "tpu": of what this program is compiled for."""
+    return ambient_device().platform
 
 
 def batch_shards(mesh: Mesh) -> int:

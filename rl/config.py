@@ -18,6 +18,7 @@ class SamplingConfig:
     max_prompt: int
     max_new: int
     attention: str
+    attention_mass: float
 
     def __post_init__(self):
         require(0 <= self.temperature < math.inf, "sampling.temperature", self.temperature, "must be 0 (greedy) or positive")
@@ -25,6 +26,7 @@ class SamplingConfig:
         require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "must be in (0, 1]")
         for name in ("max_prompt", "max_new"):
             require(getattr(self, name) > 0, f"sampling.{name}", getattr(self, name), "must be positive")
+        require(0 < self.attention_mass <= 1, "sampling.attention_mass", self.attention_mass, "must be in (0, 1]; 1 reads every selected key")
         require(self.attention in ATTENTIONS, "sampling.attention", self.attention, f"must be one of {', '.join(ATTENTIONS)}")
 
 

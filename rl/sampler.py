@@ -76,7 +76,7 @@ def sample(
     """
     C = sampling.max_new
     stage = sampling.attention
-    cache, logits_PV = prefill(config, variables, prompts_PT, segments_PT, prompts_PT.shape[1] + C, stage)
+    cache, logits_PV = prefill(config, variables, prompts_PT, segments_PT, prompts_PT.shape[1] + C, stage, sampling.attention_mass)
     spread = functools.partial(jnp.repeat, repeats=group, axis=0)
     cache = Cache(jax.tree.map(spread, cache.layers), spread(cache.segments_BS), spread(cache.next_position_B), cache.length)
     logits_BV = spread(logits_PV)

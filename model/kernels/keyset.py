@@ -38,12 +38,14 @@ def unpack(bits_BTW: Array, keys: int) -> Array:
 def causal(segments_BT: Array, key_segments_BS: Array, place_T: Array) -> Array:
     """bits_BTW of every key a query may attend to: those of its own segment up to itself, none for a query of segment 0. `place_T`: where queries stand."""
     B, S = key_segments_BS.shape
-    key_wbL = jnp.arange(words(S) * BITS, dtype=jnp.int32).reshape(-1, BITS, LANES)
-    segment_B1wbL = jnp.pad(key_segments_BS, [(0, 0), (0, -S % KEYS)]).reshape(B, 1, *key_wbL.shape)
-    own_BT111 = segments_BT[..., None, None, None]
-    allowed_BTwbL = (key_wbL <= place_T[:, None, None, None]) & (own_BT111 == segment_B1wbL) & (own_BT111 > 0)
-    bit_b1 = jnp.left_shift(jnp.int32(1), jnp.arange(BITS, dtype=jnp.int32))[:, None]
-    return jnp.sum(jnp.where(allowed_BTwbL, bit_b1, 0), axis=3, dtype=jnp.int32).reshape(*segments_BT.shape, -1)
+    segment_BwbL = jnp.pad(key_segments_BS, [(0, 0), (0, -S % KEYS)]).reshape(B, -1, BITS, LANES)
+    word_W, own_BT1 = jnp.arange(words(S), dtype=jnp.int32), segments_BT[..., None]
+    first_W = word_W // LANES * KEYS + word_W % LANES
+    bits_BTW = jnp.zeros((*segments_BT.shape, words(S)), jnp.int32)
+    for place in range(BITS):  # a sum over an axis of places would be as short, and its result be written twice: once in that axis' layout
+        allowed_BTW = (first_W + place * LANES <= place_T[:, None]) & (own_BT1 == segment_BwbL[:, :, place].reshape(B, 1, -1)) & (own_BT1 > 0)
+        bits_BTW |= jnp.where(allowed_BTW, bit(place), 0)
+    return bits_BTW
 
 
 def sizes(bits_BTW: Array) -> Array:

@@ -37,7 +37,7 @@ LOG2E = math.log2(math.e)
 
 
 class Tiles(NamedTuple):
-    """How the other side is cut, in multiples of 64: keys of a tile in the forward pass; keys (dq) or queries (dk, dv) in the backward one."""
+    """How the other side is cut, 64 or 128 at a time: keys of a tile in the forward pass; keys (dq) or queries (dk, dv) in the backward one."""
 
     forward: int = 128
     backward: int = 64
@@ -102,9 +102,11 @@ def _run(body, name: str, fixed: Sequence[Array], moving: Sequence[Array], besid
       moving, beside: [B, N, rows, width] and [B, N, rows] of the other side.
       words_BwR: the set, 32 rows of the other side in a word and the block's rows last.
       tile: rows of the other side.
-      results: of the block's side. The operand whose width and type one has, and from whose place in shared memory it leaves; None for a float32 a row.
+      results: of the block's side. Which operand (of `fixed`, then `moving`) has the width and type of each, and the place in shared memory from which it
+        leaves; None for a float32 a row.
     """
     B, N, R = fixed[0].shape[:3]
+    shapes = [which if which is None else [*fixed, *moving][which] for which in results]
     order_Bnm, count_Bn = held_first(words_BwR, tile)
     homes = [_shared((GROUPS, ROWS), x) for x in fixed]
     a_stage = [[_shared((tile,), x)] for x in moving]
@@ -146,10 +148,9 @@ def _run(body, name: str, fixed: Sequence[Array], moving: Sequence[Array], besid
             values = body(mine, each)
             plgpu.barrier_arrive(done)
             plgpu.barrier_wait(done)  # the ring is free too
-            places = [(x, home) for x, home in zip(fixed, mine, strict=True)]
-            places += [(x, part[0].at[group, pl.ds(0, ROWS)]) for x, part in zip(moving, ring, strict=True)] + [(None, column.at[group])]
-            for result, value, ref in zip(results, values, result_refs, strict=True):
-                place = next(place for x, place in places if x is result)
+            places = mine + [part[0].at[group, pl.ds(0, ROWS)] for part in ring]
+            for which, value, ref in zip(results, values, result_refs, strict=True):
+                place = column.at[group] if which is None else places[which]
                 place[...] = value.astype(ref.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(place, ref.at[b, n, rows])
@@ -183,7 +184,7 @@ def _run(body, name: str, fixed: Sequence[Array], moving: Sequence[Array], besid
     kernel.__name__ = name
     return plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct((B, N, R), F32) if x is None else jax.ShapeDtypeStruct((B, N, R, x.shape[3]), x.dtype) for x in results],
+        out_type=[jax.ShapeDtypeStruct((B, N, R), F32) if x is None else jax.ShapeDtypeStruct((B, N, R, x.shape[3]), x.dtype) for x in shapes],
         scratch_types=[
             [home.ref() for home in homes],
             [[home._replace(shape=(stages, *home.shape)).ref() for home in part] for part in a_stage],
@@ -315,7 +316,7 @@ def _forward(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles: Tiles):
         return mixed_RV / _down(total_R, mixed_RV), jnp.where(some_R, largest_R + jnp.log(total_R), 0.0)
 
     words_BwT = along_keys(padded(bits_BTW, 1, q.shape[2]))
-    out, lse = _run(body, "sparse_attention", [q], [k, v], [], words_BwT, tiles.forward, [v, None], tiles.interpret)
+    out, lse = _run(body, "sparse_attention", [q], [k, v], [], words_BwT, tiles.forward, [2, None], tiles.interpret)
     out_BNTV, lse_BNT = out[:, :, :T, :V], lse[:, :, :T]
     return (out_BNTV, lse_BNT), (q_BNTH, k_BNSH, v_BNSV, bits_BTW, out_BNTV, lse_BNT)
 
@@ -365,8 +366,8 @@ def _backward(tiles: Tiles, saved, cotangents):
 
     bits_BTW = padded(bits_BTW, 1, q.shape[2])
     words_BwT, words_BwS = along_keys(bits_BTW), along_queries(bits_BTW)[..., : k.shape[2]]
-    (dq,) = _run(dq_body, "sparse_attention_dq", [q, dout, lse, delta], [k, v], [], words_BwT, tiles.backward, [q], tiles.interpret)
-    dk, dv = _run(dkv_body, "sparse_attention_dkv", [k, v], [q, dout], [lse, delta], words_BwS, tiles.backward, [k, v], tiles.interpret)
+    (dq,) = _run(dq_body, "sparse_attention_dq", [q, dout, lse, delta], [k, v], [], words_BwT, tiles.backward, [0], tiles.interpret)
+    dk, dv = _run(dkv_body, "sparse_attention_dkv", [k, v], [q, dout], [lse, delta], words_BwS, tiles.backward, [0, 1], tiles.interpret)
     return dq[:, :, :T, :H], dk[:, :, :S, :H], dv[:, :, :S, :V], None
 
 

@@ -1,5 +1,5 @@
-"""NVIDIA's compiler takes every kernel for an H200, at DeepSeek-V3.2's sizes, and says what it makes of it: registers that did not suffice, products that wait
-for each other. Compiled, not run, and without a GPU: XLA's CUDA plugin and ptxas do. Where they are not installed, this is skipped; docs/gpu.md has the recipe."""
+"""NVIDIA's compiler takes every kernel for an H200, at DeepSeek-V3.2's sizes, and says what it makes of it: registers that did not suffice, products that
+wait for each other. Compiled, not run, and without a GPU, by XLA's CUDA plugin and ptxas. Skipped where they are not installed; docs/gpu.md has the recipe."""
 
 import importlib.util
 import os

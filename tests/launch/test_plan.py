@@ -300,7 +300,7 @@ def test_plans_a_tpu_without_one(tmp_path):
 
 @needs_libtpu
 def test_plans_tokamax_s_grouped_matmul(tmp_path):
-    """As many FLOPs as megablox's, but for the slots that megablox pads to whole tiles."""
+    """Nine products, as megablox's, and three that are computed anew only to be thrown away: its backward pass names its result among what it needs."""
     pytest.importorskip("tokamax", reason="optional: pip install tokamax, with Python 3.12 or newer")
 
     def grouped(implementation: str) -> float:
@@ -311,7 +311,7 @@ def test_plans_tokamax_s_grouped_matmul(tmp_path):
             program = plan.train_program(c, c.model, mesh)
             return flops.program_flops(program.jitted.trace(*program.arguments).jaxpr).grouped
 
-    assert 0 < grouped("tokamax") <= grouped("megablox")
+    assert grouped("tokamax") == grouped("megablox") * 12 / 9
 
 
 @needs_libtpu

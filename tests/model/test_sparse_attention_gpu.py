@@ -8,7 +8,9 @@ import pytest
 from jax import export
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from JAX 0.11 on, in the same place
 
-from model.kernels.keyset import along_keys, along_queries, pack
+import bench.gpu
+from errors import UserError
+from model.kernels.keyset import along_keys, along_queries, pack, unpack
 from model.kernels.sparse_attention import attend_reference
 from model.kernels.sparse_attention_gpu import Tiles, attend_gpu, held_first
 from tests.model.test_sparse_attention import dense, graded, made
@@ -101,3 +103,18 @@ def test_float32_is_refused_on_a_gpu():
     *qkv, among_BTS = made(1, 1, 64, 16, 16)
     with pytest.raises(TypeError, match="float32"):
         attend_gpu(*qkv, pack(among_BTS))
+
+
+@pytest.mark.slow
+def test_the_bench_measures_every_way_and_asks_for_a_gpu(monkeypatch):
+    """At a tiny size, on a CPU, with the reference in the kernel's place."""
+    monkeypatch.setattr(bench.gpu, "REPEATS", 1)
+    sizes = bench.gpu.Sizes(heads=2, qk=24, v=16, latent=40, value=32, topk=64, batch=2, chunk=64)
+    rows = bench.gpu.rows_of(256, sizes, 1e9, attend_reference)
+    assert not [row for row in rows if "failed" in row]
+    kinds = [row["what"].partition(",")[0] for row in rows]
+    assert kinds == ["kernel", "kernel backward"] * 2 + ["masked in chunks"] * 2 + ["gather", "decode"]
+    among_BTS = unpack(bench.gpu.chosen(512, 64, scattered=True), 512)
+    assert not np.any(np.triu(among_BTS[0], 1)) and 50 < np.mean(np.sum(among_BTS[0, 128:], axis=-1)) < 78, "64 expected, of a past that is longer"
+    with pytest.raises(UserError, match="needs a GPU"):
+        bench.gpu.run(heads=2)

@@ -26,7 +26,8 @@ score_tokens = jax.jit(score_tokens, static_argnums=(0, 1, 2))
 
 
 def sampling(**changes) -> SamplingConfig:
-    return dataclasses.replace(SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, max_prompt=WIDTH, max_new=NEW, attention="sparse"), **changes)
+    plain = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, max_prompt=WIDTH, max_new=NEW, attention="sparse", attention_mass=1.0)
+    return dataclasses.replace(plain, **changes)
 
 
 def sampled(settings: SamplingConfig, prompts=PROMPTS, seed: int = 0):

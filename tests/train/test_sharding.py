@@ -125,7 +125,7 @@ def test_a_fresh_state_is_the_same_on_any_mesh():
     tiny.assert_close(jax.device_get(fresh_state(config, optimizer(), mesh, jax.random.key(0))), jax.device_get(expected), rtol=1e-6)
 
 
-SAMPLING = SamplingConfig(temperature=0.8, top_k=0, top_p=0.95, max_prompt=16, max_new=6, attention="sparse")
+SAMPLING = SamplingConfig(temperature=0.8, top_k=0, top_p=0.95, max_prompt=16, max_new=6, attention="sparse", attention_mass=1.0)
 
 
 @functools.cache

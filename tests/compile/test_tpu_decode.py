@@ -1,0 +1,101 @@
+"""The TPU's own compiler takes the decoding kernels, for every chip, at DeepSeek-V3.2's sizes, and a decode step with them in it copies no cache. Compiled, not
+run, as test_tpu_kernels.py."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from launch.config_file import get_config
+from launch.door import build
+from launch.topology import topology_devices
+from model.cache import Cache
+from model.config import ModelConfig
+from model.decode import decode_step, decode_weights
+from model.kernels.decode_selection import select_tpu
+from model.kernels.sparse_decode import decode_tpu
+from model.sharding import MESH_AXES, RULES, Named, spec
+from model.transformer import init
+
+pytestmark = pytest.mark.compile
+
+CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+I, C, R, V, TOPK = 64, 128, 576, 512, 2_048
+BF16, F32 = jnp.bfloat16, jnp.float32
+MIB = 2**20
+
+
+@functools.cache
+def mesh_of(topology: str, tensor: int = 1) -> Mesh:
+    devices = np.array(topology_devices(topology)[:tensor]).reshape(1, 1, 1, tensor)
+    return Mesh(devices, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+
+
+def compiled(topology: str, function, *shapes):
+    """For one device of a topology; `shapes`: (shape, dtype) of each argument."""
+    mesh = mesh_of(topology)
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P())) for shape, dtype in shapes]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function).lower(*arguments).compile()
+
+
+@pytest.mark.parametrize(("heads", "parts", "S"), [(128, 1, 4_096), (16, 1, 32_768), (128, 2, 131_072)])
+@pytest.mark.parametrize("topology", CHIPS)
+def test_sparse_decode(topology, heads, parts, S):
+    B = 3 - parts
+    program = compiled(
+        topology,
+        lambda q, tiles, index, count: decode_tpu(q, tiles, V, index, count, parts=parts),
+        ((B, heads, R), BF16),
+        ((B, S, 3, 2, 128), BF16),
+        ((B, TOPK), jnp.int32),
+        ((B,), jnp.int32),
+    )
+    assert program.memory_analysis().temp_size_in_bytes < 2 * MIB, "no copy of the cache, not even of what is read of it"
+
+
+@pytest.mark.parametrize(("mass", "S"), [(0.9, 4_096), (1.0, 32_768), (0.9, 131_072)])
+@pytest.mark.parametrize("topology", CHIPS)
+def test_selection_of_one_query(topology, mass, S):
+    shapes = ((2, I, C), BF16), ((2, S, C), BF16), ((2, I), F32), ((2, S), jnp.bool_)
+    program = compiled(topology, functools.partial(select_tpu, topk=TOPK, mass=mass), *shapes)
+    assert program.memory_analysis().temp_size_in_bytes < 4 * MIB, "the allowed tokens as words, and no copy of the keys"
+
+
+def v32(layers: int) -> ModelConfig:
+    """DeepSeek-V3.2's attention and indexer in a few layers without experts, which are not what is asked here."""
+    config = build(ModelConfig, get_config("configs/deepseek_v32.py").model, "config.model")
+    return dataclasses.replace(config, layers=layers, dense_layers=layers, dense_also=(), mtp_depth=0, dtype="bfloat16")
+
+
+def test_a_decode_step_copies_no_cache():
+    """Rows of 128K slots, heads over four chips."""
+    config, mesh, rows, slots = v32(layers=2), mesh_of("v6e:2x2", tensor=4), 4, 131_072
+
+    def placed(leaf, sharding: P):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, sharding))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        named = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+        boxed = functools.partial(jax.tree.map, is_leaf=lambda leaf: isinstance(leaf, Named))
+        variables = boxed(lambda leaf: placed(leaf.value, spec(*leaf.names)), named)
+        weights = jax.jit(lambda variables: decode_weights(config, variables)).lower(variables).compile()
+        held = jax.eval_shape(lambda variables: decode_weights(config, variables), variables)
+        held = jax.tree.map(lambda leaf, sharding: placed(leaf, sharding.spec), held, weights.output_shardings)
+        cache = jax.eval_shape(lambda: Cache.empty(config, rows, slots, "sparse", 0.9))
+        cache = jax.tree.map(lambda leaf: placed(leaf, P(RULES["batch"]) if leaf.ndim else P()), cache)
+        tokens = placed(jax.ShapeDtypeStruct((rows,), jnp.int32), P(RULES["batch"]))
+        step = jax.jit(functools.partial(decode_step, config, stage="sparse"), donate_argnums=2)
+        program = step.lower(held, tokens, cache).compile()
+    assert cache.layers[0].attention.latent_BSR.shape == (rows, slots, 3, 2, 128), "tiles, since it is compiled for a TPU"
+    text = program.as_text()
+    assert "sparse_decode" in text and "decode_select" in text and " sort(" not in text
+    one = rows * slots * C * 2  # the smaller of a layer's two arrays, the indexer's keys: 128 MiB
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < one // 2, "some weights in another layout, no cache"
+    assert memory.alias_size_in_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers)), "each is written in place"
