@@ -52,8 +52,8 @@ def assert_sparse(program, stage: str, largest: int):
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 def test_a_layer_of_128k_tokens_on_one_chip(stage):
-    """A device's part of it, 16 of 128 heads and an eighth of the FFN: forward, backward and optimizer within a v6e's 32 GB. An array of L x L would have 16 GiB
-    even as bytes; the largest there is are hidden states in float32, then a bit a key."""
+    """A device's part of it, 16 of 128 heads and an eighth of the FFN: forward, backward and optimizer within a v6e's 32 GB. An array of L x L would have
+    16 GiB even as bytes; the largest there is are hidden states in float32, then a bit a key."""
     L, width, one_chip = 131_072, 7_168, {f"mesh__{axis}": 1 for axis in MESH_AXES}
     one_layer = {"model__layers": 1, "model__dense_layers": 1, "model__dense_width": 18_432 // 8, "model__mtp_depth": 0, "model__vocab": 1_024}
     one_row = {"data__sequence": L, "data__batch": 1, "train__microbatches": 1, "train__stage": stage}
