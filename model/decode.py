@@ -26,8 +26,8 @@ class DecodeWeights:
 
 def decode_weights(config: ModelConfig, variables: dict, rows: int) -> DecodeWeights:
     """What `decode_step` reads for so many rows. Cast to the compute type: a step then reads half the bytes in bfloat16. What training keeps in float32
-    stays so. With few rows every expert sees every token (model/kernels/experts.py), in one matmul over all of them: its weights are laid out for it here,
-    as XLA:CPU does it in every step otherwise."""
+    stays so. With few rows every expert sees every token (model/kernels/experts.py), in one matmul over all of them: on one device its weights are laid out
+    for it here, as XLA:CPU does it in every step otherwise."""
 
     kept = ("scale", "bias", "router", "decay_rate", "decay_bias")
 
@@ -35,7 +35,9 @@ def decode_weights(config: ModelConfig, variables: dict, rows: int) -> DecodeWei
         return leaf if path[-1].key in kept else leaf.astype(config.dtype)
 
     variables = jax.tree_util.tree_map_with_path(cast, variables)
-    side_by_side = experts.few(rows * config.moe.chosen, config.moe.experts) and config.expert_matmul in ("auto", "reference")
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.empty or mesh.size == 1  # sharded over experts and over their hidden width, columns of all experts would have to be gathered
+    side_by_side = whole and experts.few(rows * config.moe.chosen, config.moe.experts) and config.expert_matmul in ("auto", "reference")
     layers = []
     for run, block, index in layer_paths(config):
         own = {kind: variables[kind].get(run, {}).get(block, {}) for kind in ("params", "router")}
