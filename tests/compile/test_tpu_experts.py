@@ -15,8 +15,9 @@ D, F, EXPERTS, K = 7_168, 2_048, 256, 8
 TOKENS = 8_192  # of all the devices that share the experts
 
 
-@pytest.mark.parametrize(("topology", "devices", "dtype"), [*((chip, devices, BF16) for chip in CHIPS for devices in (8, 32)), ("v5e:2x2", 32, F32)])
-def test_forward_and_backward(topology, devices, dtype):
+@pytest.mark.parametrize("devices", [8, 32])
+@pytest.mark.parametrize("topology", CHIPS)
+def test_forward_and_backward(topology, devices):
     E, choices = EXPERTS // devices, TOKENS * K
     mixture = experts.pick("megablox", "tpu", choices, E, devices)
 
@@ -24,10 +25,10 @@ def test_forward_and_backward(topology, devices, dtype):
         out_TD, backward = jax.vjp(lambda x_TD, gates_TK, *weights: mixture(x_TD, chosen_TK, gates_TK, *weights), x_TD, gates_TK, *weights)
         return out_TD, backward(dy_TD)
 
-    tokens, weights = ((TOKENS, D), dtype), (((E, D, F), dtype), ((E, D, F), dtype), ((E, F, D), dtype))
+    tokens, weights = ((TOKENS, D), BF16), (((E, D, F), BF16), ((E, D, F), BF16), ((E, F, D), BF16))
     program = compiled(topology, step, tokens, ((TOKENS, K), jnp.int32), ((TOKENS, K), F32), tokens, *weights)
     needed = 9 * 2 * choices * D * F  # three projections, each forward and to both its operands, of slots for all choices
     # Slots are padded to whole tiles. One dense gradient to weights is E ninths more.
     assert needed <= program.cost_analysis()["flops"] < 1.1 * needed
     rows = choices + E * 128
-    assert program.memory_analysis().temp_size_in_bytes < rows * (3 * D + 5 * F) * jnp.dtype(dtype).itemsize + GIB // 4
+    assert program.memory_analysis().temp_size_in_bytes < rows * (5 * D + 5 * F) * 2 + GIB // 4
