@@ -43,7 +43,7 @@ def run(config: Config, workdir: Path, rows: int) -> None:
     if not config.model.indexer.heads:
         raise UserError(f"{workdir}: its model has no indexer")
     begin = start(config, workdir, rows=0, trains=False)
-    weights = decode_weights(begin.model, run_variables(begin, workdir))
+    weights = decode_weights(begin.model, run_variables(begin, workdir), rows)
     data = dataclasses.replace(config.data, batch=rows)
     batch = next(iter(batches(data, begin.tokenizer, split="validation", seed=0, chat=False, process_index=0, process_count=1)))
     found = {}

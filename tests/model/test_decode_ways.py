@@ -119,7 +119,7 @@ def decoded(config, stage: str, mass: float, steps: int = 3) -> jax.Array:
     """Logits after a prompt and each of some tokens."""
     batch, variables = tiny.batch_of((((0, 3), (1, 21)), ((1, 24),))), tiny.variables(config)
     cache, logits_BV = prefill(config, variables, batch["tokens"][:, :-steps], batch["segments"][:, :-steps], tiny.T, stage, mass)
-    weights, found = decode_weights(config, variables), [logits_BV]
+    weights, found = decode_weights(config, variables, len(logits_BV)), [logits_BV]
     step = jax.jit(lambda tokens_B, cache: decode_step(config, weights, tokens_B, cache, stage))
     for t in range(tiny.T - steps, tiny.T):
         cache, logits_BV = step(batch["tokens"][:, t], cache)
