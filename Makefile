@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-compile lint clean
+.PHONY: quickstart test test-all test-compile test-compile-all lint clean
 
 # XLA's temporary memory is new in every step; in pages of 2 MiB that costs a tenth less time (bench/results/README.md). Without glibc it means nothing.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -17,6 +17,10 @@ test-all: .venv/installed
 
 # Every kernel through the TPU's own compiler, which needs no TPU; in an environment of its own, since JAX complains wherever it finds that compiler and no TPU.
 test-compile: .venv-compile/installed
+	.venv-compile/bin/python -m pytest -n 2 -m "compile and not slow" tests/compile
+
+# And whole train steps of DeepSeek-V3.2's shape, which take the compiler some minutes each.
+test-compile-all: .venv-compile/installed
 	.venv-compile/bin/python -m pytest -n 2 -m compile tests/compile
 
 lint: .venv/installed

@@ -15,8 +15,7 @@ D, F, EXPERTS, K = 7_168, 2_048, 256, 8
 TOKENS = 8_192  # of all the devices that share the experts
 
 
-@pytest.mark.parametrize("devices", [8, 32])
-@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize(("topology", "devices"), [*((chip, 8) for chip in CHIPS), pytest.param(CHIPS[1], 32, marks=pytest.mark.slow)])
 def test_forward_and_backward(topology, devices):
     E, choices = EXPERTS // devices, TOKENS * K
     mixture = experts.pick("megablox", "tpu", choices, E, devices)

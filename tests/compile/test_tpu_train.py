@@ -1,4 +1,5 @@
-"""Train steps of DeepSeek-V3.2's shape through the TPU's own compiler, with the kernels in them: on a pod, and a layer of a row of 128K tokens on one chip."""
+"""Train steps of DeepSeek-V3.2's shape through the TPU's own compiler, with the kernels in them: on a pod, and a layer of a row of 128K tokens on one chip.
+Minutes each, most of them for XLA's own matmuls: `make test-compile-all`."""
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from launch.topology import CHIPS, topology_devices
 from model.kernels.keyset import words
 from model.sharding import MESH_AXES, make_mesh
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
 KERNELS = {"warmup": {"select", "sparse_attention", "indexer_normaliser", "indexer_kl"}}
 KERNELS["sparse"] = KERNELS["warmup"] | {"sparse_attention_backward"}
