@@ -13,15 +13,21 @@ from errors import UserError
 from model.kernels.keyset import along_keys, along_queries, pack, unpack
 from model.kernels.sparse_attention import attend_reference
 from model.kernels.sparse_attention_gpu import Tiles, attend_gpu, held_first
-from tests.model.test_sparse_attention import dense, graded, made
+from tests.model import test_sparse_attention as tpu
+from tests.model.test_sparse_attention import dense, graded
 
 STRICT = InterpretGPUParams(uninitialized_memory="nan", detect_races=True)
 interpreted = pytest.mark.slow if jax.__version_info__ < (0, 11) else lambda test: test  # the interpreter of JAX 0.10 compiles anew for each warpgroup
 CUSTOM = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]  # not promised to be stable: it is not kept here
 
 
+def made(B: int, N: int, T: int, H: int, V: int, dtype=jnp.float32):
+    """As the TPU's tests have it, a head of keys for each of queries."""
+    return tpu.made(B, N, N, T, H, V, dtype)
+
+
 def test_bits_are_rearranged_along_either_axis():
-    T, S = 224, 4_300
+    T, S = 96, 4_300
     among_BTS = np.random.default_rng(0).random((2, T, S)) < 0.3
     bits_BTW = pack(jnp.asarray(among_BTS))
     t, s = np.meshgrid(np.arange(T), np.arange(S), indexing="ij")
