@@ -19,7 +19,7 @@ test-all: .venv/installed
 test-compile: .venv-compile/installed
 	.venv-compile/bin/python -m pytest -n 2 -m "compile and not slow" tests/compile
 
-# And whole train steps of DeepSeek-V3.2's shape, which take the compiler some minutes each.
+# And sizes between, and whole train steps of DeepSeek-V3.2's shape, which take the compiler some minutes each.
 test-compile-all: .venv-compile/installed
 	.venv-compile/bin/python -m pytest -n 2 -m compile tests/compile
 

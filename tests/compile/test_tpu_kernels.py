@@ -20,6 +20,7 @@ pytestmark = pytest.mark.compile
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 I, C, H, V, TOPK = 64, 128, 192, 128, 2_048  # V3.2's indexer and, expanded, its attention
 BF16, F32 = jnp.bfloat16, jnp.float32
+SLOW = pytest.mark.slow  # between a small size and the largest: `make test-compile-all`
 
 
 @functools.cache
@@ -45,7 +46,7 @@ def attention(L: int, heads: int, heads_of_keys: int = 0) -> list:
     return [((1, own, L, width), BF16) for own, width in ((heads, H), (heads_of_keys or heads, H), (heads_of_keys or heads, V))]
 
 
-@pytest.mark.parametrize("L", [4_096, 32_768, 131_072])
+@pytest.mark.parametrize("L", [4_096, pytest.param(32_768, marks=SLOW), 131_072])
 @pytest.mark.parametrize("topology", CHIPS)
 def test_selection(topology, L):
     q, w, k = indexer(L)
@@ -55,7 +56,9 @@ def test_selection(topology, L):
     assert memory.temp_size_in_bytes < 2 * L * I * C * 2 + GIB // 4, "nothing of L x L but the bits: the queries, heads first, and little else"
 
 
-@pytest.mark.parametrize(("L", "heads", "heads_of_keys"), [(4_096, 128, 128), (4_096, 16, 16), (4_096, 16, 2), (32_768, 16, 16), (131_072, 16, 16)])
+@pytest.mark.parametrize(
+    ("L", "heads", "heads_of_keys"), [(4_096, 128, 128), (4_096, 16, 16), (4_096, 16, 2), pytest.param(32_768, 16, 16, marks=SLOW), (131_072, 16, 16)]
+)
 @pytest.mark.parametrize("topology", CHIPS)
 def test_sparse_attention_forward_and_backward(topology, L, heads, heads_of_keys):
     def gradients(q, k, v, bits):
@@ -70,7 +73,7 @@ def test_sparse_attention_forward_and_backward(topology, L, heads, heads_of_keys
     assert program.memory_analysis().temp_size_in_bytes < 2 * arrays + GIB, "a few arrays of the inputs' size, none of L x L"
 
 
-@pytest.mark.parametrize(("L", "heads"), [(4_096, 16), (32_768, 16), (131_072, 16)])
+@pytest.mark.parametrize(("L", "heads"), [(4_096, 16), pytest.param(32_768, 16, marks=SLOW), (131_072, 16)])
 @pytest.mark.parametrize("topology", CHIPS)
 def test_indexer_kl_and_its_gradients(topology, L, heads):
     q, k, _ = attention(L, heads)

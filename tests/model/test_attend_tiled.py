@@ -84,7 +84,7 @@ def test_pieces_of_the_loss_change_nothing(stage, monkeypatch):
     assert_same(result(functools.partial(attend_tiled, stage=stage, topk=TOPK, kernels=KERNELS["reference"])), by_chunks(stage))
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "dots"])
 def test_a_model_is_the_same_by_tiles(remat):
     """Loss and every gradient of a whole model, MTP and gate included, the kernels interpreted; with `dots` the backward pass keeps what attention gave."""
     batch = tiny.batch_of()
