@@ -88,7 +88,7 @@ def test_sparse_attention_forward_and_backward(h200, reports, L, heads):
 
 def test_selection(h200):
     L = 4_096
-    shapes = [((1, L, I, C), BF16), ((1, L, C), BF16), ((1, L, I), F32), ((1, L), jnp.int32)]
+    shapes = [((1, L, I, C), BF16), ((1, L, C), BF16), ((1, L, I), F32), *[((1, L), jnp.int32)] * 2, ((L,), jnp.int32)]
     program = compiled(h200, lambda *inputs: select_reference(*inputs, TOPK), *shapes)
     assert " sort(" not in program.as_text(), "counting, no sort"
     assert program.memory_analysis().temp_size_in_bytes < 4 * I * 512 * L * 2 + GIB, "a chunk's products of every head, not all queries'"
