@@ -28,7 +28,7 @@ from model.kernels.keyset import causal, sizes, unpack
 from model.kernels.selection import BLOCK, select_reference, select_tpu
 from model.kernels.sparse_attention import attend_reference, attend_tpu
 from model.kernels.tile import padded
-from model.sharding import MESH_AXES, RULES, platform
+from model.sharding import MESH_AXES, RULES, ambient_device, platform
 
 ROWS, CUT = P(RULES["batch"]), P(RULES["batch"], None, "tensor")  # of arrays [B, ...] and dealt ones [B, n, tensor, BLOCK, ...]
 PIECE = 16_384  # queries of the loss at a time
@@ -57,6 +57,9 @@ DEALT = Queries(CUT, CUT, CUT, P(None, None, "tensor"))
 def _attend_gpu(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array) -> tuple[Array, Array]:
     from model.kernels.sparse_attention_gpu import attend_gpu  # its part of Pallas takes longest to import, and few need it
 
+    capability = getattr(ambient_device(), "compute_capability", "9.0")  # a device that is only compiled for does not say
+    if capability != "9.0":
+        raise UserError(f"model.attention_form = 'tiles': the kernel is for Hopper GPUs, and this one has compute capability {capability}; take 'chunks'")
     if q_BNTH.dtype == jnp.float32:
         raise UserError("model.attention_form = 'tiles': a GPU's tensor cores take no float32; set model.dtype = 'bfloat16', or take 'chunks'")
     return attend_gpu(q_BNTH, *(jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BKSH, v_BKSV)), bits_BTW)

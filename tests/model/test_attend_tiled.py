@@ -2,6 +2,7 @@
 heads for attention and queries for the selection and the loss."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,15 @@ def test_the_table(monkeypatch):
     assert form("auto", "tpu", LEAST_TILED - 1) == form("auto", "cpu", 4_096) == form("chunks", "tpu", 4_096) == attend_expanded
     with pytest.raises(UserError, match="no kernels for abacus"):
         form("tiles", "abacus", 512)
+
+
+def test_a_gpu_that_the_kernel_is_not_for(monkeypatch):
+    (q, k, v, _), attend = inputs(), functools.partial(attend_tiled, segments_BT=segments(), indexer=None, stage="dense", topk=1, kernels=KERNELS["gpu"])
+    with pytest.raises(UserError, match="float32"):
+        attend(q, k, v)
+    monkeypatch.setattr("model.attend_tiled.ambient_device", lambda: types.SimpleNamespace(compute_capability="8.0"))
+    with pytest.raises(UserError, match="for Hopper GPUs"):
+        attend(q, k, v)
 
 
 def test_it_records_what_it_selected():
