@@ -12,6 +12,9 @@ one also sums p over a part of the set: in the dense warm-up, over what would be
 
 The gradient of the indexer's keys is a sum over queries while the tiles run over keys first: it is kept in HBM, and a tile's part fetched, added to and put
 back (half a megabyte for 10^10 operations). So the grid must run in order, on one core.
+
+p wants all heads of a tile, whose queries and keys do not fit into VMEM together when a device has all 128: they come HEADS_AT_ONCE by HEADS_AT_ONCE, the
+innermost dimension of the grid, and the last of them does the rest.
 """
 
 import functools
@@ -30,6 +33,7 @@ from model.kernels.selection import score_tile
 from model.kernels.tile import F32, NO_KEY, by_lane, column, dot, padded
 
 AT_ONCE = 16_384  # queries of a call: the table of its tiles must fit into scalar memory, a megabyte
+HEADS_AT_ONCE = 32  # of the attention: 9 MiB of queries and keys, fetched while the 32 before are worked on
 
 
 class Tiles(NamedTuple):
@@ -116,14 +120,15 @@ def _normaliser_kernel(held_ref, fetch_ref, q_ref, w_ref, k_ref, bits_ref, lse_r
 
 def _kl_kernel(
     held_ref, fetch_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, selected_ref, dk_before_ref,
-    kl_ref, mass_ref, dq_ref, dw_ref, dk_ref, kl_sum_ref, mass_sum_ref, dq_sum_ref, dw_sum_ref, positive_ref, dk_tile_ref, arrived,
+    kl_ref, mass_ref, dq_ref, dw_ref, dk_ref, kl_sum_ref, mass_sum_ref, dq_sum_ref, dw_sum_ref, p_ref, positive_ref, dk_tile_ref, arrived, *, groups: int,
 ):  # fmt: skip
-    """positive_ref [I, queries, keys]: relu(q k) of each indexer head, kept from the scores to the gradients."""
+    """p_ref [queries, keys]: the sum over heads so far. positive_ref [I, queries, keys]: relu(q k) of each indexer head, kept from the scores to the gradients."""
     del dk_before_ref  # dk_ref is the same memory
-    b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    N, I, keys = q_ref.shape[1], index_q_ref.shape[1], index_k_ref.shape[1]
+    b, i, j, group = (pl.program_id(axis) for axis in range(4))
+    heads, I, keys = q_ref.shape[1], index_q_ref.shape[1], index_k_ref.shape[1]
+    all_heads = groups == 1 or group == groups - 1
 
-    @pl.when(j == 0)
+    @pl.when((j == 0) & (group == 0))
     def _():
         for sum_ref in (kl_sum_ref, mass_sum_ref, dq_sum_ref, dw_sum_ref):
             sum_ref[...] = jnp.zeros(sum_ref.shape, F32)
@@ -132,37 +137,43 @@ def _kl_kernel(
     def _():
         dk_here = dk_ref.at[b, pl.ds(pl.multiple_of(j * keys, LANES), keys)]
         fetched = pltpu.make_async_copy(dk_here, dk_tile_ref, arrived)
-        fetched.start()
+        pl.when(all_heads)(fetched.start)
         bias_QK = tile_bias(bits_ref[0], j, keys)
         p_QK = jnp.zeros(bias_QK.shape, F32)
-        for head in range(N):
+        for head in range(heads):
             p_QK += jnp.exp(dot(q_ref[0, head], k_ref[0, head], (1, 1)) + bias_QK - column(lse_ref[0, head]))
-        p_QK *= 1.0 / N
-        mass_sum_ref[...] += by_lane(jnp.add, jnp.where(tile_bias(selected_ref[0], j, keys) == 0, p_QK, 0.0))
-        scores_QK = jnp.zeros(bias_QK.shape, F32)
-        for head in range(I):
-            positive_QK = jnp.maximum(dot(index_q_ref[0, head], index_k_ref[0], (1, 1)), 0.0)
-            positive_ref[head] = positive_QK.astype(positive_ref.dtype)
-            scores_QK += positive_QK * w_ref[0, :, head : head + 1]
-        log_predicted_QK = scores_QK - column(index_lse_ref[0])
-        chosen_QK = bias_QK == 0
-        kl_QK = p_QK * (jnp.log(jnp.where(p_QK > 0, p_QK, 1.0)) - log_predicted_QK)
-        kl_sum_ref[...] += by_lane(jnp.add, jnp.where(chosen_QK, kl_QK, 0.0))
-        dscores_QK = jnp.where(chosen_QK, jnp.exp(log_predicted_QK) - p_QK, 0.0)
-        fetched.wait()
-        dk_KC = dk_tile_ref[...]
-        for head in range(I):
-            positive_QK = positive_ref[head].astype(F32)
-            dw_sum_ref[head] += by_lane(jnp.add, dscores_QK * positive_QK)
-            ddot_QK = (jnp.where(positive_QK > 0, dscores_QK, 0.0) * w_ref[0, :, head : head + 1]).astype(index_k_ref.dtype)
-            dq_sum_ref[head] += dot(ddot_QK, index_k_ref[0], (1, 0))
-            dk_KC += dot(ddot_QK, index_q_ref[0, head], (0, 0))
-        dk_tile_ref[...] = dk_KC
-        put = pltpu.make_async_copy(dk_tile_ref, dk_here, arrived)
-        put.start()
-        put.wait()
+        if groups > 1:
+            p_QK += jnp.where(group == 0, 0.0, p_ref[...])
+            p_ref[...] = p_QK
 
-    @pl.when(j == pl.num_programs(2) - 1)
+        @pl.when(all_heads)
+        def _():
+            mean_QK = p_QK * (1.0 / (heads * groups))
+            mass_sum_ref[...] += by_lane(jnp.add, jnp.where(tile_bias(selected_ref[0], j, keys) == 0, mean_QK, 0.0))
+            scores_QK = jnp.zeros(bias_QK.shape, F32)
+            for head in range(I):
+                positive_QK = jnp.maximum(dot(index_q_ref[0, head], index_k_ref[0], (1, 1)), 0.0)
+                positive_ref[head] = positive_QK.astype(positive_ref.dtype)
+                scores_QK += positive_QK * w_ref[0, :, head : head + 1]
+            log_predicted_QK = scores_QK - column(index_lse_ref[0])
+            chosen_QK = bias_QK == 0
+            kl_QK = mean_QK * (jnp.log(jnp.where(mean_QK > 0, mean_QK, 1.0)) - log_predicted_QK)
+            kl_sum_ref[...] += by_lane(jnp.add, jnp.where(chosen_QK, kl_QK, 0.0))
+            dscores_QK = jnp.where(chosen_QK, jnp.exp(log_predicted_QK) - mean_QK, 0.0)
+            fetched.wait()
+            dk_KC = dk_tile_ref[...]
+            for head in range(I):
+                positive_QK = positive_ref[head].astype(F32)
+                dw_sum_ref[head] += by_lane(jnp.add, dscores_QK * positive_QK)
+                ddot_QK = (jnp.where(positive_QK > 0, dscores_QK, 0.0) * w_ref[0, :, head : head + 1]).astype(index_k_ref.dtype)
+                dq_sum_ref[head] += dot(ddot_QK, index_k_ref[0], (1, 0))
+                dk_KC += dot(ddot_QK, index_q_ref[0, head], (0, 0))
+            dk_tile_ref[...] = dk_KC
+            put = pltpu.make_async_copy(dk_tile_ref, dk_here, arrived)
+            put.start()
+            put.wait()
+
+    @pl.when((j == pl.num_programs(2) - 1) & all_heads)
     def _():
         for row_ref, sum_ref in ((kl_ref, kl_sum_ref), (mass_ref, mass_sum_ref)):
             row_ref[0] = jnp.sum(sum_ref[...], axis=1, keepdims=True).T
@@ -204,21 +215,33 @@ def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW, k_BNSH, k_BSC,
     held_Bnm = held_tiles(bits_BTW, queries, keys)[..., : S // keys]
     prefetched = held_Bnm.astype(jnp.int32), next_held(held_Bnm)
 
-    def spec(block, index):
-        return pl.BlockSpec(block, lambda b, i, j, held_ref, fetch_ref: index(b, i, fetch_ref[b, i, j]))
+    heads = max(count for count in range(1, min(N, HEADS_AT_ONCE) + 1) if N % count == 0)
+    groups = N // heads
 
-    def call(kernel, name, operands, results, scratch, **options):
+    def spec(block, index):
+        return pl.BlockSpec(block, lambda b, i, j, group, held_ref, fetch_ref: index(b, i, fetch_ref[b, i, j]))
+
+    def spec_of_heads(block, index):
+        """Of a tile without a key the heads that are fetched next, or were last."""
+
+        def fetched(b, i, j, group, held_ref, fetch_ref):
+            ahead = fetch_ref[b, i, j]
+            return index(b, jnp.where(held_ref[b, i, j] != 0, group, jnp.where(ahead > j, 0, groups - 1)), i, ahead)
+
+        return pl.BlockSpec(block, fetched)
+
+    def call(kernel, name, groups, operands, results, scratch, **options):
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
-                grid=held_Bnm.shape,
+                grid=(*held_Bnm.shape, groups),
                 in_specs=[where for _, where in operands],
                 out_specs=[where for _, _, where in results],
                 scratch_shapes=scratch,
             ),
             out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in results],
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=60 * 2**20),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=60 * 2**20),
             interpret=tiles.interpret,
             name=name,
             **options,
@@ -232,11 +255,11 @@ def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW, k_BNSH, k_BSC,
     w = w_BTI.astype(F32), spec((1, queries, I), lambda b, i, j: (b, i, 0))
     mask, selected = ((bits, spec((1, queries, LANES), lambda b, i, j: (b, i, lax.div(j, of_word)))) for bits in (bits_BTW, selected_BTW))
     lanes = pltpu.VMEM((queries, LANES), F32)
-    (index_lse_B1T,) = call(_normaliser_kernel, "indexer_normaliser", [index_q, w, index_k, mask], [((B, 1, T), F32, row)], [lanes, lanes])
+    (index_lse_B1T,) = call(_normaliser_kernel, "indexer_normaliser", 1, [index_q, w, index_k, mask], [((B, 1, T), F32, row)], [lanes, lanes])
     operands = [
-        (q_BNTH, spec((1, N, queries, H), lambda b, i, j: (b, 0, i, 0))),
-        (k_BNSH, spec((1, N, keys, H), lambda b, i, j: (b, 0, j, 0))),
-        (lse_BNT[:, :, None], spec((1, N, 1, queries), lambda b, i, j: (b, 0, 0, i))),
+        (q_BNTH, spec_of_heads((1, heads, queries, H), lambda b, group, i, j: (b, group, i, 0))),
+        (k_BNSH, spec_of_heads((1, heads, keys, H), lambda b, group, i, j: (b, group, j, 0))),
+        (lse_BNT[:, :, None], spec_of_heads((1, heads, 1, queries), lambda b, group, i, j: (b, group, 0, i))),
         *(index_q, w, index_k, (index_lse_B1T, row), mask, selected, (dk_BSC, in_hbm)),
     ]
     results = [
@@ -246,11 +269,13 @@ def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW, k_BNSH, k_BSC,
         ((B, I, 1, T), F32, spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))),
         ((B, S, C), F32, in_hbm),
     ]
-    sums = [lanes, lanes, pltpu.VMEM((I, queries, C), F32), pltpu.VMEM((I, queries, LANES), F32), pltpu.VMEM((I, queries, keys), k_BSC.dtype)]
-    scratch = [*sums, pltpu.VMEM((keys, C), F32), pltpu.SemaphoreType.DMA]
+    sums = [lanes, lanes, pltpu.VMEM((I, queries, C), F32), pltpu.VMEM((I, queries, LANES), F32), pltpu.VMEM((queries, keys), F32)]
+    scratch = [*sums, pltpu.VMEM((I, queries, keys), k_BSC.dtype), pltpu.VMEM((keys, C), F32), pltpu.SemaphoreType.DMA]
     before = len(prefetched) + len(operands) - 1
     aliases = {before: len(results) - 1}
-    kl_B1T, mass_B1T, dq_BITC, dw_BI1T, dk_BSC = call(_kl_kernel, "indexer_kl", operands, results, scratch, input_output_aliases=aliases)
+    kl_B1T, mass_B1T, dq_BITC, dw_BI1T, dk_BSC = call(
+        functools.partial(_kl_kernel, groups=groups), "indexer_kl", groups, operands, results, scratch, input_output_aliases=aliases
+    )
     return kl_B1T[:, 0], mass_B1T[:, 0], jnp.swapaxes(dq_BITC, 1, 2), jnp.swapaxes(dw_BI1T[:, :, 0], 1, 2), dk_BSC
 
 

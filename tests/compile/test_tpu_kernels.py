@@ -73,7 +73,7 @@ def test_sparse_attention_forward_and_backward(topology, L, heads, heads_of_keys
     assert program.memory_analysis().temp_size_in_bytes < 2 * arrays + GIB, "a few arrays of the inputs' size, none of L x L"
 
 
-@pytest.mark.parametrize(("L", "heads"), [(4_096, 16), pytest.param(32_768, 16, marks=SLOW), (131_072, 16)])
+@pytest.mark.parametrize(("L", "heads"), [(4_096, 16), (4_096, 128), pytest.param(32_768, 16, marks=SLOW), (131_072, 16)])
 @pytest.mark.parametrize("topology", CHIPS)
 def test_indexer_kl_and_its_gradients(topology, L, heads):
     q, k, _ = attention(L, heads)

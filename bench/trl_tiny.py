@@ -1,0 +1,94 @@
+"""The step of bench.reinforce in TRL on torch, to compare with: one JSON line like it.
+
+    pip install torch transformers trl                  in an environment of its own
+    python bench/trl_tiny.py
+
+GRPOTrainer on transformers_tiny.py's model: 8 prompts of 32 tokens x 8 completions of 64, sampled by generate, one AdamW step, float32, no reference model, no gradient
+checkpointing (TRL's default, slower here), every completion of full length.
+"""
+
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+
+from transformers_tiny import SIZES  # which also sees to it that what is imported next does not take this directory's files for packages
+
+try:
+    import datasets
+    import tokenizers
+    import torch
+    import transformers
+    import trl
+except ImportError as missing:
+    sys.exit(f"{missing.name} is needed: pip install torch transformers trl")
+
+REPEATS, WARM_UP = 10, 2
+PROMPTS, GROUP, PROMPT, NEW, VOCAB = 8, 8, 32, 64, SIZES["vocab_size"]
+
+
+class Watch(transformers.TrainerCallback):
+    """Time of each step, generation included."""
+
+    def __init__(self):
+        self.times = []
+
+    def on_step_begin(self, *_, **__):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        self.times.append(time.perf_counter() - self.began)
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A word a token: t0 to t511."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1", padding_side="left")
+
+
+def reward(completion_ids, **_) -> list[float]:
+    return [statistics.mean(ids) / VOCAB for ids in completion_ids]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count())
+    draw = random.Random(0)
+    rows = [{"prompt": " ".join(f"t{draw.randrange(2, VOCAB)}" for _ in range(PROMPT))} for _ in range(PROMPTS * (REPEATS + WARM_UP))]
+    model, watch = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**SIZES)), Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = trl.GRPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=PROMPTS * GROUP,
+            num_generations=GROUP,
+            max_completion_length=NEW,
+            generation_kwargs={"min_new_tokens": NEW},
+            loss_type="grpo",
+            beta=0.0,
+            learning_rate=1e-3,
+            max_steps=REPEATS + WARM_UP,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = trl.GRPOTrainer(
+            model=model, reward_funcs=reward, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer(), callbacks=[watch]
+        )
+        trainer.train()
+    times = watch.times[WARM_UP:]
+    median, parameters = statistics.median(times), sum(parameter.numel() for parameter in model.parameters())
+    speed = {"tokens_per_s": round(PROMPTS * GROUP * NEW / median, 1), "seconds_median": round(median, 4), "seconds_least": round(min(times), 4)}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
+    print(json.dumps({"bench": "reinforce"} | speed | {"parameters": parameters} | versions))
+
+
+if __name__ == "__main__":
+    main()
