@@ -15,11 +15,13 @@ test: .venv/installed
 test-all: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not compile"
 
-# Every kernel through the TPU's own compiler, which needs no TPU; in an environment of its own, since JAX complains wherever it finds that compiler and no TPU.
+# Every kernel through the compilers of TPUs and of NVIDIA's GPUs, which need no such device; in an environment of their own, since JAX complains wherever it
+# finds a library for TPUs and none in the machine. Its CUDA plugin comes without the libraries it would run on; of those it compiles with ptxas alone.
+test-compile test-compile-all: export PATH := $(CURDIR)/.venv-compile/cuda:$(PATH)
 test-compile: .venv-compile/installed
 	.venv-compile/bin/python -m pytest -n 2 -m "compile and not slow" tests/compile
 
-# And sizes between, and whole train steps of DeepSeek-V3.2's shape, which take the compiler some minutes each.
+# And sizes between, and more whole train steps of DeepSeek-V3.2's shape: minutes each.
 test-compile-all: .venv-compile/installed
 	.venv-compile/bin/python -m pytest -n 2 -m compile tests/compile
 
@@ -35,6 +37,9 @@ lint: .venv/installed
 .venv-compile/installed: requirements.txt
 	$(PYTHON) -m venv .venv-compile
 	.venv-compile/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "jax[tpu]"
+	version=$$(.venv-compile/bin/python -c "import jax; print(jax.__version__)") && .venv-compile/bin/pip install --quiet --disable-pip-version-check --no-deps \
+	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version "nvidia-cuda-nvcc>=13,<13.1"
+	ln -sfn $$(ls -d $(CURDIR)/.venv-compile/lib/python3*/site-packages/nvidia/cu13/bin) .venv-compile/cuda
 	@touch $@
 
 clean:

@@ -3,8 +3,8 @@
     pip install torch transformers trl                  in an environment of its own
     python bench/trl_tiny.py
 
-GRPOTrainer on transformers_tiny.py's model: 8 prompts of 32 tokens x 8 completions of 64, sampled by generate, one AdamW step, float32, no reference model, no gradient
-checkpointing (TRL's default, slower here), every completion of full length.
+GRPOTrainer on transformers_tiny.py's model: 8 prompts of 32 tokens x 8 completions of 64, all of full length, sampled by generate; one AdamW step; float32, no
+reference model, and no gradient checkpointing, which is TRL's default and slower here.
 """
 
 import json

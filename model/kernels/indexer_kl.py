@@ -30,9 +30,9 @@ from jax.experimental.pallas import tpu as pltpu
 from model.indexer import indexer_kl, indexer_scores
 from model.kernels.keyset import KEYS, LANES, held_tiles, next_held, tile_bias, unpack
 from model.kernels.selection import score_tile
-from model.kernels.tile import F32, NO_KEY, by_lane, column, dot, padded
+from model.kernels.tile import F32, NO_KEY, by_lane, by_rows, column, dot, padded
 
-AT_ONCE = 16_384  # queries of a call: the table of its tiles must fit into scalar memory, a megabyte
+AT_ONCE = 16_384  # queries of a call: the tables of its tiles must fit into scalar memory, as in `by_rows`
 HEADS_AT_ONCE = 32  # of the attention: 9 MiB of queries and keys, fetched while the 32 before are worked on
 
 
@@ -77,7 +77,6 @@ def total_kl_reference(
     return total, jnp.moveaxis(mass_nBC, 0, 1).reshape(q_BTIC.shape[0], -1)[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def total_kl_tpu(
     attention: Attention, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, selected_BTW: Array, tiles: Tiles = Tiles()
 ) -> tuple[Array, Array]:
@@ -93,6 +92,18 @@ def total_kl_tpu(
       The loss summed over all queries, float32; 0 for queries without keys. Its gradient reaches the indexer's q, w and k alone.
       mass_BT: the attention's probability of the selected keys, float32. Without gradient.
     """
+
+    def of_rows(*rows):
+        kl, mass_BT = _total_kl(*rows, tiles)
+        return kl[None], mass_BT
+
+    table = -(-min(AT_ONCE, q_BTIC.shape[1]) // tiles.queries) * -(-k_BSC.shape[1] // tiles.keys)
+    kl_n, mass_BT = by_rows(of_rows, table, attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW)
+    return jnp.sum(kl_n), mass_BT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _total_kl(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles: Tiles) -> tuple[Array, Array]:
     return _with_gradients(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles)[0]
 
 
@@ -122,7 +133,7 @@ def _kl_kernel(
     held_ref, fetch_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, selected_ref, dk_before_ref,
     kl_ref, mass_ref, dq_ref, dw_ref, dk_ref, kl_sum_ref, mass_sum_ref, dq_sum_ref, dw_sum_ref, p_ref, positive_ref, dk_tile_ref, arrived, *, groups: int,
 ):  # fmt: skip
-    """p_ref [queries, keys]: the sum over heads so far. positive_ref [I, queries, keys]: relu(q k) of each indexer head, kept from the scores to the gradients."""
+    """p_ref [queries, keys]: the sum over heads so far. positive_ref [I, queries, keys]: relu(q k) of each indexer head, kept for the gradients."""
     del dk_before_ref  # dk_ref is the same memory
     b, i, j, group = (pl.program_id(axis) for axis in range(4))
     heads, I, keys = q_ref.shape[1], index_q_ref.shape[1], index_k_ref.shape[1]
@@ -284,4 +295,4 @@ def _scaled(tiles: Tiles, gradients, cotangents):
     return None, *((by * gradient.astype(F32)).astype(gradient.dtype) for gradient in gradients), None, None
 
 
-total_kl_tpu.defvjp(_with_gradients, _scaled)
+_total_kl.defvjp(_with_gradients, _scaled)

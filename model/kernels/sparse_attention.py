@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import MASKED
 from model.kernels.keyset import KEYS, LANES, held_tiles, next_held, tile_bias, unpack
-from model.kernels.tile import F32, NO_KEY, across, by_lane, dot, padded
+from model.kernels.tile import F32, NO_KEY, across, by_lane, by_rows, dot, padded
 
 DQ_TILES = 3  # of dq at a time on the chip: one arrives, one is added to, one leaves
 
@@ -69,7 +69,6 @@ def attend_reference(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Arra
     return jnp.moveaxis(out_nBKGCV, 0, 3).reshape(B, N, size, -1)[:, :, :T], jnp.moveaxis(lse_nBKGC, 0, 3).reshape(B, N, size)[:, :, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_tpu(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array, tiles: Tiles = Tiles()) -> tuple[Array, Array]:
     """The kernels.
 
@@ -80,6 +79,12 @@ def attend_tpu(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array, til
     Returns:
       out_BNTV of v's dtype, and lse_BNT float32; both 0 for a query without keys.
     """
+    table = -(-q_BNTH.shape[2] // tiles.queries) * -(-k_BKSH.shape[2] // tiles.keys)
+    return by_rows(lambda *rows: _attend(*rows, tiles), table, q_BNTH, k_BKSH, v_BKSV, bits_BTW)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array, tiles: Tiles) -> tuple[Array, Array]:
     return _forward(q_BNTH, k_BKSH, v_BKSV, bits_BTW, tiles)[0]
 
 
@@ -297,4 +302,4 @@ def _backward(tiles: Tiles, saved, cotangents):
     return dq_BNTH.astype(q_BNTH.dtype), dk_BKSH.astype(k_BKSH.dtype), dv_BKSV.astype(v_BKSV.dtype), None
 
 
-attend_tpu.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -10,6 +11,18 @@ from model.kernels.keyset import LANES
 
 F32 = jnp.float32
 NO_KEY = MASKED / 2  # what a running maximum begins at: below it the exponential of a masked logit is 0 even in a row without any key
+
+TABLES = 640 * 2**10  # bytes of a megabyte of scalar memory that the two tables of tiles may take, one that says which are held and one what to fetch
+
+
+def by_rows(function: Callable, table: int, *rows):
+    """A function of arrays [B, ...], so many rows at a time as have room for their tables, of so many int32 each, in scalar memory. Its results are joined."""
+    B = jax.tree.leaves(rows)[0].shape[0]
+    at_once = max((count for count in range(1, B + 1) if B % count == 0 and 8 * count * table <= TABLES), default=1)
+    if at_once == B:
+        return function(*rows)
+    parts = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), rows)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(lambda part: function(*part), parts))
 
 
 def padded(x: Array, axis: int, size: int) -> Array:

@@ -85,3 +85,25 @@ def test_indexer_kl_and_its_gradients(topology, L, heads):
 
     program = compiled(topology, gradients, q, k, ((1, heads, L), F32), iq, w, ik, *[((1, L, words(L)), jnp.int32)] * 2)
     assert program.memory_analysis().temp_size_in_bytes < 8 * L * I * C + GIB, "the indexer's queries and their gradient, none of L x L"
+
+
+def test_two_rows_of_128k_come_one_by_one():
+    """Their tables of tiles do not fit into a chip's scalar memory together."""
+    L, heads = 131_072, 2
+    q, k, v = attention(L, heads)
+    iq, w, ik = indexer(L)
+    bits = ((1, L, words(L)), jnp.int32)
+
+    def loss(iq, w, ik, q, k, v, bits):
+        out, lse = sparse_attention.attend_tpu(q, k, v, bits)
+        return indexer_kl.total_kl_tpu(indexer_kl.Attention(q, k, lse), iq, w, ik, bits, bits)[0] + jnp.sum(out.astype(F32))
+
+    compiled("v5e:2x2", loss, *(((2, *shape[1:]), dtype) for shape, dtype in (iq, w, ik, q, k, v, bits)))
+
+
+def test_a_block_that_is_too_large_is_refused():
+    """The plant of these checks: the interpreter runs such a block without a word."""
+    L = 131_072
+    q, w, k = indexer(L)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        compiled("v5p:2x2x1", functools.partial(select_tpu, topk=TOPK, queries=128), q, k, w, *[((1, L), jnp.int32)] * 2, ((L,), jnp.int32))

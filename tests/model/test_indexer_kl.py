@@ -65,6 +65,25 @@ def test_it_is_the_definition_and_its_gradient(shape, share, tiles, heads, kind,
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.max(jnp.abs(other))))
 
 
+def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
+    attention, indexer, among_BTS, some_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
+
+    def graded():
+        def total(*indexer):
+            kl, mass_BT = total_kl_tpu(attention, *indexer, pack(among_BTS), pack(some_BTS), Tiles(128, 128, interpret=True))
+            return kl, mass_BT
+
+        (kl, mass_BT), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*indexer)
+        return mass_BT, *gradients, kl
+
+    *together, kl = graded()
+    monkeypatch.setattr("model.kernels.tile.TABLES", 8 * 4)
+    *one_by_one, same_kl = graded()
+    np.testing.assert_allclose(same_kl, kl, rtol=1e-6)  # the same 400 numbers, summed in another order
+    for one, other in zip(one_by_one, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("kind", [functools.partial(total_kl_tpu, tiles=Tiles(128, 128, interpret=True)), total_kl_reference], ids=["kernel", "reference"])
 def test_nothing_reaches_the_attention(kind):
     attention, indexer, among_BTS, some_BTS, _ = made(1, 1, 128, 8, 1, 8, 0.5)

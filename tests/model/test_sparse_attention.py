@@ -79,6 +79,19 @@ def test_the_kernels_are_the_definition(shape, tiles):
     assert not np.any(out_BNTV[:, :, 5]) and not np.any(lse_BNT[:, :, 5]) and not np.any(dq_BNTH[:, :, 5]), "a query without keys"
 
 
+def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
+    *qkv, among_BTS = made(4, 2, 2, 300, 8, 8)
+    tiles = Tiles(128, 128, keys_backward=128, interpret=True)
+    together = graded(lambda *qkv: attend_tpu(*qkv, pack(among_BTS), tiles), *qkv)
+    monkeypatch.setattr("model.kernels.tile.TABLES", 8 * 9 * 2)  # two rows of 3 x 3 tiles
+    called, forward = [], sparse_attention._call
+    monkeypatch.setattr(sparse_attention, "_call", lambda *given, **more: called.append(given[2][0].array.shape[0]) or forward(*given, **more))
+    two_by_two = graded(lambda *qkv: attend_tpu(*qkv, pack(among_BTS), tiles), *qkv)
+    assert set(called) == {2}
+    for one, other in zip(two_by_two, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_copies_may_be_done_at_once_or_late():
     """dq travels between chip and HBM beside the arithmetic: whenever its copies are done, every bit is the same."""
     *qkv, among_BTS = made(1, 1, 1, 640, 8, 8)
