@@ -118,9 +118,9 @@ def works(L: int) -> list[Work]:
     backward_row = heads * keys_backward * 2 * (h + v)
 
     pairs, loss_tiles, loss_rows = loss.queries * loss.keys, causal_tiles(L, loss.queries, loss.keys), L // loss.queries
-    index_q, index_k, loss_mask = loss.queries * (I * 2 * C + 4 * stored(I)), loss.keys * 2 * C, loss.queries * mask
+    index_q, index_k, loss_mask = loss.queries * I * 2 * C, loss.keys * 2 * C, loss.queries * mask
     kl_tile = loss.keys * HEADS * h + index_k + 2 * loss_mask + 2 * loss.keys * 4 * C  # the keys' gradient comes and goes in float32
-    kl_row = 2 * index_q + loss.queries * (HEADS * (h + row) + I * row)
+    kl_row = 2 * index_q + loss.queries * (HEADS * (h + row) + 2 * I * row)
 
     def attention(kernel: str, heads: int, keys: int, widths: int, row: int, tile_bytes: int, row_bytes: int) -> Work:
         programs, flops = HEADS // heads, 2 * heads * queries * keys * widths
@@ -129,7 +129,7 @@ def works(L: int) -> list[Work]:
     return [
         attention("sparse_attention", tiles.heads, keys, H + V, queries, forward_tile, forward_row),
         attention("sparse_attention_backward", heads, keys_backward, 3 * H + 2 * V, keys_backward, backward_tile, backward_row),
-        Work("indexer_normaliser", loss_tiles, loss_rows, 2 * pairs * I * C, index_k + loss_mask, index_q),
+        Work("indexer_normaliser", loss_tiles, loss_rows, 2 * pairs * I * C, index_k + loss_mask, index_q + loss.queries * 4 * stored(I)),
         Work("indexer_kl", loss_tiles, loss_rows, 2 * pairs * (HEADS * H + 3 * I * C), kl_tile, kl_row),
     ]
 

@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from model.indexer import indexer_kl, indexer_scores
 from model.kernels.keyset import KEYS, LANES, held_tiles, next_held, tile_bias, unpack
 from model.kernels.selection import score_tile
-from model.kernels.tile import F32, NO_KEY, by_lane, by_rows, column, dot, padded
+from model.kernels.tile import F32, NO_KEY, SUBLANES, by_rows, by_sublane, dot, padded
 
 AT_ONCE = 16_384  # queries of a call: the tables of its tiles must fit into scalar memory, as in `by_rows`
 HEADS_AT_ONCE = 32  # of the attention: 9 MiB of queries and keys, fetched while the 32 before are worked on
@@ -133,7 +133,9 @@ def _kl_kernel(
     held_ref, fetch_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, selected_ref, dk_before_ref,
     kl_ref, mass_ref, dq_ref, dw_ref, dk_ref, kl_sum_ref, mass_sum_ref, dq_sum_ref, dw_sum_ref, p_ref, positive_ref, dk_tile_ref, arrived, *, groups: int,
 ):  # fmt: skip
-    """p_ref [queries, keys]: the sum over heads so far. positive_ref [I, queries, keys]: relu(q k) of each indexer head, kept for the gradients."""
+    """Keys along the rows: so what is one number a query (lse, w) lies along lanes, as it is stored, and no product of a head wants a turned operand.
+
+    p_ref [keys, queries]: the sum over heads so far. positive_ref [I, keys, queries]: relu(q k) of each indexer head, kept for the gradients."""
     del dk_before_ref  # dk_ref is the same memory
     b, i, j, group = (pl.program_id(axis) for axis in range(4))
     heads, I, keys = q_ref.shape[1], index_q_ref.shape[1], index_k_ref.shape[1]
@@ -149,36 +151,36 @@ def _kl_kernel(
         dk_here = dk_ref.at[b, pl.ds(pl.multiple_of(j * keys, LANES), keys)]
         fetched = pltpu.make_async_copy(dk_here, dk_tile_ref, arrived)
         pl.when(all_heads)(fetched.start)
-        bias_QK = tile_bias(bits_ref[0], j, keys)
-        p_QK = jnp.zeros(bias_QK.shape, F32)
-        for head in range(heads):
-            p_QK += jnp.exp(dot(q_ref[0, head], k_ref[0, head], (1, 1)) + bias_QK - column(lse_ref[0, head]))
+        p_KQ = jnp.zeros(p_ref.shape, F32)
+        for head in range(heads):  # of keys outside the set, too: they are taken out below
+            p_KQ += jnp.exp(dot(k_ref[0, head], q_ref[0, head], (1, 1)) - lse_ref[0, head])
         if groups > 1:
-            p_QK += jnp.where(group == 0, 0.0, p_ref[...])
-            p_ref[...] = p_QK
+            p_KQ += jnp.where(group == 0, 0.0, p_ref[...])
+            p_ref[...] = p_KQ
 
         @pl.when(all_heads)
         def _():
-            mean_QK = p_QK * (1.0 / (heads * groups))
-            mass_sum_ref[...] += by_lane(jnp.add, jnp.where(tile_bias(selected_ref[0], j, keys) == 0, mean_QK, 0.0))
-            scores_QK = jnp.zeros(bias_QK.shape, F32)
+            chosen_KQ, selected_KQ = (tile_bias(ref[0], j, keys).T == 0 for ref in (bits_ref, selected_ref))
+            mean_KQ = jnp.where(chosen_KQ, p_KQ * (1.0 / (heads * groups)), 0.0)
+            mass_sum_ref[...] += by_sublane(jnp.add, jnp.where(selected_KQ, mean_KQ, 0.0))
+            scores_KQ = jnp.zeros(p_ref.shape, F32)
             for head in range(I):
-                positive_QK = jnp.maximum(dot(index_q_ref[0, head], index_k_ref[0], (1, 1)), 0.0)
-                positive_ref[head] = positive_QK.astype(positive_ref.dtype)
-                scores_QK += positive_QK * w_ref[0, :, head : head + 1]
-            log_predicted_QK = scores_QK - column(index_lse_ref[0])
-            chosen_QK = bias_QK == 0
-            kl_QK = mean_QK * (jnp.log(jnp.where(mean_QK > 0, mean_QK, 1.0)) - log_predicted_QK)
-            kl_sum_ref[...] += by_lane(jnp.add, jnp.where(chosen_QK, kl_QK, 0.0))
-            dscores_QK = jnp.where(chosen_QK, jnp.exp(log_predicted_QK) - mean_QK, 0.0)
+                positive_KQ = jnp.maximum(dot(index_k_ref[0], index_q_ref[0, head], (1, 1)), 0.0)
+                positive_ref[head] = positive_KQ.astype(positive_ref.dtype)
+                scores_KQ += positive_KQ * w_ref[0, head]
+            log_predicted_KQ = scores_KQ - index_lse_ref[0]
+            kl_KQ = mean_KQ * (jnp.log(jnp.where(mean_KQ > 0, mean_KQ, 1.0)) - log_predicted_KQ)
+            kl_sum_ref[...] += by_sublane(jnp.add, jnp.where(chosen_KQ, kl_KQ, 0.0))
+            dscores_KQ = jnp.where(chosen_KQ, jnp.exp(log_predicted_KQ) - mean_KQ, 0.0)
+            turned_CK = index_k_ref[0].T
             fetched.wait()
             dk_KC = dk_tile_ref[...]
             for head in range(I):
-                positive_QK = positive_ref[head].astype(F32)
-                dw_sum_ref[head] += by_lane(jnp.add, dscores_QK * positive_QK)
-                ddot_QK = (jnp.where(positive_QK > 0, dscores_QK, 0.0) * w_ref[0, :, head : head + 1]).astype(index_k_ref.dtype)
-                dq_sum_ref[head] += dot(ddot_QK, index_k_ref[0], (1, 0))
-                dk_KC += dot(ddot_QK, index_q_ref[0, head], (0, 0))
+                positive_KQ = positive_ref[head].astype(F32)
+                dw_sum_ref[head] += by_sublane(jnp.add, dscores_KQ * positive_KQ)
+                ddot_KQ = (jnp.where(positive_KQ > 0, dscores_KQ, 0.0) * w_ref[0, head]).astype(index_k_ref.dtype)
+                dq_sum_ref[head] += dot(turned_CK, ddot_KQ, (1, 0))
+                dk_KC += dot(ddot_KQ, index_q_ref[0, head], (1, 0))
             dk_tile_ref[...] = dk_KC
             put = pltpu.make_async_copy(dk_tile_ref, dk_here, arrived)
             put.start()
@@ -187,10 +189,10 @@ def _kl_kernel(
     @pl.when((j == pl.num_programs(2) - 1) & all_heads)
     def _():
         for row_ref, sum_ref in ((kl_ref, kl_sum_ref), (mass_ref, mass_sum_ref)):
-            row_ref[0] = jnp.sum(sum_ref[...], axis=1, keepdims=True).T
-        dq_ref[0] = dq_sum_ref[...].astype(dq_ref.dtype)
+            row_ref[0] = jnp.sum(sum_ref[...], axis=0, keepdims=True)
         for head in range(I):
-            dw_ref[0, head] = jnp.sum(dw_sum_ref[head], axis=1, keepdims=True).T
+            dq_ref[0, head] = dq_sum_ref[head].T.astype(dq_ref.dtype)
+            dw_ref[0, head] = jnp.sum(dw_sum_ref[head], axis=0, keepdims=True)
 
 
 def _with_gradients(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles: Tiles):
@@ -263,7 +265,9 @@ def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW, k_BNSH, k_BSC,
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     index_q = jnp.swapaxes(q_BTIC, 1, 2), of_head
     index_k = k_BSC, spec((1, keys, C), lambda b, i, j: (b, j, 0))
-    w = w_BTI.astype(F32), spec((1, queries, I), lambda b, i, j: (b, i, 0))
+    w_BTI = w_BTI.astype(F32)
+    w = w_BTI, spec((1, queries, I), lambda b, i, j: (b, i, 0))
+    row_of_head = spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))
     mask, selected = ((bits, spec((1, queries, LANES), lambda b, i, j: (b, i, lax.div(j, of_word)))) for bits in (bits_BTW, selected_BTW))
     lanes = pltpu.VMEM((queries, LANES), F32)
     (index_lse_B1T,) = call(_normaliser_kernel, "indexer_normaliser", 1, [index_q, w, index_k, mask], [((B, 1, T), F32, row)], [lanes, lanes])
@@ -271,17 +275,17 @@ def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW, k_BNSH, k_BSC,
         (q_BNTH, spec_of_heads((1, heads, queries, H), lambda b, group, i, j: (b, group, i, 0))),
         (k_BNSH, spec_of_heads((1, heads, keys, H), lambda b, group, i, j: (b, group, j, 0))),
         (lse_BNT[:, :, None], spec_of_heads((1, heads, 1, queries), lambda b, group, i, j: (b, group, 0, i))),
-        *(index_q, w, index_k, (index_lse_B1T, row), mask, selected, (dk_BSC, in_hbm)),
+        *(index_q, (jnp.swapaxes(w_BTI, 1, 2)[:, :, None], row_of_head), index_k, (index_lse_B1T, row), mask, selected, (dk_BSC, in_hbm)),
     ]
     results = [
         ((B, 1, T), F32, row),
         ((B, 1, T), F32, row),
         ((B, I, T, C), q_BTIC.dtype, of_head),
-        ((B, I, 1, T), F32, spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))),
+        ((B, I, 1, T), F32, row_of_head),
         ((B, S, C), F32, in_hbm),
     ]
-    sums = [lanes, lanes, pltpu.VMEM((I, queries, C), F32), pltpu.VMEM((I, queries, LANES), F32), pltpu.VMEM((queries, keys), F32)]
-    scratch = [*sums, pltpu.VMEM((I, queries, keys), k_BSC.dtype), pltpu.VMEM((keys, C), F32), pltpu.SemaphoreType.DMA]
+    sums = [pltpu.VMEM(shape, F32) for shape in ((SUBLANES, queries), (SUBLANES, queries), (I, C, queries), (I, SUBLANES, queries), (keys, queries))]
+    scratch = [*sums, pltpu.VMEM((I, keys, queries), k_BSC.dtype), pltpu.VMEM((keys, C), F32), pltpu.SemaphoreType.DMA]
     before = len(prefetched) + len(operands) - 1
     aliases = {before: len(results) - 1}
     kl_B1T, mass_B1T, dq_BITC, dw_BI1T, dk_BSC = call(

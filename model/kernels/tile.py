@@ -10,6 +10,7 @@ from model.indexer import MASKED
 from model.kernels.keyset import LANES
 
 F32 = jnp.float32
+SUBLANES = 8  # rows of a register
 NO_KEY = MASKED / 2  # what a running maximum begins at: below it the exponential of a masked logit is 0 even in a row without any key
 
 TABLES = 640 * 2**10  # bytes of a megabyte of scalar memory that the two tables of tiles may take, one that says which are held and one what to fetch
@@ -49,6 +50,11 @@ def across(x_QL: Array, width: int) -> Array:
 def by_lane(fold: Callable[[Array, Array], Array], x_QK: Array) -> Array:
     """[Q, K] folded to [Q, 128]: what is left of it waits until the last tile."""
     return in_pairs(fold, jnp.split(x_QK, x_QK.shape[1] // LANES, axis=1))
+
+
+def by_sublane(fold: Callable[[Array, Array], Array], x_KQ: Array) -> Array:
+    """[K, Q] folded to [8, Q]."""
+    return in_pairs(fold, jnp.split(x_KQ, x_KQ.shape[0] // SUBLANES, axis=0))
 
 
 def in_pairs(fold: Callable[[Array, Array], Array], parts: list[Array]) -> Array:

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from model.kernels.grouped_matmul import Tiles, megablox, rows_of_tile, tile_width, tokamax
 from tests import tiny
+from tests.interpreter import STRICT
 
-STRICT = functools.partial(megablox, tiles=Tiles(128, pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)))
+pytestmark = pytest.mark.usefixtures("no_races")
+
+WATCHED = functools.partial(megablox, tiles=Tiles(128, STRICT))
 COUNTS = {
     "uneven": (0, 7, 130, 51, 0, 1),  # empty groups first and between, groups that begin and end inside a tile, and rows that are nobody's
     "one": (0, 0, 260, 0, 0, 0),  # all rows are one group's
@@ -53,14 +55,14 @@ def somebodys(graded, counts: tuple[int, ...]):
 def test_megablox_is_the_definition(load):
     """Widths that are cut and that no tile divides: 520 into two of 384, and 130 as it is."""
     clean, dirty = made(260, 520, 130, COUNTS[load], jnp.float32)
-    found = somebodys(graded(STRICT, *dirty), COUNTS[load])
+    found = somebodys(graded(WATCHED, *dirty), COUNTS[load])
     tiny.assert_close(found, somebodys(graded(by_definition, *clean), COUNTS[load]), rtol=1e-5, atol=1e-3)  # up to 520 float32 products in another order
     assert not np.any(found[2][np.asarray(COUNTS[load]) == 0]), "groups without rows"
 
 
 def test_megablox_sums_bfloat16_in_float32():
     clean, dirty = made(260, 72, 40, COUNTS["uneven"], jnp.bfloat16)
-    found = somebodys(graded(STRICT, *dirty), COUNTS["uneven"])
+    found = somebodys(graded(WATCHED, *dirty), COUNTS["uneven"])
     assert {leaf.dtype for leaf in found} == {jnp.dtype(jnp.bfloat16)}
     wide = (leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf for leaf in clean)
     exact = somebodys(graded(by_definition, *wide), COUNTS["uneven"])

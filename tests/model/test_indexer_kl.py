@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_kl, indexer_scores
 from model.kernels.indexer_kl import Attention, Tiles, total_kl_reference, total_kl_tpu
 from model.kernels.keyset import pack
+from tests.interpreter import STRICT
 
-STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):

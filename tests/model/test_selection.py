@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_scores, select_topk
 from model.kernels.keyset import KEYS, causal, held_tiles, next_held, pack, sizes, tile_bias, unpack, words
 from model.kernels.selection import BLOCK, GUESSES, find_threshold, select_reference, select_tpu
+from tests.interpreter import STRICT
 
-STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def inputs(B: int, T: int, I: int, C: int, dtype=jnp.float32, segments: int = 1, seed: int = 0):

@@ -1,27 +1,18 @@
 """Flash attention over chosen keys, in Pallas' TPU interpreter, which fills memory with NaN and watches for races: values and gradients against autodiff
 through a dense softmax. So is the reference in chunks."""
 
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from model.kernels import sparse_attention
 from model.kernels.keyset import held_tiles, pack
 from model.kernels.sparse_attention import Tiles, attend_reference, attend_tpu
+from tests.interpreter import EAGER, STRICT
 
-STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
-EAGER = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, dma_execution_mode="eager")  # copies done when begun, not when waited for
-
-
-@pytest.fixture(autouse=True)
-def no_races(capfd):
-    """The interpreter prints the races that it finds, and copies that nobody waited for."""
-    yield
-    assert not re.search("RACE|non-zero count", capfd.readouterr().out)
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def made(B: int, N: int, K: int, T: int, H: int, V: int, dtype=jnp.float32):

@@ -3,16 +3,14 @@ their tiles as the compiled kernel does."""
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels import sparse_decode
 from model.kernels.sparse_decode import decode_reference, decode_tpu, from_tiles, to_tiles
+from tests.interpreter import STRICT
 
-STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+pytestmark = pytest.mark.usefixtures("no_races")
 CHUNK = 16
 F32, BF16 = jnp.float32, jnp.bfloat16
 
@@ -49,7 +47,7 @@ CASES = {  # counts, heads, rank, value rank, more
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernel_is_the_reference(case, parts, capfd):
+def test_the_kernel_is_the_reference(case, parts):
     """float32, sums in another order."""
     counts, heads, rank, value_rank, more = CASES[case]
     q, latent, index, count = inputs(counts, heads, rank, **more)
@@ -57,7 +55,6 @@ def test_the_kernel_is_the_reference(case, parts, capfd):
     np.testing.assert_allclose(expected, by_hand(q, latent, value_rank, index, count), atol=2e-6)
     found = decode_tpu(q, to_tiles(latent), value_rank, index, count, keys=CHUNK, parts=parts, interpret=STRICT)
     np.testing.assert_allclose(found, expected, atol=2e-6)
-    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -84,30 +81,3 @@ def test_tiles_hold_the_latents():
     assert tiles.shape == (2, 5, 3, 2, 128)
     np.testing.assert_array_equal(from_tiles(tiles, 576), latent_BSR)
     assert not np.any(from_tiles(tiles, 768)[..., 576:])
-
-
-def test_a_copy_that_is_not_waited_for_is_reported(monkeypatch, capfd, caplog):
-    """The same kernel with its waits taken out: what the tests above would say of it. JAX prints, logs or raises a race, by its version."""
-    real = pltpu.make_async_copy
-
-    class Unawaited:
-        def __init__(self, *args):
-            self.args = args
-
-        def start(self):
-            real(*self.args).start()
-
-        def wait(self):
-            pass
-
-    monkeypatch.setattr(sparse_decode.pltpu, "make_async_copy", Unawaited)
-    q, latent, index, count = inputs((23,), 2, 24)
-    eager = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, dma_execution_mode="eager")
-    raised = ""
-    try:
-        jax.block_until_ready(decode_tpu(q, to_tiles(latent), 16, index, count, keys=CHUNK, interpret=eager))
-    except Exception as error:
-        raised = str(error)
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
-    assert "RACE DETECTED" in raised + caplog.text + capfd.readouterr().out
