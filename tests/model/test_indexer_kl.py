@@ -65,6 +65,19 @@ def test_it_is_the_definition_and_its_gradient(shape, share, tiles, heads, kind,
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.max(jnp.abs(other))))
 
 
+def test_keys_outside_the_set_may_have_any_logit():
+    """Their exponentials overflow, against a log-sum-exp that they are not in."""
+    attention, indexer, among_BTS, some_BTS, _ = made(1, 2, 130, 8, 1, 8, 0.3)
+    q_BNTH, k_BNSH = (x.at[..., 0].set(0).at[:, :, at, 0].set(1e4) for x, at in ((attention.q_BNTH, 100), (attention.k_BNSH, 50)))
+    among_BTS, some_BTS = among_BTS.at[:, 100, 50].set(False), some_BTS.at[:, 100, 50].set(False)
+    given = attention._replace(q_BNTH=q_BNTH, k_BNSH=k_BNSH), *indexer, pack(among_BTS), pack(some_BTS)
+    expected, mass_BT = total_kl_reference(*given)
+    found, found_mass_BT = total_kl_tpu(*given, Tiles(128, 128, interpret=True))
+    assert np.isfinite(found)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found_mass_BT, mass_BT, atol=1e-5)
+
+
 def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
     attention, indexer, among_BTS, some_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
 
