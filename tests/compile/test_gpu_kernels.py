@@ -1,5 +1,5 @@
 """NVIDIA's compiler takes every kernel for an H200, at DeepSeek-V3.2's sizes, and says what it makes of it: registers that did not suffice, products that
-wait for each other. Compiled, not run, and without a GPU, by XLA's CUDA plugin and ptxas. Skipped where they are not installed; docs/gpu.md has the recipe."""
+wait for each other. Compiled, not run, and without a GPU, by XLA's CUDA plugin and ptxas. Skipped where they are not installed: `make test-compile` does."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ from model.kernels.selection import select_reference
 from model.kernels.sparse_attention_gpu import attend_gpu
 
 MISSING = [name for name, there in (("jax-cuda13-plugin", importlib.util.find_spec("jax_cuda13_plugin")), ("ptxas", shutil.which("ptxas"))) if not there]
-pytestmark = [pytest.mark.compile, pytest.mark.skipif(bool(MISSING), reason=f"no compiler for NVIDIA GPUs: {' and '.join(MISSING)} not found (docs/gpu.md)")]
+pytestmark = [pytest.mark.compile, pytest.mark.skipif(bool(MISSING), reason=f"no compiler for NVIDIA GPUs: {' and '.join(MISSING)} not found: make test-compile installs them")]
 
 GIB = 2**30
 I, C, H, V, TOPK = 64, 128, 192, 128, 2_048  # V3.2's indexer and, expanded, its attention
