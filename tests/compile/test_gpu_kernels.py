@@ -20,7 +20,8 @@ from model.kernels.selection import select_reference
 from model.kernels.sparse_attention_gpu import attend_gpu
 
 MISSING = [name for name, there in (("jax-cuda13-plugin", importlib.util.find_spec("jax_cuda13_plugin")), ("ptxas", shutil.which("ptxas"))) if not there]
-pytestmark = [pytest.mark.compile, pytest.mark.skipif(bool(MISSING), reason=f"no compiler for NVIDIA GPUs: {' and '.join(MISSING)} not found: make test-compile installs them")]
+NO_COMPILER = f"no compiler for NVIDIA GPUs, {' and '.join(MISSING)} not found: make test-compile installs them"
+pytestmark = [pytest.mark.compile, pytest.mark.skipif(bool(MISSING), reason=NO_COMPILER)]
 
 GIB = 2**30
 I, C, H, V, TOPK = 64, 128, 192, 128, 2_048  # V3.2's indexer and, expanded, its attention
