@@ -9,7 +9,7 @@ from launch.topology import GIB
 from model.kernels import experts
 from tests.compile.test_tpu_kernels import BF16, CHIPS, F32, compiled
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("little_effort")]
 
 D, F, EXPERTS, K = 7_168, 2_048, 256, 8
 TOKENS = 8_192  # of all the devices that share the experts

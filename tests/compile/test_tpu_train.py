@@ -14,20 +14,11 @@ from launch.topology import CHIPS, topology_devices
 from model.kernels.keyset import words
 from model.sharding import MESH_AXES, make_mesh
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("little_effort")]
 SLOW = pytest.mark.slow  # minutes each: `make test-compile-all`
 
 KERNELS = {"warmup": {"select", "sparse_attention", "indexer_normaliser", "indexer_kl"}}
 KERNELS["sparse"] = KERNELS["warmup"] | {"sparse_attention_backward"}
-
-
-@pytest.fixture(autouse=True)
-def little_effort():
-    """Of XLA's search for the fastest layout of its own matmuls, most of the time and nothing that is asked here."""
-    before = jax.config.jax_exec_time_optimization_effort
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    yield
-    jax.config.update("jax_exec_time_optimization_effort", before)
 
 
 def compiled(topology: str, devices: int | None = None, **changes):
