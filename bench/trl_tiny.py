@@ -4,7 +4,7 @@
     python bench/trl_tiny.py
 
 GRPOTrainer on transformers_tiny.py's model: 8 prompts of 32 tokens x 8 completions of 64, all of full length, sampled by generate; one AdamW step; float32, no
-reference model, and no gradient checkpointing, which is TRL's default and slower here.
+reference model, and no gradient checkpointing, which is TRL's default and would compute the forward pass twice.
 """
 
 import json

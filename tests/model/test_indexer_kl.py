@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.indexer import indexer_kl, indexer_scores
+from model.kernels import indexer_kl as kernels
 from model.kernels.indexer_kl import Attention, Tiles, total_kl_reference, total_kl_tpu
 from model.kernels.keyset import pack
 from tests.interpreter import STRICT
@@ -91,7 +92,10 @@ def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
 
     *together, kl = graded()
     monkeypatch.setattr("model.kernels.tile.TABLES", 8 * 4)
+    called, part = [], kernels._part
+    monkeypatch.setattr(kernels, "_part", lambda *given: called.append(given[0].shape[0]) or part(*given))
     *one_by_one, same_kl = graded()
+    assert set(called) == {1}
     np.testing.assert_allclose(same_kl, kl, rtol=1e-6)  # the same 400 numbers, summed in another order
     for one, other in zip(one_by_one, together, strict=True):
         np.testing.assert_array_equal(one, other)

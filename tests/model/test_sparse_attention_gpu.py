@@ -16,6 +16,8 @@ from model.kernels.sparse_attention_gpu import Tiles, attend_gpu, held_first
 from tests.model import test_sparse_attention as tpu
 from tests.model.test_sparse_attention import dense, graded
 
+pytestmark = pytest.mark.usefixtures("no_races")
+
 STRICT = InterpretGPUParams(uninitialized_memory="nan", detect_races=True)
 interpreted = pytest.mark.slow if jax.__version_info__ < (0, 11) else lambda test: test  # the interpreter of JAX 0.10 compiles anew for each warpgroup
 CUSTOM = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]  # not promised to be stable: it is not kept here
