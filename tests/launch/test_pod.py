@@ -12,11 +12,11 @@ from launch.command import command
 from launch.pod import FLAGS, PLACES, run
 
 WORDS = ["python", "-m", "launch.pretrain", "--config.data.sources=('text:a b/*.py', \"it's\")", "--workdir=/mnt/$HOME x", "--x=a&b;c`d`"]
-SHOW_WORDS = "#!/bin/bash\nfor word in \"$@\"; do printf '%s\\0' \"$word\"; done > \"$SEEN\"\n"
 
 TPU = ["--on=tpu", "--name=slice", "--zone=z"]
 GKE = ["--on=gke", "--name=job", "--cluster=c", "--tpu_type=v5litepod-64"]
 SLURM = ["--on=slurm", "--name=job"]
+ON = {"tpu": (TPU, 2), "gke": (GKE, 1), "slurm": (SLURM, 1)}  # and on how many hosts
 
 
 def call(argv):
@@ -65,7 +65,11 @@ def place(tmp_path, monkeypatch):
         "kubectl": "exit 0",
         "sbatch": 'bash "$1"',
         "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift; "$@"',
-        "python": SHOW_WORDS.split("\n", 1)[1] + 'echo "$ATHANOR_DISTRIBUTED" > "$SEEN.distributed"; pwd > "$SEEN.where"; ls -A > "$SEEN.tree"',
+        # What is started: says what it sees, a directory for each host, which gets its name only when it is whole; hosts run side by side.
+        "python": """
+            one=$(mktemp -d "$SEEN/.XXXXXX")
+            printf '%s\\0' "$@" > "$one/words"; echo "$ATHANOR_DISTRIBUTED" > "$one/distributed"; pwd > "$one/where"
+            mv "$one" "$SEEN/${one##*.}" """,
         "patient": "echo working; exec sleep 60",
     }
     (tmp_path / "bin").mkdir()
@@ -76,44 +80,53 @@ def place(tmp_path, monkeypatch):
         (tmp_path / "hosts" / host).mkdir(parents=True)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("HOSTS", f"{tmp_path}/hosts")
+    (tmp_path / "seen").mkdir()
     monkeypatch.setenv("SEEN", f"{tmp_path}/seen")
     return tmp_path
 
 
-def arrived(place):
-    """The words the command was started with, waited for: on a TPU it runs in the background."""
+def started(place):
+    return [one for one in (place / "seen").iterdir() if not one.name.startswith(".")]
+
+
+def arrived(place, hosts):
+    """Where the command was started, on all hosts, with the words it was given there; waited for: on a TPU it runs in the background."""
     deadline = time.monotonic() + 20
-    distributed = place / "seen.distributed"  # the shell makes a file before it writes it
-    while not ((place / "seen.tree").exists() and distributed.exists() and distributed.read_text()) and time.monotonic() < deadline:
+    while len(started(place)) < hosts and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert (place / "seen.distributed").read_text() == "1\n"
-    return ["python", *(place / "seen").read_text().split("\0")[:-1]]
+    seen = started(place)
+    assert len(seen) == hosts
+    for one in seen:
+        assert ["python", *(one / "words").read_text().split("\0")[:-1]] == WORDS
+        assert (one / "distributed").read_text() == "1\n"
+    return {Path((one / "where").read_text().strip()) for one in seen}
 
 
-@pytest.mark.parametrize("argv", [TPU, GKE, SLURM], ids=["tpu", "gke", "slurm"])
-def test_every_word_arrives(place, argv):
+@pytest.mark.parametrize("argv, hosts", ON.values(), ids=ON)
+def test_every_word_arrives(place, argv, hosts):
     assert call([*argv, "--", *WORDS]) == 0
-    assert arrived(place) == WORDS
+    arrived(place, hosts)
 
 
-@pytest.mark.parametrize("argv", [TPU, GKE], ids=["tpu", "gke"])
-def test_the_tree_that_arrives_is_the_one_here(place, argv):
+@pytest.mark.parametrize("argv, hosts", [ON["tpu"], ON["gke"]], ids=["tpu", "gke"])
+def test_the_tree_that_arrives_is_the_one_here(place, argv, hosts):
     before = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     assert call([*argv, "--", *WORDS]) == 0
-    arrived(place)
-    there = Path((place / "seen.where").read_text().strip())
-    assert set(os.listdir(there)) - {"pod.log", "pod.pid"} == {".gitignore", "kept", "changed", "new"}
-    assert (there / "changed").read_text() == "new"
+    places = arrived(place, hosts)
+    assert len(places) == hosts
+    for there in places:
+        assert set(os.listdir(there)) - {"pod.log", "pod.pid"} == {".gitignore", "kept", "changed", "new"}
+        assert (there / "changed").read_text() == "new"
     assert subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout == before  # nothing was staged
 
 
-@pytest.mark.parametrize("argv", [TPU, GKE, SLURM], ids=["tpu", "gke", "slurm"])
-def test_a_dry_run_prints_what_would_run_and_runs_nothing(place, argv, capsys):
+@pytest.mark.parametrize("argv, hosts", ON.values(), ids=ON)
+def test_a_dry_run_prints_what_would_run_and_runs_nothing(place, argv, hosts, capsys):
     assert call([*argv, "--dry_run", "--", *WORDS]) == 0
     out = capsys.readouterr().out
-    assert not Path("runs").exists() and not (place / "seen").exists()
+    assert not Path("runs").exists() and not started(place)
     subprocess.run(["bash", "-e", "-c", out], check=True, capture_output=True)  # pasted, it does the same
-    assert arrived(place) == WORDS
+    arrived(place, hosts)
 
 
 def test_a_tpu_run_goes_on_until_stopped(place, capfd):
@@ -135,7 +148,7 @@ def test_a_failing_step_stops_the_rest(place, capfd):
     assert call([*GKE, "--", *WORDS]) == 2
     err = capfd.readouterr().err
     assert "error: exit 7 from: xpk workload create" in err and err.rstrip().splitlines()[-1].startswith("error: ")
-    assert not (place / "seen").exists()
+    assert not started(place)
 
 
 def test_slurm_starts_a_process_per_gpu_which_sees_all_of_them(capsys):
