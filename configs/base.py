@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.model.query_chunk = 512  # in chunks attention handles this many queries at a time
     c.model.causal_parts = 4  # in chunks a sequence is cut into so many, each attending over the keys up to its own end only
     c.model.logit_chunk = 1024  # the output head handles this many tokens of a row at a time
-    c.model.expert_matmul = "auto"  # "auto" | "blocks" | "megablox" | "reference" | "tokamax", see model/kernels/experts.py
+    c.model.expert_matmul = "auto"  # "auto" | "blocks" | "by_size" | "megablox" | "reference" | "tokamax", see model/kernels/experts.py
 
     c.model.rope = ConfigDict()
     c.model.rope.theta = 10_000.0  # the slowest channels turn once in about 2 pi theta tokens

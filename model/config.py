@@ -23,7 +23,7 @@ REMAT_POLICIES = ("none", "full", "dots")
 GATES = ("none", "head", "element")
 DTYPES = ("float32", "bfloat16")
 ATTENTION_FORMS = ("auto", "chunks", "tiles")
-EXPERT_MATMULS = ("auto", "blocks", "megablox", "reference", "tokamax")
+EXPERT_MATMULS = ("auto", "blocks", "by_size", "megablox", "reference", "tokamax")
 
 
 def require(condition: bool, field: str, value: object, rule: str) -> None:

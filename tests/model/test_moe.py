@@ -11,7 +11,7 @@ import pytest
 from errors import UserError
 from model.config import EXPERT_MATMULS
 from model.kernels import grouped_matmul
-from model.kernels.experts import IMPLEMENTATIONS, experts_blocks, experts_grouped, experts_reference, pick
+from model.kernels.experts import IMPLEMENTATIONS, experts_blocks, experts_by_size, experts_grouped, experts_reference, pick, sorted_by_expert
 from model.kernels.grouped_matmul import Tiles, megablox
 from model.moe import MoE, choose_experts, expert_gates, sequence_balance
 from tests import tiny
@@ -35,6 +35,7 @@ def loads(name: str) -> jnp.ndarray:
 MIXTURES = {
     "reference": experts_reference,
     "blocks": experts_blocks,
+    "by_size": experts_by_size,
     "megablox": functools.partial(experts_grouped, functools.partial(megablox, tiles=Tiles(128, interpret=True)), 128),
 }
 
@@ -55,8 +56,21 @@ def test_implementations_agree(load):
     arrays = tuple(jnp.asarray(0.5 * rng.normal(size=shape), jnp.float32) for shape in ((TOKENS, D), (TOKENS, K), (E, D, F), (E, D, F), (E, F, D)))
     expected = value_and_gradient("reference", loads(load), arrays)
     assert tiny.tree_max(expected[1][2]) > 0.1
-    for implementation in ("blocks", "megablox"):
+    for implementation in ("blocks", "by_size", "megablox"):
         tiny.assert_close(value_and_gradient(implementation, loads(load), arrays), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [[500, 12, 0, 0], [128, 129, 127, 128], [0, 0, 0, 512], [257, 255, 0, 0], [64, 65, 300, 83], [0, 0, 0, 2]])
+def test_windows_hold_every_token_once(counts):
+    """And are no longer than an eighth of the mean share beyond what they hold, where that is between three quarters of it and one and a quarter."""
+    chosen_TK = jnp.asarray(np.random.default_rng(0).permutation(np.repeat(np.arange(4), counts)).reshape(-1, 2), jnp.int32)
+    token_S, _, slot_of_TK, visits, sizes = sorted_by_expert(chosen_TK, jnp.ones(chosen_TK.shape), 4)
+    held = [(int(e), int(first), int(rows), sizes[int(size)]) for e, size, first, rows in zip(*visits, strict=True)]
+    own = {e: [row for expert, first, rows, _ in held for row in range(first, first + rows) if expert == e] for e in range(4)}
+    for expert in range(4):
+        np.testing.assert_array_equal(own[expert], np.sort(slot_of_TK[chosen_TK == expert]))
+    assert all(rows <= size and first + size <= token_S.shape[0] for _, first, rows, size in held if rows)
+    assert all(size - rows < 128 / 8 for _, _, rows, size in held if 96 < rows <= 160)
 
 
 @pytest.mark.parametrize("installed", [False, True])
@@ -66,7 +80,7 @@ def test_the_table(installed, monkeypatch):
     def grouped(implementation) -> str:
         return implementation.args[0].func.__name__
 
-    assert pick("auto", "cpu", 10_000, 8) is experts_blocks
+    assert pick("auto", "cpu", 10_000, 8) is experts_by_size
     assert grouped(pick("auto", "tpu", 10_000, 8)) == grouped(pick("megablox", "tpu", 16, 8)) == "megablox"
     assert grouped(pick("auto", "gpu", 10_000, 8)) == "tokamax" if installed else pick("auto", "gpu", 10_000, 8) is experts_blocks
     assert pick("auto", "tpu", 16, 8) is pick("reference", "tpu", 10_000, 8) is experts_reference

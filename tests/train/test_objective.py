@@ -17,8 +17,8 @@ from train.step import loss_and_gradient
 CONFIG = tiny.model_config()
 # Four ragged rows, then four of which the odd ones are padding: in two and in four pieces, rows 0, 4 / 1, 5 / ... and 0, 2, 4, 6 / 1, 3, 5, 7.
 BATCH = tiny.batch_of((*tiny.LAYOUT, ((1, 24),), ((0, 24),), ((1, 2), (0, 22)), ((0, 24),)))
-# Gradients here are of size 1e-2 to 1; float32 sums over microbatches in another order.
-ROUNDING = {"rtol": 2e-5, "atol": 2e-6}
+# Gradients here are of size 1e-2 to 1: float32 sums of hundreds of terms, in another order in microbatches (2e-6 was seen, of a largest of 0.65).
+ROUNDING = {"rtol": 2e-5, "atol": 4e-6}
 
 
 def train_config(stage):
