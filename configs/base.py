@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
     c.model.dtype = "float32"  # compute: "float32" | "bfloat16"; parameters are always float32
     c.model.remat = "dots"  # what a layer keeps for its backward pass: "dots" keeps its matmuls' results | "full" keeps its input alone | "none" keeps all
     c.model.scan_unroll = 1  # layers per iteration of the scan over layers
-    c.model.attention_form = "auto"  # "chunks" of queries, XLA, | "tiles", Pallas kernels (on a CPU interpreted: very slow) | "auto": tiles on TPU
+    # "chunks" of queries, XLA | "tiles", Pallas kernels (TPU and Hopper; on a CPU interpreted, very slow) | "auto": tiles on TPU where a row has 512 tokens or
+    # more, else chunks
+    c.model.attention_form = "auto"
     c.model.query_chunk = 512  # in chunks attention handles this many queries at a time
     c.model.causal_parts = 4  # in chunks a sequence is cut into so many, each attending over the keys up to its own end only
     c.model.logit_chunk = 1024  # the output head handles this many tokens of a row at a time

@@ -1,7 +1,8 @@
 """A model of DeepSeek-V3.2's shape (arXiv 2512.02556; 2412.19437 for all but the indexer): 671B parameters, 37B a token, and an MTP module. For a pod.
 
-    python -m launch.plan --config=configs/deepseek_v32.py --topology=v5p:8x8x8
-    python -m launch.pod --config=configs/deepseek_v32.py ...
+    .venv-compile/bin/python -m launch.plan --config=configs/deepseek_v32.py --topology=v5p:8x8x8
+    python -m launch.pod --on=tpu --name=my-slice --zone=us-east5-a -- python -m launch.pretrain --config=configs/deepseek_v32.py --workdir=/mnt/runs/v32 \
+        --config.data.sources="('parquet:/mnt/corpus/*.parquet#text',)"
 
 It has been compiled and planned (docs/plan.md), not trained.
 """

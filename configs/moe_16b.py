@@ -1,7 +1,7 @@
 """A model of DeepSeek-V2-Lite's shape (arXiv 2405.04434, appendix B; Moonlight, arXiv 2502.16982, has the same), with this codebase's router, gate and indexer:
 16B parameters, 3B a token. For 16 chips.
 
-    python -m launch.plan --config=configs/moe_16b.py --topology=v5p:2x2x4
+    .venv-compile/bin/python -m launch.plan --config=configs/moe_16b.py --topology=v5p:2x2x4
     python -m launch.pretrain --config=configs/moe_16b.py --workdir=runs/moe_16b --config.data.sources="('parquet:corpus/*.parquet#text',)"
 
 It has been compiled and planned (docs/plan.md), not trained.

@@ -4,8 +4,6 @@ Efficient Training of Language Models to Fill in the Middle (arXiv 2207.14255), 
 between characters, never inside one, and each piece is encoded by itself, as it will be when a person asks for an infill.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from data.tokenizer import Tokenizer
@@ -36,15 +34,3 @@ def fim_tokens(text: str, tokenizer: Tokenizer, rng: np.random.Generator, *, spm
     first, second = sorted(rng.integers(0, len(text) + 1, size=2))
     prefix, middle, suffix = text[:first], text[first:second], text[second:]
     return [*fim_prompt(prefix, suffix, tokenizer, spm=rng.random() < spm), *tokenizer.encode(middle), tokenizer.eos]
-
-
-def recover(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The document that `fim_tokens` was given. Raises ValueError if the sentinels are not in order, each once."""
-    pre, suf, mid = tokenizer.fim
-    ids = [int(index) for index in ids]
-    if [index for index in ids if index in (pre, suf, mid, tokenizer.eos)] != [pre, suf, mid, tokenizer.eos] or ids[0] != pre or ids[-1] != tokenizer.eos:
-        raise ValueError("not one fill-in-the-middle document: [pre] .. [suf] .. [mid] .. [eos], each once")
-    at_suffix, at_middle = ids.index(suf), ids.index(mid)
-    # In SPM the part before [suf] is empty and the prefix stands before the middle: the same formula recovers both.
-    before, suffix, after = ids[1:at_suffix], ids[at_suffix + 1 : at_middle], ids[at_middle + 1 : -1]
-    return tokenizer.decode(before) + tokenizer.decode(after) + tokenizer.decode(suffix)

@@ -1,7 +1,7 @@
 """Will it fit, and how long must it take at least? Compiles a config's train step and rollout for a TPU topology, without a TPU, and runs nothing.
 
-    python -m launch.plan --config=configs/deepseek_v32.py --topology=v5p:8x8x8
-    python -m launch.plan --config=configs/moe_16b.py --topology=v5p:2x2x4 --what=rollout --json=plan.json
+    .venv-compile/bin/python -m launch.plan --config=configs/deepseek_v32.py --topology=v5p:8x8x8          (make .venv-compile/installed makes it)
+    .venv-compile/bin/python -m launch.plan --config=configs/moe_16b.py --topology=v5p:2x2x4 --what=rollout --json=plan.json
     python -m launch.plan --config=configs/base.py --pretend_devices=8
 
 Without --topology it plans for the devices of this process. docs/plan.md says what each figure means. Every time is a static estimate, none is measured.

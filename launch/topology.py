@@ -42,7 +42,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
     if kind not in KINDS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(f"--topology={topology}: must be KIND:AxB or KIND:AxBxC with a KIND of {', '.join(KINDS)}, such as v5e:4x4 or v5p:4x4x4")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f'--topology={topology} needs the TPU compiler, libtpu: pip install "jax[tpu]" (it needs no TPU)')
+        raise UserError(f'--topology={topology} needs the TPU compiler, libtpu, and no TPU: make .venv-compile/installed, then use .venv-compile/bin/python')
     # Nobody shall look for a TPU here, nor ask the cloud about one; and two plans may be made at a time. JAX may have put warnings in place of the values.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")

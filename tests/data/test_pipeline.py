@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from data.config import TokenizerConfig
-from data.fim import recover
 from data.pipeline import batches, documents, make_tokenizer
 from data.tokenizer import bytes_tokenizer
 from errors import UserError
+from tests.data.test_fim import recover
 
 TOKENIZER = bytes_tokenizer()
 

@@ -16,6 +16,7 @@ from errors import UserError
 from launch import door
 from launch.command import Flag, command
 from launch.config_file import overridden
+from tests.ports import free_address
 
 ROOT = Path(__file__).parents[2]
 
@@ -287,14 +288,14 @@ def test_two_processes_join():
         "def run(config): print(jax.process_count(), jax.device_count(), flush=True)\n"
         "command(run, workdir=False, argv=['--config=configs/base.py', '--pretend_devices=2'])"
     )
-    port = 20_000 + os.getpid() % 20_000
+    address = free_address()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"ATHANOR_DISTRIBUTED": f"localhost:{port},{i},2"}, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"ATHANOR_DISTRIBUTED": f"{address},{i},2"}, stdout=subprocess.PIPE, text=True
         )
         for i in range(2)
     ]
-    assert [process.communicate(timeout=120)[0].split() for process in processes] == [["2", "4"]] * 2
+    assert [process.communicate(timeout=300)[0].split() for process in processes] == [["2", "4"]] * 2
 
 
 def test_processes_that_cannot_find_each_other_are_one_line(monkeypatch, capsys):

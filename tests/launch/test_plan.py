@@ -30,7 +30,7 @@ SMALL = (
     *("data.sequence=64", "reinforce.prompts=4", "reinforce.group=2", "sampling.max_prompt=16", "sampling.max_new=8", "sampling.attention=dense"),
     *("mesh.fsdp=2", "mesh.expert=2"),
 )
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='the TPU compiler is not installed: pip install "jax[tpu]"')
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed here: .venv-compile has it")
 
 
 def config(*words):
@@ -253,7 +253,7 @@ def test_what_a_person_can_get_wrong_is_one_line():
 
 def test_without_the_tpu_compiler_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    assert 'pip install "jax[tpu]"' in refused(topology="v5p:2x2x1")
+    assert "make .venv-compile/installed" in refused(topology="v5p:2x2x1")
 
 
 def test_vocabulary_is_the_config_s():

@@ -70,7 +70,7 @@ def place(tmp_path, monkeypatch):
             one=$(mktemp -d "$SEEN/.XXXXXX")
             printf '%s\\0' "$@" > "$one/words"; echo "$ATHANOR_DISTRIBUTED" > "$one/distributed"; pwd > "$one/where"
             mv "$one" "$SEEN/${one##*.}" """,
-        "patient": "echo working; exec sleep 60",
+        "patient": "echo working; exec sleep 600",
     }
     (tmp_path / "bin").mkdir()
     for name, body in programs.items():
@@ -89,11 +89,15 @@ def started(place):
     return [one for one in (place / "seen").iterdir() if not one.name.startswith(".")]
 
 
+def wait_until(true):
+    deadline = time.monotonic() + 120
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def arrived(place, hosts):
     """Where the command was started, on all hosts, with the words it was given there; waited for: on a TPU it runs in the background."""
-    deadline = time.monotonic() + 20
-    while len(started(place)) < hosts and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: len(started(place)) >= hosts)
     seen = started(place)
     assert len(seen) == hosts
     for one in seen:
@@ -131,14 +135,13 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(place, argv, hosts, ca
 
 def test_a_tpu_run_goes_on_until_stopped(place, capfd):
     assert call([*TPU, "--", "patient"]) == 0
+    wait_until(lambda: [log.read_text() for log in place.glob("hosts/*/athanor/pod.log")] == ["working\n"] * 2)
     assert call([*TPU, "--action=status"]) == 0
     assert capfd.readouterr().out.count(": running\nworking\n") == 2
     assert call([*TPU, "--", "patient"]) == 2
     assert "a run is going on here" in capfd.readouterr().out
     assert call([*TPU, "--action=stop"]) == 0
-    deadline = time.monotonic() + 20
-    while call([*TPU, "--action=status"]) == 0 and "running" in capfd.readouterr().out and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: call([*TPU, "--action=status"]) == 0 and "running" not in capfd.readouterr().out)
     assert call([*TPU, "--action=status"]) == 0
     assert capfd.readouterr().out.count(": ended\n") == 2
 

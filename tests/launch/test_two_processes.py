@@ -2,13 +2,14 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.ports import free_address
 
 ROOT = Path(__file__).parents[2]
 # Random bytes are never a right answer: a reward that some completions earn and some do not, so that there is a gradient.
@@ -70,9 +71,7 @@ def test_two_processes_are_two_devices(tmp_path):
     """From the same parameters; pretraining itself reads other documents in each process, so there it only has to end."""
     alone, hosts = tmp_path / "alone", tmp_path / "hosts"
     ended(begun(alone, "--pretend_devices=2"))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     ended(*(begun(hosts, f"--config.init_from={alone / 'pretrain'}", ATHANOR_DISTRIBUTED=f"{address},{process},2") for process in range(2)))
 
     found, expected = measured(hosts), measured(alone)

@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ports import free_address
 from train.interrupt import Interrupt
 
 ROOT = Path(__file__).parents[2]
@@ -65,11 +65,8 @@ def test_two_processes_stop_at_the_same_step_and_go_on(tmp_path):
     """One of them gets the signal; then both are started anew and go on where they were, each in its own data."""
     ended = []
     for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
         environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", TRAINER, address]
+        command = [sys.executable, "-c", TRAINER, free_address()]
         processes = [
             subprocess.Popen([*command, str(i), str(tmp_path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for i in range(2)
@@ -77,7 +74,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on(tmp_path):
         for process in processes:
             assert "running\n" in iter(process.stdout.readline, ""), process.communicate()  # gloo talks before us
         processes[1].send_signal(signal.SIGTERM)
-        outputs = [process.communicate(timeout=60) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
         ended.append([list(map(float, re.search("stopped after (.*)", out).group(1).split())) for out, _ in outputs])
     for i, (first, second) in enumerate(zip(*ended, strict=True)):
