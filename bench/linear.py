@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from launch.command import command
-from model.kernels.experts import swiglu
 from model.linear import linear
+from model.swiglu import swiglu
 
 B, T, D, F = 8, 256, 256, 704  # the dense FFN of tiny-dsv3
 REPEATS = 10

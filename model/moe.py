@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.kernels import experts
 from model.linear import linear
 from model.sharding import RULES, named, platform
+from model.swiglu import swiglu
 
 
 @flax.struct.dataclass
@@ -122,7 +123,7 @@ class FFN(nn.Module):
         gate_DF = self.param("gate", named(init, ("width", "ffn")), (c.width, self.hidden), jnp.float32)
         up_DF = self.param("up", named(init, ("width", "ffn")), (c.width, self.hidden), jnp.float32)
         down_FD = self.param("down", named(init, ("ffn", "width")), (self.hidden, c.width), jnp.float32)
-        return linear(experts.swiglu(linear(x_BTD, gate_DF), linear(x_BTD, up_DF)), down_FD)
+        return linear(swiglu(linear(x_BTD, gate_DF), linear(x_BTD, up_DF)), down_FD)
 
 
 class MoE(nn.Module):

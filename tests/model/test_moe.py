@@ -11,7 +11,8 @@ import pytest
 from errors import UserError
 from model.config import EXPERT_MATMULS
 from model.kernels import grouped_matmul
-from model.kernels.experts import IMPLEMENTATIONS, experts_blocks, experts_by_size, experts_grouped, experts_reference, pick, sorted_by_expert
+from model.kernels.experts import IMPLEMENTATIONS, experts_blocks, experts_by_size, experts_grouped, experts_reference, pick
+from model.kernels.experts_by_size import sorted_by_expert
 from model.kernels.grouped_matmul import Tiles, megablox
 from model.moe import MoE, choose_experts, expert_gates, sequence_balance
 from tests import tiny
