@@ -44,9 +44,13 @@ def softmax(logits_S: np.ndarray, among_S: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mass", [1.0, 0.6])
-def test_a_gather_a_mask_and_the_kernels_are_one(mass):
+def test_a_gather_a_mask_and_the_kernels_are_one(mass, monkeypatch):
     q, latent, allowed, indexer = inputs()
     gathered = attend_latent(q, latent, V, allowed, indexer, topk=TOPK, mass=mass)
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr("model.attend.platform", lambda: "gpu")
+        on_a_gpu.setattr(jax.lax, "top_k", None)
+        tiny.assert_close(attend_latent(q, latent, V, allowed, indexer, topk=TOPK, mass=mass), gathered, atol=EXACT)
     tiny.assert_close(attend_latent(q, to_tiles(latent), V, allowed, indexer, topk=TOPK, mass=mass), gathered, atol=EXACT)
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), (q, allowed, indexer.query))
     for cache in (latent, to_tiles(latent)):  # two queries a row are masked
