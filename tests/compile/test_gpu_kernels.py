@@ -28,7 +28,6 @@ MISSING = [name for name, there in (("jax-cuda13-plugin", importlib.util.find_sp
 NO_COMPILER = f"no compiler for NVIDIA GPUs, {' and '.join(MISSING)} not found: make test-compile installs them"
 pytestmark = [pytest.mark.compile, pytest.mark.skipif(bool(MISSING), reason=NO_COMPILER)]
 
-GIB = 2**30
 I, C, H, V, TOPK = 64, 128, 192, 128, 2_048  # V3.2's indexer and, expanded, its attention
 BF16, F32 = jnp.bfloat16, jnp.float32
 # What XLA asks a GPU for when there is one: NVIDIA's data sheet, and the limits of compute capability 9.0 (CUDA programming guide, table of those).
@@ -105,7 +104,7 @@ def assert_no_sort(program):
     assert not re.search(r"\bsort\(|RadixSort|TopK", program.as_text())
 
 
-@pytest.mark.parametrize("L", [4_096, pytest.param(131_072, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("L", [4_096, 131_072])
 def test_selection(h200, L):
     shapes = [((1, L, I, C), BF16), ((1, L, C), BF16), ((1, L, I), F32), *[((1, L), jnp.int32)] * 2, ((L,), jnp.int32)]
     program = compiled(h200, lambda *inputs: KERNELS["gpu"].select(*inputs, TOPK), *shapes)
@@ -127,12 +126,10 @@ def test_the_sparse_stage_over_128k(h200):
 
     attention = [((1, L, heads, width), BF16) for width in (H, H, V)]
     program = compiled(h200, gradients, *attention, ((1, L, I, C), BF16), ((1, L, I), F32), ((1, L, C), BF16), ((1, L), jnp.int32))
-    assert_no_sort(program)
     arrays, bits, index_q = arrays_of(program), 4 * L * words(L), 4 * L * I * C
-    print(program.memory_analysis().temp_size_in_bytes / GIB, max(arrays, key=arrays.get))
     assert not [array for array in arrays if array.count(str(L)) > 1]
     assert max(arrays.values()) <= max(bits, index_q)
-    assert program.memory_analysis().temp_size_in_bytes < 64 * GIB
+    assert program.memory_analysis().temp_size_in_bytes < L * L, "all together less than an array of L x L would have in bytes"
 
 
 def test_a_decode_step_neither_sorts_nor_copies_the_cache(h200):

@@ -77,10 +77,9 @@ def gradients_of_loss(topology: str, q, k, iq, w, ik):
 
 
 def assert_memory(program, L: int, needed: int):
-    """Of what it needs beside arguments and results little more: an array of L x L, a byte an element, would be twice the margin. And none is L x L by name."""
-    temporary = program.memory_analysis().temp_size_in_bytes
-    print(f"{(temporary - needed) / (L * L):.3f} L x L above {needed / 2**20:.0f} MiB")
-    assert temporary < needed + L * L // 2
+    """No array is L x L, by its shape. In another shape one of bytes would be twice the margin, where it comes on top of all that is needed; a compiler that
+    keeps some of that in VMEM leaves more."""
+    assert program.memory_analysis().temp_size_in_bytes < needed + L * L // 2
     assert not re.search(rf"\w+\[(?:\d+,)*{L},(?:\d+,)*{L}(?:,\d+)*\]", program.as_text())
 
 
@@ -99,8 +98,8 @@ def test_selection(topology, L):
 def test_sparse_attention_forward_and_backward(topology, L, heads, heads_of_keys):
     program = gradients_of_attention(topology, *attention(L, heads, heads_of_keys))
     parts = 2 * (heads // heads_of_keys > 4)  # of each head of keys, where a program has not all that it serves
-    # out and its cotangent, dq in float32 and as it is, lse and delta; parts of dk and dv in float32, 192 lanes in two registers.
-    assert_memory(program, L, needed=L * heads * (4 * V + 4 * H + 2 * H + 8) + parts * heads_of_keys * L * (256 + V) * 4)
+    # dq in float32 and turned, out, its cotangent and one more of their size; parts of dk and dv in float32, 192 lanes in two registers.
+    assert_memory(program, L, needed=L * heads * (8 * H + 6 * V) + parts * heads_of_keys * L * (256 + V) * 4)
 
 
 @SLOW
@@ -114,7 +113,8 @@ def test_attention_of_all_heads_over_128k(topology):
 @pytest.mark.parametrize("topology", CHIPS)
 def test_indexer_kl_and_its_gradients(topology, L, heads):
     program = gradients_of_loss(topology, *attention(L, heads)[:2], *indexer(L))
-    assert_memory(program, L, needed=2 * L * I * C * 2)  # the indexer's queries, heads first, and their gradient
+    # The indexer's queries, heads first, and their gradient in float32 and as it is; q and k of more heads than come at once, once more.
+    assert_memory(program, L, needed=8 * L * I * C + L * heads * (4 * H + 256))
 
 
 @pytest.mark.parametrize(
