@@ -23,7 +23,7 @@ def attention(interpret, heads: int = 2):
 
 def select(interpret):
     """By rows and blocks of queries."""
-    return test_selection.select(selection.select_tpu, test_selection.inputs(1, 90, 2, 8, segments=2), 9, interpret=interpret, queries=32, keys=128)
+    return test_selection.select(selection.select_tpu, test_selection.inputs(1, 20, 1, 8, segments=2), 3, interpret=interpret, queries=8, keys=128)
 
 
 def decode(interpret):
