@@ -24,7 +24,7 @@ from errors import UserError
 from launch.command import Flag, command
 from launch.door import Config
 from launch.start import Start, run_variables, start
-from model.decode import decode_step, decode_weights, prefill
+from model.decode import decode_weights, jitted_step, prefill
 from model.sharding import batch_shards
 from rl.rollout import pad_prompts
 from rl.sampler import draw
@@ -40,7 +40,7 @@ def run(config: Config, workdir: Path, prompt: str, chat: str, infill: bool, pre
     begin = start(config, workdir, rows=0, trains=False)
     with jax.set_mesh(begin.mesh):
         variables = run_variables(begin, workdir)
-        write = functools.partial(stream, begin, variables, jax.jit(functools.partial(decode_step, begin.model, stage=config.sampling.attention)))
+        write = functools.partial(stream, begin, variables, jitted_step(begin.model, config.sampling.attention))
         if prompt:
             text = given(prompt)
             print(text, end="")

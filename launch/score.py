@@ -38,7 +38,7 @@ from launch.door import Config
 from launch.origin import hf_directory, run_directory
 from launch.start import compile_cache, load_variables, on_host, sized
 from model.config import ModelConfig
-from model.decode import decode_step, decode_weights, prefill
+from model.decode import decode_weights, jitted_step, prefill
 from model.record import recorded_forward
 from model.sharding import batch_sharding, batch_shards, make_mesh, replicated
 from model.transformer import Transformer, logits_of, same_segment, token_logprobs
@@ -126,7 +126,7 @@ class Scorer:
         width = max(map(len, rows))
         weights_fn = jax.jit(functools.partial(decode_weights, self.model, rows=self.at_once))
         read = jax.jit(functools.partial(prefill, self.model, slots=width + count, stage=self.stage))
-        step = jax.jit(functools.partial(decode_step, self.model, stage=self.stage))
+        step = jitted_step(self.model, self.stage)
         found = []
         with jax.set_mesh(self.mesh):
             weights, sharding, shards = weights_fn(self.variables), batch_sharding(self.mesh), batch_shards(self.mesh)

@@ -241,7 +241,8 @@ def attend_latent(
     | latents | queries a row | how |
     |---|---|---|
     | tiles (TPU, many slots), with an indexer | 1 | kernels: the selected latents are listed and fetched one by one (model/kernels/sparse_decode.py) |
-    | rows, with an indexer, not on TPU | 1 | `top_k`, which on TPU would sort, and a gather |
+    | rows, with an indexer, on a CPU | 1 | `top_k` and a gather |
+    | rows, with an indexer, on a GPU | 1 | the same list by counting, and a gather: `top_k` of many sorts the whole row there |
     | any other | any | all are read, most masked: on TPU below `sparse_decode.CROSSOVER` that is less time |
 
     Returns out_BTNR [B, T, N, value_rank], to be expanded by the value up-projection.
@@ -251,8 +252,11 @@ def attend_latent(
             return attend_tiles(q_BTNR, latent_BSR, value_rank, allowed_BTS, indexer, topk, mass)
         latent_BSR = sparse_decode.from_tiles(latent_BSR, q_BTNR.shape[-1])
     if indexer is not None and (topk < latent_BSR.shape[1] or mass < 1):
+        listed = q_BTNR.shape[1] == 1 and topk < latent_BSR.shape[1]
+        if listed and platform() == "gpu":
+            return attend_listed(q_BTNR, latent_BSR, value_rank, allowed_BTS, indexer, topk, mass)
         scores_BTS = indexer_scores(indexer.query.q_BTIC, indexer.k_BSC, indexer.query.w_BTI)
-        if q_BTNR.shape[1] == 1 and topk < latent_BSR.shape[1] and platform() != "tpu":
+        if listed and platform() == "cpu":
             # Disallowed keys score -inf, sort last, and stay disallowed where fewer than topk are allowed.
             scores_Bk, index_Bk = jax.lax.top_k(ranked(scores_BTS, allowed_BTS)[:, 0], topk)
             latent_BSR = jnp.take_along_axis(latent_BSR, index_Bk[:, :, None], axis=1)
@@ -269,6 +273,14 @@ def attend_latent(
         # Cut after the mixing: cut before it, XLA:CPU copies the whole cache twice a step, in place of writing the new entry into it.
         mixed_BNTR = jnp.einsum("BNTS,BSR->BNTR", weights_BNTS.astype(latent_BSR.dtype), latent_BSR, preferred_element_type=jnp.float32)[..., :value_rank]
         return jnp.swapaxes(mixed_BNTR / sum_BNT1, 1, 2).astype(latent_BSR.dtype)
+
+
+def attend_listed(q_B1NR: Array, latent_BSR: Array, value_rank: int, allowed_B1S: Array, indexer: IndexerInputs, topk: int, mass: float) -> Array:
+    """One query a row over latents that are rows: what the kernels of `attend_tiles` do, by XLA."""
+    query = indexer.query
+    listed = decode_selection.select_reference(query.q_BTIC[:, 0], indexer.k_BSC, query.w_BTI[:, 0], allowed_B1S[:, 0], topk, mass)
+    with jax.named_scope("latent_attention"):
+        return sparse_decode.decode_reference(q_B1NR[:, 0], latent_BSR, value_rank, *listed)[:, None]
 
 
 def attend_tiles(q_B1NR: Array, tiles_BSn2L: Array, value_rank: int, allowed_B1S: Array, indexer: IndexerInputs, topk: int, mass: float) -> Array:

@@ -27,12 +27,13 @@ from model.kernels.indexer_kl import Attention, total_kl_reference, total_kl_tpu
 from model.kernels.keyset import causal, sizes, unpack
 from model.kernels.selection import BLOCK, select_reference, select_tpu
 from model.kernels.sparse_attention import attend_reference, attend_tpu
-from model.kernels.tile import padded
+from model.kernels.tile import LEAST_VMEM, padded, vmem_bytes
 from model.sharding import MESH_AXES, RULES, ambient_device, platform
 
 ROWS, CUT = P(RULES["batch"]), P(RULES["batch"], None, "tensor")  # of arrays [B, ...] and dealt ones [B, n, tensor, BLOCK, ...]
 PIECE = 16_384  # queries of the loss at a time
 LEAST_TILED = 512  # tokens of a row: shorter ones would leave most of a tile empty
+CHUNK_BYTES = 2**30  # of the products of every head that a GPU's selection or loss writes to memory at a time
 
 
 class Queries(NamedTuple):
@@ -65,6 +66,20 @@ def _attend_gpu(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array) ->
     return attend_gpu(q_BNTH, *(jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BKSH, v_BKSV)), bits_BTW)
 
 
+def _select_gpu(q_BTIC: Array, k_BSC: Array, *rest) -> tuple[Array, Array]:
+    return select_reference(q_BTIC, k_BSC, *rest, queries=at_once(q_BTIC.shape[0] * q_BTIC.shape[2] * k_BSC.shape[1]))
+
+
+def _total_kl_gpu(attention: Attention, q_BTIC: Array, *rest, **options) -> tuple[Array, Array]:
+    (B, N, _, _), S = attention.q_BNTH.shape, attention.k_BNSH.shape[2]
+    return total_kl_reference(attention, q_BTIC, *rest, queries=at_once(B * max(N, q_BTIC.shape[2]) * S), **options)
+
+
+def at_once(products: int) -> int:
+    """Queries of a chunk, each with so many float32 products: with 128K keys and 64 heads 32, where 512 would fill 16 GiB several times over."""
+    return min(256, max(1, CHUNK_BYTES // (4 * products)))
+
+
 class Kernels(NamedTuple):
     """One implementation of each operation; signatures as the references have them."""
 
@@ -80,14 +95,15 @@ KERNELS = {
         functools.partial(attend_tpu, tiles=sparse_attention.Tiles(128, 128, keys_backward=128, interpret=True)),
         functools.partial(total_kl_tpu, tiles=indexer_kl.Tiles(128, 128, interpret=True)),
     ),
-    "gpu": Kernels(select_reference, _attend_gpu, total_kl_reference),
+    "gpu": Kernels(_select_gpu, _attend_gpu, _total_kl_gpu),
     "reference": Kernels(select_reference, attend_reference, total_kl_reference),
 }
 
 
 def expanded_form(config: ModelConfig, length: int) -> Callable:
-    """The table: (config.attention_form, platform, tokens of a row) -> `attend_expanded` or `attend_tiled`."""
-    tiled = config.attention_form == "tiles" or (config.attention_form == "auto" and platform() == "tpu" and length >= LEAST_TILED)
+    """The table: (config.attention_form, platform and kind of device, tokens of a row) -> `attend_expanded` or `attend_tiled`."""
+    roomy = platform() == "tpu" and vmem_bytes(ambient_device().device_kind) >= LEAST_VMEM
+    tiled = config.attention_form == "tiles" or (config.attention_form == "auto" and roomy and length >= LEAST_TILED)
     if not tiled:
         return functools.partial(attend_expanded, query_chunk=config.query_chunk, causal_parts=config.causal_parts)
     if platform() not in KERNELS:

@@ -103,3 +103,8 @@ def decode_step(config: ModelConfig, weights: DecodeWeights, tokens_B: Array, ca
         layers.append(written)
     hidden_BD = RMSNorm(config.norm_eps, config.norm).apply({"params": weights.params["final_norm"]}, x_B1D[:, 0])
     return Cache(tuple(layers), segments_BS, cache.next_position_B + 1, at + 1), logits_of(config, weights.params, hidden_BD)
+
+
+def jitted_step(config: ModelConfig, stage: str) -> Callable[[DecodeWeights, Array, Cache], tuple[Cache, Array]]:
+    """`decode_step`, compiled, of a cache that is given up for the longer one: the token is written into it, and nothing of it copied."""
+    return jax.jit(functools.partial(decode_step, config, stage=stage), donate_argnums=2)

@@ -6,6 +6,7 @@ import jax
 from jax.experimental.pallas import tpu as pltpu
 
 STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+TWO_CORES = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, num_cores_or_threads=2)  # each with its part of the axes called parallel
 EAGER = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, dma_execution_mode="eager")  # copies done when begun, not when waited for
 
 

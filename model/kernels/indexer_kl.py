@@ -97,7 +97,7 @@ def total_kl_tpu(
         kl, mass_BT = _total_kl(*rows, tiles)
         return kl[None], mass_BT
 
-    table = -(-min(AT_ONCE, q_BTIC.shape[1]) // tiles.queries) * -(-k_BSC.shape[1] // tiles.keys)
+    table = -(-min(AT_ONCE, q_BTIC.shape[1]) // tiles.queries), -(-k_BSC.shape[1] // tiles.keys)
     kl_n, mass_BT = by_rows(of_rows, table, attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW)
     return jnp.sum(kl_n), mass_BT
 

@@ -79,7 +79,8 @@ def attend_tpu(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array, til
     Returns:
       out_BNTV of v's dtype, and lse_BNT float32; both 0 for a query without keys.
     """
-    table = -(-q_BNTH.shape[2] // tiles.queries) * -(-k_BKSH.shape[2] // tiles.keys)
+    # The backward pass has its tables the other way round, by tiles of keys twice as large: they take no more.
+    table = -(-q_BNTH.shape[2] // tiles.queries), -(-k_BKSH.shape[2] // tiles.keys)
     return by_rows(lambda *rows: _attend(*rows, tiles), table, q_BNTH, k_BKSH, v_BKSV, bits_BTW)
 
 

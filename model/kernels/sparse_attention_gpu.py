@@ -22,6 +22,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from errors import UserError
 from model.indexer import MASKED
 from model.kernels.keyset import BITS, along_keys, along_queries
 from model.kernels.tile import F32, NO_KEY, dot, padded
@@ -49,13 +50,14 @@ def attend_gpu(q_BNTH: Array, k_BNSH: Array, v_BNSV: Array, bits_BTW: Array, til
     """The kernels.
 
     Args:
-      q_BNTH, k_BNSH, v_BNSV: heads first; q scaled. Any widths; bfloat16 or float16 (interpreted, float32 too).
+      q_BNTH, k_BNSH, v_BNSV: heads first; q scaled; bfloat16 or float16 (interpreted, float32 too). Padded to multiples of 64, widths H of keys and V of values
+        have room for 3 H + 2 V <= 880: keys of 192 with values of 128, 128 with 192, 64 with 320, but no 192 with 192.
       bits_BTW: each query's keys, see model/kernels/keyset.py.
 
     Returns:
       out_BNTV of v's dtype, and lse_BNT float32; both 0 for a query without keys.
 
-    Raises TypeError for another dtype: wgmma multiplies no float32.
+    Raises TypeError for another dtype: wgmma multiplies no float32. Raises UserError for wider heads.
     """
     return _forward(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles)[0]
 
@@ -113,7 +115,8 @@ def _run(body, name: str, fixed: Sequence[Array], moving: Sequence[Array], besid
     a_stage[0] += [_shared((1, tile), x) for x in beside] + [_Shared((tile // BITS, BLOCK), jnp.int32)]
     stages = (SHARED_BYTES - KEPT_BYTES - sum(home.bytes for home in homes)) // sum(home.bytes for part in a_stage for home in part)
     if stages < 2:
-        raise ValueError(f"{name}: head widths {[x.shape[3:] for x in (*fixed, *moving)]} leave no room for two tiles of {tile} rows in shared memory")
+        widths = sorted({x.shape[3] for x in (*fixed, *moving) if x.ndim == 4})
+        raise UserError(f"model.attention_form = 'tiles': heads as wide as {widths} leave no room for two tiles in a GPU's shared memory; take 'chunks'")
     stages = min(stages, 4)
 
     def kernel(order_ref, count_ref, words_ref, *refs):

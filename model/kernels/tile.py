@@ -10,20 +10,28 @@ from model.indexer import MASKED
 from model.kernels.keyset import LANES
 
 F32 = jnp.float32
+LEAST_VMEM = 64 * 2**20  # bytes of vector memory that a core must have: the kernels ask for 60 MiB
 SUBLANES = 8  # rows of a register
 NO_KEY = MASKED / 2  # what a running maximum begins at: below it the exponential of a masked logit is 0 even in a row without any key
 
+VMEM = {"TPU v4": 16, "TPU v5 lite": 128, "TPU v5": 64, "TPU v6 lite": 128, "TPU7x": 64}  # MiB of a core, by JAX's `device_kind`
 TABLES = 640 * 2**10  # bytes of a megabyte of scalar memory that the two tables of tiles may take, one that says which are held and one what to fetch
 
 
-def by_rows(function: Callable, table: int, *rows):
-    """A function of arrays [B, ...], so many rows at a time as have room for their tables, of so many int32 each, in scalar memory. Its results are joined."""
+def by_rows(function: Callable, table: tuple[int, int], *rows):
+    """A function of arrays [B, ...], so many rows at a time as have room for their tables, each of this shape, in scalar memory. Its results are joined."""
     B = jax.tree.leaves(rows)[0].shape[0]
-    at_once = max((count for count in range(1, B + 1) if B % count == 0 and 8 * count * table <= TABLES), default=1)
+    table_bytes = 4 * table[0] * -(-table[1] // LANES) * LANES  # as the compiler lays them out
+    at_once = max((count for count in range(1, B + 1) if B % count == 0 and 2 * count * table_bytes <= TABLES), default=1)
     if at_once == B:
         return function(*rows)
     parts = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), rows)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(lambda part: function(*part), parts))
+
+
+def vmem_bytes(device_kind: str) -> int:
+    """Of a core; of a device that is not in the table what most have at least."""
+    return VMEM.get(device_kind, 64) * 2**20
 
 
 def padded(x: Array, axis: int, size: int) -> Array:
@@ -32,8 +40,9 @@ def padded(x: Array, axis: int, size: int) -> Array:
 
 
 def dot(x: Array, y: Array, over: tuple[int, int]) -> Array:
-    """A product summed over these axes, in float32: of bfloat16 as it is, of float32 at full precision."""
-    precision = lax.Precision.HIGHEST if x.dtype == F32 else None
+    """A product summed over these axes, in float32: of bfloat16 as it is, of float32 at full precision. Both are said: of what is not, JAX takes
+    jax_default_matmul_precision, and Mosaic refuses bfloat16 at "highest"."""
+    precision = lax.Precision.HIGHEST if x.dtype == F32 else lax.Precision.DEFAULT
     return lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=F32)
 
 

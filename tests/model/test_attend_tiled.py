@@ -11,7 +11,7 @@ import pytest
 
 from errors import UserError
 from model.attend import IndexerInputs, attend_expanded
-from model.attend_tiled import KERNELS, LEAST_TILED, attend_tiled, expanded_form
+from model.attend_tiled import KERNELS, LEAST_TILED, at_once, attend_tiled, expanded_form
 from model.indexer import IndexerQuery
 from model.sharding import MeshConfig, make_mesh
 from model.transformer import Transformer
@@ -113,12 +113,15 @@ def test_groups_of_heads_share_keys():
 
 
 def test_the_table(monkeypatch):
-    def form(asked, platform, length):
+    def form(asked, platform, length, kind="TPU v5"):
         monkeypatch.setattr("model.attend_tiled.platform", lambda: platform)
+        monkeypatch.setattr("model.attend_tiled.ambient_device", lambda: types.SimpleNamespace(device_kind=kind))
         return expanded_form(tiny.model_config(attention_form=asked), length).func
 
     assert form("auto", "tpu", LEAST_TILED) == form("tiles", "tpu", 8) == form("tiles", "cpu", 8) == attend_tiled
     assert form("auto", "tpu", LEAST_TILED - 1) == form("auto", "cpu", 4_096) == form("chunks", "tpu", 4_096) == attend_expanded
+    assert form("auto", "tpu", LEAST_TILED, "TPU v6 lite") == form("auto", "tpu", LEAST_TILED, "TPU7x") == attend_tiled
+    assert form("auto", "tpu", 4_096, "TPU v4") == attend_expanded, "16 MiB of vector memory"
     with pytest.raises(UserError, match="no kernels for abacus"):
         form("tiles", "abacus", 512)
 
@@ -130,6 +133,17 @@ def test_a_gpu_that_the_kernel_is_not_for(monkeypatch):
     monkeypatch.setattr("model.attend_tiled.ambient_device", lambda: types.SimpleNamespace(compute_capability="8.0"))
     with pytest.raises(UserError, match="for Hopper GPUs"):
         attend(q, k, v)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="'chunks'"):
+        jax.eval_shape(attend, *[jax.ShapeDtypeStruct((B, T, N, 256), jnp.bfloat16)] * 3)
+
+
+def test_a_gpu_takes_as_many_queries_at_a_time_as_have_room(monkeypatch):
+    """Here 40 of the loss's and 53 of the selection's, which divide nothing."""
+    assert at_once(64 * 131_072) == 32 and at_once(16 * 4_096) == 256 and at_once(2**40) == 1
+    monkeypatch.setattr("model.attend_tiled.CHUNK_BYTES", 4 * B * N * T * 40)
+    kernels = KERNELS["gpu"]._replace(attend=KERNELS["reference"].attend)
+    assert_same(result(functools.partial(attend_tiled, stage="sparse", topk=TOPK, kernels=kernels)), by_chunks("sparse"))
 
 
 def test_it_records_what_it_selected():

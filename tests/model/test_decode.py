@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from model.decode import decode_step, decode_weights, prefill
+from model.cache import Cache
+from model.decode import decode_step, decode_weights, jitted_step, prefill
 from tests import tiny
 from tests.tiny import T
 
@@ -66,6 +67,18 @@ def test_the_cache_holds_latents_index_keys_and_recent_states_alone(case):
     assert len(jax.tree.leaves(cache)) == 3 * config.layers + 3
     chex.assert_trees_all_equal(cache.next_position_B, T - jnp.asarray(PADDING))
     assert int(cache.length) == T
+
+
+@pytest.mark.parametrize("case", ["sparse, gate per element, query latent", "hybrid with a convolution"])
+def test_a_step_writes_its_token_into_the_cache_it_is_given(case):
+    """What launch.sample and launch.score run: every array of the cache is the result's too, and gone afterwards."""
+    stage, config = CASES[case]
+    cache = jax.jit(lambda: Cache.empty(config, 4, T, stage))()
+    given, held = (decode_weights(config, tiny.variables(config), 4), jnp.arange(4), cache), jax.tree.leaves(cache)
+    program = jitted_step(config, stage).lower(*given).compile()
+    assert program.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in held)
+    program(*given)
+    assert all(leaf.is_deleted() for leaf in held)
 
 
 def test_topk_of_everything_is_dense():
