@@ -13,6 +13,7 @@ F32 = jnp.float32
 SUBLANES = 8  # rows of a register
 NO_KEY = MASKED / 2  # what a running maximum begins at: below it the exponential of a masked logit is 0 even in a row without any key
 
+VMEM = {"TPU v4": 16, "TPU v5 lite": 128, "TPU v5": 64, "TPU v6 lite": 128, "TPU7x": 64}  # MiB of a core, by JAX's `device_kind`
 TABLES = 640 * 2**10  # bytes of a megabyte of scalar memory that the two tables of tiles may take, one that says which are held and one what to fetch
 
 
@@ -24,6 +25,11 @@ def by_rows(function: Callable, table: int, *rows):
         return function(*rows)
     parts = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), rows)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(lambda part: function(*part), parts))
+
+
+def vmem_bytes(device_kind: str) -> int:
+    """Of a core; of a device that is not in the table what most have at least."""
+    return VMEM.get(device_kind, 64) * 2**20
 
 
 def padded(x: Array, axis: int, size: int) -> Array:
