@@ -110,7 +110,7 @@ def total_kl_tpu(
       The loss summed over all queries, float32; 0 for queries without keys. Its gradient reaches the indexer's q, w and k alone.
       mass_BT: the attention's probability of the selected keys, float32. Without gradient.
     """
-    tiles = tiles if tiles.queries else tiles._replace(queries=256 if _vmem_limit() > 100 * 2**20 else 128)
+    tiles = tiles if tiles.queries else tiles._replace(queries=most_queries(ambient_device().device_kind))
 
     def of_rows(*rows):
         kl, mass_BT = _total_kl(*rows, tiles, axis)
@@ -121,8 +121,9 @@ def total_kl_tpu(
     return jnp.sum(kl_n), mass_BT
 
 
-def _vmem_limit() -> int:
-    return vmem_bytes(ambient_device().device_kind) * 15 // 16  # the rest is the compiler's own
+def most_queries(device_kind: str) -> int:
+    """Of a tile: each key that is fetched serves so many."""
+    return 256 if vmem_bytes(device_kind) >= 128 * 2**20 else 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -168,11 +169,11 @@ def _kl_kernel(
 
     @pl.when((j == 0) & (group == 0))
     def _():
-        fetched = pltpu.make_async_copy(dq_here, dq_row_ref, arrived)
-        fetched.start()
+        fetched_row = pltpu.make_async_copy(dq_here, dq_row_ref, arrived)
+        fetched_row.start()
         for sum_ref in (kl_sum_ref, mass_sum_ref, dw_sum_ref):
             sum_ref[...] = jnp.zeros(sum_ref.shape, F32)
-        fetched.wait()
+        fetched_row.wait()
 
     @pl.when(held_ref[b, i, j] != 0)
     def _():
@@ -272,6 +273,7 @@ def _spec(block: tuple[int, ...], index: Callable, **options) -> pl.BlockSpec:
 
 def _over_tiles(kernel, name: str, tables, groups: int, operands, results, scratch, semantics, tiles: Tiles, aliases: dict[int, int]):
     """`operands`: (array, where); `results`: (shape, where), all float32. `aliases`: of operands to results."""
+    limit = vmem_bytes(ambient_device().device_kind) * 15 // 16  # the rest is the compiler's own
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -282,7 +284,7 @@ def _over_tiles(kernel, name: str, tables, groups: int, operands, results, scrat
             scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct(shape, F32) for shape, _ in results],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_vmem_limit()),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit),
         input_output_aliases={len(tables) + at: result for at, result in aliases.items()},
         interpret=tiles.interpret,
         name=name,
