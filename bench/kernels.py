@@ -53,8 +53,8 @@ def static(topology: str) -> dict:
 
         def row(work_of, **named) -> dict:
             """Of a kernel just compiled; work_of: a length -> Work."""
-            parts = stretches(directory, work_of(LENGTHS[0]).kernel)
-            runs = work_of(LENGTHS[0]).runs
+            kernel, runs = work_of(LENGTHS[0]).kernel, work_of(LENGTHS[0]).runs
+            parts = stretches(directory, kernel, jumps=len(runs) > 1)
             longest = sorted(sorted(range(len(parts)), key=lambda at: -parts[at].bundles)[: len(runs)])
             tile_cycles, spills = (sum(run * getattr(parts[at], of) for run, at in zip(runs, longest, strict=True)) for of in ("bundles", "spills"))
             rest = sum(part.bundles for at, part in enumerate(parts) if at not in longest)
