@@ -133,7 +133,7 @@ def works(L: int) -> list[Work]:
 
 def loss_works(L: int, heads: int, device_kind: str) -> list[Work]:
     """Of the indexer's loss, on one core: what adds to the keys' gradient must run in order. Each piece of the keys goes over all rows of tiles."""
-    queries, keys = indexer_kl.most_queries(device_kind), indexer_kl.Tiles().keys
+    queries, keys = indexer_kl.most_queries(device_kind, L), indexer_kl.Tiles().keys
     pairs, tiles, rows = queries * keys, causal_tiles(L, queries, keys), L // queries * -(-L // indexer_kl.KEYS_AT_ONCE)
     groups, h, mask, row = -(-heads // indexer_kl.HEADS_AT_ONCE), 2 * stored(H), queries * MASK, queries * ROW
     index_q, index_k = queries * I * 2 * C, keys * 2 * C

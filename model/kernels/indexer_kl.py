@@ -40,7 +40,7 @@ HEADS_AT_ONCE = 32  # of the keys: 4 MiB for a tile of 256, fetched while the 32
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile: multiples of 128; keys divide 4096. 0 queries: as many as the chip's VMEM has room for."""
+    """Queries and keys of a tile: multiples of 128; keys divide 4096. 0 queries: `most_queries`."""
 
     queries: int = 0
     keys: int = 256
@@ -110,7 +110,7 @@ def total_kl_tpu(
       The loss summed over all queries, float32; 0 for queries without keys. Its gradient reaches the indexer's q, w and k alone.
       mass_BT: the attention's probability of the selected keys, float32. Without gradient.
     """
-    tiles = tiles if tiles.queries else tiles._replace(queries=most_queries(ambient_device().device_kind))
+    tiles = tiles if tiles.queries else tiles._replace(queries=most_queries(ambient_device().device_kind, q_BTIC.shape[1]))
 
     def of_rows(*rows):
         kl, mass_BT = _total_kl(*rows, tiles, axis)
@@ -121,9 +121,10 @@ def total_kl_tpu(
     return jnp.sum(kl_n), mass_BT
 
 
-def most_queries(device_kind: str) -> int:
-    """Of a tile: each key that is fetched serves so many."""
-    return 256 if vmem_bytes(device_kind) >= 128 * 2**20 else 128
+def most_queries(device_kind: str, T: int) -> int:
+    """Of a tile, of T: each key that is fetched serves so many. Where two blocks of 128 stand apart, dealt to devices in turn, the nearer one sees keys of the
+    other in vain, a share of 128 / T: not worth it for short rows."""
+    return 256 if vmem_bytes(device_kind) >= 128 * 2**20 and T >= 4_096 else 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -155,12 +156,13 @@ def _normaliser_kernel(held_ref, fetch_ref, first_ref, q_ref, w_ref, k_ref, bits
 
 def _kl_kernel(
     held_ref, fetch_ref, first_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, selected_ref, dq_before_ref, dk_before_ref,
-    kl_ref, mass_ref, dw_ref, dq_ref, dk_ref, kl_sum_ref, mass_sum_ref, dw_sum_ref, p_ref, positive_ref, dq_row_ref, dk_tile_ref, arrived, *, groups: int,
+    kl_ref, mass_ref, dw_ref, dq_ref, dk_ref,
+    kl_sum_ref, mass_sum_ref, dw_sum_ref, p_ref, positive_ref, dq_row_ref, dk_tile_ref, row_done, tile_done, *, groups: int,
 ):  # fmt: skip
     """Keys along the rows: so what is one number a query (lse, w) lies along lanes, as it is stored, and no product of a head wants a turned operand.
 
     p_ref [keys, queries]: the sum over heads so far. positive_ref [I, keys, queries]: relu(q k) of each indexer head, kept for the gradients.
-    dq_row_ref [I, C, queries]: dq of a row of tiles, turned."""
+    dq_row_ref [I, C, queries]: dq of a row of tiles, turned. Its copies have a semaphore of their own, or one nobody waits for could pass as another."""
     del dq_before_ref, dk_before_ref  # dq_ref and dk_ref are the same memory
     b, i, j, group = (pl.program_id(axis) for axis in range(4))
     heads, I, (keys, queries) = k_ref.shape[1], index_q_ref.shape[1], p_ref.shape
@@ -169,7 +171,7 @@ def _kl_kernel(
 
     @pl.when((j == 0) & (group == 0))
     def _():
-        fetched_row = pltpu.make_async_copy(dq_here, dq_row_ref, arrived)
+        fetched_row = pltpu.make_async_copy(dq_here, dq_row_ref, row_done)
         fetched_row.start()
         for sum_ref in (kl_sum_ref, mass_sum_ref, dw_sum_ref):
             sum_ref[...] = jnp.zeros(sum_ref.shape, F32)
@@ -178,7 +180,7 @@ def _kl_kernel(
     @pl.when(held_ref[b, i, j] != 0)
     def _():
         dk_here = dk_ref.at[b, pl.ds(pl.multiple_of((first_ref[0] + j) * keys, LANES), keys)]
-        fetched = pltpu.make_async_copy(dk_here, dk_tile_ref, arrived)
+        fetched = pltpu.make_async_copy(dk_here, dk_tile_ref, tile_done)
         pl.when(all_heads)(fetched.start)
         p_KQ = jnp.zeros(p_ref.shape, F32)
         for own in range(heads):  # of keys outside the set, too: they are taken out below
@@ -212,13 +214,13 @@ def _kl_kernel(
                 dq_row_ref[head] += dot(turned_CK, ddot_KQ, (1, 0))
                 dk_KC += dot(ddot_KQ, index_q_ref[0, head], (1, 0))
             dk_tile_ref[...] = dk_KC
-            put = pltpu.make_async_copy(dk_tile_ref, dk_here, arrived)
+            put = pltpu.make_async_copy(dk_tile_ref, dk_here, tile_done)
             put.start()
             put.wait()
 
     @pl.when((j == pl.num_programs(2) - 1) & all_heads)
     def _():
-        put_row = pltpu.make_async_copy(dq_row_ref, dq_here, arrived)
+        put_row = pltpu.make_async_copy(dq_row_ref, dq_here, row_done)
         put_row.start()
         for row_ref, sum_ref in ((kl_ref, kl_sum_ref), (mass_ref, mass_sum_ref)):
             row_ref[0] = jnp.sum(sum_ref[...], axis=0, keepdims=True)
@@ -344,7 +346,7 @@ def _loss(tables, attention: Attention, index_q_BITC, index_w_BTI, index_k_BSC, 
     results = [((B, 1, T), row), ((B, 1, T), row), ((B, I, 1, T), row_of_head), (dq_BICT.shape, in_hbm), (dk_BSC.shape, in_hbm)]
     sums = [pltpu.VMEM(shape, F32) for shape in ((SUBLANES, queries), (SUBLANES, queries), (I, SUBLANES, queries), (keys, queries))]
     kept = [pltpu.VMEM((I, keys, queries), index_k_BSC.dtype), pltpu.VMEM((I, C, queries), F32), pltpu.VMEM((keys, C), F32)]
-    scratch, kernel = [*sums, *kept, pltpu.SemaphoreType.DMA], functools.partial(_kl_kernel, groups=groups)
+    scratch, kernel = [*sums, *kept, pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA], functools.partial(_kl_kernel, groups=groups)
     semantics = "parallel", "arbitrary", "arbitrary", "arbitrary"  # dk and dq are a sequence's own
     aliases = {len(operands) - 2: 3, len(operands) - 1: 4}
     return _over_tiles(kernel, "indexer_kl", tables, groups, operands, results, scratch, semantics, tiles, aliases)
