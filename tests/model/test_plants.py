@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +66,9 @@ def test_memory_used_before_it_is_written_is_seen(monkeypatch, module, kernel, r
     ids=["added to before it arrived", "left behind", "dk added to before it arrived", "dk fetched before it was put", "dq before it came", "dq left behind"],
 )
 def test_a_copy_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog, module, kernel, right):
+    """As the fixture `no_races` sees it: where a later copy is waited for, the interpreter takes the one before for done, and only its count is wrong."""
     planted(monkeypatch, module, kernel, right, "pass")
-    assert "RACE DETECTED" in complaints(lambda: (results if module is sparse_attention else losses)(EAGER), capfd, caplog)
+    assert re.search("RACE DETECTED|non-zero count", complaints(lambda: (results if module is sparse_attention else losses)(EAGER), capfd, caplog))
 
 
 def test_a_latent_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog):
