@@ -12,7 +12,7 @@ from model.kernels import indexer_kl, sparse_attention
 from model.kernels.keyset import LANES, words
 from model.kernels.selection import _most_queries, select_tpu
 
-HEADS, TOPK = 16, 2_048  # heads of a device: 128 on eight
+HEADS, ALL_HEADS, TOPK = 16, 128, 2_048  # heads of a device, 128 on eight; the indexer's loss has them all
 I, C, H, V = 64, 128, 192, 128  # the indexer's heads and width; the attention's widths
 BF16, F32 = jnp.bfloat16, jnp.float32
 SPLASH = 512  # queries and keys of its tiles: as ours, and what it does best with of 256 to 1024
@@ -32,6 +32,8 @@ class Work(NamedTuple):
     flops: int  # of a tile: what the mathematics needs, two a product
     tile_bytes: int  # fetched and put back a tile
     row_bytes: int
+    runs: tuple[int, ...] = (1,)  # how often a tile runs each of the longest stretches of its code, in their order
+    cores: int = 0  # that it runs on, 0 for all of the device
 
 
 def attention_shapes(L: int, heads: int) -> tuple:
@@ -89,6 +91,10 @@ def top_k_program(rows: int, L: int) -> Program:
     return Program(lambda scores: jax.lax.top_k(scores, TOPK), (((rows, L), F32),))
 
 
+MASK = 4 * LANES  # bytes of a query's bits in a tile
+ROW = 8 * 4  # a float32 a query that is stored along lanes takes eight sublanes
+
+
 def select_queries(L: int) -> int:
     """Of a block of the selection's."""
     return _most_queries(words(L))
@@ -104,10 +110,8 @@ def causal_tiles(L: int, queries: int, keys: int) -> int:
 
 
 def works(L: int) -> list[Work]:
-    """Of the kernels that go over tiles."""
-    tiles, loss = sparse_attention.Tiles(), indexer_kl.Tiles()
-    h, v, mask = 2 * stored(H), 2 * stored(V), 4 * LANES  # bytes of a query or a key, and of a query's bits in a tile
-    row = 8 * 4  # a float32 a query that is stored along lanes takes eight sublanes
+    """Of attention's kernels."""
+    tiles, h, v, mask, row = sparse_attention.Tiles(), 2 * stored(H), 2 * stored(V), MASK, ROW
 
     queries, keys = tiles.queries, tiles.keys
     forward_tile = tiles.heads * keys * (h + v) + queries * mask
@@ -117,11 +121,6 @@ def works(L: int) -> list[Work]:
     backward_tile = heads * queries * (h + v + 2 * row + 2 * 4 * H) + queries * mask  # dq comes and goes in float32, queries along lanes
     backward_row = heads * keys_backward * 2 * (h + v)
 
-    pairs, loss_tiles, loss_rows = loss.queries * loss.keys, causal_tiles(L, loss.queries, loss.keys), L // loss.queries
-    index_q, index_k, loss_mask = loss.queries * I * 2 * C, loss.keys * 2 * C, loss.queries * mask
-    kl_tile = loss.keys * HEADS * h + index_k + 2 * loss_mask + 2 * loss.keys * 4 * C  # the keys' gradient comes and goes in float32
-    kl_row = 2 * index_q + loss.queries * (HEADS * (h + row) + 2 * I * row)
-
     def attention(kernel: str, heads: int, keys: int, widths: int, row: int, tile_bytes: int, row_bytes: int) -> Work:
         programs, flops = HEADS // heads, 2 * heads * queries * keys * widths
         return Work(kernel, programs * causal_tiles(L, queries, keys), programs * L // row, flops, tile_bytes, row_bytes)
@@ -129,8 +128,21 @@ def works(L: int) -> list[Work]:
     return [
         attention("sparse_attention", tiles.heads, keys, H + V, queries, forward_tile, forward_row),
         attention("sparse_attention_backward", heads, keys_backward, 3 * H + 2 * V, keys_backward, backward_tile, backward_row),
-        Work("indexer_normaliser", loss_tiles, loss_rows, 2 * pairs * I * C, index_k + loss_mask, index_q + loss.queries * 4 * stored(I)),
-        Work("indexer_kl", loss_tiles, loss_rows, 2 * pairs * (HEADS * H + 3 * I * C), kl_tile, kl_row),
+    ]
+
+
+def loss_works(L: int, heads: int, device_kind: str) -> list[Work]:
+    """Of the indexer's loss, on one core: what adds to the keys' gradient must run in order. Each piece of the keys goes over all rows of tiles."""
+    queries, keys = indexer_kl.most_queries(device_kind, L), indexer_kl.Tiles().keys
+    pairs, tiles, rows = queries * keys, causal_tiles(L, queries, keys), L // queries * -(-L // indexer_kl.KEYS_AT_ONCE)
+    groups, h, mask, row = -(-heads // indexer_kl.HEADS_AT_ONCE), 2 * stored(H), queries * MASK, queries * ROW
+    index_q, index_k = queries * I * 2 * C, keys * 2 * C
+    kl_tile = keys * heads * h + index_k + 2 * mask + 2 * keys * 4 * C  # the keys' gradient comes and goes in float32
+    kl_row = index_q + queries * heads * h + heads * row + 2 * I * row + 2 * queries * I * 4 * C  # and so does that of a row's queries
+    kl_runs = (1,) if groups == 1 else (groups, 1)  # the attention's heads, then the rest
+    return [
+        Work("indexer_normaliser", tiles, rows, 2 * pairs * I * C, index_k + mask, index_q + queries * 4 * stored(I)),
+        Work("indexer_kl", tiles, rows, 2 * pairs * (heads * H + 3 * I * C), kl_tile, kl_row, kl_runs, cores=1),
     ]
 
 

@@ -53,28 +53,32 @@ def static(topology: str) -> dict:
 
         def row(work_of, **named) -> dict:
             """Of a kernel just compiled; work_of: a length -> Work."""
-            parts = stretches(directory, work_of(LENGTHS[0]).kernel)
-            tile = max(parts, key=lambda part: part.bundles)
-            rest = sum(part.bundles for part in parts) - tile.bundles
+            kernel, runs = work_of(LENGTHS[0]).kernel, work_of(LENGTHS[0]).runs
+            parts = stretches(directory, kernel, jumps=len(runs) > 1)
+            longest = sorted(sorted(range(len(parts)), key=lambda at: -parts[at].bundles)[: len(runs)])
+            tile_cycles, spills = (sum(run * getattr(parts[at], of) for run, at in zip(runs, longest, strict=True)) for of in ("bundles", "spills"))
+            rest = sum(part.bundles for at, part in enumerate(parts) if at not in longest)
             lengths = {}
             for L in LENGTHS:
                 work = work_of(L)
-                cycles, bytes_ = work.tiles * tile.bundles + work.rows * rest, work.tiles * work.tile_bytes + work.rows * work.row_bytes
-                lengths[L] = totals(cycles, work.tiles * work.flops, bytes_)
-            of_peak = work.flops / tile.bundles / (chip.flops / cores / clock)
-            return named | tile_figures(work.kernel, work.flops, tile, of_peak) | {"lengths": lengths}
+                cycles, bytes_ = work.tiles * tile_cycles + work.rows * rest, work.tiles * work.tile_bytes + work.rows * work.row_bytes
+                lengths[L] = totals(cycles, work.tiles * work.flops, bytes_, work.cores or cores)
+            of_peak = work.flops / tile_cycles / (chip.flops / cores / clock)
+            return named | tile_figures(work.kernel, work.flops, tile_cycles, spills, of_peak) | {"lengths": lengths}
 
-        def totals(cycles: float, flops: float, bytes_: float) -> dict:
+        def totals(cycles: float, flops: float, bytes_: float, used: int = cores) -> dict:
+            """`used`: cores that it runs on."""
             moved = bytes_ / chip.hbm_bandwidth
-            taken, bound = max(cycles / cores / clock, moved), max(flops / chip.flops, moved)
+            taken, bound = max(cycles / used / clock, moved), max(flops / chip.flops, moved)
             figures = {"mcycles": cycles / 1e6, "gbytes": bytes_ / 1e9, "bound_ms": bound * 1e3, "static_ms": taken * 1e3, "of_bound": bound / taken}
             return {name: float(f"{figure:.4g}") for name, figure in figures.items()}
 
         kernels, selection = [], []
         compiled(programs.programs(LENGTHS[0])["attention and gradients"])
         kernels += [row(lambda L, at=at: programs.works(L)[at]) for at in (0, 1)]
-        compiled(programs.programs(LENGTHS[0])["indexer's loss and gradients"])
-        kernels += [row(lambda L, at=at: programs.works(L)[at]) for at in (2, 3)]
+        for heads, places in ((programs.HEADS, (0, 1)), (programs.ALL_HEADS, (1,))):  # the normaliser is the same
+            compiled(programs.programs(LENGTHS[0], heads=heads)["indexer's loss and gradients"])
+            kernels += [row(lambda L, at=at, heads=heads: programs.loss_works(L, heads, device.device_kind)[at], heads=heads) for at in places]
         rivals = []
         for causal, name in ((False, "splash attention, dynamic mask"), (True, "splash attention, causal: dense flash")):
             compiled(programs.splash_program(LENGTHS[0], causal=causal))
@@ -92,8 +96,8 @@ def static(topology: str) -> dict:
     return {"static": True, "topology": topology, "libtpu": version("libtpu"), "kernels": kernels, "selection": selection, "rivals": rivals}
 
 
-def tile_figures(kernel: str, flops: float, tile: Stretch, of_peak: float) -> dict:
-    return {"kernel": kernel, "tile_gflop": round(flops / 1e9, 3), "tile_cycles": tile.bundles, "of_peak": round(of_peak, 3), "spills": tile.spills}
+def tile_figures(kernel: str, flops: float, cycles: int, spills: int, of_peak: float) -> dict:
+    return {"kernel": kernel, "tile_gflop": round(flops / 1e9, 3), "tile_cycles": cycles, "of_peak": round(of_peak, 3), "spills": spills}
 
 
 def selection_figures(parts: list[Stretch], L: int, programs, totals, rate: float, peak: float) -> dict:
@@ -116,7 +120,7 @@ def selection_figures(parts: list[Stretch], L: int, programs, totals, rate: floa
     tiles, flops = programs.causal_tiles(L, queries, keys), 2 * queries * keys * I * C
     mean_words = statistics.mean(-(-(first + queries) // KEYS) for first in range(0, L, queries))
     bytes_ = tiles * keys * 2 * C + L * (I * 2 * C + 4 * programs.stored(I + 1) + 4 * words(L))
-    figures = tile_figures("select", flops, tile, flops / tile.bundles / peak) | {"length": L}
+    figures = tile_figures("select", flops, tile.bundles, tile.spills, flops / tile.bundles / peak) | {"length": L}
     return figures | {
         "scoring_mcycles": round(tiles * tile.bundles / 1e6, 1),
         "search_mcycles": round(of_rows(L, mean_words) / 1e6, 1),

@@ -35,8 +35,9 @@ def dumped() -> Iterator[Path]:
         yield Path(directory)
 
 
-def stretches(directory: Path, name: str) -> list[Stretch]:
-    """Of the kernel of this name, in the order of its code. Raises FileNotFoundError if none was compiled."""
+def stretches(directory: Path, name: str, *, jumps: bool = False) -> list[Stretch]:
+    """Of the kernel of this name, in the order of its code; with `jumps` they end at every jump, too, and not only where something jumps to or comes from a
+    loop. Raises FileNotFoundError if none was compiled."""
     bundles = _one(directory, name, "final_bundles.txt").read_text().splitlines()
     table = _one(directory, name, "final_hlo-static-per-bundle-utilization.txt").read_text().splitlines()
     heading = table.index("== UTILIZATION:")
@@ -44,9 +45,12 @@ def stretches(directory: Path, name: str) -> list[Stretch]:
     capacity = dict(zip(units, map(int, table[2].split()), strict=True))
     used = [dict(zip(units, map(int, line.split()), strict=True)) for line in table[heading + 1 :] if line.strip()]
     found, begun = [], 0
-    marks = [match for match in map(BUNDLE.match, bundles) if match]
+    marks, behind = [], set()  # of the bundles; those behind a jump
+    for line in bundles:
+        marks += filter(None, [BUNDLE.match(line)])
+        behind |= {len(marks)} if jumps and "sbr.rel" in line else set()
     for at, match in enumerate(marks + [None]):
-        if at == 0 or (match is not None and match["mark"] is None):
+        if at == 0 or (match is not None and match["mark"] is None and at not in behind):
             continue
         part = used[begun:at]
         spills = sum(line["VLOAD:FILL"] + line["VSTORE:SPILL"] for line in part)

@@ -5,8 +5,8 @@
     total_kl    the indexer's loss against that attention      queries cut over `tensor`: each needs all heads
 
 Queries are dealt out in blocks, one to each device of `tensor` in turn, so that every device gets as many long rows as short ones. Between the three the
-compiler moves what lies elsewhere: the bits to all (L / 8 bytes a query), queries and log-sum-exps from heads to queries (all-to-all), and all heads' keys
-to all, which is the dearest: 49 KB a key in DeepSeek-V3.2.
+compiler moves what lies elsewhere: the bits to all (L / 8 bytes a query), queries and log-sum-exps from heads to queries (all-to-all). All heads' keys go to
+all, which is the dearest, 49 KB a key in DeepSeek-V3.2: the loss itself gathers them, piece by piece.
 """
 
 import functools
@@ -31,7 +31,6 @@ from model.kernels.tile import LEAST_VMEM, padded, vmem_bytes
 from model.sharding import MESH_AXES, RULES, ambient_device, platform
 
 ROWS, CUT = P(RULES["batch"]), P(RULES["batch"], None, "tensor")  # of arrays [B, ...] and dealt ones [B, n, tensor, BLOCK, ...]
-PIECE = 16_384  # queries of the loss at a time
 LEAST_TILED = 512  # tokens of a row: shorter ones would leave most of a tile empty
 CHUNK_BYTES = 2**30  # of the products of every head that a GPU's selection or loss writes to memory at a time
 
@@ -128,12 +127,9 @@ def attend_tiled(
     q_BNTH, k_BNSH, v_BNSV = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
     queries = None if stage == "dense" else Queries(*(dealt(x, 1) for x in (*indexer.query, segments_BT, jnp.arange(T)[None])))
     keys = None if stage == "dense" else Keys(indexer.k_BSC, segments_BT)
-    if stage == "sparse":
-        with jax.named_scope("select"):
-            dealt_bits = select(kernels, queries, keys, topk)
-            bits_BTW = together(dealt_bits, 1)[:, :T]
-    else:
-        bits_BTW = causal(segments_BT, segments_BT, jnp.arange(T))
+    with jax.named_scope("select"):
+        selected = None if stage == "dense" else select(kernels, queries, keys, topk)
+    bits_BTW = together(selected, 1)[:, :T] if stage == "sparse" else causal(segments_BT, segments_BT, jnp.arange(T))
     # What a block's recomputation keeps of attention, it keeps of this: the selection is not made again in the backward pass.
     bits_BTW = checkpoint_name(bits_BTW, "attention")
     with jax.named_scope("attention"):
@@ -145,7 +141,7 @@ def attend_tiled(
         return out_BTNV, IndexerReport.zero(), recorded
     with jax.named_scope("indexer_kl"):
         attention = jax.lax.stop_gradient(Attention(q_BNTH, k_BNSH, lse_BNT))
-        kl, mass = total_kl(kernels, attention, queries, keys, dealt_bits if stage == "sparse" else dealt(bits_BTW, 1), stage, topk)
+        kl, mass = total_kl(kernels, attention, queries, keys, selected if stage == "sparse" else dealt(bits_BTW, 1), selected)
     zero = jnp.zeros((), jnp.float32)
     if stage == "sparse":
         return out_BTNV, IndexerReport(kl, zero, zero, zero), recorded
@@ -160,7 +156,8 @@ def select(kernels: Kernels, queries: Queries, keys: Keys, topk: int) -> Array:
     """Each query's keys: bits, dealt."""
 
     def own(queries: Queries, keys: Keys):
-        return dealt(_selected(kernels, _own(queries), keys, topk), 1, 1)
+        q_BTIC, w_BTI, segments_BT, place_1T = _own(queries)
+        return dealt(kernels.select(q_BTIC, keys.k_BSC, w_BTI, segments_BT, keys.segments_BS, place_1T[0], topk)[0], 1, 1)
 
     return on_mesh(own, (DEALT, ROWS), CUT)(*jax.lax.stop_gradient((queries, keys)))
 
@@ -169,41 +166,22 @@ def _own(dealt_BT):
     return jax.tree.map(lambda x: together(x, 1), dealt_BT)
 
 
-def _selected(kernels: Kernels, queries: Queries, keys: Keys, topk: int) -> Array:
-    (q_BTIC, w_BTI, segments_BT, place_1T), (k_BSC, segments_BS) = jax.lax.stop_gradient((queries, keys))
-    return kernels.select(q_BTIC, k_BSC, w_BTI, segments_BT, segments_BS, place_1T[0], topk)[0]
-
-
-def total_kl(kernels: Kernels, attention: Attention, queries: Queries, keys: Keys, bits: Array, stage: str, topk: int) -> tuple[Array, Array]:
+def total_kl(kernels: Kernels, attention: Attention, queries: Queries, keys: Keys, bits: Array, selected: Array) -> tuple[Array, Array]:
     """The indexer's loss, and the attention's mass on the keys selected, dealt. `bits`, dealt: the keys compared."""
+    axis = "tensor" if devices() > 1 else ""
 
-    def own(attention: Attention, queries: Queries, keys: Keys, bits):
-        """PIECE queries at a time: in the warm-up only recall wants the selection, and no more of it than that is ever held."""
-        by_query = Attention(together(attention.q_BNTH, 2), None, together(attention.lse_BNT, 2))
-        pieces = jax.tree.map(lambda x, axis: cut(x, axis), (by_query, _own(queries), _own(bits)), (Attention(2, None, 2), Queries(1, 1, 1, 1), 1))
+    def own(attention: Attention, k_BSC: Array, *by_query: Array):
+        given = Attention(together(attention.q_BNTH, 2), attention.k_BNSH, together(attention.lse_BNT, 2))
+        q_BTIC, w_BTI, bits_BTW, selected_BTW = _own(by_query)
+        kl, mass_BT = kernels.total_kl(given, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, axis=axis)
+        return kl[None], dealt(mass_BT, 1, 1)
 
-        def step(total, piece):
-            (q_BNTH, _, lse_BNT), queries, bits_BTW = piece
-            selected_BTW = bits_BTW if stage == "sparse" else _selected(kernels, queries, keys, topk)
-            given = Attention(q_BNTH, attention.k_BNSH, lse_BNT), queries.q_BTIC, queries.w_BTI, keys.k_BSC, bits_BTW, selected_BTW
-            kl, mass_BT = kernels.total_kl(*given)
-            return total + kl, mass_BT
-
-        kl, mass_nBT = jax.lax.scan(step, jnp.zeros((), jnp.float32), pieces)
-        T = bits.shape[1] * BLOCK
-        return kl[None], dealt(jnp.moveaxis(mass_nBT, 0, 1).reshape(mass_nBT.shape[1], -1)[:, :T], 1, 1)
-
-    by_query = P(RULES["batch"], None, None, "tensor")
-    shared = Attention(dealt(attention.q_BNTH, 2), attention.k_BNSH, dealt(attention.lse_BNT, 2))
-    kl_n, mass = on_mesh(own, (Attention(by_query, ROWS, by_query), DEALT, ROWS, CUT), (P(MESH_AXES), CUT))(shared, queries, keys, bits)
+    by_query, by_head = P(RULES["batch"], None, None, "tensor"), P(RULES["batch"], "tensor")
+    given = Attention(dealt(attention.q_BNTH, 2), attention.k_BNSH, dealt(attention.lse_BNT, 2))
+    k_BSC = keys.k_BSC.astype(jnp.float32)  # so its gradient is added up over devices as it is, and rounded once
+    specs = Attention(by_query, by_head, by_query), ROWS, CUT, CUT, CUT, CUT
+    kl_n, mass = on_mesh(own, specs, (P(MESH_AXES), CUT))(given, k_BSC, queries.q_BTIC, queries.w_BTI, bits, selected)
     return jnp.sum(kl_n), mass
-
-
-def cut(x: Array, axis: int) -> Array:
-    """[..., T, ...] to [n, ..., at most PIECE, ...]."""
-    size = min(PIECE, x.shape[axis])
-    x = padded(x, axis, -(-x.shape[axis] // size) * size)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def devices() -> int:

@@ -10,14 +10,16 @@ so a first pass over the tiles finds L, and a second one the loss and, since a s
 q gets dI w [q k > 0] k, k the same with q. Both passes and the attention's forward skip tiles without a key of the set. The second
 one also sums p over a part of the set: in the dense warm-up, over what would be selected, that is the indexer's recall.
 
-The gradient of the indexer's keys is a sum over queries while the tiles run over keys first: it is kept in HBM, and a tile's part fetched, added to and put
-back (half a megabyte for 10^10 operations). So the grid must run in order, on one core.
+Keys come in pieces of KEYS_AT_ONCE. p wants all heads of the attention, and where those lie over several devices a piece's keys are gathered when its turn
+comes: all keys of all heads would be 8 GiB at 128K. So every gradient is a sum over pieces, in float32. What a kernel adds to lies in HBM: of dq a block of
+queries is fetched and put back once a row of tiles, of dk a tile's keys with every tile, which must therefore run in order, on one core a sequence.
 
-p wants all heads of a tile, whose queries and keys do not fit into VMEM together when a device has all 128: they come HEADS_AT_ONCE by HEADS_AT_ONCE, the
-innermost dimension of the grid, and the last of them does the rest.
+The queries of all heads stay in VMEM for a row of tiles; the keys come HEADS_AT_ONCE by HEADS_AT_ONCE, the innermost dimension of the grid, and the last of
+them does the rest.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,18 +30,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_kl, indexer_scores
-from model.kernels.keyset import KEYS, LANES, held_tiles, next_held, tile_bias, unpack
+from model.kernels.keyset import KEYS, LANES, held_tiles, next_held, tile_bias, unpack, words
 from model.kernels.selection import score_tile
-from model.kernels.tile import F32, NO_KEY, SUBLANES, by_rows, by_sublane, dot, padded
+from model.kernels.tile import F32, NO_KEY, SUBLANES, by_rows, by_sublane, dot, padded, vmem_bytes
+from model.sharding import ambient_device
 
-AT_ONCE = 16_384  # queries of a call: the tables of its tiles must fit into scalar memory, as in `by_rows`
-HEADS_AT_ONCE = 32  # of the attention: 9 MiB of queries and keys, fetched while the 32 before are worked on
+KEYS_AT_ONCE = 16_384  # of a call: 1 GiB of 128 heads, and the tables of 128K queries' tiles fit into scalar memory, as in `by_rows`
+HEADS_AT_ONCE = 32  # of the keys: 4 MiB for a tile of 256, fetched while the 32 before are worked on
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile: multiples of 128; queries divide AT_ONCE, keys 4096."""
+    """Queries and keys of a tile: multiples of 128; keys divide 4096. 0 queries: `most_queries`."""
 
-    queries: int = 128
+    queries: int = 0
     keys: int = 256
     interpret: Any = False
 
@@ -48,15 +51,16 @@ class Attention(NamedTuple):
     """What the indexer is compared with, all heads."""
 
     q_BNTH: Array
-    k_BNSH: Array
+    k_BNSH: Array  # of a device's own heads alone, if heads lie over a mesh axis
     lse_BNT: Array  # over the keys compared
 
 
 def total_kl_reference(
-    attention: Attention, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, selected_BTW: Array, *, queries: int = 256
+    attention: Attention, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, selected_BTW: Array, *, axis: str = "", queries: int = 256
 ) -> tuple[Array, Array]:
-    """See `total_kl_tpu`. So many queries at a time."""
+    """See `total_kl_tpu`. So many queries at a time, over all keys of all heads."""
     (q_BNTH, k_BNSH, lse_BNT), T, S = jax.lax.stop_gradient(attention), q_BTIC.shape[1], k_BSC.shape[1]
+    k_BNSH, k_BSC = all_heads(k_BNSH, axis), k_BSC.astype(q_BTIC.dtype)
     size = -(-T // queries) * queries
 
     def cut(x: Array, axis: int) -> Array:
@@ -77,37 +81,58 @@ def total_kl_reference(
     return total, jnp.moveaxis(mass_nBC, 0, 1).reshape(q_BTIC.shape[0], -1)[:, :T]
 
 
+def all_heads(k_BNSH: Array, axis: str) -> Array:
+    """Of a device's own heads, those of all devices of a mesh axis."""
+    return lax.all_gather(k_BNSH, axis, axis=1, tiled=True) if axis else k_BNSH
+
+
 def total_kl_tpu(
-    attention: Attention, q_BTIC: Array, w_BTI: Array, k_BSC: Array, bits_BTW: Array, selected_BTW: Array, tiles: Tiles = Tiles()
+    attention: Attention,
+    q_BTIC: Array,
+    w_BTI: Array,
+    k_BSC: Array,
+    bits_BTW: Array,
+    selected_BTW: Array,
+    tiles: Tiles = Tiles(),
+    *,
+    axis: str = "",
 ) -> tuple[Array, Array]:
     """The kernels. Queries need not be a sequence's first ones, nor stand side by side: the sets say what each sees.
 
     Args:
       attention: as `attend_tpu` had and gave it.
-      q_BTIC, w_BTI, k_BSC: the indexer's, see `indexer_scores`.
+      q_BTIC, w_BTI, k_BSC: the indexer's, see `indexer_scores`. Keys are multiplied in the queries' dtype; in float32 their gradient can be added up further.
       bits_BTW: the keys compared, those that lse is over.
       selected_BTW: keys among them.
+      axis: of the mesh that the heads of attention.k_BNSH lie over, if any, inside a shard_map. The queries are all heads'.
 
     Returns:
       The loss summed over all queries, float32; 0 for queries without keys. Its gradient reaches the indexer's q, w and k alone.
       mass_BT: the attention's probability of the selected keys, float32. Without gradient.
     """
+    tiles = tiles if tiles.queries else tiles._replace(queries=most_queries(ambient_device().device_kind, q_BTIC.shape[1]))
 
     def of_rows(*rows):
-        kl, mass_BT = _total_kl(*rows, tiles)
+        kl, mass_BT = _total_kl(*rows, tiles, axis)
         return kl[None], mass_BT
 
-    table = -(-min(AT_ONCE, q_BTIC.shape[1]) // tiles.queries), -(-k_BSC.shape[1] // tiles.keys)
+    table = -(-q_BTIC.shape[1] // tiles.queries), -(-min(KEYS_AT_ONCE, k_BSC.shape[1]) // tiles.keys)
     kl_n, mass_BT = by_rows(of_rows, table, attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW)
     return jnp.sum(kl_n), mass_BT
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _total_kl(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles: Tiles) -> tuple[Array, Array]:
-    return _with_gradients(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles)[0]
+def most_queries(device_kind: str, T: int) -> int:
+    """Of a tile, of T: each key that is fetched serves so many. Where two blocks of 128 stand apart, dealt to devices in turn, the nearer one sees keys of the
+    other in vain, a share of 128 / T: not worth it for short rows."""
+    return 256 if vmem_bytes(device_kind) >= 128 * 2**20 and T >= 4_096 else 128
 
 
-def _normaliser_kernel(held_ref, fetch_ref, q_ref, w_ref, k_ref, bits_ref, lse_ref, largest_ref, total_ref):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _total_kl(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles: Tiles, axis: str) -> tuple[Array, Array]:
+    return _with_gradients(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles, axis)[0]
+
+
+def _normaliser_kernel(held_ref, fetch_ref, first_ref, q_ref, w_ref, k_ref, bits_ref, lse_ref, largest_ref, total_ref):
     b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
 
     @pl.when(j == 0)
@@ -117,7 +142,7 @@ def _normaliser_kernel(held_ref, fetch_ref, q_ref, w_ref, k_ref, bits_ref, lse_r
 
     @pl.when(held_ref[b, i, j] != 0)
     def _():
-        scores_QK = score_tile(q_ref[0], k_ref[0], w_ref[0]) + tile_bias(bits_ref[0], j, k_ref.shape[1])
+        scores_QK = score_tile(q_ref[0], k_ref[0], w_ref[0]) + tile_bias(bits_ref[0], first_ref[0] + j, k_ref.shape[1])
         before_QL = largest_ref[...]
         largest_QL = jnp.maximum(before_QL, jnp.max(scores_QK, axis=1, keepdims=True))
         total_ref[...] = jnp.exp(before_QL - largest_QL) * total_ref[...] + jnp.sum(jnp.exp(scores_QK - largest_QL[:, :1]), axis=1, keepdims=True)
@@ -125,42 +150,49 @@ def _normaliser_kernel(held_ref, fetch_ref, q_ref, w_ref, k_ref, bits_ref, lse_r
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
-        some_QL = total_ref[...] > 0
-        lse_ref[0] = jnp.where(some_QL, largest_ref[...] + jnp.log(jnp.where(some_QL, total_ref[...], 1.0)), 0.0).T[:1]
+        # Of a query without keys what it began with: another piece may have some.
+        lse_ref[0] = (largest_ref[...] + jnp.log(jnp.maximum(total_ref[...], 1e-30))).T[:1]
 
 
 def _kl_kernel(
-    held_ref, fetch_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, selected_ref, dk_before_ref,
-    kl_ref, mass_ref, dq_ref, dw_ref, dk_ref, kl_sum_ref, mass_sum_ref, dq_sum_ref, dw_sum_ref, p_ref, positive_ref, dk_tile_ref, arrived, *, groups: int,
+    held_ref, fetch_ref, first_ref, q_ref, k_ref, lse_ref, index_q_ref, w_ref, index_k_ref, index_lse_ref, bits_ref, selected_ref, dq_before_ref, dk_before_ref,
+    kl_ref, mass_ref, dw_ref, dq_ref, dk_ref,
+    kl_sum_ref, mass_sum_ref, dw_sum_ref, p_ref, positive_ref, dq_row_ref, dk_tile_ref, row_done, tile_done, *, groups: int,
 ):  # fmt: skip
     """Keys along the rows: so what is one number a query (lse, w) lies along lanes, as it is stored, and no product of a head wants a turned operand.
 
-    p_ref [keys, queries]: the sum over heads so far. positive_ref [I, keys, queries]: relu(q k) of each indexer head, kept for the gradients."""
-    del dk_before_ref  # dk_ref is the same memory
+    p_ref [keys, queries]: the sum over heads so far. positive_ref [I, keys, queries]: relu(q k) of each indexer head, kept for the gradients.
+    dq_row_ref [I, C, queries]: dq of a row of tiles, turned. Its copies have a semaphore of their own, or one nobody waits for could pass as another."""
+    del dq_before_ref, dk_before_ref  # dq_ref and dk_ref are the same memory
     b, i, j, group = (pl.program_id(axis) for axis in range(4))
-    heads, I, keys = q_ref.shape[1], index_q_ref.shape[1], index_k_ref.shape[1]
+    heads, I, (keys, queries) = k_ref.shape[1], index_q_ref.shape[1], p_ref.shape
     all_heads = groups == 1 or group == groups - 1
+    dq_here = dq_ref.at[b, :, :, pl.ds(pl.multiple_of(i * queries, LANES), queries)]
 
     @pl.when((j == 0) & (group == 0))
     def _():
-        for sum_ref in (kl_sum_ref, mass_sum_ref, dq_sum_ref, dw_sum_ref):
+        fetched_row = pltpu.make_async_copy(dq_here, dq_row_ref, row_done)
+        fetched_row.start()
+        for sum_ref in (kl_sum_ref, mass_sum_ref, dw_sum_ref):
             sum_ref[...] = jnp.zeros(sum_ref.shape, F32)
+        fetched_row.wait()
 
     @pl.when(held_ref[b, i, j] != 0)
     def _():
-        dk_here = dk_ref.at[b, pl.ds(pl.multiple_of(j * keys, LANES), keys)]
-        fetched = pltpu.make_async_copy(dk_here, dk_tile_ref, arrived)
+        dk_here = dk_ref.at[b, pl.ds(pl.multiple_of((first_ref[0] + j) * keys, LANES), keys)]
+        fetched = pltpu.make_async_copy(dk_here, dk_tile_ref, tile_done)
         pl.when(all_heads)(fetched.start)
         p_KQ = jnp.zeros(p_ref.shape, F32)
-        for head in range(heads):  # of keys outside the set, too: they are taken out below
-            p_KQ += jnp.exp(dot(k_ref[0, head], q_ref[0, head], (1, 1)) - lse_ref[0, head])
+        for own in range(heads):  # of keys outside the set, too: they are taken out below
+            head = group * heads + own
+            p_KQ += jnp.exp(dot(k_ref[0, own], q_ref[0, head], (1, 1)) - lse_ref[0, head])
         if groups > 1:
             p_KQ += jnp.where(group == 0, 0.0, p_ref[...])
             p_ref[...] = p_KQ
 
         @pl.when(all_heads)
         def _():
-            chosen_KQ, selected_KQ = (tile_bias(ref[0], j, keys).T == 0 for ref in (bits_ref, selected_ref))
+            chosen_KQ, selected_KQ = (tile_bias(ref[0], first_ref[0] + j, keys).T == 0 for ref in (bits_ref, selected_ref))
             mean_KQ = jnp.where(chosen_KQ, p_KQ * (1.0 / (heads * groups)), 0.0)
             mass_sum_ref[...] += by_sublane(jnp.add, jnp.where(selected_KQ, mean_KQ, 0.0))
             scores_KQ = jnp.zeros(p_ref.shape, F32)
@@ -179,122 +211,148 @@ def _kl_kernel(
                 positive_KQ = positive_ref[head].astype(F32)
                 dw_sum_ref[head] += by_sublane(jnp.add, dscores_KQ * positive_KQ)
                 ddot_KQ = (jnp.where(positive_KQ > 0, dscores_KQ, 0.0) * w_ref[0, head]).astype(index_k_ref.dtype)
-                dq_sum_ref[head] += dot(turned_CK, ddot_KQ, (1, 0))
+                dq_row_ref[head] += dot(turned_CK, ddot_KQ, (1, 0))
                 dk_KC += dot(ddot_KQ, index_q_ref[0, head], (1, 0))
             dk_tile_ref[...] = dk_KC
-            put = pltpu.make_async_copy(dk_tile_ref, dk_here, arrived)
+            put = pltpu.make_async_copy(dk_tile_ref, dk_here, tile_done)
             put.start()
             put.wait()
 
     @pl.when((j == pl.num_programs(2) - 1) & all_heads)
     def _():
+        put_row = pltpu.make_async_copy(dq_row_ref, dq_here, row_done)
+        put_row.start()
         for row_ref, sum_ref in ((kl_ref, kl_sum_ref), (mass_ref, mass_sum_ref)):
             row_ref[0] = jnp.sum(sum_ref[...], axis=0, keepdims=True)
         for head in range(I):
-            dq_ref[0, head] = dq_sum_ref[head].T.astype(dq_ref.dtype)
             dw_ref[0, head] = jnp.sum(dw_sum_ref[head], axis=0, keepdims=True)
+        put_row.wait()
 
 
-def _with_gradients(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles: Tiles):
-    """(results, the gradients of the first). AT_ONCE queries a call, k's gradient handed on from call to call."""
-    (q_BNTH, k_BNSH, lse_BNT), (B, T, *_), S = attention, q_BTIC.shape, k_BSC.shape[1]
-    once = min(AT_ONCE, -(-T // tiles.queries) * tiles.queries)
-    keys = padded(k_BNSH, 2, -(-S // tiles.keys) * tiles.keys), padded(k_BSC, 1, -(-S // tiles.keys) * tiles.keys)
+def _with_gradients(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles: Tiles, axis: str):
+    """(results, the gradients of the first): of whole tiles, piece by piece of the keys."""
+    (B, T, I, C), S, (queries, keys, _) = q_BTIC.shape, k_BSC.shape[1], tiles
+    once = min(KEYS_AT_ONCE, -(-S // keys) * keys)
+    whole_T, whole_S = -(-T // queries) * queries, -(-S // once) * once
+    q_BNTH, k_BNSH, lse_BNT = (padded(x, 2, size) for x, size in zip(attention, (whole_T, whole_S, whole_T), strict=True))
+    index_q_BITC, index_k_BSC = padded(jnp.swapaxes(q_BTIC, 1, 2), 2, whole_T), padded(k_BSC.astype(q_BTIC.dtype), 1, whole_S)
+    indexer = index_q_BITC, padded(w_BTI.astype(F32), 1, whole_T), index_k_BSC
+    bits_BTW, selected_BTW = (padded(padded(x, 1, whole_T), 2, words(whole_S)) for x in (bits_BTW, selected_BTW))
+    held_Bnm = held_tiles(bits_BTW, queries, keys)
 
-    def cut(x: Array, axis: int) -> Array:
-        x = padded(x, axis, -(-T // once) * once)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, once, *x.shape[axis + 1 :]), axis, 0)
+    def tables(first):
+        held_Bnp = lax.dynamic_slice_in_dim(held_Bnm, first // keys, once // keys, 2)
+        return held_Bnp.astype(jnp.int32), next_held(held_Bnp), first[None] // keys
 
-    def step(dk_BSC, queries):
-        *of_queries, dk_BSC = _part(*queries, *keys, dk_BSC, tiles)
-        return dk_BSC, of_queries
+    def normaliser(first):
+        return _normaliser(tables(first), *indexer, bits_BTW, tiles)
 
-    def join(x_nBC: Array) -> Array:
-        return jnp.moveaxis(x_nBC, 0, 1).reshape(B, -1, *x_nBC.shape[3:])[:, :T]
+    def step(sums, first):
+        before, *gradients = sums
+        compared = Attention(q_BNTH, all_heads(lax.dynamic_slice_in_dim(k_BNSH, first, once, 2), axis), lse_BNT)
+        *of_queries, dq_BICT, dk_BSC = _loss(tables(first), compared, *indexer, index_lse_B1T, bits_BTW, selected_BTW, *gradients, tiles)
+        return ([one + other for one, other in zip(before, of_queries, strict=True)], dq_BICT, dk_BSC), None
 
-    zeros_BSC = jnp.zeros((*keys[1].shape[:2], k_BSC.shape[2]), F32)
-    pieces = cut(q_BNTH, 2), cut(lse_BNT, 2), cut(q_BTIC, 1), cut(w_BTI, 1), cut(bits_BTW, 1), cut(selected_BTW, 1)
-    dk_BSC, of_queries = lax.scan(step, zeros_BSC, pieces)
-    kl_BT, mass_BT, dq_BTIC, dw_BTI = map(join, of_queries)
-    gradients = dq_BTIC, dw_BTI.astype(w_BTI.dtype), dk_BSC[:, :S].astype(k_BSC.dtype)
+    first_p = jnp.arange(0, whole_S, once, dtype=jnp.int32)
+    index_lse_B1T = jax.nn.logsumexp(lax.map(normaliser, first_p), axis=0)
+    of_queries = [jnp.zeros((B, *rows, 1, whole_T), F32) for rows in ((), (), (I,))]
+    zeros = of_queries, jnp.zeros((B, I, C, whole_T), F32), jnp.zeros(index_k_BSC.shape, F32)
+    ((kl_B1T, mass_B1T, dw_BI1T), dq_BICT, dk_BSC), _ = lax.scan(step, zeros, first_p)
+    gradients = jnp.transpose(dq_BICT, (0, 3, 1, 2))[:, :T], jnp.swapaxes(dw_BI1T[:, :, 0], 1, 2)[:, :T], dk_BSC[:, :S]
+    gradients = tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, (q_BTIC, w_BTI, k_BSC), strict=True))
     # Named as attention's results are: what keeps those for the backward pass keeps these, or else the loss is computed twice.
-    return (jnp.sum(kl_BT), mass_BT), checkpoint_name(gradients, "attention")
+    return (jnp.sum(kl_B1T), mass_B1T[:, 0, :T]), checkpoint_name(gradients, "attention")
 
 
-def _part(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW, k_BNSH, k_BSC, dk_BSC, tiles: Tiles) -> tuple[Array, ...]:
-    """(kl_BT, mass_BT, dq_BTIC, dw_BTI, dk_BSC with these queries' added) of whole tiles."""
-    (B, N, T, H), S, (I, C) = q_BNTH.shape, k_BNSH.shape[2], q_BTIC.shape[2:]
-    queries, keys, of_word = tiles.queries, tiles.keys, KEYS // tiles.keys
-    held_Bnm = held_tiles(bits_BTW, queries, keys)[..., : S // keys]
-    prefetched = held_Bnm.astype(jnp.int32), next_held(held_Bnm)
+def _spec(block: tuple[int, ...], index: Callable, **options) -> pl.BlockSpec:
+    """`index`: (b, i, tile of the sequence) -> which block. Of a tile without a key it is the next one's with any, which is fetched then."""
 
+    def fetched(b, i, j, group, held_ref, fetch_ref, first_ref):
+        return index(b, i, first_ref[0] + fetch_ref[b, i, j])
+
+    return pl.BlockSpec(block, fetched, **options)
+
+
+def _over_tiles(kernel, name: str, tables, groups: int, operands, results, scratch, semantics, tiles: Tiles, aliases: dict[int, int]):
+    """`operands`: (array, where); `results`: (shape, where), all float32. `aliases`: of operands to results."""
+    limit = vmem_bytes(ambient_device().device_kind) * 15 // 16  # the rest is the compiler's own
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(tables),
+            grid=(*tables[0].shape, groups),
+            in_specs=[where for _, where in operands],
+            out_specs=[where for _, where in results],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(shape, F32) for shape, _ in results],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit),
+        input_output_aliases={len(tables) + at: result for at, result in aliases.items()},
+        interpret=tiles.interpret,
+        name=name,
+    )(*tables, *(operand for operand, _ in operands))
+
+
+def _indexer_operands(index_q_BITC, index_k_BSC, *bits, tiles: Tiles) -> tuple:
+    """(q, k, bits ...): with where they are."""
+    (_, I, _, C), of_word = index_q_BITC.shape, KEYS // tiles.keys
+    of_bits = _spec((1, tiles.queries, LANES), lambda b, i, j: (b, i, lax.div(j, of_word)))
+    return (
+        (index_q_BITC, _spec((1, I, tiles.queries, C), lambda b, i, j: (b, 0, i, 0))),
+        (index_k_BSC, _spec((1, tiles.keys, C), lambda b, i, j: (b, j, 0))),
+        *((one, of_bits) for one in bits),
+    )
+
+
+def _row(queries: int) -> pl.BlockSpec:
+    """Of a number a query."""
+    return _spec((1, 1, queries), lambda b, i, j: (b, 0, i))
+
+
+def _normaliser(tables, index_q_BITC, index_w_BTI, index_k_BSC, bits_BTW, tiles: Tiles) -> Array:
+    """Log-sum-exp of the scores over a piece's keys in the set, [B, 1, T]; NO_KEY and less without any."""
+    (B, I, T, _), queries = index_q_BITC.shape, tiles.queries
+    q, k, bits = _indexer_operands(index_q_BITC, index_k_BSC, bits_BTW, tiles=tiles)
+    w = index_w_BTI, _spec((1, queries, I), lambda b, i, j: (b, i, 0))
+    lanes = pltpu.VMEM((queries, LANES), F32)
+    semantics = "parallel", "parallel", "arbitrary", "arbitrary"
+    results = [((B, 1, T), _row(queries))]
+    return _over_tiles(_normaliser_kernel, "indexer_normaliser", tables, 1, [q, w, k, bits], results, [lanes, lanes], semantics, tiles, {})[0]
+
+
+def _loss(tables, attention: Attention, index_q_BITC, index_w_BTI, index_k_BSC, index_lse_B1T, bits_BTW, selected_BTW, dq_BICT, dk_BSC, tiles: Tiles):
+    """(kl_B1T, mass_B1T, dw_BI1T, dq_BICT, dk_BSC) of a piece's keys, these added to dq and dk as given."""
+    (q_BNTH, k_BNPH, lse_BNT), (B, I, T, C), (queries, keys, _) = attention, index_q_BITC.shape, tiles
+    N, H = q_BNTH.shape[1], q_BNTH.shape[3]
     heads = max(count for count in range(1, min(N, HEADS_AT_ONCE) + 1) if N % count == 0)
     groups = N // heads
 
-    def spec(block, index):
-        return pl.BlockSpec(block, lambda b, i, j, group, held_ref, fetch_ref: index(b, i, fetch_ref[b, i, j]))
-
-    def spec_of_heads(block, index):
+    def of_group(b, i, j, group, held_ref, fetch_ref, first_ref):
         """Of a tile without a key the heads that are fetched next, or were last."""
+        ahead = fetch_ref[b, i, j]
+        return b, jnp.where(held_ref[b, i, j] != 0, group, jnp.where(ahead > j, 0, groups - 1)), ahead, 0
 
-        def fetched(b, i, j, group, held_ref, fetch_ref):
-            ahead = fetch_ref[b, i, j]
-            return index(b, jnp.where(held_ref[b, i, j] != 0, group, jnp.where(ahead > j, 0, groups - 1)), i, ahead)
-
-        return pl.BlockSpec(block, fetched)
-
-    def call(kernel, name, groups, operands, results, scratch, **options):
-        return pl.pallas_call(
-            kernel,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2,
-                grid=(*held_Bnm.shape, groups),
-                in_specs=[where for _, where in operands],
-                out_specs=[where for _, _, where in results],
-                scratch_shapes=scratch,
-            ),
-            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in results],
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=60 * 2**20),
-            interpret=tiles.interpret,
-            name=name,
-            **options,
-        )(*prefetched, *(operand for operand, _ in operands))
-
-    row = spec((1, 1, queries), lambda b, i, j: (b, 0, i))
-    of_head = spec((1, I, queries, C), lambda b, i, j: (b, 0, i, 0))
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    index_q = jnp.swapaxes(q_BTIC, 1, 2), of_head
-    index_k = k_BSC, spec((1, keys, C), lambda b, i, j: (b, j, 0))
-    w_BTI = w_BTI.astype(F32)
-    w = w_BTI, spec((1, queries, I), lambda b, i, j: (b, i, 0))
-    row_of_head = spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))
-    mask, selected = ((bits, spec((1, queries, LANES), lambda b, i, j: (b, i, lax.div(j, of_word)))) for bits in (bits_BTW, selected_BTW))
-    lanes = pltpu.VMEM((queries, LANES), F32)
-    (index_lse_B1T,) = call(_normaliser_kernel, "indexer_normaliser", 1, [index_q, w, index_k, mask], [((B, 1, T), F32, row)], [lanes, lanes])
+    row, in_hbm = _row(queries), pl.BlockSpec(memory_space=pl.ANY)
+    row_of_head = _spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))
+    index_q, index_k, *bits = _indexer_operands(index_q_BITC, index_k_BSC, bits_BTW, selected_BTW, tiles=tiles)
+    index_w = jnp.swapaxes(index_w_BTI, 1, 2)[:, :, None], row_of_head
+    once_a_row = _spec((1, N, queries, H), lambda b, i, j: (b, 0, i, 0), pipeline_mode=pl.Buffered(1))
     operands = [
-        (q_BNTH, spec_of_heads((1, heads, queries, H), lambda b, group, i, j: (b, group, i, 0))),
-        (k_BNSH, spec_of_heads((1, heads, keys, H), lambda b, group, i, j: (b, group, j, 0))),
-        (lse_BNT[:, :, None], spec_of_heads((1, heads, 1, queries), lambda b, group, i, j: (b, group, 0, i))),
-        *(index_q, (jnp.swapaxes(w_BTI, 1, 2)[:, :, None], row_of_head), index_k, (index_lse_B1T, row), mask, selected, (dk_BSC, in_hbm)),
+        (q_BNTH, once_a_row),
+        (k_BNPH, pl.BlockSpec((1, heads, keys, H), of_group)),
+        (lse_BNT[:, :, None], _spec((1, N, 1, queries), lambda b, i, j: (b, 0, 0, i))),
+        *(index_q, index_w, index_k, (index_lse_B1T, row), *bits, (dq_BICT, in_hbm), (dk_BSC, in_hbm)),
     ]
-    results = [
-        ((B, 1, T), F32, row),
-        ((B, 1, T), F32, row),
-        ((B, I, T, C), q_BTIC.dtype, of_head),
-        ((B, I, 1, T), F32, row_of_head),
-        ((B, S, C), F32, in_hbm),
-    ]
-    sums = [pltpu.VMEM(shape, F32) for shape in ((SUBLANES, queries), (SUBLANES, queries), (I, C, queries), (I, SUBLANES, queries), (keys, queries))]
-    scratch = [*sums, pltpu.VMEM((I, keys, queries), k_BSC.dtype), pltpu.VMEM((keys, C), F32), pltpu.SemaphoreType.DMA]
-    before = len(prefetched) + len(operands) - 1
-    aliases = {before: len(results) - 1}
-    kl_B1T, mass_B1T, dq_BITC, dw_BI1T, dk_BSC = call(
-        functools.partial(_kl_kernel, groups=groups), "indexer_kl", groups, operands, results, scratch, input_output_aliases=aliases
-    )
-    return kl_B1T[:, 0], mass_B1T[:, 0], jnp.swapaxes(dq_BITC, 1, 2), jnp.swapaxes(dw_BI1T[:, :, 0], 1, 2), dk_BSC
+    results = [((B, 1, T), row), ((B, 1, T), row), ((B, I, 1, T), row_of_head), (dq_BICT.shape, in_hbm), (dk_BSC.shape, in_hbm)]
+    sums = [pltpu.VMEM(shape, F32) for shape in ((SUBLANES, queries), (SUBLANES, queries), (I, SUBLANES, queries), (keys, queries))]
+    kept = [pltpu.VMEM((I, keys, queries), index_k_BSC.dtype), pltpu.VMEM((I, C, queries), F32), pltpu.VMEM((keys, C), F32)]
+    scratch, kernel = [*sums, *kept, pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA], functools.partial(_kl_kernel, groups=groups)
+    semantics = "parallel", "arbitrary", "arbitrary", "arbitrary"  # dk and dq are a sequence's own
+    aliases = {len(operands) - 2: 3, len(operands) - 1: 4}
+    return _over_tiles(kernel, "indexer_kl", tables, groups, operands, results, scratch, semantics, tiles, aliases)
 
 
-def _scaled(tiles: Tiles, gradients, cotangents):
+def _scaled(tiles: Tiles, axis: str, gradients, cotangents):
     by, _ = cotangents
     return None, *((by * gradient.astype(F32)).astype(gradient.dtype) for gradient in gradients), None, None
 

@@ -74,15 +74,10 @@ def test_tiles_are_chunks(stage, kernels):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("mesh", "kernels"), [((2, 1, 1, 4), "reference"), ((1, 2, 2, 2), "reference"), ((1, 4, 1, 2), "cpu")])
-def test_the_mesh_changes_nothing(stage, mesh, kernels):
+def test_the_mesh_changes_nothing(stage, mesh, kernels, monkeypatch):
+    monkeypatch.setattr("model.kernels.indexer_kl.KEYS_AT_ONCE", 128)  # three pieces of a row's keys, gathered one after the other
     attend = functools.partial(attend_tiled, stage=stage, topk=TOPK, kernels=KERNELS[kernels])
     assert_same(result(attend, make_mesh(MeshConfig(*mesh))), by_chunks(stage))
-
-
-@pytest.mark.parametrize("stage", ["warmup", "sparse"])
-def test_pieces_of_the_loss_change_nothing(stage, monkeypatch):
-    monkeypatch.setattr("model.attend_tiled.PIECE", 128)
-    assert_same(result(functools.partial(attend_tiled, stage=stage, topk=TOPK, kernels=KERNELS["reference"])), by_chunks(stage))
 
 
 @pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "dots"])

@@ -1,6 +1,7 @@
 """The indexer's loss by tiles, in Pallas' TPU interpreter, which fills memory with NaN and watches for races: value and gradients against autodiff through the
 dense definition, of a whole set (warm-up) and of a selected one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -37,14 +38,14 @@ def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
     ("shape", "share", "tiles", "heads"),
     [
         ((1, 3, 200, 24, 2, 16), 1.0, Tiles(128, 128), 32),  # all keys: the warm-up
-        ((2, 1, 150, 8, 3, 8), 0.2, Tiles(128, 256), 32),  # selected ones, one head
+        ((2, 1, 280, 8, 3, 8), 0.2, Tiles(128, 256), 32),  # selected ones, one head
         ((1, 6, 300, 8, 1, 8), 0.1, Tiles(128, 128), 4),  # heads three by three, tiles without a key before and behind
     ],
     ids=["warm-up", "sparse", "heads by parts"],
 )
 @pytest.mark.parametrize("kind", ["kernel", "reference"])
 def test_it_is_the_definition_and_its_gradient(shape, share, tiles, heads, kind, monkeypatch):
-    monkeypatch.setattr("model.kernels.indexer_kl.AT_ONCE", 128)  # two calls or three
+    monkeypatch.setattr("model.kernels.indexer_kl.KEYS_AT_ONCE", tiles.keys)  # two calls or three
     monkeypatch.setattr("model.kernels.indexer_kl.HEADS_AT_ONCE", heads)
     attention, indexer, among_BTS, some_BTS, p_BTS = made(*shape, share)
     by_tile = {
@@ -92,13 +93,51 @@ def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
 
     *together, kl = graded()
     monkeypatch.setattr("model.kernels.tile.TABLES", 8 * 4)
-    called, part = [], kernels._part
-    monkeypatch.setattr(kernels, "_part", lambda *given: called.append(given[0].shape[0]) or part(*given))
+    called, loss = [], kernels._loss
+    monkeypatch.setattr(kernels, "_loss", lambda tables, *given: called.append(tables[0].shape[0]) or loss(tables, *given))
     *one_by_one, same_kl = graded()
     assert set(called) == {1}
     np.testing.assert_allclose(same_kl, kl, rtol=1e-6)  # the same 400 numbers, summed in another order
     for one, other in zip(one_by_one, together, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
+    """Against the reference of the same numbers in float32; two groups of heads, two pieces of keys. Products of bfloat16 are exact and their sums float32's,
+    so the loss is as exact as float32's. A gradient's terms have one factor that was rounded, dI w or relu(q k), and the gradients of q and w or k are rounded
+    once more at their end: each by 2^-9 of itself at most."""
+    monkeypatch.setattr("model.kernels.indexer_kl.HEADS_AT_ONCE", 2)
+    monkeypatch.setattr("model.kernels.indexer_kl.KEYS_AT_ONCE", 128)
+    (q_BNTH, k_BNSH, _), indexer, among_BTS, some_BTS, _ = made(1, 4, 200, 8, 2, 8, 0.5)
+    *attended, q_BTIC, k_BSC = (x.astype(jnp.bfloat16) for x in (q_BNTH, k_BNSH, indexer[0], indexer[2]))
+    exact = [x.astype(jnp.float32) for x in attended]
+    logits_BNTS = jnp.where(among_BTS[:, None], jnp.einsum("BNTH,BNSH->BNTS", *exact, precision="highest"), -1e30)
+    lse_BNT = jnp.where(jnp.any(among_BTS, axis=-1)[:, None], jax.nn.logsumexp(logits_BNTS, axis=-1), 0.0)
+
+    def graded(total_kl, attended, q_BTIC, k_BSC):
+        def total(q_BTIC, w_BTI, k_BSC):
+            return total_kl(Attention(*attended, lse_BNT), q_BTIC, w_BTI, k_BSC, pack(among_BTS), pack(some_BTS))
+
+        return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q_BTIC, indexer[1], k_BSC)
+
+    (found, mass_BT), gradients = graded(functools.partial(total_kl_tpu, tiles=Tiles(128, 128, interpret=STRICT)), attended, q_BTIC, k_BSC)
+    with jax.default_matmul_precision("highest"):
+        exact_indexer = (x.astype(jnp.float32) for x in (q_BTIC, k_BSC))
+        (expected, expected_mass_BT), expected_gradients = graded(total_kl_reference, exact, *exact_indexer)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(mass_BT, expected_mass_BT, atol=1e-5)
+    for one, other, given in zip(gradients, expected_gradients, (q_BTIC, indexer[1], k_BSC), strict=True):
+        assert one.dtype == given.dtype
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=2 * 2**-9 * float(jnp.max(jnp.abs(other))))
+
+
+def test_two_cores_do_not_race():
+    """Sequences lie over the cores of a chip that has two, in the normaliser blocks of queries too."""
+    attention, indexer, among_BTS, some_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
+    given = attention, *indexer, pack(among_BTS), pack(some_BTS)
+    two_cores = dataclasses.replace(STRICT, num_cores_or_threads=2)
+    results = [kernels._with_gradients(*given, Tiles(128, 128, interpret), "") for interpret in (STRICT, two_cores)]
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 @pytest.mark.parametrize("kind", [functools.partial(total_kl_tpu, tiles=Tiles(128, 128, interpret=True)), total_kl_reference], ids=["kernel", "reference"])

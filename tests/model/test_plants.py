@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def results(interpret) -> list[jax.Array]:
 
 def losses(interpret):
     attention, indexer, among_BTS, some_BTS, _ = test_indexer_kl.made(1, 2, 384, 8, 1, 8, 0.5)
-    return indexer_kl._with_gradients(attention, *indexer, pack(among_BTS), pack(some_BTS), indexer_kl.Tiles(128, 128, interpret))
+    return indexer_kl._with_gradients(attention, *indexer, pack(among_BTS), pack(some_BTS), indexer_kl.Tiles(128, 128, interpret), "")
 
 
 @pytest.mark.parametrize(
@@ -59,12 +60,15 @@ def test_memory_used_before_it_is_written_is_seen(monkeypatch, module, kernel, r
         (sparse_attention, "_backward_kernel", "put(i, turn_ref[0] - 1).wait()"),
         (indexer_kl, "_kl_kernel", "fetched.wait()"),
         (indexer_kl, "_kl_kernel", "put.wait()"),
+        (indexer_kl, "_kl_kernel", "fetched_row.wait()"),
+        (indexer_kl, "_kl_kernel", "put_row.wait()"),
     ],
-    ids=["added to before it arrived", "left behind", "dk added to before it arrived", "dk fetched before it was put"],
+    ids=["added to before it arrived", "left behind", "dk added to before it arrived", "dk fetched before it was put", "dq before it came", "dq left behind"],
 )
 def test_a_copy_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog, module, kernel, right):
+    """As the fixture `no_races` sees it: where a later copy is waited for, the interpreter takes the one before for done, and only its count is wrong."""
     planted(monkeypatch, module, kernel, right, "pass")
-    assert "RACE DETECTED" in complaints(lambda: (results if module is sparse_attention else losses)(EAGER), capfd, caplog)
+    assert re.search("RACE DETECTED|non-zero count", complaints(lambda: (results if module is sparse_attention else losses)(EAGER), capfd, caplog))
 
 
 def test_a_latent_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog):
