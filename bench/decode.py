@@ -16,7 +16,7 @@ from launch.command import Flag, command
 CONTEXTS = (4_096, 32_768, 131_072)
 HEADS = (16, 128)
 I, C, R, V, TOPK, KEYS = 64, 128, 576, 512, 2_048, 256
-PASSES = 21  # over a row's scores: 3 for how many and how large they are, and, of sums of weighted rectified normals, 11 to 18 until the threshold is found
+PASSES = 15  # over a row's scores: 3 for how many and how large they are, and, of sums of weighted rectified normals, 5 to 12 until the threshold is found
 
 
 def run(topology: str) -> None:
