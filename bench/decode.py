@@ -16,13 +16,13 @@ from launch.command import Flag, command
 CONTEXTS = (4_096, 32_768, 131_072)
 HEADS = (16, 128)
 I, C, R, V, TOPK, KEYS = 64, 128, 576, 512, 2_048, 256
-PASSES = 21  # over a row's scores: 3 for how many and how large they are, and, of sums of weighted rectified normals, 11 to 18 until the threshold is found
+PASSES = 15  # over a row's scores: 3 for how many and how large they are, and, of sums of weighted rectified normals, 5 to 12 until the threshold is found
 
 
 def run(topology: str) -> None:
     kind = topology.partition(":")[0]
     if kind not in CLOCK:
-        raise UserError(f"--topology={topology}: must be of {' or '.join(CLOCK)}, whose clocks are known here")
+        raise UserError(f"--topology={topology}: must be of {', '.join(CLOCK)}, whose clocks are known here")
     with dumped() as directory:  # before JAX is imported
         import jax
         import jax.numpy as jnp
@@ -31,11 +31,11 @@ def run(topology: str) -> None:
         from jax.sharding import PartitionSpec as P
 
         from launch.topology import CHIPS, topology_devices
-        from model.kernels.decode_selection import GROUP, LISTED, select_tpu
-        from model.kernels.sparse_decode import TILE, UNROLLED, decode_tpu
+        from model.kernels.decode_selection import select_tpu
+        from model.kernels.sparse_decode import TILE, decode_tpu
 
         mesh = Mesh(np.array(topology_devices(topology)[:1]), ("one",))
-        S = CONTEXTS[-1]
+        S, tiles = CONTEXTS[-1], -(-R // TILE)
 
         def shape(*sizes: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
@@ -45,18 +45,32 @@ def run(topology: str) -> None:
                 jax.jit(function).lower(*arguments).compile()
             return stretches(directory, name)
 
-        tiles = -(-R // TILE)
-        bandwidth = CHIPS[mesh.devices[0].device_kind].hbm_bandwidth
         attend = {}
         for heads in HEADS:
             arguments = shape(2, heads, R), shape(2, S, tiles, 2, TILE // 2), shape(2, TOPK, dtype=jnp.int32), shape(2, dtype=jnp.int32)
-            code = schedule("sparse_decode", lambda *x: decode_tpu(x[0], x[1], V, x[2], x[3], keys=KEYS), *arguments)
-            first = next(part.bundles for part in code if part.depth == 2) * KEYS // UNROLLED  # the copies of the first chunk, alone
-            chunk, _, last, *_ = sorted((part.bundles for part in code if part.mxu > 0), reverse=True)  # among the copies of the next, and without; each twice
-            attend[heads] = {"cycles_per_key": round(chunk / KEYS, 2), "cycles": first + (TOPK // KEYS - 1) * chunk + last}
+            attend[heads] = schedule("sparse_decode", lambda *x: decode_tpu(x[0], x[1], V, x[2], x[3], keys=KEYS), *arguments)
         select = schedule(
             "decode_select", lambda *x: select_tpu(*x, TOPK), shape(1, I, C), shape(1, S, C), shape(1, I, dtype=jnp.float32), shape(1, S, dtype=jnp.bool_)
         )
+    bandwidth = CHIPS[mesh.devices[0].device_kind].hbm_bandwidth
+    about = {"topology": topology, "jax": version("jax"), "libtpu": version("libtpu")}
+    print(json.dumps({"bench": "decode", "static": True} | about | figures(kind, bandwidth, attend, select)))
+
+
+def figures(kind: str, bandwidth: float, attend: dict[int, list[Stretch]], select: list[Stretch]) -> dict:
+    """Of a row: a core's cycles by the kernels' schedules (`attend`: by heads), and the bytes it reads, with a device's whole bandwidth."""
+    from model.kernels.decode_selection import GROUP, LISTED
+    from model.kernels.sparse_decode import TILE, UNROLLED
+
+    clock, _ = CLOCK[kind]  # a row is one core's
+    tiles = -(-R // TILE)
+    heads = []
+    for N, code in attend.items():
+        first = next(part.bundles for part in code if part.depth == 2) * KEYS // UNROLLED  # the copies of the first chunk, alone
+        chunk, _, last, *_ = sorted((part.bundles for part in code if part.mxu > 0), reverse=True)  # among the copies of the next, and without; each twice
+        cycles = first + (TOPK // KEYS - 1) * chunk + last
+        shares = {"cycles_per_key": round(chunk / KEYS, 2), "cycles": cycles, "first_copies": round(first / cycles, 3)}
+        heads.append({"heads": N} | shares | {"microseconds": round(cycles / clock * 1e6, 2)})
 
     scored = next(part.bundles for part in select if part.mxu > 0)  # the first with products: a tile of 2,048 keys
     listed = [part.bundles for part in select if part.mxu > 0][1:]  # of a group of tokens; of a piece of the list in it; all pieces' ranks
@@ -79,13 +93,12 @@ def run(topology: str) -> None:
                 "dense_bytes_over_these": round((S * R * 2) / sum(reads.values()), 2),
                 "microseconds_of_reading": round(sum(reads.values()) / bandwidth * 1e6, 2),
                 "cycles_of_selection": cycles,
-                "microseconds_of_selection": round(sum(cycles.values()) / CLOCK[kind] * 1e6, 2),
+                "microseconds_of_selection": round(sum(cycles.values()) / clock * 1e6, 2),
             }
         )
-    heads = [{"heads": N} | found | {"microseconds": round(found["cycles"] / CLOCK[kind] * 1e6, 2)} for N, found in attend.items()]
-    about = {"topology": topology, "jax": version("jax"), "libtpu": version("libtpu")}
-    print(json.dumps({"bench": "decode", "static": True} | about | {"topk": TOPK, "attention": heads, "rows": rows}))
+    return {"topk": TOPK, "attention": heads, "rows": rows}
 
 
 if __name__ == "__main__":
-    command(run, config="none", workdir=False, flags={"topology": Flag("v6e:2x2", "v5e:2x2 or v6e:2x2")})
+    flags = {"topology": Flag("v6e:2x2", "v5e:2x2, v5p:2x2x1, v6e:2x2 or tpu7x:2x2x1: compile for it, and run nothing")}
+    command(run, config="none", workdir=False, flags=flags)

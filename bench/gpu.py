@@ -4,16 +4,16 @@
     python -m bench.gpu --heads=16         as with eight devices that share them
 
 Of each length: the masked kernel forward and backward, on keys scattered over the whole past (no tile is empty) and on the last ones alone (most are); plain
-XLA masked, in chunks of queries; XLA's gather of chosen latents and two batched products, for reading (`gather`) and for one step of writing (`decode`).
-TFLOP/s counts what is computed: of the kernel the pairs in tiles it visits. GB/s counts what must be read once, and its share is of what a copy in memory
-reaches. First the kernel's values and gradients are compared with the reference's (`differs`: 0.02 is bfloat16's). One JSON line, medians of 10; nothing is
-written. Needs a Hopper GPU.
+XLA masked, in chunks of queries, up to DENSE tokens; XLA's gather of chosen latents and two batched products, for reading (`gather`). One step of writing is
+in two parts: the choice of the latents from the indexer's keys, by the search for its bound and a list (`select`) or by a sort (`top_k`), and attention over a
+list at random (`decode`). TFLOP/s counts what is computed: of the kernel the pairs in tiles it visits. GB/s counts what must be read once, and its share is of
+what a copy in memory reaches. First the kernel's values and gradients are compared with the reference's (`differs`: 0.02 is bfloat16's). One JSON line, medians
+of 10, of fewer beyond 32K; nothing is written. Needs a Hopper GPU.
 """
 
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import NamedTuple
@@ -22,38 +22,34 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bench.workload import REPEATS, seconds
 from errors import UserError
 from launch.command import Flag, command
+from model.indexer import indexer_scores, ranked
+from model.kernels import decode_selection
 from model.kernels.keyset import along_keys, pack, words
 from model.kernels.sparse_attention import attend_reference
 from model.kernels.sparse_attention_gpu import BLOCK, Tiles, attend_gpu, held_first
+from model.kernels.sparse_decode import decode_reference
 
-LENGTHS = (4_096, 8_192, 32_768, 65_536)
-REPEATS = 10
+LENGTHS = (4_096, 8_192, 32_768, 65_536, 131_072)
+DENSE = 65_536  # tokens: of 128K every pair is 1.4 PFLOP forward alone
 
 
 class Sizes(NamedTuple):
-    """Of DeepSeek-V3.2 (arXiv 2512.02556): widths of expanded heads, of latents with and without the rotated part, and chosen keys; of a step, sequences."""
+    """Of DeepSeek-V3.2 (arXiv 2512.02556): widths of expanded heads, of latents with and without the rotated part, the indexer's heads and their width, and
+    chosen keys; of a step, sequences."""
 
     heads: int
     qk: int = 192
     v: int = 128
     latent: int = 576
     value: int = 512
+    index_heads: int = 64
+    index: int = 128
     topk: int = 2_048
     batch: int = 64
     chunk: int = 128  # queries whose latents are gathered at a time
-
-
-def seconds(function: Callable, *arguments) -> float:
-    """Median of REPEATS calls, after two that compile and warm up."""
-    times = []
-    for repeat in range(-2, REPEATS):
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        if repeat >= 0:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def chosen(L: int, topk: int, *, scattered: bool) -> Array:
@@ -92,16 +88,18 @@ def differences(attend: Callable, sizes: Sizes, L: int = 1_024, dtype=jnp.bfloat
 
 def rows_of(L: int, sizes: Sizes, copy: float, attend: Callable, dtype=jnp.bfloat16) -> list[dict]:
     """The measurements of one length. `copy`: bytes a second that a copy reads and writes; `attend` as attend_gpu."""
-    keys = iter(jax.random.split(jax.random.key(L), 9))
+    keys = iter(jax.random.split(jax.random.key(L), 12))
+    repeats = max(2, REPEATS * 32_768 // max(L, 32_768))
     found = []
 
     def drawn(*shape: int) -> Array:
-        return (jax.random.normal(next(keys), shape) * shape[-1] ** -0.25).astype(dtype)
+        return jax.jit(lambda key: (jax.random.normal(key, shape) * shape[-1] ** -0.25).astype(dtype))(next(keys))  # at once: in float32 it may not fit
 
-    def measured(name: str, flops: float, needed: float, function: Callable, *arguments, before: float = 0.0) -> float:
+    def measured(name: str, flops: float, needed: float, function: Callable, *arguments, before: float = 0.0, **named) -> float:
         """Adds a row, of the time beyond `before`. What does not fit into memory is said in its row."""
         try:
-            took = seconds(jax.jit(function), *arguments) - before
+            compiled = jax.jit(function)
+            took = statistics.median(seconds(lambda _: compiled(*arguments, **named), repeats)) - before
         except jax.errors.JaxRuntimeError as error:
             found.append({"length": L, "what": name, "failed": str(error).splitlines()[0][:200]})
             return 0.0
@@ -121,11 +119,12 @@ def rows_of(L: int, sizes: Sizes, copy: float, attend: Callable, dtype=jnp.bfloa
         if forward:  # five products: what the two kernels make twice counts once
             again = 2 * pairs * (3 * sizes.qk + 2 * sizes.v)
             measured(f"kernel backward, {where}", again, 2 * arrays, functools.partial(graded, attend), q, k, v, bits, before=forward)
-    everything = 2 * sizes.heads * L * L * (sizes.qk + sizes.v)
-    forward = measured("masked in chunks", everything, arrays, attend_reference, q, k, v, bits)
-    if forward:
-        again = 2 * sizes.heads * L * L * (3 * sizes.qk + 2 * sizes.v)
-        measured("masked in chunks, backward", again, 2 * arrays, functools.partial(graded, attend_reference), q, k, v, bits, before=forward)
+    if L <= DENSE:
+        pairs = sizes.heads * L * L
+        forward = measured("masked in chunks", 2 * pairs * (sizes.qk + sizes.v), arrays, attend_reference, q, k, v, bits)
+        if forward:
+            again = 2 * pairs * (3 * sizes.qk + 2 * sizes.v)
+            measured("masked in chunks, backward", again, 2 * arrays, functools.partial(graded, attend_reference), q, k, v, bits, before=forward)
     del q, k, v, bits
 
     q_TNR, latent_SR = drawn(L, sizes.heads, sizes.latent), drawn(L, sizes.latent)
@@ -138,17 +137,32 @@ def rows_of(L: int, sizes: Sizes, copy: float, attend: Callable, dtype=jnp.bfloa
     measured("gather", L * per_query, L * topk * sizes.latent * q_TNR.dtype.itemsize, gather, q_TNR, latent_SR, index_Tk)
     del q_TNR, latent_SR, index_Tk
 
-    q_BNR, latent_BSR = drawn(sizes.batch, sizes.heads, sizes.latent), drawn(sizes.batch, L, sizes.latent)
-    index_Bk = jax.random.randint(next(keys), (sizes.batch, topk), 0, L)
-    step = jax.vmap(lambda q, latent, index: gathered(q, latent, index, sizes.value))
-    needed = sizes.batch * topk * sizes.latent * q_BNR.dtype.itemsize
-    measured(f"decode, {sizes.batch} sequences", sizes.batch * per_query, needed, step, q_BNR, latent_BSR, index_Bk)
+    B, step = sizes.batch, f"{sizes.batch} sequences"
+    q_BIC, k_BSC, w_BI = drawn(B, sizes.index_heads, sizes.index), drawn(B, L, sizes.index), drawn(B, sizes.index_heads)
+    allowed_BS = jnp.ones((B, L), jnp.bool_)
+    scoring = 2 * B * L * sizes.index_heads * sizes.index, k_BSC.nbytes
+    for name, select in (("select", decode_selection.select_reference), ("top_k", sorted_selection)):
+        measured(f"{name}, {step}", *scoring, functools.partial(select, topk=topk), q_BIC, k_BSC, w_BI, allowed_BS)
+    del q_BIC, k_BSC, w_BI, allowed_BS
+
+    q_BNR, latent_BSR = drawn(B, sizes.heads, sizes.latent), drawn(B, L, sizes.latent)
+    index_Bk = jax.random.randint(next(keys), (B, topk), 0, L)
+    needed = B * topk * sizes.latent * q_BNR.dtype.itemsize
+    attend_step = functools.partial(decode_reference, value_rank=sizes.value)
+    measured(f"decode, {step}", B * per_query, needed, attend_step, q_BNR, latent_BSR, index_Bk=index_Bk, count_B=jnp.full((B,), topk))
     return found
+
+
+def sorted_selection(q_BIC: Array, k_BSC: Array, w_BI: Array, allowed_BS: Array, topk: int) -> Array:
+    """What decode_selection's gives, but in order of score and by XLA's top_k: a sort."""
+    scores_B1S = indexer_scores(q_BIC[:, None], k_BSC, w_BI[:, None])
+    return lax.top_k(ranked(scores_B1S, allowed_BS[:, None])[:, 0], topk)[1]
 
 
 def copy_rate(size: int) -> float:
     """Bytes read and written a second."""
-    return 2 * size / seconds(jax.jit(lambda x: x + 1), jnp.zeros(size // 4, jnp.int32))
+    copy, zeros = jax.jit(lambda x: x + 1), jnp.zeros(size // 4, jnp.int32)
+    return 2 * size / statistics.median(seconds(lambda _: copy(zeros)))
 
 
 def run(heads: int) -> None:

@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from model.kernels import indexer_kl, sparse_attention
 from model.kernels.keyset import LANES, words
-from model.kernels.selection import _most_queries, select_tpu
+from model.kernels.selection import select_tpu
 
 HEADS, ALL_HEADS, TOPK = 16, 128, 2_048  # heads of a device, 128 on eight; the indexer's loss has them all
 I, C, H, V = 64, 128, 192, 128  # the indexer's heads and width; the attention's widths
@@ -71,33 +71,28 @@ def gradients(attend: Callable) -> Callable:
     return jax.grad(lambda q, k, v, *rest: jnp.sum(attend(q, k, v, *rest).astype(F32)), (0, 1, 2))
 
 
-def splash_program(L: int, *, causal: bool) -> Program:
+def splash_program(L: int, *, causal: bool, heads: int = HEADS, interpret: bool = False) -> Program:
     """JAX's splash attention, forward and backward: with a mask only known when it runs, [1, L, L] bool, or with the causal one."""
     sides = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
-    blocks = splash.BlockSizes(**dict.fromkeys(sides, SPLASH))
+    blocks = splash.BlockSizes(**dict.fromkeys(sides, min(SPLASH, L)))
 
     def attend(q, k, v, *masks):
-        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L, L))] * HEADS) if causal else masks[0]
-        kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L, L))] * heads) if causal else masks[0]
+        kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
         if not causal:  # else it asks a traced array
             tables = (table._replace(is_dynamic_mask=True) for table in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info))
             kernel = splash.SplashAttentionKernel(*tables, **kernel.kwargs)
         return kernel(q[0], k[0], v[0])
 
-    return Program(gradients(attend), (*attention_shapes(L, HEADS), *([] if causal else [((1, L, L), jnp.bool_)])))
+    return Program(gradients(attend), (*attention_shapes(L, heads), *([] if causal else [((1, L, L), jnp.bool_)])))
 
 
-def top_k_program(rows: int, L: int) -> Program:
-    return Program(lambda scores: jax.lax.top_k(scores, TOPK), (((rows, L), F32),))
+def top_k_program(rows: int, L: int, topk: int = TOPK) -> Program:
+    return Program(lambda scores: jax.lax.top_k(scores, topk), (((rows, L), F32),))
 
 
 MASK = 4 * LANES  # bytes of a query's bits in a tile
 ROW = 8 * 4  # a float32 a query that is stored along lanes takes eight sublanes
-
-
-def select_queries(L: int) -> int:
-    """Of a block of the selection's."""
-    return _most_queries(words(L))
 
 
 def stored(width: int) -> int:

@@ -1,19 +1,20 @@
 """The TPU kernels and what a JAX user has in their place, at DeepSeek-V3.2's widths: 16 heads a device, 2048 keys a query, causal, one sequence.
 
     .venv-compile/bin/python -m bench.kernels --topology=v6e:2x2          (make test-compile makes that environment)
-    python -m bench.kernels                                               on a TPU: times, too
+    python -m bench.kernels                                               on a TPU: times, and nothing static
 
 Of a topology nothing is run, so nothing is measured: cycles are those of the compiler's static schedule, if nothing stalls. A kernel's time is the longer of
-its cycles and of its bytes at the data sheet's bandwidth; its bound the longer of its arithmetic at peak and of its bytes. One JSON line.
+its cycles and of its bytes at the data sheet's bandwidth; its bound the longer of its arithmetic at peak and of its bytes. A selection's passes over a row are
+those that bench.passes counted. Of XLA's top_k, a sort, there is XLA's cost model, which is not a schedule. One JSON line.
 """
 
 import contextlib
 import json
 import multiprocessing
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 
 from bench.schedule import Stretch, dumped, stretches
 from errors import UserError
@@ -23,8 +24,8 @@ from launch.command import Flag, command
 # data sheet. v5e and v5p (a core of it) take 131072 operations a cycle, v6e and TPU7x 524288.
 CLOCK = {"v5e": (1.5e9, 1), "v5p": (1.75e9, 2), "v6e": (1.75e9, 1), "tpu7x": (2.2e9, 1)}
 LENGTHS = (8_192, 32_768, 131_072)
-PASSES = 12  # over a row, to find its threshold: tests/model/test_selection.py has that many as its limit
-TOP_K_ROWS, TOP_K_LENGTHS = 1_024, LENGTHS[1:]  # of 8K the compiler estimates a negative time
+PASSES = Path(__file__).parent / "results" / "passes.json"
+TOP_K_ROWS = 1_024
 
 
 def run(topology: str, length: int) -> None:
@@ -42,6 +43,7 @@ def static(topology: str) -> dict:
         directory = stack.enter_context(dumped())  # before JAX is imported
         from bench import kernel_programs as programs
         from launch.topology import CHIPS, topology_devices
+        from model.kernels.selection import most_queries
 
         device = topology_devices(topology)[0]
         chip, (clock, cores) = CHIPS[device.device_kind], CLOCK[kind]
@@ -85,11 +87,11 @@ def static(topology: str) -> dict:
             rivals += [row(lambda L, at=at, causal=causal: programs.splash_works(L, causal=causal)[at], of=name) for at in range(3)]
         schedules = {}  # by the queries of a block, of which fewer fit beside longer rows
         for L in LENGTHS:
-            queries = programs.select_queries(L)
+            queries = most_queries(L)
             if queries not in schedules:
                 compiled(programs.programs(L)["select"])
                 schedules[queries] = stretches(directory, "select")
-            selection.append(selection_figures(schedules[queries], L, programs, totals, cores * clock, chip.flops / cores / clock))
+            selection.append(selection_figures(schedules[queries], L, totals, cores * clock, chip.flops / cores / clock))
         estimates = top_k.result()
     for figures in selection:
         figures["top_k"] = estimates.get(figures["length"])
@@ -100,32 +102,42 @@ def tile_figures(kernel: str, flops: float, cycles: int, spills: int, of_peak: f
     return {"kernel": kernel, "tile_gflop": round(flops / 1e9, 3), "tile_cycles": cycles, "of_peak": round(of_peak, 3), "spills": spills}
 
 
-def selection_figures(parts: list[Stretch], L: int, programs, totals, rate: float, peak: float) -> dict:
-    """Scoring, tile by tile, then eight rows at a time: a count, PASSES passes and the bits, each a loop over words of 4096 keys."""
+def selection_figures(parts: list[Stretch], L: int, totals, rate: float, peak: float) -> dict:
+    """Scoring, tile by tile, then eight rows at a time: a count, the passes and the bits, each a loop over words of 4096 keys."""
+    from bench.kernel_programs import C, I, causal_tiles, stored
     from model.kernels.keyset import KEYS, words
-    from model.kernels.selection import ROWS
+    from model.kernels.selection import ROWS, most_keys, most_queries, places
 
-    I, C, queries, keys = programs.I, programs.C, programs.select_queries(L), 512
+    queries = most_queries(L)
+    keys = most_keys(queries)
     tile = max(parts, key=lambda part: part.bundles)
-    inner = next(at for at, part in enumerate(parts) if part.depth == 4 and part.loop)  # a pass's loop over words
-    count = [part for part in parts[: inner - 1] if part.depth == 3 and part.loop][-1]
-    write = next(part for part in parts[inner + 1 :] if part.depth == 3 and part.loop)
+    search, ties = (at for at, part in enumerate(parts) if part.depth == 4 and part.loop)  # loops over words: of a pass, and of one that looks for a place
+    count = [part for part in parts[: search - 1] if part.depth == 3 and part.loop][-1]
+    write, write_tied = (next(part for part in parts[at + 1 :] if part.depth == 3 and part.loop) for at in (search, ties))
     once = sum(part.bundles for part in parts if part.depth == 2)
-    a_word = count.bundles + write.bundles + PASSES * parts[inner].bundles
-    a_group = once + PASSES * (parts[inner - 1].bundles + parts[inner + 1].bundles)
 
-    def of_rows(rows: int, words_each: float) -> float:
-        return rows / ROWS * (a_group + words_each * a_word)
+    def of_rows(rows: int, words_each: float, passes: float, tied: bool) -> float:
+        def loops(at: int, times: float) -> float:
+            return times * (parts[at - 1].bundles + words_each * parts[at].bundles + parts[at + 1].bundles)
 
-    tiles, flops = programs.causal_tiles(L, queries, keys), 2 * queries * keys * I * C
+        ends = words_each * (count.bundles + (write_tied if tied else write).bundles)
+        return rows / ROWS * (once + ends + loops(search, passes) + (loops(ties, places(L)) if tied else 0))
+
+    tiles, flops = causal_tiles(L, queries, keys), 2 * queries * keys * I * C
     mean_words = statistics.mean(-(-(first + queries) // KEYS) for first in range(0, L, queries))
-    bytes_ = tiles * keys * 2 * C + L * (I * 2 * C + 4 * programs.stored(I + 1) + 4 * words(L))
-    figures = tile_figures("select", flops, tile.bundles, tile.spills, flops / tile.bundles / peak) | {"length": L}
+    bytes_ = tiles * keys * 2 * C + L * (I * 2 * C + 4 * stored(I + 1) + 4 * words(L))
+    passes = {row["scores"]: row for row in json.loads(PASSES.read_text())["rows"] if row["length"] == L}
+    searched = of_rows(L, mean_words, passes["weighted"]["mean"], tied=False)
+    full_rows = {
+        scores: {which: round(of_rows(TOP_K_ROWS, L / KEYS, row[which], row["tied"]) / rate * 1e3, 3) for which in ("mean", "most")}
+        for scores, row in passes.items()
+    }
+    figures = tile_figures("select", flops, tile.bundles, tile.spills, flops / tile.bundles / peak) | {"length": L, "queries": queries, "keys": keys}
     return figures | {
         "scoring_mcycles": round(tiles * tile.bundles / 1e6, 1),
-        "search_mcycles": round(of_rows(L, mean_words) / 1e6, 1),
-        "whole": totals(tiles * tile.bundles + of_rows(L, mean_words), tiles * flops, bytes_),
-        "search_1024_full_rows_ms": round(of_rows(TOP_K_ROWS, L / KEYS) / rate * 1e3, 3),
+        "search_mcycles": round(searched / 1e6, 1),
+        "whole": totals(tiles * tile.bundles + searched, tiles * flops, bytes_),
+        "search_1024_full_rows_ms": full_rows,
     }
 
 
@@ -142,48 +154,67 @@ def compile_for(device, program):
 
 
 def top_k_estimates(topology: str) -> dict[int, dict]:
-    """Of XLA's top_k of 1024 rows, which sorts them: the compiler's own estimate of its time, and its temporary bytes."""
+    """Of XLA's top_k of 1024 rows, which sorts them: its temporary bytes, and what XLA's cost model, which is not a schedule, says of its time."""
     from bench.kernel_programs import top_k_program
     from launch.topology import topology_devices
 
     device, found = topology_devices(topology)[0], {}
-    for L in TOP_K_LENGTHS:
+    for L in LENGTHS:
         program = compile_for(device, top_k_program(TOP_K_ROWS, L))
         estimate, temporary = program.cost_analysis()["optimal_seconds"], program.memory_analysis().temp_size_in_bytes
-        found[L] = {"rows": TOP_K_ROWS, "xla_estimate_ms": round(estimate * 1e3, 3), "temp_mbytes": round(temporary / 1e6)}
+        # Of what fits on the chip it may say less than nothing.
+        found[L] = {"rows": TOP_K_ROWS, "xla_cost_model_ms": round(estimate * 1e3, 3) if estimate > 0 else None, "temp_mbytes": round(temporary / 1e6)}
     return found
 
 
 def timed(L: int, *, heads: int = 0, interpret: bool = False, repeats: int = 10) -> dict:
-    """Median milliseconds of so many calls, on this process's first device. The interpreter's say nothing of the kernels."""
+    """Median milliseconds of so many calls, on this process's first device, ours and what a JAX user has. Interpreted, they say nothing of the kernels."""
     import jax
-    import jax.numpy as jnp
 
     from bench import kernel_programs as programs
+    from bench.workload import seconds
 
     device = jax.devices()[0]
     if device.platform != "tpu" and not interpret:
         raise UserError(f"these kernels are for TPU, and this is {device.device_kind}: --topology=v6e:2x2 compiles them without one")
-    made = programs.programs(L, heads=heads or programs.HEADS, topk=min(programs.TOPK, L // 4), interpret=interpret)
-    key, milliseconds = jax.random.key(0), {}
-    bits = None
-    for name, program in made.items():
-        arguments = [
-            jnp.ones(shape, dtype) if dtype == jnp.int32 else jax.random.normal(jax.random.fold_in(key, at), shape, dtype) * shape[-1] ** -0.25
-            for at, (shape, dtype) in enumerate(program.shapes)
-        ]
+    heads, topk = heads or programs.HEADS, min(programs.TOPK, L // 4)
+
+    def milliseconds(function, arguments) -> float | str:
+        try:
+            return round(statistics.median(seconds(lambda _: function(*arguments), repeats)) * 1e3, 3)
+        except jax.errors.JaxRuntimeError as error:  # splash's mask has a byte a pair
+            return str(error).splitlines()[0][:200]
+
+    ours, bits = {}, None
+    for name, program in programs.programs(L, heads=heads, topk=topk, interpret=interpret).items():
+        function, arguments = jax.jit(program.function), drawn(program)
         if bits is not None:
             arguments[-1] = bits
-        function = jax.jit(program.function)
-        taken = []
-        for _ in range(repeats + 1):
-            began = time.perf_counter()
-            results = jax.block_until_ready(function(*arguments))
-            taken.append(time.perf_counter() - began)
+        ours[name] = milliseconds(function, arguments)
         if name == "select":
-            bits = results[0]
-        milliseconds[name] = round(statistics.median(taken[1:]) * 1e3, 3)  # the first call compiles
-    return {"static": False, "device": device.device_kind, "length": L, "interpreted": interpret, "median_ms": milliseconds}
+            bits = function(*arguments)[0]
+    rivals = {
+        f"top_k, {min(TOP_K_ROWS, L)} rows": programs.top_k_program(min(TOP_K_ROWS, L), L, topk),
+        "splash attention and gradients, dynamic mask": programs.splash_program(L, causal=False, heads=heads, interpret=interpret),
+        "splash attention and gradients, causal": programs.splash_program(L, causal=True, heads=heads, interpret=interpret),
+    }
+    theirs = {name: milliseconds(jax.jit(program.function), drawn(program)) for name, program in rivals.items()}
+    return {"static": False, "device": device.device_kind, "length": L, "interpreted": interpret, "median_ms": ours, "rivals_median_ms": theirs}
+
+
+def drawn(program) -> list:
+    """Its arguments: one segment, a mask of the keys before each query, and all else at random."""
+    import jax
+    import jax.numpy as jnp
+
+    def one(at: int, shape: tuple[int, ...], dtype):
+        if dtype == jnp.int32:
+            return jnp.ones(shape, dtype)
+        if dtype == jnp.bool_:
+            return jnp.tril(jnp.ones(shape, dtype))
+        return jax.random.normal(jax.random.fold_in(jax.random.key(0), at), shape, dtype) * shape[-1] ** -0.25
+
+    return [one(at, *argument) for at, argument in enumerate(program.shapes)]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from model.attend import keep_by_estimate, softmax_parts
 from model.attention import LatentAttention
 from model.cache import Cache
 from model.config import ModelConfig
-from model.decode import DecodeWeights, decode_weights
+from model.decode import DecodeWeights, decode_weights, expert_matrices, with_experts
 from model.indexer import indexer_scores, select_topk
 from model.int4 import dequantise
 from model.kernels.top_p import keep_mass
@@ -87,6 +87,8 @@ def read(model: ModelConfig, weights: DecodeWeights, batch: dict[str, Array], *,
 
     x_BTD = embed(model, weights.params["embedding"], tokens_BT)
     for kind, layer, past in zip(model.kinds, weights.layers, Cache.empty(model, B, T, stage, mass).layers, strict=True):
+        if weights.side_by_side:
+            layer = with_experts(layer, functools.partial(expert_matrices, count=model.moe.experts))
         with nn.intercept_methods(watch):
             x_BTD, _ = Block(model, kind).apply(layer, x_BTD, positions_BT, segments_BT, stage, past, allowed_BTS, jnp.int32(0))
     hidden_BTD = RMSNorm(model.norm_eps, model.norm).apply({"params": weights.params["final_norm"]}, x_BTD)

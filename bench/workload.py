@@ -32,10 +32,10 @@ def random_tokens(seed: int, rows: int, columns: int, vocab: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, (rows, columns), dtype=np.int32)
 
 
-def seconds(action: Callable[[int], object]) -> list[float]:
-    """Time of each of REPEATS calls, after two that compile and warm up. `action` gets the number of the call."""
+def seconds(action: Callable[[int], object], repeats: int = REPEATS) -> list[float]:
+    """Time of each of so many calls, after two that compile and warm up. `action` gets the number of the call."""
     times = []
-    for repeat in range(-2, REPEATS):
+    for repeat in range(-2, repeats):
         began = time.perf_counter()
         jax.block_until_ready(action(repeat))
         if repeat >= 0:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.indexer import indexer_scores, select_topk
 from model.kernels.keyset import LANES
-from model.kernels.selection import PLACES, find_threshold, unordered
+from model.kernels.selection import find_threshold, places, unordered
 from model.kernels.tile import F32, column, dot, in_pairs, padded
 from model.kernels.top_p import WEIGHT_BITS, keep_mass
 
@@ -140,10 +140,10 @@ def _bounds(scores_ref, groups, topk: int, mass: float) -> tuple[Array, Array]:
         """The position of the last of the `wanted` first tokens that are chosen."""
 
         def settle(step, found):
-            bound = found + (jnp.int32(1) << (PLACES - 1 - step))
+            bound = found + (jnp.int32(1) << (places(scores_ref.size) - 1 - step))
             return jnp.where(count(lambda x, place: chosen(x, place) & (place < bound)) < wanted, bound, found)
 
-        return lax.fori_loop(0, PLACES, settle, jnp.zeros_like(wanted))
+        return lax.fori_loop(0, places(scores_ref.size), settle, jnp.zeros_like(wanted))
 
     allowed = count(lambda x, _: x > -jnp.inf)
     few = allowed <= topk

@@ -1,9 +1,9 @@
 """The best-scored keys of each query, found exactly and without a sort: the threshold of the k best, by counting.
 
 The indexer's scores [T, S] never leave the chip. A block of queries scores every key before it into VMEM; then, eight queries at a time, a bound is moved until
-exactly k scores are at or above it. One pass over a row counts; the counts so far tell where the next bound goes (regula falsi in its Illinois variant, begun
-at the quantile of a normal distribution), so half a dozen passes do, where settling a float bit by bit takes 32. It ends whatever the scores are: after
-GUESSES bounds the float's bits are halved. Of equal scores the earlier key goes first, as in the reference, model/indexer.py: select_topk.
+exactly k scores are at or above it. One pass over a row counts; the counts so far tell where the next bound goes (regula falsi on their logarithms, in its
+Illinois variant, begun at the quantile of a normal distribution), so a dozen passes do, where settling a float bit by bit takes 32. It ends whatever the scores
+are: after GUESSES bounds the float's bits are halved. Of equal scores the earlier key goes first, as in the reference, model/indexer.py: select_topk.
 """
 
 import functools
@@ -22,8 +22,11 @@ from model.kernels.tile import F32, by_lane, dot, in_pairs, padded
 BLOCK = 128  # queries that stand side by side, wherever the next ones stand
 ROWS = 8  # queries whose bounds move together: the sublanes of a register
 GUESSES = 24  # bounds put where the counts lead, before bits are halved
-PLACES = 24  # bits of the largest place in a row
-SCORES_BYTES = 32 * 2**20  # of VMEM for a block's scores
+ZERO = 3  # bounds before the one that asks whether the threshold is a relu's zero
+TINY = 0x00800000  # the bits of the least float above zero: what would lie between, a TPU takes for zero
+SCORES_BYTES = 32 * 2**20  # of VMEM for a block's scores: half of what the smallest chips have
+TILE = 2**16  # pairs of a query and a key that are scored at a time
+PRODUCT = 512  # queries, of one head or several, that the matrix units multiply with a tile's keys once those are loaded
 
 
 def select_reference(
@@ -59,7 +62,7 @@ def select_tpu(
     topk: int,
     *,
     queries: int = 0,
-    keys: int = 512,
+    keys: int = 0,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
     """The kernel.
@@ -70,15 +73,17 @@ def select_tpu(
       segments_BT, key_segments_BS: a query may choose keys of its own segment up to itself; a query of segment 0 none.
       place_T: where in the sequence each query stands. BLOCK by BLOCK they stand side by side.
       queries: of a block: a divisor of BLOCK and a multiple of 8, or, for one block, of any size; 0 for as many as SCORES_BYTES allow, at most BLOCK.
-      keys: of a tile: 128, 256, ..., 4096.
+      keys: of a tile: 128, 256, ..., 4096; 0 for as many as TILE allows.
 
     Returns:
       bits_BTW: the min(topk, allowed) best-scored allowed keys of each query. Of equal scores the earlier key goes first.
       threshold_BT: float32; every allowed key of a higher score is chosen, none of a lower one. -inf where all allowed keys are.
+    How many they are, `keyset.sizes` counts; a list of them is `decode_selection.listed` of `keyset.unpack`.
     """
     (B, T, I, C), S = q_BTIC.shape, k_BSC.shape[1]
     W = words(S)
-    queries = queries or min(_most_queries(W), -(-T // ROWS) * ROWS)
+    queries = queries or min(most_queries(S), -(-T // ROWS) * ROWS)
+    keys = keys or most_keys(queries)
     nq, nk = -(-T // queries), -(-S // keys)
     # A query's segment stands behind its weights: a column of its own would fill 128 lanes. As a float it is exact up to 2^24.
     w_BTJ = jnp.concatenate([w_BTI.astype(F32), segments_BT[..., None].astype(F32)], axis=-1)
@@ -117,10 +122,19 @@ def select_tpu(
     return bits_BTW[:, :T], threshold_Bn1Q.reshape(B, -1)[:, :T]
 
 
-def _most_queries(W: int) -> int:
-    """Of a block: the power of two that SCORES_BYTES allow."""
-    most = min(BLOCK, max(SCORES_BYTES // (4 * BITS * W), ROWS))
-    return 1 << (most.bit_length() - 1)
+def most_queries(S: int) -> int:
+    """Of a block, before a row of so many keys: the power of two that SCORES_BYTES allow."""
+    return min(BLOCK, max(_power_of_two(SCORES_BYTES // (4 * BITS * words(S))), ROWS))
+
+
+def most_keys(queries: int) -> int:
+    """Of a tile of so many queries: the power of two that TILE allows."""
+    return min(KEYS, max(_power_of_two(TILE // queries), LANES))
+
+
+def _power_of_two(most: int) -> int:
+    """The largest up to `most`."""
+    return 1 << most.bit_length() >> 1
 
 
 def _kernel(first_ref, q_ref, w_ref, k_ref, segments_ref, bits_ref, threshold_ref, scores_ref, seen_ref, *, heads: int, topk: int, tiles: int):
@@ -164,11 +178,18 @@ def _kernel(first_ref, q_ref, w_ref, k_ref, segments_ref, bits_ref, threshold_re
 
 
 def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array) -> Array:
-    """sum over heads of w * relu(q . k): [Q, K] float32 (arXiv 2512.02556, eq. 1). Unrolled: the products of one head overlap the sums of the one before.
-    Of w the first columns are the heads'."""
-    total_QK = jnp.zeros((q_IQC.shape[1], k_KC.shape[0]), F32)
-    for head, q_QC in enumerate(q_IQC):
-        total_QK += jnp.maximum(dot(q_QC, k_KC, (1, 1)), 0.0) * w_QI[:, head : head + 1]
+    """sum over heads of w * relu(q . k): [Q, K] float32 (arXiv 2512.02556, eq. 1). Of w the first columns are the heads'.
+
+    The heads of a few queries take part in one product: a tile's keys are loaded for each product anew, which for 64 rows lasts as long as the product itself.
+    Unrolled: a product overlaps the sums of the one before.
+    """
+    I, Q, C = q_IQC.shape
+    together = max(count for count in range(1, I + 1) if count == 1 or (I % count == 0 and count * Q <= PRODUCT))
+    total_QK = jnp.zeros((Q, k_KC.shape[0]), F32)
+    for first in range(0, I, together):
+        relu_RK = jnp.maximum(dot(q_IQC[first : first + together].reshape(-1, C), k_KC, (1, 1)), 0.0)
+        for at, head in enumerate(range(first, first + together)):
+            total_QK += relu_RK[at * Q : (at + 1) * Q] * w_QI[:, head : head + 1]
     return total_QK
 
 
@@ -195,7 +216,8 @@ def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: in
     few = allowed <= topk
     low = jnp.where(few, 0.0, jnp.min(seen_ref[1, rows], axis=1, keepdims=True))
     high = jnp.where(few, 0.0, jnp.max(seen_ref[0, rows], axis=1, keepdims=True))
-    low, at_low, above = find_threshold(count, allowed, few, low, high, _normal_quantile(seen_ref, rows, allowed, topk), topk)
+    total, squares = (jnp.sum(seen_ref[which, rows], axis=1, keepdims=True) for which in (2, 3))
+    low, at_low, above = find_threshold(count, allowed, few, low, high, normal_quantile(total, squares, allowed, topk), topk)
     level = jnp.where(few, jnp.finfo(F32).min, low)
     crowded = ~few & (at_low > topk)  # where more are at or above, these tie
     some_crowded = jnp.max(crowded.astype(jnp.int32)) > 0
@@ -222,7 +244,7 @@ def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: in
 
     @pl.when(some_crowded)
     def _():
-        last = jnp.where(crowded, _last_tied(count, level, topk - above), stop)
+        last = jnp.where(crowded, _last_tied(count, level, topk - above, places(BITS * bits_ref.shape[2])), stop)
         write(lambda x, first: (x > level) | ((x == level) & (first + lax.broadcasted_iota(jnp.int32, x.shape, 1) <= last)))
 
     return jnp.where(few, -jnp.inf, level)
@@ -236,7 +258,7 @@ class _Search(NamedTuple):
     high: Array  # and one with fewer
     at_low: Array  # how many there are
     at_high: Array
-    over: Array  # how many too many at `low`, and too few at `high`: what the next bound is weighed by
+    over: Array  # the logarithms of these shares of topk: what the next bound is weighed by
     under: Array
     side: Array  # which of the two moved last
     done: Array
@@ -254,14 +276,19 @@ def find_threshold(count, allowed: Array, done: Array, low: Array, high: Array, 
     Returns: the threshold, how many scores are at or above it, and how many are above where that is too many.
     """
     zero = jnp.zeros_like(allowed)
+
+    def share(found: Array) -> Array:
+        """Tails are near to exponential, so their logarithm to a line."""
+        return jnp.log(jnp.maximum(found.astype(F32), 0.5) / topk)
+
     state = _Search(
         step=jnp.int32(0),
         low=ordered(low),
         high=ordered(high) + 1,
         at_low=allowed,
         at_high=zero,
-        over=(allowed - topk).astype(F32),
-        under=jnp.full(low.shape, -float(topk)),
+        over=share(allowed),
+        under=share(zero),
         side=zero,
         done=done.astype(jnp.int32),
     )
@@ -274,13 +301,14 @@ def find_threshold(count, allowed: Array, done: Array, low: Array, high: Array, 
         bound = ordered(jnp.where(s.step == 0, guess, low + (high - low) * (s.over / (s.over - s.under))))
         halved = (s.low >> 1) + (s.high >> 1) + (s.low & s.high & 1)
         bound = jnp.where((bound <= s.low) | (bound >= s.high) | (s.step >= GUESSES), halved, bound)
+        bound = jnp.where((s.step >= ZERO) & (s.low <= 0) & (s.high > TINY), TINY, bound)
+        bound = jnp.where((s.low < 0) & (s.high == TINY), 0, bound)
         level = unordered(bound)
         found = count(lambda x, _: x >= level)
         up, down = (s.done == 0) & (found >= topk), (s.done == 0) & (found < topk)
-        excess = (found - topk).astype(F32)
         new_low, new_high = jnp.where(up, bound, s.low), jnp.where(down, bound, s.high)
         at_low = jnp.where(up, found, s.at_low)
-        settled = (at_low == topk) | (new_high - 1 <= new_low)
+        settled = (at_low == topk) | (new_high - 1 <= new_low) | ((new_low == 0) & (new_high == TINY))
         return _Search(
             step=s.step + 1,
             low=new_low,
@@ -288,8 +316,8 @@ def find_threshold(count, allowed: Array, done: Array, low: Array, high: Array, 
             at_low=at_low,
             at_high=jnp.where(down, found, s.at_high),
             # Illinois: the side that stays twice counts half, else one side would crawl.
-            over=jnp.where(up, excess, jnp.where(down & (s.side < 0), 0.5 * s.over, s.over)),
-            under=jnp.where(down, excess, jnp.where(up & (s.side > 0), 0.5 * s.under, s.under)),
+            over=jnp.where(up, share(found), jnp.where(down & (s.side < 0), 0.5 * s.over, s.over)),
+            under=jnp.where(down, share(found), jnp.where(up & (s.side > 0), 0.5 * s.under, s.under)),
             side=jnp.where(up, 1, jnp.where(down, -1, s.side)),
             done=jnp.where(settled, 1, s.done),
         )
@@ -298,22 +326,28 @@ def find_threshold(count, allowed: Array, done: Array, low: Array, high: Array, 
     return unordered(end.low), end.at_low, end.at_high
 
 
-def _last_tied(count, level: Array, wanted: Array) -> Array:
-    """The place of the last of the `wanted` first keys whose score is the level."""
+def places(S: int) -> int:
+    """Bits of the largest place in a row of so many keys."""
+    return (S - 1).bit_length()
+
+
+def _last_tied(count, level: Array, wanted: Array, places: int) -> Array:
+    """The place, of so many bits, of the last of the `wanted` first keys whose score is the level."""
 
     def settle(step, found):
-        bound = found + (jnp.int32(1) << (PLACES - 1 - step))
+        bound = found + (jnp.int32(1) << (places - 1 - step))
         before = count(lambda x, first: (x == level) & (first + lax.broadcasted_iota(jnp.int32, x.shape, 1) < bound))
         return jnp.where(before < wanted, bound, found)
 
-    return lax.fori_loop(0, PLACES, settle, jnp.zeros_like(wanted))
+    return lax.fori_loop(0, places, settle, jnp.zeros_like(wanted))
 
 
-def _normal_quantile(seen_ref, rows, allowed: Array, topk: int) -> Array:
-    """Where topk of the scores would be above if they were of a normal distribution (Abramowitz and Stegun, 26.2.23)."""
+def normal_quantile(total: Array, squares: Array, allowed: Array, topk: int) -> Array:
+    """Where topk of the scores, of which these are the sum, the sum of squares and the number, would be above if they were of a normal distribution
+    (Abramowitz and Stegun, 26.2.23)."""
     n = jnp.maximum(allowed, 1).astype(F32)
-    mean = jnp.sum(seen_ref[2, rows], axis=1, keepdims=True) / n
-    variance = jnp.sum(seen_ref[3, rows], axis=1, keepdims=True) / n - mean * mean
+    mean = total / n
+    variance = squares / n - mean * mean
     share = topk / n
     t = jnp.sqrt(-2 * jnp.log(jnp.clip(jnp.minimum(share, 1 - share), 1e-9, 0.5)))
     z = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1 + t * (1.432788 + t * (0.189269 + t * 0.001308)))

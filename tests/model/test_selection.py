@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.passes import KINDS, passes
 from model.indexer import indexer_scores, select_topk
 from model.kernels.keyset import KEYS, causal, held_tiles, next_held, pack, sizes, tile_bias, unpack, words
-from model.kernels.selection import BLOCK, GUESSES, find_threshold, select_reference, select_tpu
+from model.kernels.selection import BLOCK, GUESSES, select_reference, select_tpu
 from tests.interpreter import STRICT
 
 pytestmark = pytest.mark.usefixtures("no_races")
@@ -99,32 +100,17 @@ def test_every_other_block_of_queries(kind):
         np.testing.assert_array_equal(unpack(bits_BTW, 4 * BLOCK), whole_BTS[:, place_T])
 
 
-def passes(scores_RS: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(threshold, scores at or above it, bounds tried) by `find_threshold`, its guess as the kernel's."""
-    scores, tried = jnp.asarray(scores_RS, jnp.float32), []
-
-    def count(chosen):
-        jax.debug.callback(lambda: tried.append(1))
-        return jnp.sum(chosen(scores, 0), axis=1, keepdims=True, dtype=jnp.int32)
-
-    z = {2_048 / 32_768: 1.534, 0.5: 0.0}[topk / scores.shape[1]]
-    guess = jnp.mean(scores, 1, keepdims=True) + z * jnp.std(scores, 1, keepdims=True)
-    all_R1 = jnp.full((len(scores), 1), scores.shape[1], jnp.int32)
-    threshold, at, _ = find_threshold(
-        count, all_R1, all_R1 < 0, jnp.min(scores, axis=1, keepdims=True), jnp.max(scores, axis=1, keepdims=True), guess, topk
-    )
-    jax.effects_barrier()
-    return np.asarray(threshold), np.asarray(at), len(tried)
-
-
-def test_a_dozen_passes_find_the_threshold():
-    """Of 32,768 scores 2,048: sums of weighted rectified normals, as an indexer's are. Bit by bit it takes 32, whatever the scores."""
-    rng = np.random.default_rng(0)
-    scores = sum(rng.normal(size=(8, 1)) * np.maximum(rng.normal(size=(8, 32_768)), 0) for _ in range(64)).astype(np.float32)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("L", [8_192, 32_768, 131_072])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_passes_find_the_threshold(kind, L, seed):
+    """Of the 2,048 best, where settling a float bit by bit takes 32. Where fewer scores are not zero, the bound is."""
+    scores = KINDS[kind](np.random.default_rng(1_000 + seed), L).astype(np.float32)
     threshold, at, tried = passes(scores, 2_048)
-    np.testing.assert_array_equal(at, 2_048)
-    np.testing.assert_array_equal(np.sum(scores >= threshold, axis=1, keepdims=True), 2_048)
-    assert tried <= 12
+    best = np.sort(scores, axis=1)[:, -2_048:][:, :1]
+    np.testing.assert_array_equal(at, np.sum(scores >= best, axis=1, keepdims=True))
+    np.testing.assert_array_equal(np.sum(scores >= threshold, axis=1, keepdims=True), at)
+    assert tried <= {"weighted": 16, "heavy": 17, "empty": 4}[kind]
 
 
 @pytest.mark.parametrize("kind", ["all the same", "heavy tails", "both infinities' neighbours", "a step"])
