@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import re
 
 import jax
 import jax.numpy as jnp
@@ -54,21 +53,22 @@ def test_memory_used_before_it_is_written_is_seen(monkeypatch, module, kernel, r
 
 
 @pytest.mark.parametrize(
-    ("module", "kernel", "right"),
+    ("module", "kernel", "right", "said"),
     [
-        (sparse_attention, "_backward_kernel", "fetch(i, turn).wait()"),
-        (sparse_attention, "_backward_kernel", "put(i, turn_ref[0] - 1).wait()"),
-        (indexer_kl, "_kl_kernel", "fetched.wait()"),
-        (indexer_kl, "_kl_kernel", "put.wait()"),
-        (indexer_kl, "_kl_kernel", "fetched_row.wait()"),
-        (indexer_kl, "_kl_kernel", "put_row.wait()"),
+        (sparse_attention, "_backward_kernel", "fetch(i, turn).wait()", "RACE DETECTED"),
+        (sparse_attention, "_backward_kernel", "put(i, turn_ref[0] - 1).wait()", "RACE DETECTED"),
+        (indexer_kl, "_kl_kernel", "fetched.wait()", "RACE DETECTED"),
+        (indexer_kl, "_kl_kernel", "put.wait()", "non-zero count"),
+        (indexer_kl, "_kl_kernel", "fetched_row.wait()", "non-zero count"),
+        (indexer_kl, "_kl_kernel", "put_row.wait()", "RACE DETECTED"),
     ],
     ids=["added to before it arrived", "left behind", "dk added to before it arrived", "dk fetched before it was put", "dq before it came", "dq left behind"],
 )
-def test_a_copy_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog, module, kernel, right):
-    """As the fixture `no_races` sees it: where a later copy is waited for, the interpreter takes the one before for done, and only its count is wrong."""
+def test_a_copy_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog, module, kernel, right, said):
+    """As the fixture `no_races` sees it. Of two copies the interpreter reports no race, and why is not known: there the count that their semaphore is left with
+    tells."""
     planted(monkeypatch, module, kernel, right, "pass")
-    assert re.search("RACE DETECTED|non-zero count", complaints(lambda: (results if module is sparse_attention else losses)(EAGER), capfd, caplog))
+    assert said in complaints(lambda: (results if module is sparse_attention else losses)(EAGER), capfd, caplog)
 
 
 def test_a_latent_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog):
