@@ -116,6 +116,7 @@ def total_kl_tpu(
         kl, mass_BT = _total_kl(*rows, tiles, axis)
         return kl[None], mass_BT
 
+    # Turned, as they are, the tables take half of this; but of rows so long one does not want the sums in float32 of two at a time.
     table = -(-q_BTIC.shape[1] // tiles.queries), -(-min(KEYS_AT_ONCE, k_BSC.shape[1]) // tiles.keys)
     kl_n, mass_BT = by_rows(of_rows, table, attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW)
     return jnp.sum(kl_n), mass_BT
@@ -140,7 +141,7 @@ def _normaliser_kernel(held_ref, fetch_ref, first_ref, q_ref, w_ref, k_ref, bits
         largest_ref[...] = jnp.full(largest_ref.shape, NO_KEY, F32)
         total_ref[...] = jnp.zeros(total_ref.shape, F32)
 
-    @pl.when(held_ref[b, i, j] != 0)
+    @pl.when(held_ref[b, j, i] != 0)
     def _():
         scores_QK = score_tile(q_ref[0], k_ref[0], w_ref[0]) + tile_bias(bits_ref[0], first_ref[0] + j, k_ref.shape[1])
         before_QL = largest_ref[...]
@@ -177,7 +178,7 @@ def _kl_kernel(
             sum_ref[...] = jnp.zeros(sum_ref.shape, F32)
         fetched_row.wait()
 
-    @pl.when(held_ref[b, i, j] != 0)
+    @pl.when(held_ref[b, j, i] != 0)
     def _():
         dk_here = dk_ref.at[b, pl.ds(pl.multiple_of((first_ref[0] + j) * keys, LANES), keys)]
         fetched = pltpu.make_async_copy(dk_here, dk_tile_ref, tile_done)
@@ -242,7 +243,8 @@ def _with_gradients(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, select
 
     def tables(first):
         held_Bnp = lax.dynamic_slice_in_dim(held_Bnm, first // keys, once // keys, 2)
-        return held_Bnp.astype(jnp.int32), next_held(held_Bnp), first[None] // keys
+        # Turned: a line of scalar memory takes 128 words however short it is, and there are more tiles of queries than of a piece's keys.
+        return *(jnp.swapaxes(table, 1, 2) for table in (held_Bnp.astype(jnp.int32), next_held(held_Bnp))), first[None] // keys
 
     def normaliser(first):
         return _normaliser(tables(first), *indexer, bits_BTW, tiles)
@@ -268,7 +270,7 @@ def _spec(block: tuple[int, ...], index: Callable, **options) -> pl.BlockSpec:
     """`index`: (b, i, tile of the sequence) -> which block. Of a tile without a key it is the next one's with any, which is fetched then."""
 
     def fetched(b, i, j, group, held_ref, fetch_ref, first_ref):
-        return index(b, i, first_ref[0] + fetch_ref[b, i, j])
+        return index(b, i, first_ref[0] + fetch_ref[b, j, i])
 
     return pl.BlockSpec(block, fetched, **options)
 
@@ -276,11 +278,12 @@ def _spec(block: tuple[int, ...], index: Callable, **options) -> pl.BlockSpec:
 def _over_tiles(kernel, name: str, tables, groups: int, operands, results, scratch, semantics, tiles: Tiles, aliases: dict[int, int]):
     """`operands`: (array, where); `results`: (shape, where), all float32. `aliases`: of operands to results."""
     limit = vmem_bytes(ambient_device().device_kind) * 15 // 16  # the rest is the compiler's own
+    B, of_keys, of_queries = tables[0].shape
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
-            grid=(*tables[0].shape, groups),
+            grid=(B, of_queries, of_keys, groups),
             in_specs=[where for _, where in operands],
             out_specs=[where for _, where in results],
             scratch_shapes=scratch,
@@ -329,8 +332,8 @@ def _loss(tables, attention: Attention, index_q_BITC, index_w_BTI, index_k_BSC, 
 
     def of_group(b, i, j, group, held_ref, fetch_ref, first_ref):
         """Of a tile without a key the heads that are fetched next, or were last."""
-        ahead = fetch_ref[b, i, j]
-        return b, jnp.where(held_ref[b, i, j] != 0, group, jnp.where(ahead > j, 0, groups - 1)), ahead, 0
+        ahead = fetch_ref[b, j, i]
+        return b, jnp.where(held_ref[b, j, i] != 0, group, jnp.where(ahead > j, 0, groups - 1)), ahead, 0
 
     row, in_hbm = _row(queries), pl.BlockSpec(memory_space=pl.ANY)
     row_of_head = _spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))
