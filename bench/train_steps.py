@@ -86,7 +86,7 @@ def held(program, length: int) -> Held:
         max(shape.bytes for _, instruction in found for shape in instruction.shapes if shape.in_hbm),
         next(iter(square), ""),
         max(live_sets(computations[where], text, length) for where in {where for where, _ in found}),
-        frozenset(instruction.name.partition(".")[0] for _, instruction in found if "tpu_custom_call" in instruction.attributes),
+        frozenset(name.partition(".")[0] for where in computations.values() for name, made in where.items() if "tpu_custom_call" in made.attributes),
     )
 
 
