@@ -5,9 +5,11 @@ from collections.abc import Callable
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-STRICT = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
-TWO_CORES = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, num_cores_or_threads=2)  # each with its part of the axes called parallel
-EAGER = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, dma_execution_mode="eager")  # copies done when begun, not when waited for
+# Clocks enough for copies that are under way together: of the two that JAX takes by itself all copies share one, and of two copies none is seen to race.
+WATCHED = {"uninitialized_memory": "nan", "detect_races": True, "vector_clock_size": 16}
+STRICT = pltpu.InterpretParams(**WATCHED)
+TWO_CORES = pltpu.InterpretParams(**WATCHED, num_cores_or_threads=2)  # each with its part of the axes called parallel
+EAGER = pltpu.InterpretParams(**WATCHED, dma_execution_mode="eager")  # copies done when begun, not when waited for
 
 
 def complaints(action: Callable[[], object], capfd, caplog) -> str:
