@@ -11,8 +11,9 @@ q gets dI w [q k > 0] k, k the same with q. Both passes and the attention's forw
 one also sums p over a part of the set: in the dense warm-up, over what would be selected, that is the indexer's recall.
 
 Keys come in pieces of KEYS_AT_ONCE. p wants all heads of the attention, and where those lie over several devices a piece's keys are gathered when its turn
-comes: all keys of all heads would be 8 GiB at 128K. So every gradient is a sum over pieces, in float32. What a kernel adds to lies in HBM: of dq a block of
-queries is fetched and put back once a row of tiles, of dk a tile's keys with every tile, which must therefore run in order, on one core a sequence.
+comes: all keys of all heads would be 8 GiB at 128K. So every gradient is a sum over pieces, in float32, for QUERIES_AT_ONCE queries at a time. What a kernel
+adds to lies in HBM: of dq a block of queries is fetched and put back once a row of tiles, of dk a tile's keys with every tile, which must therefore run in
+order, on one core a sequence.
 
 The queries of all heads stay in VMEM for a row of tiles; the keys come HEADS_AT_ONCE by HEADS_AT_ONCE, the innermost dimension of the grid, and the last of
 them does the rest.
@@ -35,7 +36,8 @@ from model.kernels.selection import score_tile
 from model.kernels.tile import F32, NO_KEY, SUBLANES, by_rows, by_sublane, dot, padded, vmem_bytes
 from model.sharding import ambient_device
 
-KEYS_AT_ONCE = 16_384  # of a call: 1 GiB of 128 heads, and the tables of 128K queries' tiles fit into scalar memory, as in `by_rows`
+QUERIES_AT_ONCE = 16_384  # an eighth of a row of 128K; of more the sums in float32 would be 0.5 GiB each
+KEYS_AT_ONCE = 16_384  # 1 GiB of 128 heads
 HEADS_AT_ONCE = 32  # of the keys: 4 MiB for a tile of 256, fetched while the 32 before are worked on
 
 
@@ -116,8 +118,7 @@ def total_kl_tpu(
         kl, mass_BT = _total_kl(*rows, tiles, axis)
         return kl[None], mass_BT
 
-    # Turned, as they are, the tables take half of this; but of rows so long one does not want the sums in float32 of two at a time.
-    table = -(-q_BTIC.shape[1] // tiles.queries), -(-min(KEYS_AT_ONCE, k_BSC.shape[1]) // tiles.keys)
+    table = -(-min(QUERIES_AT_ONCE, q_BTIC.shape[1]) // tiles.queries), -(-min(KEYS_AT_ONCE, k_BSC.shape[1]) // tiles.keys)
     kl_n, mass_BT = by_rows(of_rows, table, attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW)
     return jnp.sum(kl_n), mass_BT
 
@@ -141,7 +142,7 @@ def _normaliser_kernel(held_ref, fetch_ref, first_ref, q_ref, w_ref, k_ref, bits
         largest_ref[...] = jnp.full(largest_ref.shape, NO_KEY, F32)
         total_ref[...] = jnp.zeros(total_ref.shape, F32)
 
-    @pl.when(held_ref[b, j, i] != 0)
+    @pl.when(held_ref[b, i, j] != 0)
     def _():
         scores_QK = score_tile(q_ref[0], k_ref[0], w_ref[0]) + tile_bias(bits_ref[0], first_ref[0] + j, k_ref.shape[1])
         before_QL = largest_ref[...]
@@ -178,7 +179,7 @@ def _kl_kernel(
             sum_ref[...] = jnp.zeros(sum_ref.shape, F32)
         fetched_row.wait()
 
-    @pl.when(held_ref[b, j, i] != 0)
+    @pl.when(held_ref[b, i, j] != 0)
     def _():
         dk_here = dk_ref.at[b, pl.ds(pl.multiple_of((first_ref[0] + j) * keys, LANES), keys)]
         fetched = pltpu.make_async_copy(dk_here, dk_tile_ref, tile_done)
@@ -231,20 +232,42 @@ def _kl_kernel(
 
 
 def _with_gradients(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles: Tiles, axis: str):
-    """(results, the gradients of the first): of whole tiles, piece by piece of the keys."""
-    (B, T, I, C), S, (queries, keys, _) = q_BTIC.shape, k_BSC.shape[1], tiles
-    once = min(KEYS_AT_ONCE, -(-S // keys) * keys)
-    whole_T, whole_S = -(-T // queries) * queries, -(-S // once) * once
-    q_BNTH, k_BNSH, lse_BNT = (padded(x, 2, size) for x, size in zip(attention, (whole_T, whole_S, whole_T), strict=True))
-    index_q_BITC, index_k_BSC = padded(jnp.swapaxes(q_BTIC, 1, 2), 2, whole_T), padded(k_BSC.astype(q_BTIC.dtype), 1, whole_S)
-    indexer = index_q_BITC, padded(w_BTI.astype(F32), 1, whole_T), index_k_BSC
-    bits_BTW, selected_BTW = (padded(padded(x, 1, whole_T), 2, words(whole_S)) for x in (bits_BTW, selected_BTW))
+    """(results, the gradients of the first): of whole tiles, piece by piece of the queries, and of the keys to each."""
+    (q_BNTH, k_BNSH, lse_BNT), (B, T, *_), S = attention, q_BTIC.shape, k_BSC.shape[1]
+    once = min(QUERIES_AT_ONCE, -(-T // tiles.queries) * tiles.queries)
+    of_keys = min(KEYS_AT_ONCE, -(-S // tiles.keys) * tiles.keys)
+    whole_S = -(-S // of_keys) * of_keys
+    keys = padded(k_BNSH, 2, whole_S), padded(k_BSC.astype(q_BTIC.dtype), 1, whole_S)
+    bits_BTW, selected_BTW = (padded(x, 2, words(whole_S)) for x in (bits_BTW, selected_BTW))
+
+    def cut(x: Array, axis: int) -> Array:
+        x = padded(x, axis, -(-T // once) * once)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, once, *x.shape[axis + 1 :]), axis, 0)
+
+    def step(dk_BSC, queries):
+        *of_queries, dk_BSC = _piece(*queries, *keys, dk_BSC, of_keys, tiles, axis)
+        return dk_BSC, of_queries
+
+    def join(x_nBC: Array) -> Array:
+        return jnp.moveaxis(x_nBC, 0, 1).reshape(B, -1, *x_nBC.shape[3:])[:, :T]
+
+    pieces = cut(q_BNTH, 2), cut(lse_BNT, 2), cut(q_BTIC, 1), cut(w_BTI.astype(F32), 1), cut(bits_BTW, 1), cut(selected_BTW, 1)
+    dk_BSC, of_queries = lax.scan(step, jnp.zeros(keys[1].shape, F32), pieces)
+    kl_BT, mass_BT, dq_BTIC, dw_BTI = map(join, of_queries)
+    gradients = dq_BTIC, dw_BTI.astype(w_BTI.dtype), dk_BSC[:, :S].astype(k_BSC.dtype)
+    # Named as attention's results are: what keeps those for the backward pass keeps these, or else the loss is computed twice.
+    return (jnp.sum(kl_BT), mass_BT), checkpoint_name(gradients, "attention")
+
+
+def _piece(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW, k_BNSH, k_BSC, dk_BSC, once: int, tiles: Tiles, axis: str) -> tuple[Array, ...]:
+    """(kl_BT, mass_BT, dq_BTIC, dw_BTI, dk_BSC with these queries' added), `once` keys at a time."""
+    (B, T, I, C), (queries, keys, _) = q_BTIC.shape, tiles
+    indexer = jnp.swapaxes(q_BTIC, 1, 2), w_BTI, k_BSC
     held_Bnm = held_tiles(bits_BTW, queries, keys)
 
     def tables(first):
         held_Bnp = lax.dynamic_slice_in_dim(held_Bnm, first // keys, once // keys, 2)
-        # Turned: a line of scalar memory takes 128 words however short it is, and there are more tiles of queries than of a piece's keys.
-        return *(jnp.swapaxes(table, 1, 2) for table in (held_Bnp.astype(jnp.int32), next_held(held_Bnp))), first[None] // keys
+        return held_Bnp.astype(jnp.int32), next_held(held_Bnp), first[None] // keys
 
     def normaliser(first):
         return _normaliser(tables(first), *indexer, bits_BTW, tiles)
@@ -255,22 +278,18 @@ def _with_gradients(attention: Attention, q_BTIC, w_BTI, k_BSC, bits_BTW, select
         *of_queries, dq_BICT, dk_BSC = _loss(tables(first), compared, *indexer, index_lse_B1T, bits_BTW, selected_BTW, *gradients, tiles)
         return ([one + other for one, other in zip(before, of_queries, strict=True)], dq_BICT, dk_BSC), None
 
-    first_p = jnp.arange(0, whole_S, once, dtype=jnp.int32)
+    first_p = jnp.arange(0, k_BSC.shape[1], once, dtype=jnp.int32)
     index_lse_B1T = jax.nn.logsumexp(lax.map(normaliser, first_p), axis=0)
-    of_queries = [jnp.zeros((B, *rows, 1, whole_T), F32) for rows in ((), (), (I,))]
-    zeros = of_queries, jnp.zeros((B, I, C, whole_T), F32), jnp.zeros(index_k_BSC.shape, F32)
+    zeros = [jnp.zeros((B, *rows, 1, T), F32) for rows in ((), (), (I,))], jnp.zeros((B, I, C, T), F32), dk_BSC
     ((kl_B1T, mass_B1T, dw_BI1T), dq_BICT, dk_BSC), _ = lax.scan(step, zeros, first_p)
-    gradients = jnp.transpose(dq_BICT, (0, 3, 1, 2))[:, :T], jnp.swapaxes(dw_BI1T[:, :, 0], 1, 2)[:, :T], dk_BSC[:, :S]
-    gradients = tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, (q_BTIC, w_BTI, k_BSC), strict=True))
-    # Named as attention's results are: what keeps those for the backward pass keeps these, or else the loss is computed twice.
-    return (jnp.sum(kl_B1T), mass_B1T[:, 0, :T]), checkpoint_name(gradients, "attention")
+    return kl_B1T[:, 0], mass_B1T[:, 0], jnp.transpose(dq_BICT, (0, 3, 1, 2)).astype(q_BTIC.dtype), jnp.swapaxes(dw_BI1T[:, :, 0], 1, 2), dk_BSC
 
 
 def _spec(block: tuple[int, ...], index: Callable, **options) -> pl.BlockSpec:
     """`index`: (b, i, tile of the sequence) -> which block. Of a tile without a key it is the next one's with any, which is fetched then."""
 
     def fetched(b, i, j, group, held_ref, fetch_ref, first_ref):
-        return index(b, i, first_ref[0] + fetch_ref[b, j, i])
+        return index(b, i, first_ref[0] + fetch_ref[b, i, j])
 
     return pl.BlockSpec(block, fetched, **options)
 
@@ -278,12 +297,11 @@ def _spec(block: tuple[int, ...], index: Callable, **options) -> pl.BlockSpec:
 def _over_tiles(kernel, name: str, tables, groups: int, operands, results, scratch, semantics, tiles: Tiles, aliases: dict[int, int]):
     """`operands`: (array, where); `results`: (shape, where), all float32. `aliases`: of operands to results."""
     limit = vmem_bytes(ambient_device().device_kind) * 15 // 16  # the rest is the compiler's own
-    B, of_keys, of_queries = tables[0].shape
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
-            grid=(B, of_queries, of_keys, groups),
+            grid=(*tables[0].shape, groups),
             in_specs=[where for _, where in operands],
             out_specs=[where for _, where in results],
             scratch_shapes=scratch,
@@ -332,8 +350,8 @@ def _loss(tables, attention: Attention, index_q_BITC, index_w_BTI, index_k_BSC, 
 
     def of_group(b, i, j, group, held_ref, fetch_ref, first_ref):
         """Of a tile without a key the heads that are fetched next, or were last."""
-        ahead = fetch_ref[b, j, i]
-        return b, jnp.where(held_ref[b, j, i] != 0, group, jnp.where(ahead > j, 0, groups - 1)), ahead, 0
+        ahead = fetch_ref[b, i, j]
+        return b, jnp.where(held_ref[b, i, j] != 0, group, jnp.where(ahead > j, 0, groups - 1)), ahead, 0
 
     row, in_hbm = _row(queries), pl.BlockSpec(memory_space=pl.ANY)
     row_of_head = _spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))
