@@ -273,7 +273,8 @@ def _piece(q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW, k_BNSH, k_BSC
         return _normaliser(tables(first), *indexer, bits_BTW, tiles)
 
     def step(sums, first):
-        before, *gradients = sums
+        # Tied to the sums before, or else JAX, which sees that keys depend on nothing that learns, gathers all pieces first, in a loop of its own.
+        (before, *gradients), first = lax.optimization_barrier((sums, first))
         compared = Attention(q_BNTH, all_heads(lax.dynamic_slice_in_dim(k_BNSH, first, once, 2), axis), lse_BNT)
         *of_queries, dq_BICT, dk_BSC = _loss(tables(first), compared, *indexer, index_lse_B1T, bits_BTW, selected_BTW, *gradients, tiles)
         return ([one + other for one, other in zip(before, of_queries, strict=True)], dq_BICT, dk_BSC), None

@@ -80,6 +80,17 @@ def test_the_mesh_changes_nothing(stage, mesh, kernels, monkeypatch):
     assert_same(result(attend, make_mesh(MeshConfig(*mesh))), by_chunks(stage))
 
 
+def test_keys_of_all_heads_are_held_a_piece_at_a_time(monkeypatch):
+    """As a block is trained, computed again in the backward pass. A device has one row of B, two of N heads and, of pieces of 128 keys, three."""
+    monkeypatch.setattr("model.kernels.indexer_kl.KEYS_AT_ONCE", 128)
+    attend = functools.partial(attend_tiled, stage="sparse", topk=TOPK, kernels=KERNELS["cpu"])
+    with jax.set_mesh(make_mesh(MeshConfig(1, 4, 1, 2))):
+        gradient = jax.jit(jax.grad(jax.checkpoint(lambda arrays, segments_BT: loss(arrays, segments_BT, attend)[0])))
+        program = gradient.lower(inputs(), segments()).as_text()
+    assert f"tensor<1x{N}x128x{H}xf32>" in program, "a piece"
+    assert f"tensor<3x1x{N}x128x{H}xf32>" not in program, "all of them"
+
+
 @pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "dots"])
 def test_a_model_is_the_same_by_tiles(remat):
     """Loss and every gradient of a whole model, MTP and gate included, the kernels interpreted; with `dots` the backward pass keeps what attention gave."""
