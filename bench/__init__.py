@@ -1,1 +1,3 @@
-"""What is measured, and how. Each script prints one JSON line; results worth keeping stand in bench/results/."""
+"""What is measured, and how. Each script prints one JSON line; results worth keeping stand in
+bench/results/.
+"""

@@ -1,5 +1,5 @@
-"""Memory and speed of converting a checkpoint: makes one of DeepSeek-V3's kind, of random numbers, and takes it into a workdir and back in processes of their
-own. One JSON line for each way.
+"""Memory and speed of converting a checkpoint: makes one of DeepSeek-V3's kind, of random numbers,
+and takes it into a workdir and back in processes of their own. One JSON line for each way.
 
     python -m bench.convert --gigabytes=4 --where=/tmp/convert
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoints.hf.safetensors import DTYPES, TensorFiles, TensorWriter
+from checkpoints.hf.tensors import tensors
 from errors import UserError
-from launch.command import Flag, command
-from launch.door import parse
-from model.hf.safetensors import DTYPES, TensorFiles, TensorWriter
-from model.hf.tensors import tensors
+from experiment.command_line import Flag, command
+from experiment.schema import parse
 
 LAYER_EXPERTS = 32
 CONFIG = {
@@ -56,13 +56,40 @@ def run(gigabytes: float, where: str) -> None:
     made, workdir, back = directory / "made", directory / "workdir", directory / "back"
     make(made, gigabytes)
     files = TensorFiles(made)
-    size, largest = sum(info.bytes for info in files.tensors.values()), max(info.bytes for info in files.tensors.values())
-    for name, source, target in (("in", f"hf:{made}", str(workdir)), ("out", str(workdir), f"hf:{back}")):
+    size, largest = (
+        sum(info.bytes for info in files.tensors.values()),
+        max(info.bytes for info in files.tensors.values()),
+    )
+    for name, source, target in (
+        ("in", f"hf:{made}", str(workdir)),
+        ("out", str(workdir), f"hf:{back}"),
+    ):
         shutil.rmtree(target.removeprefix("hf:"), ignore_errors=True)
-        seconds, peak = measured([sys.executable, "-m", "launch.convert", f"--from={source}", f"--to={target}"])
-        sizes = {"checkpoint_mb": size, "largest_tensor_mb": largest, "allowed_mb": largest + 2**30, "peak_rss_mb": peak}
-        print(json.dumps({"bench": "convert", "way": name} | {name: round(value / 1e6) for name, value in sizes.items()} | {"seconds": round(seconds, 1)}))
-    print(json.dumps({"bench": "convert", "way": "in and out", "bit_exact": all(equal(files, TensorFiles(back), name) for name in files.tensors)}))
+        seconds, peak = measured(
+            [sys.executable, "-m", "launch.convert", f"--from={source}", f"--to={target}"]
+        )
+        sizes = {
+            "checkpoint_mb": size,
+            "largest_tensor_mb": largest,
+            "allowed_mb": largest + 2**30,
+            "peak_rss_mb": peak,
+        }
+        print(
+            json.dumps(
+                {"bench": "convert", "way": name}
+                | {name: round(value / 1e6) for name, value in sizes.items()}
+                | {"seconds": round(seconds, 1)}
+            )
+        )
+    print(
+        json.dumps(
+            {
+                "bench": "convert",
+                "way": "in and out",
+                "bit_exact": all(equal(files, TensorFiles(back), name) for name in files.tensors),
+            }
+        )
+    )
 
 
 def make(directory: Path, gigabytes: float) -> None:
@@ -73,9 +100,16 @@ def make(directory: Path, gigabytes: float) -> None:
         wanted = tensors(parsed(directory))
         if sum(math.prod(tensor.shape) for tensor in wanted) * 2 >= gigabytes * 1e9:
             break
-    plan = [(tensor.name, DTYPES["F32" if tensor.name.endswith("bias") else "BF16"], tensor.shape) for tensor in wanted]
-    noise = np.random.default_rng(0).normal(size=2**22 + 12_345).astype(DTYPES["BF16"])  # no period of any matrix
-    with TensorWriter(directory, plan, source=f"bench.convert {gigabytes}", shard_bytes=2_000_000_000) as writer:
+    plan = [
+        (tensor.name, DTYPES["F32" if tensor.name.endswith("bias") else "BF16"], tensor.shape)
+        for tensor in wanted
+    ]
+    noise = (
+        np.random.default_rng(0).normal(size=2**22 + 12_345).astype(DTYPES["BF16"])
+    )  # no period of any matrix
+    with TensorWriter(
+        directory, plan, source=f"bench.convert {gigabytes}", shard_bytes=2_000_000_000
+    ) as writer:
         at = 0
         for name, dtype, shape in plan:
             if name in writer.done:
@@ -83,15 +117,17 @@ def make(directory: Path, gigabytes: float) -> None:
             rows = max(1, noise.size // max(1, math.prod(shape[1:])))
             for start in range(0, shape[0], rows):
                 part = (min(rows, shape[0] - start), *shape[1:])
-                writer.write(name, np.resize(np.roll(noise, -at)[: math.prod(part)], part).astype(dtype))
+                writer.write(
+                    name, np.resize(np.roll(noise, -at)[: math.prod(part)], part).astype(dtype)
+                )
                 at = (at + 7_919) % noise.size
 
 
 def parsed(directory: Path):
     """The model of a config.json whose tensors are yet to be written."""
+    from checkpoints.hf.architecture import model_fields
     from configs import base
-    from launch.origin import with_model
-    from model.hf.architecture import model_fields
+    from experiment.model_source import with_model
 
     return parse(with_model(base.get_config(), model_fields(directory))).model
 
@@ -111,8 +147,18 @@ def equal(one: TensorFiles, other: TensorFiles, name: str) -> bool:
     info = one.tensors[name]
     step = max(1, 2**24 // max(1, math.prod(info.shape[1:])))
     blocks = ((start, min(start + step, info.shape[0])) for start in range(0, info.shape[0], step))
-    return info[:2] == other.tensors[name][:2] and all(one.read(name, *block).tobytes() == other.read(name, *block).tobytes() for block in blocks)
+    return info[:2] == other.tensors[name][:2] and all(
+        one.read(name, *block).tobytes() == other.read(name, *block).tobytes() for block in blocks
+    )
 
 
 if __name__ == "__main__":
-    command(run, config="none", workdir=False, flags={"gigabytes": Flag(4.0, "of the checkpoint"), "where": Flag("", "a directory for it all, kept")})
+    command(
+        run,
+        config="none",
+        workdir=False,
+        flags={
+            "gigabytes": Flag(4.0, "of the checkpoint"),
+            "where": Flag("", "a directory for it all, kept"),
+        },
+    )

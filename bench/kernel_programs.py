@@ -1,4 +1,6 @@
-"""What bench.kernels compiles, counts and times: the TPU kernels and what a JAX user has in their place, for one sequence at DeepSeek-V3.2's widths."""
+"""What bench.kernels compiles, counts and times: the TPU kernels and what a JAX user has in their
+place, for one sequence at DeepSeek-V3.2's widths.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,11 +10,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
-from model.kernels import indexer_kl, sparse_attention
-from model.kernels.keyset import LANES, words
-from model.kernels.selection import select_tpu
+from kernels import indexer_kl, sparse_attention
+from kernels.bitmask import LANES, words
+from kernels.selection import select_tpu
 
-HEADS, ALL_HEADS, TOPK = 16, 128, 2_048  # heads of a device, 128 on eight; the indexer's loss has them all
+HEADS, ALL_HEADS, TOPK = (
+    16,
+    128,
+    2_048,
+)  # heads of a device, 128 on eight; the indexer's loss has them all
 I, C, H, V = 64, 128, 192, 128  # the indexer's heads and width; the attention's widths
 BF16, F32 = jnp.bfloat16, jnp.float32
 SPLASH = 512  # queries and keys of its tiles: as ours, and what it does best with of 256 to 1024
@@ -24,7 +30,9 @@ class Program(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a kernel does for a sequence. Every tile with a pair of a query and an earlier key is counted as computed."""
+    """What a kernel does for a sequence. Every tile with a pair of a query and an earlier key is
+    counted as computed.
+    """
 
     kernel: str  # its name
     tiles: int  # computed
@@ -32,7 +40,9 @@ class Work(NamedTuple):
     flops: int  # of a tile: what the mathematics needs, two a product
     tile_bytes: int  # fetched and put back a tile
     row_bytes: int
-    runs: tuple[int, ...] = (1,)  # how often a tile runs each of the longest stretches of its code, in their order
+    runs: tuple[int, ...] = (
+        1,
+    )  # how often a tile runs each of the longest stretches of its code, in their order
     cores: int = 0  # that it runs on, 0 for all of the device
 
 
@@ -40,7 +50,9 @@ def attention_shapes(L: int, heads: int) -> tuple:
     return tuple(((1, heads, L, width), BF16) for width in (H, H, V))
 
 
-def programs(L: int, *, heads: int = HEADS, topk: int = TOPK, interpret=False) -> dict[str, Program]:
+def programs(
+    L: int, *, heads: int = HEADS, topk: int = TOPK, interpret=False
+) -> dict[str, Program]:
     """The kernels. `interpret` runs them without a TPU, with small tiles."""
     qkv, bits = attention_shapes(L, heads), ((1, L, words(L)), jnp.int32)
     indexer = ((1, L, I, C), BF16), ((1, L, I), F32), ((1, L, C), BF16)
@@ -55,15 +67,21 @@ def programs(L: int, *, heads: int = HEADS, topk: int = TOPK, interpret=False) -
 
     def kl(q, k, lse, iq, w, ik, bits):
         def total(iq, w, ik):
-            return indexer_kl.total_kl_tpu(indexer_kl.Attention(q, k, lse), iq, w, ik, bits, bits, kl_tiles)[0]
+            return indexer_kl.total_kl_tpu(
+                indexer_kl.Attention(q, k, lse), iq, w, ik, bits, bits, kl_tiles
+            )[0]
 
         return jax.grad(total, (0, 1, 2))(iq, w, ik)
 
     return {
         "select": Program(select, (*indexer, ((1, L), jnp.int32))),
         "attention": Program(attend, (*qkv, bits)),
-        "attention and gradients": Program(gradients(lambda q, k, v, bits: attend(q, k, v, bits)[0]), (*qkv, bits)),
-        "indexer's loss and gradients": Program(kl, (*qkv[:2], ((1, heads, L), F32), *indexer, bits)),
+        "attention and gradients": Program(
+            gradients(lambda q, k, v, bits: attend(q, k, v, bits)[0]), (*qkv, bits)
+        ),
+        "indexer's loss and gradients": Program(
+            kl, (*qkv[:2], ((1, heads, L), F32), *indexer, bits)
+        ),
     }
 
 
@@ -72,19 +90,42 @@ def gradients(attend: Callable) -> Callable:
 
 
 def splash_program(L: int, *, causal: bool, heads: int = HEADS, interpret: bool = False) -> Program:
-    """JAX's splash attention, forward and backward: with a mask only known when it runs, [1, L, L] bool, or with the causal one."""
-    sides = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    """JAX's splash attention, forward and backward: with a mask only known when it runs, [1, L, L]
+    bool, or with the causal one.
+    """
+    sides = (
+        "block_q",
+        "block_kv",
+        "block_kv_compute",
+        "block_q_dkv",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+        "block_q_dq",
+        "block_kv_dq",
+    )
     blocks = splash.BlockSizes(**dict.fromkeys(sides, min(SPLASH, L)))
 
     def attend(q, k, v, *masks):
-        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L, L))] * heads) if causal else masks[0]
-        kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+        mask = (
+            splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L, L))] * heads)
+            if causal
+            else masks[0]
+        )
+        kernel = splash.make_splash_mha(
+            mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
         if not causal:  # else it asks a traced array
-            tables = (table._replace(is_dynamic_mask=True) for table in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info))
+            tables = (
+                table._replace(is_dynamic_mask=True)
+                for table in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
+            )
             kernel = splash.SplashAttentionKernel(*tables, **kernel.kwargs)
         return kernel(q[0], k[0], v[0])
 
-    return Program(gradients(attend), (*attention_shapes(L, heads), *([] if causal else [((1, L, L), jnp.bool_)])))
+    return Program(
+        gradients(attend),
+        (*attention_shapes(L, heads), *([] if causal else [((1, L, L), jnp.bool_)])),
+    )
 
 
 def top_k_program(rows: int, L: int, topk: int = TOPK) -> Program:
@@ -113,40 +154,119 @@ def works(L: int) -> list[Work]:
     forward_row = tiles.heads * queries * (h + 2 * v + row)
 
     heads, keys_backward = tiles.heads_backward, tiles.keys_backward
-    backward_tile = heads * queries * (h + v + 2 * row + 2 * 4 * H) + queries * mask  # dq comes and goes in float32, queries along lanes
+    backward_tile = (
+        heads * queries * (h + v + 2 * row + 2 * 4 * H) + queries * mask
+    )  # dq comes and goes in float32, queries along lanes
     backward_row = heads * keys_backward * 2 * (h + v)
 
-    def attention(kernel: str, heads: int, keys: int, widths: int, row: int, tile_bytes: int, row_bytes: int) -> Work:
+    def attention(
+        kernel: str, heads: int, keys: int, widths: int, row: int, tile_bytes: int, row_bytes: int
+    ) -> Work:
         programs, flops = HEADS // heads, 2 * heads * queries * keys * widths
-        return Work(kernel, programs * causal_tiles(L, queries, keys), programs * L // row, flops, tile_bytes, row_bytes)
+        return Work(
+            kernel,
+            programs * causal_tiles(L, queries, keys),
+            programs * L // row,
+            flops,
+            tile_bytes,
+            row_bytes,
+        )
 
     return [
         attention("sparse_attention", tiles.heads, keys, H + V, queries, forward_tile, forward_row),
-        attention("sparse_attention_backward", heads, keys_backward, 3 * H + 2 * V, keys_backward, backward_tile, backward_row),
+        attention(
+            "sparse_attention_backward",
+            heads,
+            keys_backward,
+            3 * H + 2 * V,
+            keys_backward,
+            backward_tile,
+            backward_row,
+        ),
     ]
 
 
 def loss_works(L: int, heads: int, device_kind: str) -> list[Work]:
-    """Of the indexer's loss, on one core: what adds to the keys' gradient must run in order. Each piece of the keys goes over all rows of tiles."""
+    """Of the indexer's loss, on one core: what adds to the keys' gradient must run in order. Each
+    piece of the keys goes over all rows of tiles.
+    """
     queries, keys = indexer_kl.most_queries(device_kind, L), indexer_kl.Tiles().keys
-    pairs, tiles, rows = queries * keys, causal_tiles(L, queries, keys), L // queries * -(-L // indexer_kl.KEYS_AT_ONCE)
-    groups, h, mask, row = -(-heads // indexer_kl.HEADS_AT_ONCE), 2 * stored(H), queries * MASK, queries * ROW
+    pairs, tiles, rows = (
+        queries * keys,
+        causal_tiles(L, queries, keys),
+        L // queries * -(-L // indexer_kl.KEYS_AT_ONCE),
+    )
+    groups, h, mask, row = (
+        -(-heads // indexer_kl.HEADS_AT_ONCE),
+        2 * stored(H),
+        queries * MASK,
+        queries * ROW,
+    )
     index_q, index_k = queries * I * 2 * C, keys * 2 * C
-    kl_tile = keys * heads * h + index_k + 2 * mask + 2 * keys * 4 * C  # the keys' gradient comes and goes in float32
-    kl_row = index_q + queries * heads * h + heads * row + 2 * I * row + 2 * queries * I * 4 * C  # and so does that of a row's queries
+    kl_tile = (
+        keys * heads * h + index_k + 2 * mask + 2 * keys * 4 * C
+    )  # the keys' gradient comes and goes in float32
+    kl_row = (
+        index_q + queries * heads * h + heads * row + 2 * I * row + 2 * queries * I * 4 * C
+    )  # and so does that of a row's queries
     kl_runs = (1,) if groups == 1 else (groups, 1)  # the attention's heads, then the rest
     return [
-        Work("indexer_normaliser", tiles, rows, 2 * pairs * I * C, index_k + mask, index_q + queries * 4 * stored(I)),
-        Work("indexer_kl", tiles, rows, 2 * pairs * (heads * H + 3 * I * C), kl_tile, kl_row, kl_runs, cores=1),
+        Work(
+            "indexer_normaliser",
+            tiles,
+            rows,
+            2 * pairs * I * C,
+            index_k + mask,
+            index_q + queries * 4 * stored(I),
+        ),
+        Work(
+            "indexer_kl",
+            tiles,
+            rows,
+            2 * pairs * (heads * H + 3 * I * C),
+            kl_tile,
+            kl_row,
+            kl_runs,
+            cores=1,
+        ),
     ]
 
 
 def splash_works(L: int, *, causal: bool) -> list[Work]:
-    tiles, rows, pairs = HEADS * causal_tiles(L, SPLASH, SPLASH), HEADS * L // SPLASH, SPLASH * SPLASH
-    h, v, mask = SPLASH * 2 * stored(H), SPLASH * 2 * stored(V), 0 if causal else pairs  # a byte a pair, for every head anew
+    tiles, rows, pairs = (
+        HEADS * causal_tiles(L, SPLASH, SPLASH),
+        HEADS * L // SPLASH,
+        SPLASH * SPLASH,
+    )
+    h, v, mask = (
+        SPLASH * 2 * stored(H),
+        SPLASH * 2 * stored(V),
+        0 if causal else pairs,
+    )  # a byte a pair, for every head anew
     row = SPLASH * 4 * LANES
     return [
-        Work("splash_mha_fwd_residuals", tiles, rows, 2 * pairs * (H + V), h + v + mask, h + 2 * v + row),
-        Work("splash_mha_dq_no_residuals", tiles, rows, 2 * pairs * (2 * H + V), h + v + mask, 2 * h + v),
-        Work("splash_mha_dkv_no_residuals", tiles, rows, 2 * pairs * (2 * H + 2 * V), h + v + mask, 2 * (h + v)),
+        Work(
+            "splash_mha_fwd_residuals",
+            tiles,
+            rows,
+            2 * pairs * (H + V),
+            h + v + mask,
+            h + 2 * v + row,
+        ),
+        Work(
+            "splash_mha_dq_no_residuals",
+            tiles,
+            rows,
+            2 * pairs * (2 * H + V),
+            h + v + mask,
+            2 * h + v,
+        ),
+        Work(
+            "splash_mha_dkv_no_residuals",
+            tiles,
+            rows,
+            2 * pairs * (2 * H + 2 * V),
+            h + v + mask,
+            2 * (h + v),
+        ),
     ]

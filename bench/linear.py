@@ -1,6 +1,7 @@
-"""A SwiGLU's forward and backward pass with `model.linear` against the same with `@` on [B, T, D]: same inputs, one process, by turns, median of 10.
+"""A SwiGLU's forward and backward pass with `model.linear` against the same with `@` on [B, T, D]:
+same inputs, one process, by turns, median of 10.
 
-    python -m bench.linear
+python -m bench.linear
 """
 
 import functools
@@ -12,9 +13,9 @@ from importlib.metadata import version
 import jax
 import jax.numpy as jnp
 
-from launch.command import command
-from model.linear import linear
-from model.swiglu import swiglu
+from experiment.command_line import command
+from model.experts.swiglu import swiglu
+from model.layers.linear import linear
 
 B, T, D, F = 8, 256, 256, 704  # the dense FFN of tiny-dsv3
 REPEATS = 10
@@ -23,13 +24,22 @@ REPEATS = 10
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(product, x_BTD, weights, dy_BTD):
     gate_DF, up_DF, down_FD = weights
-    return jax.vjp(lambda x, gate, up, down: product(swiglu(product(x, gate), product(x, up)), down), x_BTD, gate_DF, up_DF, down_FD)[1](dy_BTD)
+    return jax.vjp(
+        lambda x, gate, up, down: product(swiglu(product(x, gate), product(x, up)), down),
+        x_BTD,
+        gate_DF,
+        up_DF,
+        down_FD,
+    )[1](dy_BTD)
 
 
 def main() -> None:
     keys = jax.random.split(jax.random.key(0), 5)
     x_BTD, dy_BTD = (jax.random.normal(key, (B, T, D)) for key in keys[:2])
-    weights = [jax.random.normal(key, shape) * shape[0] ** -0.5 for key, shape in zip(keys[2:], ((D, F), (D, F), (F, D)), strict=True)]
+    weights = [
+        jax.random.normal(key, shape) * shape[0] ** -0.5
+        for key, shape in zip(keys[2:], ((D, F), (D, F), (F, D)), strict=True)
+    ]
     rivals = {"linear": linear, "matmul": jnp.matmul}
     times = {name: [] for name in rivals}
     for repeat in range(-2, REPEATS):
@@ -37,9 +47,17 @@ def main() -> None:
             began = time.perf_counter()
             jax.block_until_ready(gradients(product, x_BTD, weights, dy_BTD))
             times[name] += [time.perf_counter() - began] if repeat >= 0 else []
-    medians = {f"{name}_ms": round(statistics.median(taken) * 1e3, 2) for name, taken in times.items()}
+    medians = {
+        f"{name}_ms": round(statistics.median(taken) * 1e3, 2) for name, taken in times.items()
+    }
     ratio = round(medians["matmul_ms"] / medians["linear_ms"], 2)
-    print(json.dumps({"bench": "linear", "shape": [B, T, D, F], "ratio": ratio} | medians | {"device": jax.devices()[0].device_kind, "jax": version("jax")}))
+    print(
+        json.dumps(
+            {"bench": "linear", "shape": [B, T, D, F], "ratio": ratio}
+            | medians
+            | {"device": jax.devices()[0].device_kind, "jax": version("jax")}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""The same training workload in MaxText, to compare with: one JSON line like bench.train's, by MaxText's own train step, optimizer and synthetic batch.
+"""The same training workload in MaxText, to compare with: one JSON line like bench.train's, by
+MaxText's own train step, optimizer and synthetic batch.
 
-    pip install "maxtext[tpu]"                          in an environment of its own, Python 3.12; it has no extra for CPU
-    python bench/maxtext_tiny.py                        also: KEY=VALUE ..., MaxText's settings to change
-    python -m bench.side_by_side "python -m bench.train" "/path/to/maxtext/python bench/maxtext_tiny.py"
+    pip install "maxtext[tpu]"                          in an environment of its own, Python 3.12;
+    it has no extra for CPU python bench/maxtext_tiny.py                        also: KEY=VALUE ...,
+    MaxText's settings to change python -m bench.side_by_side "python -m bench.train"
+    "/path/to/maxtext/python bench/maxtext_tiny.py"
 
-DeepSeek-V3's block at the size of configs/tiny_dsv3.py, float32, on CPU: dropless, with the router's bias and the sequence-wise balance loss, without MTP.
+DeepSeek-V3's block at the size of configs/tiny_dsv3.py, float32, on CPU: dropless, with the
+router's bias and the sequence-wise balance loss, without MTP.
 """
 
 import contextlib
@@ -30,7 +33,8 @@ except ImportError as missing:
 
 REPEATS = 10
 SETTINGS = {
-    "model_name": "deepseek3-tiny",  # MaxText tells DeepSeek-V3's router by the name; every size below is overridden
+    # MaxText tells DeepSeek-V3's router by the name; every size below is overridden
+    "model_name": "deepseek3-tiny",
     "override_model_config": True,
     "vocab_size": 512,
     "base_emb_dim": 256,
@@ -63,13 +67,27 @@ SETTINGS = {
     "dtype": "float32",
     "hardware": "cpu",
     "attention": "dot_product",
-    # The fastest of those tried, on one busy core, that drop no token: every expert on every token rather than ragged_dot, layers unrolled rather than
-    # scanned, and kept for the backward pass what attention made but not the experts' hidden states ("minimal_with_context" keeps these, "full" nothing).
+    # The fastest of those tried, on one busy core, that drop no token: every expert on every token
+    # rather than ragged_dot, layers unrolled rather than scanned, and kept for the backward pass
+    # what attention made but not the experts' hidden states ("minimal_with_context" keeps these,
+    # "full" nothing).
     "sparse_matmul": False,
     "megablox": False,
     "scan_layers": False,
     "remat_policy": "custom",
-    **dict.fromkeys(("query_proj", "key_proj", "value_proj", "kv_proj", "qkv_proj", "out_proj", "query_wa_proj", "kv_wa_proj"), "device"),
+    **dict.fromkeys(
+        (
+            "query_proj",
+            "key_proj",
+            "value_proj",
+            "kv_proj",
+            "qkv_proj",
+            "out_proj",
+            "query_wa_proj",
+            "kv_wa_proj",
+        ),
+        "device",
+    ),
     **dict.fromkeys(("mla_q", "mla_kv", "attention_out", "context"), "device"),
     "run_name": "tiny_dsv3",
     "skip_jax_distributed_system": True,
@@ -83,11 +101,15 @@ SETTINGS = {
 def measure(settings: list[str]) -> dict:
     """`settings` are KEY=VALUE."""
     config, recorder = train.initialize(["", *settings])
-    *_, shardings, model, mesh, _, _, loader, _, _, state = train_utils.setup_train_loop(config, recorder)
+    *_, shardings, model, mesh, _, _, loader, _, _, state = train_utils.setup_train_loop(
+        config, recorder
+    )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     graph, state = nnx.split(state)
     of_params, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
-    step, _ = train_utils.jit_train_and_eval_step(config, graph, mesh, state, shardings, train.train_step, params_shardings=of_params)
+    step, _ = train_utils.jit_train_and_eval_step(
+        config, graph, mesh, state, shardings, train.train_step, params_shardings=of_params
+    )
     times = []
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
         for repeat in range(-2, REPEATS):
@@ -98,14 +120,26 @@ def measure(settings: list[str]) -> dict:
                 times.append(time.perf_counter() - began)
     median = statistics.median(times)
     tokens = config.global_batch_size_to_train_on * config.max_target_length
-    return {"tokens_per_s": round(tokens / median, 1), "seconds_median": round(median, 4), "parameters": parameters}
+    return {
+        "tokens_per_s": round(tokens / median, 1),
+        "seconds_median": round(median, 4),
+        "parameters": parameters,
+    }
 
 
 def main(changes: list[str]) -> None:
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
-        settings = SETTINGS | {"base_output_directory": output} | dict(change.split("=", 1) for change in changes)
+        settings = (
+            SETTINGS
+            | {"base_output_directory": output}
+            | dict(change.split("=", 1) for change in changes)
+        )
         result = measure([f"{key}={value}" for key, value in settings.items()])
-    print(json.dumps({"bench": "train"} | result | {"jax": version("jax"), "maxtext": version("maxtext")}))
+    print(
+        json.dumps(
+            {"bench": "train"} | result | {"jax": version("jax"), "maxtext": version("maxtext")}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""How often the selection counts a row's scores until it has the bound of its 2048 best: by the row's length and by what its scores are like.
+"""How often the selection counts a row's scores until it has the bound of its 2048 best: by the
+row's length and by what its scores are like.
 
     python -m bench.passes
 
-Eight rows are searched together, as in the kernels, and end together. Counted, so the same on every device; nothing is timed. One JSON line.
+Eight rows are searched together, as in the kernels, and end together. Counted, so the same on every
+device; nothing is timed. One JSON line.
 """
 
 import functools
@@ -15,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from launch.command import command
-from model.kernels.selection import ROWS, find_threshold, normal_quantile
+from experiment.command_line import command
+from kernels.selection import ROWS, find_threshold, normal_quantile
 
 LENGTHS = (8_192, 32_768, 131_072)
 TOPK, HEADS, SEEDS = 2_048, 64, 16
@@ -24,13 +26,20 @@ TOPK, HEADS, SEEDS = 2_048, 64, 16
 
 def weighted(rng: np.random.Generator, L: int) -> np.ndarray:
     """Weighted rectified normals: an indexer that has learned nothing."""
-    return sum(rng.normal(size=(ROWS, 1)) * np.maximum(rng.normal(size=(ROWS, L)), 0) for _ in range(HEADS))
+    return sum(
+        rng.normal(size=(ROWS, 1)) * np.maximum(rng.normal(size=(ROWS, L)), 0) for _ in range(HEADS)
+    )
 
 
 def heavy(rng: np.random.Generator, L: int) -> np.ndarray:
-    """A few heads that answer to few keys, and to some of them very strongly: most scores are zeros."""
+    """A few heads that answer to few keys, and to some of them very strongly: most scores are
+    zeros.
+    """
     loud = np.exp(rng.normal(size=(ROWS, L)))
-    return sum(np.exp(rng.normal(size=(ROWS, 1))) * np.maximum(loud * rng.normal(size=(ROWS, L)) - 2.5, 0) for _ in range(8))
+    return sum(
+        np.exp(rng.normal(size=(ROWS, 1))) * np.maximum(loud * rng.normal(size=(ROWS, L)) - 2.5, 0)
+        for _ in range(8)
+    )
 
 
 def empty(rng: np.random.Generator, L: int) -> np.ndarray:
@@ -42,7 +51,9 @@ KINDS = {"weighted": weighted, "heavy": heavy, "empty": empty}
 
 
 def passes(scores_RS: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(threshold, scores at or above it, passes) by `find_threshold`, begun as the kernel begins it; what the kernel counts before is not among them."""
+    """(threshold, scores at or above it, passes) by `find_threshold`, begun as the kernel begins
+    it; what the kernel counts before is not among them.
+    """
     _tried.clear()
     threshold, at = jax.tree.map(np.asarray, _search(jnp.asarray(scores_RS, jnp.float32), topk))
     jax.effects_barrier()
@@ -69,9 +80,30 @@ def main() -> None:
     rows = []
     for L in LENGTHS:
         for name, drawn in KINDS.items():
-            found = [passes(drawn(np.random.default_rng(seed), L), TOPK)[2] for seed in range(SEEDS)]
-            rows.append({"length": L, "scores": name, "tied": name == "empty", "mean": round(statistics.mean(found), 1), "most": max(found)})
-    print(json.dumps({"bench": "passes", "topk": TOPK, "rows_together": ROWS, "seeds": SEEDS, "rows": rows, "jax": version("jax")}))
+            found = [
+                passes(drawn(np.random.default_rng(seed), L), TOPK)[2] for seed in range(SEEDS)
+            ]
+            rows.append(
+                {
+                    "length": L,
+                    "scores": name,
+                    "tied": name == "empty",
+                    "mean": round(statistics.mean(found), 1),
+                    "most": max(found),
+                }
+            )
+    print(
+        json.dumps(
+            {
+                "bench": "passes",
+                "topk": TOPK,
+                "rows_together": ROWS,
+                "seeds": SEEDS,
+                "rows": rows,
+                "jax": version("jax"),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""One GRPO step on tiny-dsv3: 8 prompts of 32 tokens x 8 completions x 64 tokens, float32, after compilation, median of 10; sampling and update apart.
+"""One GRPO step on tiny-dsv3: 8 prompts of 32 tokens x 8 completions x 64 tokens, float32, after
+compilation, median of 10; sampling and update apart.
 
-    python -m bench.reinforce
+python -m bench.reinforce
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.workload import print_result, random_tokens, seconds, workload
-from launch.command import command
+from experiment.command_line import command
 from model.sharding import make_mesh
 from rl.algorithms import get_algorithm
 from rl.objective import policy_objective
@@ -25,25 +26,50 @@ from train.step import make_step
 
 def main() -> None:
     config = workload(sampling__max_new=64, train__mtp_weight=0.0)
-    r, new, prompt = config.reinforce, config.sampling.max_new, config.sampling.max_prompt
+    r, new, prompt = (
+        config.reinforce,
+        config.sampling.max_new_tokens,
+        config.sampling.max_prompt_tokens,
+    )
     mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.train)
     algorithm = get_algorithm(r.algorithm, max_completion=new, kl_weight=r.kl_weight)
     with jax.set_mesh(mesh):
         state = fresh_state(config.model, optimizer, mesh, jax.random.key(0))
-        sample_fn = jax.jit(functools.partial(sample, config.model, config.sampling, (), 0, group=r.group))
-        step_fn = jax.jit(make_step(config.model, config.train, policy_objective(config.model, config.train, algorithm, 1.0), optimizer), donate_argnums=0)
-        segments = jnp.ones((r.prompts, prompt), jnp.int32)
+        sample_fn = jax.jit(
+            functools.partial(sample, config.model, config.sampling, (), 0, group=r.group_size)
+        )
+        step_fn = jax.jit(
+            make_step(
+                config.model,
+                config.train,
+                policy_objective(config.model, config.train, algorithm, 1.0),
+                optimizer,
+            ),
+            donate_argnums=0,
+        )
+        segments = jnp.ones((r.prompts_per_step, prompt), jnp.int32)
         sampling, updating = [], []
 
         def action(repeat: int):
             nonlocal state
             began = time.perf_counter()
-            prompts = jnp.asarray(random_tokens(repeat + 2, r.prompts, prompt, config.model.vocab))
-            completions = jax.block_until_ready(sample_fn(state.variables, prompts, segments, jax.random.key(repeat + 2)))
+            prompts = jnp.asarray(
+                random_tokens(repeat + 2, r.prompts_per_step, prompt, config.model.vocab_size)
+            )
+            completions = jax.block_until_ready(
+                sample_fn(state.variables, prompts, segments, jax.random.key(repeat + 2))
+            )
             sampled = time.perf_counter()
-            batch = policy_batch(prompts, segments, completions, r.group)
-            rewards_PG = jnp.asarray(np.asarray(completions.tokens_BC).reshape(r.prompts, r.group, new).mean(axis=-1) / config.model.vocab)
-            batch["advantages"] = jnp.where(batch["mask"], algorithm.advantage(rewards_PG).reshape(-1)[:, None], 0.0)
+            batch = policy_batch(prompts, segments, completions, r.group_size)
+            rewards_PG = jnp.asarray(
+                np.asarray(completions.tokens_BC)
+                .reshape(r.prompts_per_step, r.group_size, new)
+                .mean(axis=-1)
+                / config.model.vocab_size
+            )
+            batch["advantages"] = jnp.where(
+                batch["mask"], algorithm.advantage(rewards_PG).reshape(-1)[:, None], 0.0
+            )
             batch["old_logprobs"] = batch["sampler_logprobs"]
             state, metrics = step_fn(state, batch)
             jax.block_until_ready(metrics)
@@ -53,8 +79,11 @@ def main() -> None:
             return metrics
 
         times = seconds(action)
-        parts = {"sample_seconds": round(statistics.median(sampling), 4), "update_seconds": round(statistics.median(updating), 4)}
-        print_result("reinforce", config, times, r.prompts * r.group * new, **parts)
+        parts = {
+            "sample_seconds": round(statistics.median(sampling), 4),
+            "update_seconds": round(statistics.median(updating), 4),
+        }
+        print_result("reinforce", config, times, r.prompts_per_step * r.group_size * new, **parts)
 
 
 if __name__ == "__main__":

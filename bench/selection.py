@@ -1,6 +1,7 @@
-"""The indexer's selection by counting, against `jax.lax.top_k` alone and the mask made from it: same inputs, one process, least of 10.
+"""The indexer's selection by counting, against `jax.lax.top_k` alone and the mask made from it:
+same inputs, one process, least of 10.
 
-    python -m bench.selection
+python -m bench.selection
 """
 
 import json
@@ -11,18 +12,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from launch.command import command
-from model.indexer import ranked, select_topk
+from experiment.command_line import command
+from kernels.reference import ranked, select_topk
 
-SHAPES = (((8, 256, 256), 64), ((16, 256, 256), 32), ((128, 80, 80), 32))  # tiny-dsv3, the quickstart's training, its reinforcement
+SHAPES = (
+    ((8, 256, 256), 64),
+    ((16, 256, 256), 32),
+    ((128, 80, 80), 32),
+)  # tiny-dsv3, the quickstart's training, its reinforcement
 REPEATS = 10
 
 
 def topk_mask(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
-    """The same selection from a top_k: its last value and index bound it in (score, position) order."""
+    """The same selection from a top_k: its last value and index bound it in (score, position)
+    order.
+    """
     scores_BTS = ranked(scores_BTS, allowed_BTS)
     value_BTk, index_BTk = jax.lax.top_k(scores_BTS, topk)
-    tied_BTS = (scores_BTS == value_BTk[..., -1:]) & (jnp.arange(scores_BTS.shape[-1]) <= index_BTk[..., -1:])
+    tied_BTS = (scores_BTS == value_BTk[..., -1:]) & (
+        jnp.arange(scores_BTS.shape[-1]) <= index_BTk[..., -1:]
+    )
     return ((scores_BTS > value_BTk[..., -1:]) | tied_BTS) & allowed_BTS
 
 
@@ -48,8 +57,20 @@ def main() -> None:
             "counting": lambda s, a=allowed_BTS, k=topk: select_topk(s, a, k),
         }
         same = bool((rivals["top_k_mask"](scores_BTS) == rivals["counting"](scores_BTS)).all())
-        rows.append({"shape": shape, "k": topk, "same": same} | {f"{name}_ms": milliseconds(f, scores_BTS) for name, f in rivals.items()})
-    print(json.dumps({"bench": "selection", "device": jax.devices()[0].device_kind, "jax": version("jax"), "rows": rows}))
+        rows.append(
+            {"shape": shape, "k": topk, "same": same}
+            | {f"{name}_ms": milliseconds(f, scores_BTS) for name, f in rivals.items()}
+        )
+    print(
+        json.dumps(
+            {
+                "bench": "selection",
+                "device": jax.devices()[0].device_kind,
+                "jax": version("jax"),
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""The same workload in Hugging Face transformers on torch, to compare with: one JSON line like bench.train's and bench.sample's.
+"""The same workload in Hugging Face transformers on torch, to compare with: one JSON line like
+bench.train's and bench.sample's.
 
     pip install torch transformers                      in an environment of its own
     python bench/transformers_tiny.py train             also: train --compile, sample
 
-DeepseekV3ForCausalLM at the size of configs/tiny_dsv3.py, float32, fused AdamW, gradient clipping, its default implementations of attention (sdpa) and of the
-experts (grouped_mm). Eager; with --compile the model is compiled as one graph (torch.compile, fullgraph), its optimizer stays the fused one.
+DeepseekV3ForCausalLM at the size of configs/tiny_dsv3.py, float32, fused AdamW, gradient clipping,
+its default implementations of attention (sdpa) and of the experts (grouped_mm). Eager; with
+--compile the model is compiled as one graph (torch.compile, fullgraph), its optimizer stays the
+fused one.
 """
 
 import json
@@ -13,7 +16,9 @@ import statistics
 import sys
 import time
 
-del sys.path[0]  # this directory: transformers would take bench/kernels.py for the package "kernels"
+del sys.path[
+    0
+]  # this directory: transformers would take bench/kernels.py for the package "kernels"
 
 try:
     import torch
@@ -48,7 +53,9 @@ SIZES = {
 
 def train(model) -> int:
     """One step on 8 x 256 tokens; returns how many."""
-    optimizer = model.optimizer = getattr(model, "optimizer", None) or torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = model.optimizer = getattr(model, "optimizer", None) or torch.optim.AdamW(
+        model.parameters(), lr=1e-3, fused=True
+    )
     tokens = torch.randint(0, 512, (8, 256))
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -61,7 +68,14 @@ def sample(model) -> int:
     """128 new tokens to each of 16 prompts of 32; returns how many."""
     prompts = torch.randint(0, 512, (16, 32))
     with torch.no_grad():
-        model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=128, min_new_tokens=128, do_sample=True, pad_token_id=0)
+        model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=128,
+            min_new_tokens=128,
+            do_sample=True,
+            pad_token_id=0,
+        )
     return 16 * 128
 
 
@@ -81,8 +95,16 @@ def main(name: str, compiled: bool) -> None:
     median = statistics.median(times)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    speed = {"tokens_per_s": round(tokens / median, 1), "seconds_median": round(median, 4), "seconds_least": round(min(times), 4)}
-    print(json.dumps({"bench": name, "compiled": compiled} | speed | {"parameters": parameters} | versions))
+    speed = {
+        "tokens_per_s": round(tokens / median, 1),
+        "seconds_median": round(median, 4),
+        "seconds_least": round(min(times), 4),
+    }
+    print(
+        json.dumps(
+            {"bench": name, "compiled": compiled} | speed | {"parameters": parameters} | versions
+        )
+    )
 
 
 if __name__ == "__main__":

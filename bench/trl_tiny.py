@@ -3,8 +3,9 @@
     pip install torch transformers trl                  in an environment of its own
     python bench/trl_tiny.py
 
-GRPOTrainer on transformers_tiny.py's model: 8 prompts of 32 tokens x 8 completions of 64, all of full length, sampled by generate; one AdamW step; float32, no
-reference model, and no gradient checkpointing, which is TRL's default and would compute the forward pass twice.
+GRPOTrainer on transformers_tiny.py's model: 8 prompts of 32 tokens x 8 completions of 64, all of
+full length, sampled by generate; one AdamW step; float32, no reference model, and no gradient
+checkpointing, which is TRL's default and would compute the forward pass twice.
 """
 
 import json
@@ -15,7 +16,11 @@ import sys
 import tempfile
 import time
 
-from transformers_tiny import SIZES  # which also sees to it that what is imported next does not take this directory's files for packages
+from transformers_tiny import (
+    # which also sees to it that what is imported next does not take this directory's files for
+    # packages
+    SIZES,
+)
 
 try:
     import datasets
@@ -45,9 +50,13 @@ class Watch(transformers.TrainerCallback):
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A word a token: t0 to t511."""
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1", padding_side="left")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="t0", eos_token="t1", padding_side="left"
+    )
 
 
 def reward(completion_ids, **_) -> list[float]:
@@ -58,8 +67,14 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     draw = random.Random(0)
-    rows = [{"prompt": " ".join(f"t{draw.randrange(2, VOCAB)}" for _ in range(PROMPT))} for _ in range(PROMPTS * (REPEATS + WARM_UP))]
-    model, watch = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**SIZES)), Watch()
+    rows = [
+        {"prompt": " ".join(f"t{draw.randrange(2, VOCAB)}" for _ in range(PROMPT))}
+        for _ in range(PROMPTS * (REPEATS + WARM_UP))
+    ]
+    model, watch = (
+        transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**SIZES)),
+        Watch(),
+    )
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.GRPOConfig(
             output_dir=folder,
@@ -80,13 +95,29 @@ def main() -> None:
             disable_tqdm=True,
         )
         trainer = trl.GRPOTrainer(
-            model=model, reward_funcs=reward, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer(), callbacks=[watch]
+            model=model,
+            reward_funcs=reward,
+            args=settings,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer(),
+            callbacks=[watch],
         )
         trainer.train()
     times = watch.times[WARM_UP:]
-    median, parameters = statistics.median(times), sum(parameter.numel() for parameter in model.parameters())
-    speed = {"tokens_per_s": round(PROMPTS * GROUP * NEW / median, 1), "seconds_median": round(median, 4), "seconds_least": round(min(times), 4)}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
+    median, parameters = (
+        statistics.median(times),
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
+    speed = {
+        "tokens_per_s": round(PROMPTS * GROUP * NEW / median, 1),
+        "seconds_median": round(median, 4),
+        "seconds_least": round(min(times), 4),
+    }
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+    }
     print(json.dumps({"bench": "reinforce"} | speed | {"parameters": parameters} | versions))
 
 

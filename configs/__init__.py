@@ -1,1 +1,3 @@
-"""One file, one experiment: its docstring is the record (command, result, time), `get_config()` the settings. base.py is the schema."""
+"""One file, one experiment: its docstring is the record (command, result, time), `get_config()` the
+settings. base.py is the schema.
+"""

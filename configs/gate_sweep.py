@@ -1,6 +1,7 @@
 """Does the attention gate help at a higher learning rate? Six short runs of a small model.
 
-    python -m launch.sweep --config=configs/gate_sweep.py --command=pretrain --workdir=runs/gates --parallel=1
+python -m launch.sweep --config=configs/gate_sweep.py --command=pretrain --workdir=runs/gates
+--parallel=1
 """
 
 from ml_collections import ConfigDict
@@ -19,4 +20,4 @@ def sweep(add) -> None:
     """Does the attention gate help at a higher learning rate?"""
     for learning_rate in (2e-3, 8e-3):
         for gate in ("none", "head", "element"):
-            add({"train.learning_rate": learning_rate, "model.attention.gate": gate})
+            add({"train.learning_rate": learning_rate, "model.mla.gate": gate})

@@ -1,4 +1,6 @@
-"""What every source gives: documents by index, each with a name that decides, by hash, whether it is trained on or held out."""
+"""What every source gives: documents by index, each with a name that decides, by hash, whether it
+is trained on or held out.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,11 @@ import numpy as np
 from errors import UserError
 
 Split = Literal["train", "validation"]
-Messages = list[dict[str, Any]]  # each with a "role", and whatever else its template reads: "content", "reasoning_content", "tool_calls" ...
+Messages = list[
+    dict[str, Any]
+    # each with a "role", and whatever else its template reads: "content", "reasoning_content",
+    # "tool_calls" ...
+]
 Tools = list[dict[str, Any]]  # JSON schemas of what the assistant may call
 
 
@@ -60,7 +66,9 @@ class Subset(Sequence[Document]):
 
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source = source
-        self._indices = np.asarray(indices, np.int64)  # a list of Python integers would weigh four times as much
+        self._indices = np.asarray(
+            indices, np.int64
+        )  # a list of Python integers would weigh four times as much
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -71,13 +79,19 @@ class Subset(Sequence[Document]):
     def __iter__(self) -> Iterator[Document]:
         return (self[index] for index in range(len(self)))
 
-    def __repr__(self) -> str:  # grain prints it; short, and without an address, so that it is the same in every run
+    def __repr__(
+        self,
+    ) -> str:  # grain prints it; short, and without an address, so that it is the same in every run
         return f"Subset({self.source.spec!r}, {len(self)} documents)"
 
 
 def unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: not on the process, the machine or the Python version."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48  # 48 bits: exact in a float
+    """A number in [0, 1) that depends on the text alone: not on the process, the machine or the
+    Python version.
+    """
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
+    )  # 48 bits: exact in a float
 
 
 def subset(source: Source, split: Split, validation: float) -> Subset:
@@ -88,8 +102,18 @@ def subset(source: Source, split: Split, validation: float) -> Subset:
     if split not in get_args(Split):
         raise ValueError(f"split = {split!r}: must be one of {get_args(Split)}")
     share = validation if source.held_out is None else source.held_out
-    indices = [index for index in range(len(source)) if (unit_hash(source.key(index)) < share) == (split == "validation")]
+    indices = [
+        index
+        for index in range(len(source))
+        if (unit_hash(source.key(index)) < share) == (split == "validation")
+    ]
     if not indices:
-        held = f"data.validation = {share}" if source.held_out is None else f"its held-out share of {share}"
-        raise UserError(f'data.sources: "{source.spec}" has {len(source)} documents, and {held} leaves none for {split}')
+        held = (
+            f"data.validation = {share}"
+            if source.held_out is None
+            else f"its held-out share of {share}"
+        )
+        raise UserError(
+            f'data.sources: "{source.spec}" has {len(source)} documents, and {held} leaves none for {split}'
+        )
     return Subset(source, indices)

@@ -11,7 +11,9 @@ from errors import UserError
 
 @dataclass(frozen=True)
 class Files:
-    """Sorted names, relative to `root`; the names decide the split, so a corpus may be copied elsewhere and keep its held-out files."""
+    """Sorted names, relative to `root`; the names decide the split, so a corpus may be copied
+    elsewhere and keep its held-out files.
+    """
 
     root: Path
     names: tuple[str, ...]
@@ -21,13 +23,17 @@ class Files:
 
 
 def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
-    """Which file an element is in, and its index there; `ends` says how many elements come before the end of each file."""
+    """Which file an element is in, and its index there; `ends` says how many elements come before
+    the end of each file.
+    """
     file = int(np.searchsorted(ends, index, side="right"))
     return file, index - (int(ends[file - 1]) if file else 0)
 
 
 def match(spec: str, pattern: str) -> Files:
-    """Files that match `pattern`; ** crosses folders. The root is the folder before the first wildcard. Raises UserError if none does."""
+    """Files that match `pattern`; ** crosses folders. The root is the folder before the first
+    wildcard. Raises UserError if none does.
+    """
     paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
     paths = [path for path in paths if path.is_file()]
     if not paths:

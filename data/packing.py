@@ -17,23 +17,36 @@ FIT_ROWS = 32
 
 
 def split_rows(documents: grain.IterDataset, sequence: int) -> grain.IterDataset:
-    """Documents {"tokens": [n]} one behind the other, cut every `sequence` tokens; the rest of a document opens the next row, as a segment of its own."""
-    return _ConcatThenSplit(grain.experimental.ConcatThenSplitIterDataset(documents, length_struct={"tokens": sequence}))
+    """Documents {"tokens": [n]} one behind the other, cut every `sequence` tokens; the rest of a
+    document opens the next row, as a segment of its own.
+    """
+    return _ConcatThenSplit(
+        grain.experimental.ConcatThenSplitIterDataset(documents, length_struct={"tokens": sequence})
+    )
 
 
-def fit_rows(documents: grain.IterDataset, sequence: int, rows: int, seed: int, *, weighted: bool) -> grain.IterDataset:
-    """Documents {"tokens": [n], and "weights": [n] if weighted}, none longer than `sequence`, each whole, in the first of the open rows that has room."""
+def fit_rows(
+    documents: grain.IterDataset, sequence: int, rows: int, seed: int, *, weighted: bool
+) -> grain.IterDataset:
+    """Documents {"tokens": [n], and "weights": [n] if weighted}, none longer than `sequence`, each
+    whole, in the first of the open rows that has room.
+    """
     length = {"tokens": sequence, "weights": sequence} if weighted else {"tokens": sequence}
-    return grain.experimental.FirstFitPackIterDataset(documents, length_struct=length, num_packing_bins=max(rows, FIT_ROWS), seed=seed)
+    return grain.experimental.FirstFitPackIterDataset(
+        documents, length_struct=length, num_packing_bins=max(rows, FIT_ROWS), seed=seed
+    )
 
 
-def to_batch(packed: dict[str, np.ndarray], pad: int, *, cross_document_attention: bool) -> dict[str, np.ndarray]:
+def to_batch(
+    packed: dict[str, np.ndarray], pad: int, *, cross_document_attention: bool
+) -> dict[str, np.ndarray]:
     """Rows of a packer, already stacked, as a batch.
 
     Args:
       packed: "tokens", "tokens_segment_ids", "tokens_positions" and perhaps "weights", [B, T].
       pad: id for the positions of segment 0.
-      cross_document_attention: the row becomes one segment, positions 0 .. T - 1; padding stays segment 0.
+      cross_document_attention: the row becomes one segment, positions 0 .. T - 1; padding stays
+        segment 0.
     """
     segments = packed["tokens_segment_ids"].astype(np.int32)
     positions = packed["tokens_positions"].astype(np.int32)
@@ -52,7 +65,8 @@ def to_batch(packed: dict[str, np.ndarray], pad: int, *, cross_document_attentio
 class _ConcatThenSplit(grain.IterDataset):
     """Lets the state of grain's concat-then-split survive JSON.
 
-    Its state marks "no rest of a document" by the tuple (-1, -1); read back from JSON that is a list, which grain takes for a rest, and one document is lost.
+    Its state marks "no rest of a document" by the tuple (-1, -1); read back from JSON that is a
+    list, which grain takes for a rest, and one document is lost.
     """
 
     def __iter__(self) -> grain.DatasetIterator:

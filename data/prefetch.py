@@ -7,7 +7,9 @@ import grain
 
 
 class Prefetch(grain.IterDataset):
-    """A background thread that keeps `size` elements ready. The iterator's state is that of the last element taken, however far ahead the thread is."""
+    """A background thread that keeps `size` elements ready. The iterator's state is that of the
+    last element taken, however far ahead the thread is.
+    """
 
     def __init__(self, parent: grain.IterDataset, size: int):
         super().__init__(parent)
@@ -20,7 +22,9 @@ class Prefetch(grain.IterDataset):
 
 
 class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Closes once, and before Python ends: grain's own closes when it is collected, which may be in a half-dismantled interpreter, and prints a traceback."""
+    """Closes once, and before Python ends: grain's own closes when it is collected, which may be in
+    a half-dismantled interpreter, and prints a traceback.
+    """
 
     _done = False
 

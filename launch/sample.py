@@ -1,12 +1,16 @@
-"""Writes on: from a prompt, as the assistant of a chat, or into the gap between a prefix and a suffix. Tokens appear as they are sampled.
+"""Writes on: from a prompt, as the assistant of a chat, or into the gap between a prefix and a
+suffix. Tokens appear as they are sampled.
 
-    python -m launch.sample --workdir=runs/quickstart/sparse --prompt="def add(a, b):"
-    python -m launch.sample --workdir=runs/quickstart/reinforce --chat="A zoo has 7 lions. 3 leave. 5 are born. How many lions now?"
-    python -m launch.sample --workdir=hf:DIR --chat="What is 17 x 23?"                    a Hugging Face checkpoint, by its own chat template
-    python -m launch.sample --workdir=runs/quickstart/sparse --infill --prefix="def add(a, b):\\n" --suffix="\\n    return c\\n"
-    python -m launch.sample --workdir=runs/quickstart/reinforce                     reads prompts from standard input, a line each
+    python -m launch.sample --workdir=runs/quickstart/sparse --prompt="def add(a, b):" python -m
+    launch.sample --workdir=runs/quickstart/reinforce --chat="A zoo has 7 lions. 3 leave. 5 are
+    born. How many lions now?" python -m launch.sample --workdir=hf:DIR --chat="What is 17 x 23?"
+    a Hugging Face checkpoint, by its own chat template python -m launch.sample
+    --workdir=runs/quickstart/sparse --infill --prefix="def add(a, b):\\n" --suffix="\\n    return
+    c\\n" python -m launch.sample --workdir=runs/quickstart/reinforce                     reads
+    prompts from standard input, a line each
 
-A prefix, suffix or prompt that begins with @ names a file. \\n and \\t are read as line end and tab.
+A prefix, suffix or prompt that begins with @ names a file. \\n and \\t are read as line end and
+tab.
 """
 
 import functools
@@ -21,9 +25,9 @@ from data.chat import encode_prompt
 from data.fim import fim_prompt
 from data.tokenizer import Stream
 from errors import UserError
-from launch.command import Flag, command
-from launch.door import Config
-from launch.start import Start, run_variables, start
+from experiment.command_line import Flag, command
+from experiment.schema import Config
+from experiment.setup import Setup, run_variables, set_up
 from model.decode import decode_weights, jitted_step, prefill
 from model.sharding import batch_shards
 from rl.rollout import pad_prompts
@@ -32,24 +36,36 @@ from rl.sampler import draw
 BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 
 
-def run(config: Config, workdir: Path, prompt: str, chat: str, infill: bool, prefix: str, suffix: str) -> None:
+def run(
+    config: Config, workdir: Path, prompt: str, chat: str, infill: bool, prefix: str, suffix: str
+) -> None:
     if sum(map(bool, (prompt, chat, infill))) > 1:
         raise UserError("give one of --prompt, --chat and --infill")
     if (prefix or suffix) and not infill:
         raise UserError("--prefix and --suffix go with --infill")
-    begin = start(config, workdir, rows=0, trains=False)
+    begin = set_up(config, workdir, rows=0, trains=False)
     with jax.set_mesh(begin.mesh):
         variables = run_variables(begin, workdir)
-        write = functools.partial(stream, begin, variables, jitted_step(begin.model, config.sampling.attention))
+        write = functools.partial(
+            stream, begin, variables, jitted_step(begin.model, config.sampling.attention)
+        )
         if prompt:
             text = given(prompt)
             print(text, end="")
-            write(([begin.tokenizer.bos] if begin.tokenizer.bos is not None else []) + begin.tokenizer.encode(text))
+            write(
+                ([begin.tokenizer.bos] if begin.tokenizer.bos is not None else [])
+                + begin.tokenizer.encode(text)
+            )
         elif chat:
             write(chat_ids(begin, given(chat)))
         elif infill:
             print(given(prefix), end="")
-            write(fim_prompt(given(prefix), given(suffix), begin.tokenizer, spm=begin.config.data.infills_spm), end=given(suffix))
+            write(
+                fim_prompt(
+                    given(prefix), given(suffix), begin.tokenizer, spm=begin.config.data.infills_spm
+                ),
+                end=given(suffix),
+            )
         else:
             for line in sys.stdin:
                 write(chat_ids(begin, line.strip()))
@@ -65,11 +81,13 @@ def given(text: str) -> str:
         raise UserError(f"{text[1:]}: cannot read: {failure}") from failure
 
 
-def chat_ids(begin: Start, question: str) -> list[int]:
-    return encode_prompt([{"role": "user", "content": question}], begin.tokenizer, begin.config.data.template)
+def chat_ids(begin: Setup, question: str) -> list[int]:
+    return encode_prompt(
+        [{"role": "user", "content": question}], begin.tokenizer, begin.config.data.chat_template
+    )
 
 
-def stream(begin: Start, variables: dict, step_fn, ids: list[int], end: str = "") -> None:
+def stream(begin: Setup, variables: dict, step_fn, ids: list[int], end: str = "") -> None:
     """Prints a completion token by token, then `end`."""
     if not ids:
         raise UserError("nothing to go on from: the prompt is empty")
@@ -79,20 +97,30 @@ def stream(begin: Start, variables: dict, step_fn, ids: list[int], end: str = ""
     print(decoder.flush() + end, flush=True)
 
 
-def tokens(begin: Start, variables: dict, step_fn, ids: list[int]) -> Iterator[int]:
-    """Sampled ids until the end of text or sampling.max_new."""
+def tokens(begin: Setup, variables: dict, step_fn, ids: list[int]) -> Iterator[int]:
+    """Sampled ids until the end of text or sampling.max_new_tokens."""
     sampling = begin.config.sampling
     width = -(-len(ids) // BUCKET) * BUCKET
-    rows = batch_shards(begin.mesh)  # the same on each of the devices that rows are spread over: the first is shown
+    rows = batch_shards(
+        begin.mesh
+    )  # the same on each of the devices that rows are spread over: the first is shown
     prompt = pad_prompts([ids] * rows, width, begin.tokenizer.pad)
-    slots, stage = width + sampling.max_new, sampling.attention
-    read = jax.jit(functools.partial(prefill, begin.model, slots=slots, stage=stage, attention_mass=sampling.attention_mass))
-    cache, logits_BV = read(variables, jnp.asarray(prompt.tokens_PT), jnp.asarray(prompt.segments_PT))
+    slots, stage = width + sampling.max_new_tokens, sampling.attention
+    read = jax.jit(
+        functools.partial(
+            prefill, begin.model, slots=slots, stage=stage, attention_mass=sampling.attention_top_p
+        )
+    )
+    cache, logits_BV = read(
+        variables, jnp.asarray(prompt.tokens_PT), jnp.asarray(prompt.segments_PT)
+    )
     weights = decode_weights(begin.model, variables, rows)
     key = jax.random.key(begin.config.seed)
     choose = jax.jit(functools.partial(draw, sampling))
-    for at in range(sampling.max_new):
-        token_B, _, _ = choose(logits_BV, jnp.repeat(jax.random.split(jax.random.fold_in(key, at), 1), rows))
+    for at in range(sampling.max_new_tokens):
+        token_B, _, _ = choose(
+            logits_BV, jnp.repeat(jax.random.split(jax.random.fold_in(key, at), 1), rows)
+        )
         token = int(token_B[0])
         if token in begin.tokenizer.stops:
             return

@@ -1,1 +1,3 @@
-"""The model: pure functions and Linen modules over explicit parameters. Imports nothing of ours but errors.py."""
+"""The model: pure functions and Linen modules over explicit parameters. Imports nothing of ours but
+errors.py.
+"""

@@ -1,4 +1,6 @@
-"""What the layers did, layer by layer: a forward pass that keeps hidden states, expert choices and selected keys."""
+"""What the layers did, layer by layer: a forward pass that keeps hidden states, expert choices and
+selected keys.
+"""
 
 from typing import NamedTuple
 
@@ -13,8 +15,10 @@ class Record(NamedTuple):
     """Of the layers of the trunk, in order; -1 stands for nothing.
 
     hidden_BLTD: each layer's output; the last one's before the final norm.
-    routes_BLTK: the experts of each token, best first; -1 in layers without experts. K = 0 in a model without any.
-    selected_BLTk: the keys each query attended to, in order, -1 where they are fewer than topk; -1 in layers without an indexer. k = 0 where nothing selects.
+    routes_BLTK: the experts of each token, best first; -1 in layers without experts. K = 0 in a
+    model without any.
+    selected_BLTk: the keys each query attended to, in order, -1 where they are fewer than topk; -1
+    in layers without an indexer. k = 0 where nothing selects.
     """
 
     hidden_BLTD: Array
@@ -22,19 +26,35 @@ class Record(NamedTuple):
     selected_BLTk: Array
 
 
-def recorded_forward(config: ModelConfig, variables: dict, tokens_BT: Array, positions_BT: Array, segments_BT: Array, stage: str) -> tuple[Output, Record]:
-    """The forward pass and what its layers did. `stage` as in model/attend.py."""
-    output, sown = Transformer(config).apply(variables, tokens_BT, positions_BT, segments_BT, stage=stage, mutable=["record"])
+def recorded_forward(
+    config: ModelConfig,
+    variables: dict,
+    tokens_BT: Array,
+    positions_BT: Array,
+    segments_BT: Array,
+    stage: str,
+) -> tuple[Output, Record]:
+    """The forward pass and what its layers did. `stage` as in model/attention/reference.py."""
+    output, sown = Transformer(config).apply(
+        variables, tokens_BT, positions_BT, segments_BT, stage=stage, mutable=["record"]
+    )
     hidden, routes, selected = [], [], []
     for run, block, index in layer_paths(config):
         layer = sown["record"][run][block]
         hidden.append(layer["hidden"][0][index])
         routes.append(layer["moe"]["routes"][0][index] if "moe" in layer else None)
         selected.append(layer["attention"]["selected"][0][index] if "attention" in layer else None)
-    return output, Record(jnp.stack(hidden, axis=1), _stacked(routes, tokens_BT), _stacked(selected, tokens_BT))
+    return output, Record(
+        jnp.stack(hidden, axis=1), _stacked(routes, tokens_BT), _stacked(selected, tokens_BT)
+    )
 
 
 def _stacked(layers: list[Array | None], tokens_BT: Array) -> Array:
     """[B, L, T, k] int32, -1 for a layer that has none."""
-    found = next((layer for layer in layers if layer is not None), jnp.zeros((*tokens_BT.shape, 0), jnp.int32))
-    return jnp.stack([jnp.full_like(found, -1) if layer is None else layer for layer in layers], axis=1)
+    found = next(
+        (layer for layer in layers if layer is not None),
+        jnp.zeros((*tokens_BT.shape, 0), jnp.int32),
+    )
+    return jnp.stack(
+        [jnp.full_like(found, -1) if layer is None else layer for layer in layers], axis=1
+    )

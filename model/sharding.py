@@ -1,7 +1,7 @@
 """Sharding is one table: logical axis names on the left, mesh axes on the right.
 
-Parameters carry logical names from where they are made (`named`); activations get theirs by `constrain`. The same table serves one
-CPU, eight pretended devices and a pod.
+Parameters carry logical names from where they are made (`named`); activations get theirs by
+`constrain`. The same table serves one CPU, eight pretended devices and a pod.
 """
 
 import dataclasses
@@ -57,7 +57,9 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh over all devices (or those given). Raises UserError when the axes do not multiply to their number."""
+    """The mesh over all devices (or those given). Raises UserError when the axes do not multiply to
+    their number.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, name) for name in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
@@ -69,18 +71,14 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         kind = devices[0].platform.upper()
         multiple = "a multiple of " if -1 in sizes else ""
         seen = f"this run sees {len(devices)} {kind} device(s)"
-        raise UserError(f"mesh {named} needs {multiple}{wanted} devices; {seen} (for a dry run: --pretend_devices={wanted})")
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
-
-
-def ambient_device() -> jax.Device | jax.sharding.AbstractDevice:
-    """What this program is compiled for. Of one compiled ahead of time the devices are the ambient mesh's, and this process does not have them."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-
-
-def platform() -> str:
-    """"cpu", "gpu" or "tpu": of what this program is compiled for."""
-    return ambient_device().platform
+        raise UserError(
+            f"mesh {named} needs {multiple}{wanted} devices; {seen} (for a dry run: --pretend_devices={wanted})"
+        )
+    return Mesh(
+        np.asarray(devices).reshape(sizes),
+        MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES),
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -89,7 +87,9 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 class Named(nn.Partitioned):
-    """A parameter with the logical names of its axes. Flax's own box would read the names as mesh axes when it is opened under a mesh."""
+    """A parameter with the logical names of its axes. Flax's own box would read the names as mesh
+    axes when it is opened under a mesh.
+    """
 
     def unbox(self, apply_constraint: bool = True):
         return self.value
@@ -106,14 +106,17 @@ def spec(*names: str | None) -> P:
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Asks for an activation's sharding by the logical names of its axes. Without an ambient mesh (`jax.set_mesh`) it is the identity."""
+    """Asks for an activation's sharding by the logical names of its axes. Without an ambient mesh
+    (`jax.set_mesh`) it is the identity.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*names))
 
 
 def shardings(boxed, mesh: Mesh):
-    """NamedShardings for a tree of abstract parameters as `jax.eval_shape(model.init, ...)` gives it, names still attached.
+    """NamedShardings for a tree of abstract parameters as `jax.eval_shape(model.init, ...)` gives
+    it, names still attached.
 
     Raises UserError when an axis does not divide over the mesh, naming the parameter.
     """
@@ -123,13 +126,20 @@ def shardings(boxed, mesh: Mesh):
         shape = leaf.value.shape if isinstance(leaf, Named) else leaf.shape
         partition = spec(*names)
         for size, name, axes in zip(shape, names, partition, strict=True):
-            parts = math.prod(mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,) if axes else ()))
+            parts = math.prod(
+                mesh.shape[axis]
+                for axis in (axes if isinstance(axes, tuple) else (axes,) if axes else ())
+            )
             if size % parts:
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise UserError(f"parameter {where}: its {name} axis of {size} does not divide over the {parts} devices of mesh axis {axes}; change either")
+                raise UserError(
+                    f"parameter {where}: its {name} axis of {size} does not divide over the {parts} devices of mesh axis {axes}; change either"
+                )
         return NamedSharding(mesh, partition)
 
-    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda leaf: isinstance(leaf, Named))
+    return jax.tree_util.tree_map_with_path(
+        one, boxed, is_leaf=lambda leaf: isinstance(leaf, Named)
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

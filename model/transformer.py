@@ -1,13 +1,12 @@
 """The transformer: embedding, layers scanned, multi-token prediction, output head.
 
-    variables = init(config, key)                            {"params": ..., "router": ...}, axis names attached
-    output = Transformer(config).apply(variables, tokens_BT, positions_BT, segments_BT, stage="sparse")
-    logprobs_BT, entropy_BT = token_logprobs(config, params, output.hidden_BTD, targets_BT)
+    variables = init(config, key)                            {"params": ..., "router": ...}, axis
+    names attached output = Transformer(config).apply(variables, tokens_BT, positions_BT,
+    segments_BT, stage="sparse") logprobs_BT, entropy_BT = token_logprobs(config, params,
+    output.hidden_BTD, targets_BT)
 
 Decoding token by token is in model/decode.py.
 """
-
-import functools
 
 import flax.linen as nn
 import flax.struct
@@ -15,30 +14,37 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.attend import IndexerReport
-from model.attention import LatentAttention
+from model.attention.reference import IndexerReport
 from model.cache import LayerCache
-from model.config import LayerKind, ModelConfig, Run
-from model.convolution import Canon
-from model.delta import GatedDeltaNet
-from model.gqa import GroupedAttention
-from model.linear import linear
-from model.moe import FFN, MoE, RouterReport
-from model.norm import RMSNorm
+from model.config import LayerKind, LayerStack, ModelConfig
+from model.heads import embed
+from model.layers.convolution import Canon
+from model.layers.delta import GatedDeltaNet
+from model.layers.gqa import GroupedAttention
+from model.layers.linear import linear
+from model.layers.mla import LatentAttention
+from model.layers.moe import FFN, MoE, RouterReport
+from model.layers.norm import RMSNorm
+from model.segments import same_segment, shift_left
 from model.sharding import constrain, named
 
-ATTENTIONS = {"mla": LatentAttention, "gqa": GroupedAttention, "delta": GatedDeltaNet}
+ATTENTION_LAYERS = {"mla": LatentAttention, "gqa": GroupedAttention, "delta": GatedDeltaNet}
 
 policies = jax.checkpoint_policies
 REMAT = {
     "full": policies.nothing_saveable,
-    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "gate_and_up")),
+    "dots": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names("attention", "gate_and_up"),
+    ),
 }
 
 
 @flax.struct.dataclass
 class LayerReports:
-    """What the layers report, stacked, MTP modules last: indexer values and the router's balance [L'], its counts [L', E]; zeros of layers without."""
+    """What the layers report, stacked, MTP modules last: indexer values and the router's balance
+    [L'], its counts [L', E]; zeros of layers without.
+    """
 
     indexer: IndexerReport
     router: RouterReport
@@ -59,21 +65,37 @@ class Block(nn.Module):
     kind: LayerKind
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, segments_BT, stage, past: LayerCache | None = None, allowed_BTS=None, at=None):
+    def __call__(
+        self,
+        x_BTD,
+        positions_BT,
+        segments_BT,
+        stage,
+        past: LayerCache | None = None,
+        allowed_BTS=None,
+        at=None,
+    ):
         c = self.config
-        normed_BTD = RMSNorm(c.norm_eps, c.norm, name="attention_norm")(x_BTD)
-        recent_BKD = jnp.zeros((x_BTD.shape[0], 0, c.width), x_BTD.dtype)
-        if c.canon:
-            normed_BTD, recent_BKD = Canon(c.canon, name="canon")(normed_BTD, segments_BT, None if past is None else past.recent_BKD)
-        attention = ATTENTIONS[self.kind.attention](c, name="attention")
+        normed_BTD = RMSNorm(c.rms_norm_eps, c.norm, name="attention_norm")(x_BTD)
+        recent_BKD = jnp.zeros((x_BTD.shape[0], 0, c.hidden_size), x_BTD.dtype)
+        if c.canon_kernel_size:
+            normed_BTD, recent_BKD = Canon(c.canon_kernel_size, name="canon")(
+                normed_BTD, segments_BT, None if past is None else past.recent_BKD
+            )
+        attention = ATTENTION_LAYERS[self.kind.attention](c, name="attention")
         remembered = None if past is None else past.attention
-        attended_BTD, indexer, entries = attention(normed_BTD, positions_BT, segments_BT, stage, remembered, allowed_BTS, at)
+        attended_BTD, indexer, entries = attention(
+            normed_BTD, positions_BT, segments_BT, stage, remembered, allowed_BTS, at
+        )
         x_BTD = constrain(x_BTD + attended_BTD, "batch", "time", "hidden")
-        normed_BTD = RMSNorm(c.norm_eps, c.norm, name="ffn_norm")(x_BTD)
+        normed_BTD = RMSNorm(c.rms_norm_eps, c.norm, name="ffn_norm")(x_BTD)
         if self.kind.moe:
             out_BTD, router = MoE(c, name="moe")(normed_BTD, segments_BT > 0)
         else:
-            out_BTD, router = FFN(c, c.dense_width, name="ffn")(normed_BTD), RouterReport.zero(c.moe.experts)
+            out_BTD, router = (
+                FFN(c, c.intermediate_size, name="ffn")(normed_BTD),
+                RouterReport.zero(c.moe.num_experts),
+            )
         x_BTD = constrain(x_BTD + out_BTD, "batch", "time", "hidden")
         self.sow("record", "hidden", x_BTD)
         return x_BTD, (indexer, router, LayerCache(entries, recent_BKD))
@@ -89,15 +111,19 @@ class Period(nn.Module):
     def __call__(self, x_BTD, positions_BT, segments_BT, stage):
         block = Block
         if self.config.remat != "none":
-            block = nn.remat(Block, policy=REMAT[self.config.remat], prevent_cse=False, static_argnums=(4,))
+            block = nn.remat(
+                Block, policy=REMAT[self.config.remat], prevent_cse=False, static_argnums=(4,)
+            )
         said = []
         for number, kind in enumerate(self.kinds):
-            x_BTD, one = block(self.config, kind, name=block_name(number))(x_BTD, positions_BT, segments_BT, stage)
+            x_BTD, one = block(self.config, kind, name=block_name(number))(
+                x_BTD, positions_BT, segments_BT, stage
+            )
             said.append(one)
         return x_BTD, tuple(said)
 
 
-def run_name(number: int) -> str:
+def stack_name(number: int) -> str:
     """Of the parameters of the config's number-th run of layers."""
     return f"layers_{number}"
 
@@ -110,11 +136,13 @@ def block_name(number: int) -> str:
 def layer_paths(config: ModelConfig) -> list[tuple[str, str, int]]:
     """Where each layer's parameters are: (run, block, index on the leading axis)."""
     return [
-        (run_name(number), block_name(layer % len(run.kinds)), layer // len(run.kinds)) for number, run in enumerate(config.runs) for layer in range(run.layers)
+        (stack_name(number), block_name(layer % len(run.kinds)), layer // len(run.kinds))
+        for number, run in enumerate(config.stacks)
+        for layer in range(run.layers)
     ]
 
 
-def scanned(config: ModelConfig, run: Run, name: str) -> nn.Module:
+def scanned(config: ModelConfig, run: LayerStack, name: str) -> nn.Module:
     """A run of layers: the period's parameters stacked on a leading axis, run by one scan."""
     periods = nn.scan(
         Period,
@@ -128,34 +156,40 @@ def scanned(config: ModelConfig, run: Run, name: str) -> nn.Module:
     return periods(config, run.kinds, name=name)
 
 
-def in_order(stacked: tuple, run: Run) -> list:
+def in_order(stacked: tuple, run: LayerStack) -> list:
     """What each block of the period said, stacked over repeats, as a list over the layers."""
-    return [jax.tree.map(lambda leaf, i=layer // len(run.kinds): leaf[i], stacked[layer % len(run.kinds)]) for layer in range(run.layers)]
+    return [
+        jax.tree.map(
+            lambda leaf, i=layer // len(run.kinds): leaf[i], stacked[layer % len(run.kinds)]
+        )
+        for layer in range(run.layers)
+    ]
 
 
 class MTPModule(nn.Module):
-    """One depth of multi-token prediction (arXiv 2412.19437, section 2.2, eq. 21-23): h' = TRM(M [norm(emb of the token k places on); norm(h)])."""
+    """One depth of multi-token prediction (arXiv 2412.19437, section 2.2, eq. 21-23): h' = TRM(M
+    [norm(emb of the token k places on); norm(h)]).
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, previous_BTD, embedded_BTD, positions_BT, segments_BT, stage):
         c = self.config
-        init = nn.initializers.normal(c.init_std)
-        merge_2DD = self.param("merge", named(init, (None, "width", "replicated")), (2, c.width, c.width), jnp.float32)
-        hidden_BTD = linear(RMSNorm(c.norm_eps, c.norm, name="embedding_norm")(embedded_BTD), merge_2DD[0])
-        hidden_BTD += linear(RMSNorm(c.norm_eps, c.norm, name="hidden_norm")(previous_BTD), merge_2DD[1])
+        init = nn.initializers.normal(c.initializer_range)
+        merge_2DD = self.param(
+            "merge",
+            named(init, (None, "width", "replicated")),
+            (2, c.hidden_size, c.hidden_size),
+            jnp.float32,
+        )
+        hidden_BTD = linear(
+            RMSNorm(c.rms_norm_eps, c.norm, name="embedding_norm")(embedded_BTD), merge_2DD[0]
+        )
+        hidden_BTD += linear(
+            RMSNorm(c.rms_norm_eps, c.norm, name="hidden_norm")(previous_BTD), merge_2DD[1]
+        )
         return Block(c, c.mtp_kind, name="block")(hidden_BTD, positions_BT, segments_BT, stage)
-
-
-def shift_left(x_BT: Array, by: int) -> Array:
-    """x[t + by] at t, zeros at the end."""
-    return jnp.pad(x_BT[:, by:], [(0, 0), (0, by)] + [(0, 0)] * (x_BT.ndim - 2))
-
-
-def same_segment(segments_BT: Array, ahead: int) -> Array:
-    """Whether the token `ahead` places on is of the same segment. [B, T] bool."""
-    return (shift_left(segments_BT, ahead) == segments_BT) & (segments_BT > 0)
 
 
 class Transformer(nn.Module):
@@ -165,21 +199,35 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(c.init_std)
-        self.embedding = self.param("embedding", named(init, ("vocab", "width")), (c.vocab, c.width), jnp.float32)
-        self.runs = [scanned(c, run, run_name(number)) for number, run in enumerate(c.runs)]
-        self.final_norm = RMSNorm(c.norm_eps, c.norm)
-        if not c.tie_embeddings:
-            self.head = self.param("head", named(init, ("width", "vocab")), (c.width, c.vocab), jnp.float32)
-        self.mtp = [MTPModule(c) for _ in range(c.mtp_depth)]
-        self.mtp_norm = [RMSNorm(c.norm_eps, c.norm) for _ in range(c.mtp_depth)]
+        init = nn.initializers.normal(c.initializer_range)
+        self.embedding = self.param(
+            "embedding", named(init, ("vocab", "width")), (c.vocab_size, c.hidden_size), jnp.float32
+        )
+        self.runs = [scanned(c, run, stack_name(number)) for number, run in enumerate(c.stacks)]
+        self.final_norm = RMSNorm(c.rms_norm_eps, c.norm)
+        if not c.tie_word_embeddings:
+            self.head = self.param(
+                "head", named(init, ("width", "vocab")), (c.hidden_size, c.vocab_size), jnp.float32
+            )
+        self.mtp = [MTPModule(c) for _ in range(c.num_nextn_predict_layers)]
+        self.mtp_norm = [RMSNorm(c.rms_norm_eps, c.norm) for _ in range(c.num_nextn_predict_layers)]
 
-    def __call__(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array, *, stage: str, mtp: bool = True) -> Output:
-        """Hidden states, before the output head. `stage` as in model/attend.py; `mtp=False` leaves the MTP modules out."""
+    def __call__(
+        self,
+        tokens_BT: Array,
+        positions_BT: Array,
+        segments_BT: Array,
+        *,
+        stage: str,
+        mtp: bool = True,
+    ) -> Output:
+        """Hidden states, before the output head. `stage` as in model/attention/reference.py;
+        `mtp=False` leaves the MTP modules out.
+        """
         c = self.config
         x_BTD = embed(c, self.embedding, tokens_BT)
         reports, entries = [], []
-        for run, layers in zip(c.runs, self.runs, strict=True):
+        for run, layers in zip(c.stacks, self.runs, strict=True):
             x_BTD, stacked = layers(x_BTD, positions_BT, segments_BT, stage)
             said = in_order(stacked, run)
             reports += [LayerReports(indexer, router) for indexer, router, _ in said]
@@ -190,9 +238,12 @@ class Transformer(nn.Module):
         for depth, module in enumerate(self.mtp if mtp or self.is_initializing() else [], start=1):
             with jax.named_scope(f"mtp_{depth}"):
                 embedded_BTD = embed(c, self.embedding, shift_left(tokens_BT, depth))
-                # Where the token `depth` places on is of another segment the module has nothing to read: padding, to it.
+                # Where the token `depth` places on is of another segment the module has nothing to
+                # read: padding, to it.
                 its_segments_BT = jnp.where(same_segment(segments_BT, depth), segments_BT, 0)
-                x_BTD, (indexer, router, _) = module(previous_BTD, embedded_BTD, positions_BT, its_segments_BT, stage)
+                x_BTD, (indexer, router, _) = module(
+                    previous_BTD, embedded_BTD, positions_BT, its_segments_BT, stage
+                )
                 mtp_hidden.append(self.mtp_norm[depth - 1](x_BTD))
                 previous_BTD = mtp_hidden[-1] if c.mtp_input == "normed" else x_BTD
                 reports.append(LayerReports(indexer, router))
@@ -200,53 +251,15 @@ class Transformer(nn.Module):
         return Output(hidden_BTD, tuple(mtp_hidden), reports, tuple(entries))
 
 
-def embed(config: ModelConfig, embedding_VD: Array, tokens_BT: Array) -> Array:
-    with jax.named_scope("embed"):
-        return constrain(jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.dtype), "batch", "time", "hidden")
-
-
 def init(config: ModelConfig, key: Array) -> dict:
-    """Fresh variables {"params", "router"}, each leaf boxed with its logical axis names (`flax.linen.meta.unbox` takes them off). For shapes alone, use it
-    under `jax.eval_shape`."""
-    rows = max(jax.sharding.get_abstract_mesh().size, 1)  # under a mesh a batch must divide over it, even one of which only the shapes matter
-    zeros = jnp.zeros((rows, 2), jnp.int32)
-    variables = Transformer(config).init(key, zeros, zeros, zeros + 1, stage="sparse" if config.indexer.heads else "dense")
-    return {"params": variables["params"], "router": variables.get("router", {})}
-
-
-def head_weights(config: ModelConfig, params) -> Array:
-    return params["embedding"].T if config.tie_embeddings else params["head"]
-
-
-def logits_of(config: ModelConfig, params, hidden_BTD: Array) -> Array:
-    """[..., V] float32."""
-    with jax.named_scope("output_head"):
-        return linear(hidden_BTD, head_weights(config, params), output=jnp.float32)
-
-
-def token_logprobs(config: ModelConfig, params, hidden_BTD: Array, targets_BT: Array, temperature: float = 1.0) -> tuple[Array, Array]:
-    """Log-probability of each target and entropy of its distribution, [B, T] float32 in nats, without holding [B, T, V] when a row is longer than a chunk.
-
-    The row is handled `config.logit_chunk` positions at a time; the backward pass recomputes their logits.
+    """Fresh variables {"params", "router"}, each leaf boxed with its logical axis names
+    (`flax.linen.meta.unbox` takes them off). For shapes alone, use it under `jax.eval_shape`.
     """
-
-    def chunk(hidden_BCD, targets_BC):
-        logits_BCV = logits_of(config, params, hidden_BCD) / temperature
-        logprobs_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
-        entropy_BC = -jnp.sum(jnp.exp(logprobs_BCV) * logprobs_BCV, axis=-1)
-        return jnp.take_along_axis(logprobs_BCV, targets_BC[..., None], axis=-1)[..., 0], entropy_BC
-
-    B, T = targets_BT.shape
-    size = min(config.logit_chunk, T)
-    chunks = -(-T // size)
-    if chunks == 1:
-        return chunk(hidden_BTD, targets_BT)
-    padding = chunks * size - T
-
-    def cut(x_BT):
-        x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(B, chunks, size, *x_BT.shape[2:]), 1, 0)
-
-    body = functools.partial(jax.checkpoint, prevent_cse=False)(lambda _, piece: (None, chunk(*piece)))
-    _, outputs = jax.lax.scan(body, None, (cut(hidden_BTD), cut(targets_BT)))
-    return jax.tree.map(lambda x_nBC: jnp.moveaxis(x_nBC, 0, 1).reshape(B, chunks * size)[:, :T], outputs)
+    rows = max(
+        jax.sharding.get_abstract_mesh().size, 1
+    )  # under a mesh a batch must divide over it, even one of which only the shapes matter
+    zeros = jnp.zeros((rows, 2), jnp.int32)
+    variables = Transformer(config).init(
+        key, zeros, zeros, zeros + 1, stage="sparse" if config.indexer.n_heads else "dense"
+    )
+    return {"params": variables["params"], "router": variables.get("router", {})}

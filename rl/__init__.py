@@ -1,1 +1,3 @@
-"""Reinforcement learning: what a row of rl/algorithms.py is made of, rollouts, rewards and evaluation."""
+"""Reinforcement learning: what a row of rl/algorithms.py is made of, rollouts, rewards and
+evaluation.
+"""

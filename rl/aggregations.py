@@ -1,9 +1,12 @@
 """From a value per token to one number for the batch: who counts how much.
 
-An aggregation is a total and a weight, each a sum over rows. The trainer adds the weights of the whole batch first (they depend on the mask alone), then
-differentiates the total of each microbatch over that one global weight, so the gradient does not depend on how the batch was cut, padded or laid out.
+An aggregation is a total and a weight, each a sum over rows. The trainer adds the weights of the
+whole batch first (they depend on the mask alone), then differentiates the total of each microbatch
+over that one global weight, so the gradient does not depend on how the batch was cut, padded or
+laid out.
 
-Rows without any completion token (they fill up a batch) count for nothing, in the total and in the weight.
+Rows without any completion token (they fill up a batch) count for nothing, in the total and in the
+weight.
 """
 
 import dataclasses
@@ -19,7 +22,8 @@ from train.mean import Mean
 class Aggregation:
     """`total(values_BT, mask_BT)` and `weight(mask_BT)`, float32 scalars.
 
-    mask_BT, bool or 0 and 1, is true on completion tokens. Values elsewhere are never read, be they NaN.
+    mask_BT, bool or 0 and 1, is true on completion tokens. Values elsewhere are never read, be they
+    NaN.
     """
 
     total: Callable[[Array, Array], Array]
@@ -56,9 +60,14 @@ token_mean = Aggregation(
 
 
 def sum_over(divisor: float) -> Aggregation:
-    """Every token counts the same, by a constant: 1/B sum_i 1/divisor sum_t (Dr. GRPO, arXiv 2503.20783, section 3.2; "seq-mean-token-sum-norm").
+    """Every token counts the same, by a constant: 1/B sum_i 1/divisor sum_t (Dr. GRPO, arXiv
+    2503.20783, section 3.2; "seq-mean-token-sum-norm").
 
     Args:
-      divisor: tokens; the longest completion that can be sampled. Never the width of the batch, which would make padding matter.
+      divisor: tokens; the longest completion that can be sampled. Never the width of the batch,
+        which would make padding matter.
     """
-    return Aggregation(total=lambda values_BT, mask_BT: jnp.sum(_row_sums(values_BT, mask_BT)) / divisor, weight=_rows)
+    return Aggregation(
+        total=lambda values_BT, mask_BT: jnp.sum(_row_sums(values_BT, mask_BT)) / divisor,
+        weight=_rows,
+    )

@@ -1,9 +1,11 @@
-"""An algorithm is a row: how rewards become advantages, what is maximised, who counts how much, and how far the policy may go.
+"""An algorithm is a row: how rewards become advantages, what is maximised, who counts how much, and
+how far the policy may go.
 
     loss = - aggregate(surrogate(ratio, advantage)) + coefficient * aggregate(divergence)
 
-Reading down a column compares papers. A new paper is a new row, and a new function only where it brings a new idea. What a paper does outside the loss
-(DAPO's dynamic sampling and overlong penalty, the learning rate, the number of updates per rollout) is not in the row.
+Reading down a column compares papers. A new paper is a new row, and a new function only where it
+brings a new idea. What a paper does outside the loss (DAPO's dynamic sampling and overlong penalty,
+the learning rate, the number of updates per rollout) is not in the row.
 """
 
 import dataclasses
@@ -22,17 +24,23 @@ class Algorithm:
     ratio: Ratio  # (logprobs_BT, old_logprobs_BT, mask_BT) -> ratio_BT
     surrogate: Surrogate  # (ratio_BT, advantages_BT) -> (objective_BT, clipped_BT)
     aggregate: Aggregation  # .total(values_BT, mask_BT), .weight(mask_BT)
-    divergence: Divergence | None  # .estimator(logprobs_BT, reference_logprobs_BT, ratio_BT), .coefficient; None needs no reference model
+    divergence: (
+        Divergence | None
+        # .estimator(logprobs_BT, reference_logprobs_BT, ratio_BT), .coefficient; None needs no
+        # reference model
+    )
 
 
 def algorithms(max_completion: int) -> dict[str, Algorithm]:
     """The table, for completions of at most `max_completion` tokens.
 
-    A row whose paper has no divergence has one with coefficient 0: what is used when a config asks for a KL all the same.
+    A row whose paper has no divergence has one with coefficient 0: what is used when a config asks
+    for a KL all the same.
     """
     no_divergence = Divergence(unbiased_k3, coefficient=0.0)
     return {
-        # arXiv 2402.03300, eq. 3 and 4. The paper leaves ddof and eps open; these are the ones in common use.
+        # arXiv 2402.03300, eq. 3 and 4. The paper leaves ddof and eps open; these are the ones in
+        # common use.
         "grpo": Algorithm(
             advantage=group_zscore(ddof=1, eps=1e-6),
             ratio=token_ratio,
@@ -40,7 +48,8 @@ def algorithms(max_completion: int) -> dict[str, Algorithm]:
             aggregate=mean_of_sequence_means,
             divergence=Divergence(k3, coefficient=0.04),
         ),
-        # arXiv 2503.20783, section 3.2: no standard deviation, and a constant divisor instead of the length.
+        # arXiv 2503.20783, section 3.2: no standard deviation, and a constant divisor instead of
+        # the length.
         "dr_grpo": Algorithm(
             advantage=group_centred,
             ratio=token_ratio,
@@ -48,8 +57,9 @@ def algorithms(max_completion: int) -> dict[str, Algorithm]:
             aggregate=sum_over(max_completion),
             divergence=no_divergence,
         ),
-        # arXiv 2503.14476, eq. 8 and 10: clip-higher, and every token counts the same. Eq. 8 divides by the tokens of one prompt; this row, like the
-        # authors' code, by those of the batch.
+        # arXiv 2503.14476, eq. 8 and 10: clip-higher, and every token counts the same. Eq. 8
+        # divides by the tokens of one prompt; this row, like the authors' code, by those of the
+        # batch.
         "dapo": Algorithm(
             advantage=group_zscore(ddof=1, eps=1e-6),
             ratio=token_ratio,
@@ -57,7 +67,8 @@ def algorithms(max_completion: int) -> dict[str, Algorithm]:
             aggregate=token_mean,
             divergence=no_divergence,
         ),
-        # arXiv 2402.14740, token by token: the log-probability of a completion is a sum, so the divisor is 1. On-policy, as in the paper, the clip never acts.
+        # arXiv 2402.14740, token by token: the log-probability of a completion is a sum, so the
+        # divisor is 1. On-policy, as in the paper, the clip never acts.
         "rloo": Algorithm(
             advantage=leave_one_out,
             ratio=token_ratio,
@@ -75,8 +86,9 @@ def get_algorithm(name: str, *, max_completion: int, kl_weight: float = -1.0) ->
     """The row `name`, with what a config decides filled in.
 
     Args:
-      max_completion: tokens of the longest completion (sampling.max_new).
-      kl_weight: coefficient of the divergence; -1 keeps the row's own. With 0, or a row's own of 0, the divergence is None and no reference model is needed.
+      max_completion: tokens of the longest completion (sampling.max_new_tokens).
+      kl_weight: coefficient of the divergence; -1 keeps the row's own. With 0, or a row's own of 0,
+        the divergence is None and no reference model is needed.
 
     Raises:
       UserError: there is no such row.
@@ -85,10 +97,14 @@ def get_algorithm(name: str, *, max_completion: int, kl_weight: float = -1.0) ->
         raise UserError(f"reinforce.algorithm = {name!r}: {_suggestion(name)}")
     row = algorithms(max_completion)[name]
     coefficient = row.divergence.coefficient if kl_weight == -1 else kl_weight
-    divergence = dataclasses.replace(row.divergence, coefficient=coefficient) if coefficient else None
+    divergence = (
+        dataclasses.replace(row.divergence, coefficient=coefficient) if coefficient else None
+    )
     return dataclasses.replace(row, divergence=divergence)
 
 
 def _suggestion(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), ALGORITHMS, n=1)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"(rows of rl/algorithms.py: {', '.join(ALGORITHMS)})"
+    return (
+        f"did you mean {near[0]!r}? " if near else ""
+    ) + f"(rows of rl/algorithms.py: {', '.join(ALGORITHMS)})"

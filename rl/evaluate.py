@@ -15,11 +15,13 @@ class Interval(NamedTuple):
 
 
 def pass_at_k(n: np.ndarray | int, c: np.ndarray | int, k: np.ndarray | int) -> np.ndarray:
-    """The chance that at least one of k completions is correct, without bias, from c correct among n >= k sampled (Codex, arXiv 2107.03374, eq. 1).
+    """The chance that at least one of k completions is correct, without bias, from c correct among
+    n >= k sampled (Codex, arXiv 2107.03374, eq. 1).
 
         1 - C(n - c, k) / C(n, k) = 1 - prod_{j < k} (n - c - j) / (n - j)
 
-    The product never overflows, and is 0 as soon as fewer than k completions are wrong. (1 - (1 - c/n)^k, the plug-in estimate, is too low.)
+    The product never overflows, and is 0 as soon as fewer than k completions are wrong. (1 - (1 -
+    c/n)^k, the plug-in estimate, is too low.)
 
     Args:
       n, c, k: integers, or integer arrays that broadcast together.
@@ -36,15 +38,18 @@ def pass_at_k(n: np.ndarray | int, c: np.ndarray | int, k: np.ndarray | int) -> 
     all_wrong = np.ones(n.shape)
     for j in range(int(k.max(initial=0))):
         drawn = j < k
-        all_wrong = np.where(drawn, all_wrong * np.maximum(n - c - j, 0) / np.where(drawn, n - j, 1), all_wrong)
+        all_wrong = np.where(
+            drawn, all_wrong * np.maximum(n - c - j, 0) / np.where(drawn, n - j, 1), all_wrong
+        )
     return 1 - all_wrong
 
 
 def bootstrap(values: np.ndarray, resamples: int, seed: int, level: float = 0.95) -> Interval:
     """The mean of one value per problem, with the percentile bootstrap interval over problems.
 
-    Problems are resampled, not completions: the interval says how much the score would move on other problems of the same kind. The same seed and number of
-    problems draw the same problems, so to compare two models bootstrap their differences, problem by problem.
+    Problems are resampled, not completions: the interval says how much the score would move on
+    other problems of the same kind. The same seed and number of problems draw the same problems, so
+    to compare two models bootstrap their differences, problem by problem.
 
     Args:
       values: [P], one number per problem, P >= 1.
@@ -52,13 +57,17 @@ def bootstrap(values: np.ndarray, resamples: int, seed: int, level: float = 0.95
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not values.size:
-        raise ValueError(f"bootstrap needs one value per problem, [P] with P >= 1, not shape {values.shape}")
+        raise ValueError(
+            f"bootstrap needs one value per problem, [P] with P >= 1, not shape {values.shape}"
+        )
     draws = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
     low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def pass_at_k_table(correct_PN: np.ndarray, ks: Sequence[int], resamples: int, seed: int, level: float = 0.95) -> dict[int, Interval]:
+def pass_at_k_table(
+    correct_PN: np.ndarray, ks: Sequence[int], resamples: int, seed: int, level: float = 0.95
+) -> dict[int, Interval]:
     """pass@k for each k, averaged over problems, with its interval.
 
     Args:
@@ -67,4 +76,6 @@ def pass_at_k_table(correct_PN: np.ndarray, ks: Sequence[int], resamples: int, s
     """
     correct_PN = np.asarray(correct_PN)
     n, c_P = correct_PN.shape[1], correct_PN.astype(bool).sum(axis=1)
-    return {k: bootstrap(pass_at_k(n, c_P, k), resamples=resamples, seed=seed, level=level) for k in ks}
+    return {
+        k: bootstrap(pass_at_k(n, c_P, k), resamples=resamples, seed=seed, level=level) for k in ks
+    }

@@ -1,5 +1,7 @@
-"""From prompts to a batch to learn from: completions, their rewards and advantages, with the log-probs they were sampled with. Tokens in, tokens out:
-what was sampled is what is trained on, never re-tokenised."""
+"""From prompts to a batch to learn from: completions, their rewards and advantages, with the
+log-probs they were sampled with. Tokens in, tokens out: what was sampled is what is trained on,
+never re-tokenised.
+"""
 
 import dataclasses
 
@@ -20,21 +22,26 @@ class Prompts:
 
 
 def pad_prompts(prompts: list[list[int]], width: int, pad: int) -> Prompts:
-    """Raises UserError for a prompt longer than `width` (sampling.max_prompt)."""
+    """Raises UserError for a prompt longer than `width` (sampling.max_prompt_tokens)."""
     tokens_PT = np.full((len(prompts), width), pad, np.int32)
     segments_PT = np.zeros((len(prompts), width), np.int32)
     for row, ids in enumerate(prompts):
         if len(ids) > width:
-            raise UserError(f"sampling.max_prompt = {width}: a prompt has {len(ids)} tokens; raise it to at least that")
+            raise UserError(
+                f"sampling.max_prompt_tokens = {width}: a prompt has {len(ids)} tokens; raise it to at least that"
+            )
         tokens_PT[row, width - len(ids) :] = ids
         segments_PT[row, width - len(ids) :] = 1
     return Prompts(tokens_PT, segments_PT)
 
 
-def policy_batch(prompts_PT: Array, segments_PT: Array, completions: Completions, group: int) -> dict[str, Array]:
+def policy_batch(
+    prompts_PT: Array, segments_PT: Array, completions: Completions, group: int
+) -> dict[str, Array]:
     """The rollout as a batch, prompt then completion, [B, T + C] each:
 
-    tokens, positions, segments, as in pretraining; mask (bool, true on completion tokens), sampler_logprobs (0 elsewhere), both at the token itself.
+    tokens, positions, segments, as in pretraining; mask (bool, true on completion tokens),
+    sampler_logprobs (0 elsewhere), both at the token itself.
     """
     tokens_BT = jnp.repeat(prompts_PT, group, axis=0)
     prompt_segments_BT = jnp.repeat(segments_PT, group, axis=0)
@@ -45,5 +52,7 @@ def policy_batch(prompts_PT: Array, segments_PT: Array, completions: Completions
         "positions": jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0).astype(jnp.int32),
         "segments": segments,
         "mask": jnp.concatenate([nothing_BT, completions.mask_BC], axis=1),
-        "sampler_logprobs": jnp.concatenate([nothing_BT.astype(jnp.float32), completions.logprobs_BC], axis=1),
+        "sampler_logprobs": jnp.concatenate(
+            [nothing_BT.astype(jnp.float32), completions.logprobs_BC], axis=1
+        ),
     }

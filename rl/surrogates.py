@@ -1,8 +1,9 @@
 """The ratio of the policy to the one that sampled, and what is maximised in its place.
 
-A ratio is a function (logprobs_BT, old_logprobs_BT, mask_BT) -> ratio_BT with a live gradient to logprobs_BT; where mask_BT is 0 it is 1, without gradient.
-A surrogate is a function (ratio_BT, advantages_BT) -> (objective_BT, clipped_BT): what each token adds to the objective, to be maximised, and whether
-its gradient was cut off there (bool, for the clip fraction).
+A ratio is a function (logprobs_BT, old_logprobs_BT, mask_BT) -> ratio_BT with a live gradient to
+logprobs_BT; where mask_BT is 0 it is 1, without gradient. A surrogate is a function (ratio_BT,
+advantages_BT) -> (objective_BT, clipped_BT): what each token adds to the objective, to be
+maximised, and whether its gradient was cut off there (bool, for the clip fraction).
 """
 
 from collections.abc import Callable
@@ -26,16 +27,22 @@ def token_ratio(logprobs_BT: Array, old_logprobs_BT: Array, mask_BT: Array) -> A
 
 
 def clipped(*, low: float, high: float) -> Surrogate:
-    """The clipped surrogate (PPO, arXiv 1707.06347, eq. 7); with high > low, clip-higher (DAPO, arXiv 2503.14476, eq. 10).
+    """The clipped surrogate (PPO, arXiv 1707.06347, eq. 7); with high > low, clip-higher (DAPO,
+    arXiv 2503.14476, eq. 10).
 
         min(r A, clip(r, 1 - low, 1 + high) A)
 
-    A token that has moved past the bound in the direction of its advantage has no gradient. One that has moved the other way always has.
+    A token that has moved past the bound in the direction of its advantage has no gradient. One
+    that has moved the other way always has.
     """
 
     def surrogate(ratio_BT: Array, advantages_BT: Array) -> tuple[Array, Array]:
-        objective_BT = jnp.minimum(ratio_BT * advantages_BT, jnp.clip(ratio_BT, 1 - low, 1 + high) * advantages_BT)
-        clipped_BT = ((advantages_BT > 0) & (ratio_BT > 1 + high)) | ((advantages_BT < 0) & (ratio_BT < 1 - low))
+        objective_BT = jnp.minimum(
+            ratio_BT * advantages_BT, jnp.clip(ratio_BT, 1 - low, 1 + high) * advantages_BT
+        )
+        clipped_BT = ((advantages_BT > 0) & (ratio_BT > 1 + high)) | (
+            (advantages_BT < 0) & (ratio_BT < 1 - low)
+        )
         return objective_BT, clipped_BT
 
     return surrogate

@@ -1,7 +1,9 @@
-"""The smallest model that has everything (a dense and two MoE layers, one MTP module, all switched on), and ragged batches: shared by the tests.
+"""The smallest model that has everything (a dense and two MoE layers, one MTP module, all switched
+on), and ragged batches: shared by the tests.
 
-The jitted functions here are module-level, with the config static, so that every test of a configuration shares one compilation. Weights are drawn ten times
-wider than a real model's: at 0.02 attention is uniform, gates are 1/2, and a test of either could not fail.
+The jitted functions here are module-level, with the config static, so that every test of a
+configuration shares one compilation. Weights are drawn ten times wider than a real model's: at 0.02
+attention is uniform, gates are 1/2, and a test of either could not fail.
 """
 
 import dataclasses
@@ -13,32 +15,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import AttentionConfig, DeltaConfig, GQAConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
-from model.transformer import Transformer, init, logits_of
+from model.config import (
+    DeltaConfig,
+    GQAConfig,
+    IndexerConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
+from model.heads import logits_of
+from model.transformer import Transformer, init
 from train.config import TrainConfig
 
 VOCAB = 61
 STAGES = ("dense", "warmup", "sparse")
 T = 24
-# Rows as runs of (segment, length); segment 0 is padding. Packed, full, padded on the left, and almost empty.
-LAYOUT = (((1, 7), (2, 11), (0, 6)), ((1, 24),), ((0, 5), (1, 12), (2, 7)), ((1, 3), (2, 4), (0, 17)))
+# Rows as runs of (segment, length); segment 0 is padding. Packed, full, padded on the left, and
+# almost empty.
+LAYOUT = (
+    ((1, 7), (2, 11), (0, 6)),
+    ((1, 24),),
+    ((0, 5), (1, 12), (2, 7)),
+    ((1, 3), (2, 4), (0, 17)),
+)
 
 
 MODEL = ModelConfig(
-    vocab=VOCAB,
-    width=32,
-    layers=3,
-    attention_kinds=("mla",),
-    dense_layers=1,
-    dense_also=(),
-    dense_width=48,
-    canon=3,
-    mtp_depth=1,
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=3,
+    layer_types=("mla",),
+    first_k_dense_replace=1,
+    mlp_only_layers=(),
+    intermediate_size=48,
+    canon_kernel_size=3,
+    num_nextn_predict_layers=1,
     mtp_input="residual",
-    tie_embeddings=False,
+    tie_word_embeddings=False,
     norm="scale",
-    norm_eps=1e-6,
-    init_std=0.2,
+    rms_norm_eps=1e-6,
+    initializer_range=0.2,
     dtype="float32",
     remat="none",
     scan_unroll=1,
@@ -48,28 +65,58 @@ MODEL = ModelConfig(
     logit_chunk=1024,
     expert_matmul="auto",
     rope=RopeConfig(
-        theta=100.0, stretch=1.0, context=8, beta_fast=32.0, beta_slow=1.0, whole_channels=True, scale=1.0, interleaved=True, indexer_interleaved=False
+        rope_theta=100.0,
+        factor=1.0,
+        original_max_position_embeddings=8,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        truncate=True,
+        attention_factor=1.0,
+        rope_interleave=True,
+        indexer_rope_interleave=False,
     ),
-    attention=AttentionConfig(
-        heads=4, query_rank=16, latent_rank=12, nope_width=8, rope_width=4, value_width=6, logit_scale=1.0, norm_eps=1e-6, gate="element"
+    mla=MLAConfig(
+        num_attention_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=12,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        logit_scale=1.0,
+        norm_eps=1e-6,
+        gate="element",
     ),
-    gqa=GQAConfig(heads=4, kv_heads=2, head_width=8, rope_width=4, qk_norm=True, gate="element"),
-    delta=DeltaConfig(key_heads=2, value_heads=4, key_width=6, value_width=8, taps=3, chunk=8),
-    indexer=IndexerConfig(heads=4, width=8, rope_width=4, topk=4, norm_eps=1e-6),
+    gqa=GQAConfig(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rotary_dim=4,
+        qk_norm=True,
+        gate="element",
+    ),
+    delta=DeltaConfig(
+        num_key_heads=2,
+        num_value_heads=4,
+        key_head_dim=6,
+        value_head_dim=8,
+        conv_kernel_dim=3,
+        chunk_size=8,
+    ),
+    indexer=IndexerConfig(n_heads=4, head_dim=8, rope_head_dim=4, topk=4, norm_eps=1e-6),
     moe=MoEConfig(
-        experts=4,
-        chosen=2,
-        shared=1,
-        width=16,
-        shared_width=0,
-        shared_gate=False,
-        router="sigmoid",
+        num_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        intermediate_size=16,
+        shared_expert_intermediate_size=0,
+        shared_expert_gate=False,
+        scoring_func="sigmoid",
         router_bias=True,
-        normalise=True,
-        groups=2,
-        chosen_groups=2,
-        group_best=0,
-        route_scale=1.5,
+        norm_topk_prob=True,
+        n_group=2,
+        topk_group=2,
+        group_topk=0,
+        routed_scaling_factor=1.5,
     ),
 )
 TRAIN = TrainConfig(
@@ -95,27 +142,39 @@ TRAIN = TrainConfig(
     eval_every=0,
     eval_batches=1,
     save_every=1,
-    keep=1,
+    max_to_keep=1,
     max_skipped=3,
 )
 
 
 def model_config(**changes) -> ModelConfig:
     """MODEL with fields changed; a section takes a dict of its own."""
-    sections = {name: dataclasses.replace(getattr(MODEL, name), **fields) for name, fields in changes.items() if isinstance(fields, dict)}
+    sections = {
+        name: dataclasses.replace(getattr(MODEL, name), **fields)
+        for name, fields in changes.items()
+        if isinstance(fields, dict)
+    }
     return dataclasses.replace(MODEL, **changes | sections)
 
 
-# Qwen3-Next's parts: a period of two kinds of layer run twice, softmax routing without a bias, a gated shared expert, zero-centred norms.
+# Qwen3-Next's parts: a period of two kinds of layer run twice, softmax routing without a bias, a
+# gated shared expert, zero-centred norms.
 HYBRID = model_config(
-    layers=4,
-    attention_kinds=("delta", "gqa"),
-    dense_layers=0,
-    canon=0,
+    num_hidden_layers=4,
+    layer_types=("delta", "gqa"),
+    first_k_dense_replace=0,
+    canon_kernel_size=0,
     norm="zero_centred",
     mtp_input="normed",
-    indexer={"heads": 0},
-    moe={"router": "softmax", "router_bias": False, "shared_gate": True, "shared_width": 12, "groups": 1, "chosen_groups": 1},
+    indexer={"n_heads": 0},
+    moe={
+        "scoring_func": "softmax",
+        "router_bias": False,
+        "shared_expert_gate": True,
+        "shared_expert_intermediate_size": 12,
+        "n_group": 1,
+        "topk_group": 1,
+    },
 )
 
 
@@ -125,19 +184,31 @@ def train_config(**changes) -> TrainConfig:
 
 @functools.lru_cache
 def variables(config: ModelConfig) -> dict:
-    """Parameters of `init`'s shapes, with router biases and norm scales away from where they start. Drawn by numpy: compiling `init` takes seconds."""
+    """Parameters of `init`'s shapes, with router biases and norm scales away from where they start.
+    Drawn by numpy: compiling `init` takes seconds.
+    """
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
         name = path[-1].key
         noise = rng.normal(size=leaf.shape).astype(np.float32)
-        return jnp.asarray((config.norm == "scale") + 0.1 * noise if name == "scale" else 0.1 * noise if name == "bias" else config.init_std * noise)
+        return jnp.asarray(
+            (config.norm == "scale") + 0.1 * noise
+            if name == "scale"
+            else 0.1 * noise
+            if name == "bias"
+            else config.initializer_range * noise
+        )
 
-    return jax.tree.map_with_path(draw, nn.meta.unbox(jax.eval_shape(lambda: init(config, jax.random.key(0)))))
+    return jax.tree.map_with_path(
+        draw, nn.meta.unbox(jax.eval_shape(lambda: init(config, jax.random.key(0))))
+    )
 
 
 def batch_of(layout=LAYOUT, width: int = T, seed: int = 0) -> dict[str, jax.Array]:
-    """Random tokens, padding included, in the segments of `layout`; weights 0, 1/2 and 1, padding included."""
+    """Random tokens, padding included, in the segments of `layout`; weights 0, 1/2 and 1, padding
+    included.
+    """
     rng = np.random.default_rng(seed)
     rows = len(layout)
     segments_BT, positions_BT = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
@@ -168,9 +239,15 @@ def without_rows(batch: dict, keep) -> dict:
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def forward(config: ModelConfig, variables: dict, batch: dict, stage: str) -> dict:
     """logits_BTV of the next token, mtp_BTV of each depth, and the layers' reports."""
-    output = Transformer(config).apply(variables, batch["tokens"], batch["positions"], batch["segments"], stage=stage)
+    output = Transformer(config).apply(
+        variables, batch["tokens"], batch["positions"], batch["segments"], stage=stage
+    )
     head = functools.partial(logits_of, config, variables["params"])
-    return {"logits_BTV": head(output.hidden_BTD), "mtp_BTV": [head(hidden_BTD) for hidden_BTD in output.mtp_hidden], "reports": output.reports}
+    return {
+        "logits_BTV": head(output.hidden_BTD),
+        "mtp_BTV": [head(hidden_BTD) for hidden_BTD in output.mtp_hidden],
+        "reports": output.reports,
+    }
 
 
 def tree_max(tree) -> float:

@@ -9,8 +9,8 @@ from jax.experimental import multihost_utils
 class Interrupt:
     """Within it, the first SIGTERM or SIGINT only asks; the second does what it always did.
 
-    With several processes the schedulers' SIGTERM alone is caught, and by JAX itself: a process that gets it tells the others, and all stop
-    after the same step. Needs the main thread.
+    With several processes the schedulers' SIGTERM alone is caught, and by JAX itself: a process
+    that gets it tells the others, and all stop after the same step. Needs the main thread.
 
         with Interrupt() as interrupt:
             for step in ...:
@@ -24,7 +24,8 @@ class Interrupt:
         self._handlers: dict[int, signal.Handlers] = {}
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save now and stop. To be called after every step, by all processes alike: the first time it is True, it is so on all of them.
+        """Whether to save now and stop. To be called after every step, by all processes alike: the
+        first time it is True, it is so on all of them.
 
         Args:
           step: optimizer steps done.
@@ -35,7 +36,10 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if jax.process_count() == 1:
-            self._handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._handlers = {
+                number: signal.signal(number, self._ask)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *_) -> None:

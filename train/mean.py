@@ -7,9 +7,11 @@ from jax import Array
 
 @flax.struct.dataclass
 class Mean:
-    """A total and the weight it is over. Add freely, across microbatches, devices and steps; divide once, at the end.
+    """A total and the weight it is over. Add freely, across microbatches, devices and steps; divide
+    once, at the end.
 
-    Both are float32 scalars (or arrays of one shape, for a mean per entry). Because the divisor is global, a value cannot depend on how the batch was cut.
+    Both are float32 scalars (or arrays of one shape, for a mean per entry). Because the divisor is
+    global, a value cannot depend on how the batch was cut.
     """
 
     total: Array

@@ -1,4 +1,6 @@
-"""What a run measured: `metrics.jsonl`, one line a step, for programs and people; the same scalars for TensorBoard."""
+"""What a run measured: `metrics.jsonl`, one line a step, for programs and people; the same scalars
+for TensorBoard.
+"""
 
 import json
 import math
@@ -16,12 +18,14 @@ from errors import UserError
 
 
 class Metrics:
-    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`; on processes other than the first it does nothing.
+    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`; on processes other than the
+    first it does nothing.
 
     Args:
       workdir: of the run, created if need be.
       stage: what the lines are of ("pretrain", "reinforce", ...); stages may share a workdir.
-      resume_step: the step the run goes on from, 0 when it starts afresh. Later lines of this stage were written by a run that died after its
+      resume_step: the step the run goes on from, 0 when it starts afresh. Later lines of this stage
+        were written by a run that died after its
         last checkpoint, and are dropped; from 0, all of them. None keeps every line.
     """
 
@@ -37,7 +41,12 @@ class Metrics:
                 self._drop_lines_after(resume_step)
             self._file = self.path.open("a", encoding="utf-8")
             purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge, flush_secs=10, filename_suffix=f".{stage}")
+            self._tensorboard = SummaryWriter(
+                str(self.path.parent / "tensorboard"),
+                purge_step=purge,
+                flush_secs=10,
+                filename_suffix=f".{stage}",
+            )
         except OSError as failure:
             raise UserError(f"{self.path}: cannot write: {failure.strerror}") from failure
 
@@ -46,7 +55,8 @@ class Metrics:
 
         Args:
           step: optimizer steps done.
-          values: name -> number, array (of JAX's or numpy's) or string. What is not finite is written as null; TensorBoard gets the scalars.
+          values: name -> number, array (of JAX's or numpy's) or string. What is not finite is
+            written as null; TensorBoard gets the scalars.
 
         Raises:
           UserError: the disk is full, or the like.
@@ -76,20 +86,30 @@ class Metrics:
         self.close()
 
     def _drop_lines_after(self, step: int | None) -> None:
-        """Rewrites the file without this stage's lines after `step`, and without a last line that was cut short."""
-        kept = [line for line in _read_lines(self.path) if step is None or line.get("stage") != self.stage or line["step"] <= step > 0]
+        """Rewrites the file without this stage's lines after `step`, and without a last line that
+        was cut short.
+        """
+        kept = [
+            line
+            for line in _read_lines(self.path)
+            if step is None or line.get("stage") != self.stage or line["step"] <= step > 0
+        ]
         rewritten = self.path.with_suffix(".jsonl.tmp")
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(rewritten, self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, in order; null is NaN again. A last line that was cut short is left out.
+    """The lines of a `metrics.jsonl`, in order; null is NaN again. A last line that was cut short
+    is left out.
 
     Raises:
       UserError: no such file, or a line that is no JSON object.
     """
-    return [{name: math.nan if value is None else value for name, value in line.items()} for line in _read_lines(Path(path))]
+    return [
+        {name: math.nan if value is None else value for name, value in line.items()}
+        for line in _read_lines(Path(path))
+    ]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -103,7 +123,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(dict(json.loads(line)))
         except (ValueError, TypeError) as failure:
-            raise UserError(f"{path}:{number}: not a JSON object; delete the line to go on") from failure
+            raise UserError(
+                f"{path}:{number}: not a JSON object; delete the line to go on"
+            ) from failure
     return lines
 
 
@@ -117,7 +139,8 @@ def _plain(value: Any) -> Any:
     if array.ndim:
         return [_plain(item) for item in array]
     if not np.issubdtype(array.dtype, np.integer) and array.dtype != bool:
-        # Through str, a float32 1.2 is written as 1.2 and not as 1.2000000476837158; read as float32 it is the same number.
+        # Through str, a float32 1.2 is written as 1.2 and not as 1.2000000476837158; read as
+        # float32 it is the same number.
         number = float(str(array[()]))
         return number if math.isfinite(number) else None
     return array.item()

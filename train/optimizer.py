@@ -10,16 +10,30 @@ from errors import UserError
 from train.config import TrainConfig
 
 # Parameters that no matrix multiplies.
-PER_CHANNEL = ("scale", "bias", "taps", "query_taps", "key_taps", "value_taps", "decay_rate", "decay_bias")
+PER_CHANNEL = (
+    "scale",
+    "bias",
+    "taps",
+    "query_taps",
+    "key_taps",
+    "value_taps",
+    "decay_rate",
+    "decay_bias",
+)
 MUON_MOMENTUM = 0.95
-# Five times the same coefficients (optax's own): given a row a step, optax scans over the steps; given one row it unrolls them for every matrix, and the
-# quickstart's step takes a sixth longer to compile.
+# Five times the same coefficients (optax's own): given a row a step, optax scans over the steps;
+# given one row it unrolls them for every matrix, and the quickstart's step takes a sixth longer to
+# compile.
 NEWTON_SCHULZ = ((3.4445, -4.775, 2.0315),) * 5
-MUON_RMS = 0.2  # root mean square of an update at learning rate 1: about that of AdamW's (arXiv 2502.16982, section 2.2), so one rate serves both
+# root mean square of an update at learning rate 1: about that of AdamW's (arXiv 2502.16982, section
+# 2.2), so one rate serves both
+MUON_RMS = 0.2
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, constant, cosine, constant: the shape of DeepSeek-V3's (arXiv 2412.19437, section 4.2)."""
+    """Linear warm-up, constant, cosine, constant: the shape of DeepSeek-V3's (arXiv 2412.19437,
+    section 4.2).
+    """
     peak = config.learning_rate
     cosine_steps = config.cosine_steps
     if cosine_steps == -1:
@@ -27,10 +41,15 @@ def schedule(config: TrainConfig) -> optax.Schedule:
     pieces = [
         (optax.linear_schedule(0.0, peak, config.warmup_steps), config.warmup_steps),
         (optax.constant_schedule(peak), config.constant_steps),
-        (optax.cosine_decay_schedule(peak, max(cosine_steps, 1), alpha=config.final_ratio), cosine_steps),
+        (
+            optax.cosine_decay_schedule(peak, max(cosine_steps, 1), alpha=config.final_ratio),
+            cosine_steps,
+        ),
     ]
     end = config.final_ratio * peak if cosine_steps else peak
-    pieces = [(piece, steps) for piece, steps in pieces if steps] + [(optax.constant_schedule(end), None)]
+    pieces = [(piece, steps) for piece, steps in pieces if steps] + [
+        (optax.constant_schedule(end), None)
+    ]
     boundaries, at = [], 0
     for _, steps in pieces[:-1]:
         at += steps
@@ -45,8 +64,10 @@ def path_of(path) -> str:
 
 
 def trainable(config: TrainConfig, params) -> dict:
-    """A tree of bools. What no loss reaches is frozen, so that decay cannot wear it away: the indexer in stage "dense" or without its loss, all else in
-    stage "warmup", the MTP modules without theirs."""
+    """A tree of bools. What no loss reaches is frozen, so that decay cannot wear it away: the
+    indexer in stage "dense" or without its loss, all else in stage "warmup", the MTP modules
+    without theirs.
+    """
     pattern = re.compile(config.trainable)
 
     def one(path, _):
@@ -60,27 +81,45 @@ def trainable(config: TrainConfig, params) -> dict:
 
     mask = jax.tree_util.tree_map_with_path(one, params)
     if not any(jax.tree.leaves(mask)):
-        indexer = " (this stage trains the indexer alone: model.indexer.heads must not be 0)" if config.stage == "warmup" else ""
-        raise UserError(f"train.trainable = {config.trainable!r}: matches no parameter that stage {config.stage!r} trains{indexer}")
+        indexer = (
+            " (this stage trains the indexer alone: model.indexer.n_heads must not be 0)"
+            if config.stage == "warmup"
+            else ""
+        )
+        raise UserError(
+            f"train.trainable = {config.trainable!r}: matches no parameter that stage {config.stage!r} trains{indexer}"
+        )
     return mask
 
 
 def decays(params) -> dict:
-    """Weight decay falls on matrices, not on the scales and biases of norms, the taps of a convolution or the rates of a decay."""
+    """Weight decay falls on matrices, not on the scales and biases of norms, the taps of a
+    convolution or the rates of a decay.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in PER_CHANNEL, params)
 
 
 def is_matrix(params) -> dict:
-    """What Muon is for: matrices between hidden states. Embedding, output head, norms, biases and taps are AdamW's."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in (*PER_CHANNEL, "embedding", "head"), params)
+    """What Muon is for: matrices between hidden states. Embedding, output head, norms, biases and
+    taps are AdamW's.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in (*PER_CHANNEL, "embedding", "head"), params
+    )
 
 
 def matrix_axes(params) -> dict:
-    """The axes a matrix sums over and those it writes to, all heads together. Layers and experts are stacked: each of theirs is a matrix of its own."""
+    """The axes a matrix sums over and those it writes to, all heads together. Layers and experts
+    are stacked: each of theirs is a matrix of its own.
+    """
 
     def one(path, leaf):
         keys = path_of(path).split("/")
-        stacked = keys[0].startswith("layers_") + (keys[-2] == "moe" and keys[-1] in ("gate", "up", "down")) + (keys[-1] == "merge")
+        stacked = (
+            keys[0].startswith("layers_")
+            + (keys[-2] == "moe" and keys[-1] in ("gate", "up", "down"))
+            + (keys[-1] == "merge")
+        )
         inputs = 2 if keys[-1] == "out" else 1
         axes = tuple(range(stacked, leaf.ndim))
         return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
@@ -89,7 +128,8 @@ def matrix_axes(params) -> dict:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101); or Muon for matrices, with updates as large as AdamW's (arXiv 2502.16982, section 2.2), and AdamW for the rest.
+    """AdamW (arXiv 1711.05101); or Muon for matrices, with updates as large as AdamW's (arXiv
+    2502.16982, section 2.2), and AdamW for the rest.
 
     Frozen parameters have no moments and do not count in the gradient's norm.
     """
@@ -97,7 +137,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     method = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=decay, mask=decays)
     if config.optimizer == "muon":
         orthogonal = muon(
-            rate, NEWTON_SCHULZ, beta=MUON_MOMENTUM, consistent_rms=MUON_RMS, weight_decay=decay, muon_weight_dimension_numbers=matrix_axes
+            rate,
+            NEWTON_SCHULZ,
+            beta=MUON_MOMENTUM,
+            consistent_rms=MUON_RMS,
+            weight_decay=decay,
+            muon_weight_dimension_numbers=matrix_axes,
         )
         method = optax.transforms.partition({True: orthogonal, False: method}, is_matrix)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()

@@ -16,7 +16,8 @@ WINDOW = 50  # updates the speed is measured over
 
 
 class Progress:
-    """Shows step, values, speed and time left. As a context manager; on processes other than the first it only measures.
+    """Shows step, values, speed and time left. As a context manager; on processes other than the
+    first it only measures.
 
     Args:
       total: steps of the run.
@@ -27,16 +28,31 @@ class Progress:
       clock: seconds, of any origin.
     """
 
-    def __init__(self, total: int, label: str, unit: str = "tokens", every: float = 10.0, console: Console | None = None, clock: Callable = time.monotonic):
+    def __init__(
+        self,
+        total: int,
+        label: str,
+        unit: str = "tokens",
+        every: float = 10.0,
+        console: Console | None = None,
+        clock: Callable = time.monotonic,
+    ):
         self.total, self.label, self.unit = total, escape(label), unit
         self._console = console or Console()
         self._clock = clock
-        self._recent: deque[tuple[float, int, int]] = deque(maxlen=WINDOW + 1)  # (time, step, units of this update)
+        self._recent: deque[tuple[float, int, int]] = deque(
+            maxlen=WINDOW + 1
+        )  # (time, step, units of this update)
         self._shown = -every
         self._first = jax.process_index() == 0
         self._bar = None
         if self._first and self._console.is_terminal:
-            columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self._bar = Bar(*columns, console=self._console)
             self._task = self._bar.add_task(self.label, total=total, text="compiling")
         self._every = 0.2 if self._bar else every
@@ -46,7 +62,8 @@ class Progress:
 
         Args:
           step: steps done, of total.
-          values: name -> number to show. Arrays are fetched from the device only when they are shown.
+          values: name -> number to show. Arrays are fetched from the device only when they are
+            shown.
           tokens: units done since the last update.
         """
         now = self._clock()
@@ -54,15 +71,21 @@ class Progress:
         if not self._first or (now - self._shown < self._every and step != self.total):
             return
         self._shown = now
-        text = "  ".join([f"{name} {float(value):.4g}" for name, value in values.items()] + self._speed())
+        text = "  ".join(
+            [f"{name} {float(value):.4g}" for name, value in values.items()] + self._speed()
+        )
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         else:
-            self._console.print(f"{self.label} {step}/{self.total}  {text}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"{self.label} {step}/{self.total}  {text}", highlight=False, soft_wrap=True
+            )
 
     @property
     def tokens_per_s(self) -> float:
-        """Over the last updates. The first step compiles, so the clock starts when it is done: 0 until the second is."""
+        """Over the last updates. The first step compiles, so the clock starts when it is done: 0
+        until the second is.
+        """
         start, *later = self._recent or [(0.0, 0, 0)]
         return sum(tokens for _, _, tokens in later) / (later[-1][0] - start[0]) if later else 0.0
 

@@ -1,6 +1,8 @@
-"""Short word problems of addition, subtraction and, on request, multiplication: simple enough for a model that trains in minutes on one CPU.
+"""Short word problems of addition, subtraction and, on request, multiplication: simple enough for a
+model that trains in minutes on one CPU.
 
-    A zoo has 7 birds. 5 more arrive. 3 leave. How many birds now?        trace 7+5=12;12-3=9        answer 9
+A zoo has 7 birds. 5 more arrive. 3 leave. How many birds now?        trace 7+5=12;12-3=9
+answer 9
 """
 
 import random
@@ -118,11 +120,15 @@ class Arithmetic:
 
     def __post_init__(self):
         if not 1 <= self.min_ops <= self.max_ops:
-            raise UserError(f"min_ops = {self.min_ops}, max_ops = {self.max_ops}: must be 1 <= min_ops <= max_ops")
+            raise UserError(
+                f"min_ops = {self.min_ops}, max_ops = {self.max_ops}: must be 1 <= min_ops <= max_ops"
+            )
         if self.max_value < 4:
             raise UserError(f"max_value = {self.max_value}: must be at least 4")
         if not 0 <= self.contexts <= len(CONTEXTS):
-            raise UserError(f"contexts = {self.contexts}: must be between 0 (all) and {len(CONTEXTS)}")
+            raise UserError(
+                f"contexts = {self.contexts}: must be between 0 (all) and {len(CONTEXTS)}"
+            )
         if not 0 <= self.distractors <= 4:
             raise UserError(f"distractors = {self.distractors}: must be between 0 and 4")
         if self.multiply not in (0, 1):
@@ -134,15 +140,24 @@ class Arithmetic:
         words = {"who": rng.choice(NAMES), "what": rng.choice(context.what)}
         sentences = [context.start.format(n=steps[0].left, **words)]
         for step in steps:
-            sentence = TIMES[step.right] if step.operator == "*" else rng.choice(context.more if step.operator == "+" else context.fewer)
+            sentence = (
+                TIMES[step.right]
+                if step.operator == "*"
+                else rng.choice(context.more if step.operator == "+" else context.fewer)
+            )
             sentences.append(sentence.format(n=step.right, **words))
         for _ in range(self.distractors):
-            sentences.insert(rng.randint(1, len(sentences)), context.aside.format(n=rng.randint(2, self.max_value), **words))
+            sentences.insert(
+                rng.randint(1, len(sentences)),
+                context.aside.format(n=rng.randint(2, self.max_value), **words),
+            )
         sentences.append(f"How many {words['what']} now?")
         return Problem(" ".join(sentences), str(steps[-1].result), write_trace(steps), len(steps))
 
     def _steps(self, rng: random.Random, ops: int) -> list[Step]:
-        """A chain of steps. What is named in the text is 2 or more, so that it is always a plural."""
+        """A chain of steps. What is named in the text is 2 or more, so that it is always a
+        plural.
+        """
         value = rng.randint(2, self.max_value)
         steps = []
         for _ in range(ops):

@@ -23,7 +23,9 @@ class Problem:
 
 
 class Task(Protocol):
-    """A family of problems. A frozen dataclass whose fields are the parameters of a "task:NAME?..." string, validated when it is made."""
+    """A family of problems. A frozen dataclass whose fields are the parameters of a "task:NAME?..."
+    string, validated when it is made.
+    """
 
     name: ClassVar[str]
 

@@ -1,4 +1,6 @@
-"""Problems as documents ("task:NAME?PARAMETERS" among `data.sources`) and as problems, for reinforcement learning and evaluation."""
+"""Problems as documents ("task:NAME?PARAMETERS" among `data.sources`) and as problems, for
+reinforcement learning and evaluation.
+"""
 
 import dataclasses
 import difflib
@@ -12,8 +14,9 @@ from data.documents import Document, Messages, Split, unit_hash
 from data.tasks import TASKS, Problem, Task
 from errors import UserError
 
-# One problem in ten is held out, by the hash of its question, whatever `data.validation` is: a stage of training that never saw another stage's
-# config still agrees with it on which problems are for evaluation.
+# One problem in ten is held out, by the hash of its question, whatever `data.validation` is: a
+# stage of training that never saw another stage's config still agrees with it on which problems are
+# for evaluation.
 HELD_OUT = 0.1
 
 # Draws in a row without a new problem after which there are taken to be no more.
@@ -26,7 +29,8 @@ class Rendering:
 
     Attributes:
       count: distinct problems in the source, the held-out ones included.
-      style: what a document is where no chat is asked for: "text" (Question, Thought, Answer), or "chat", the conversation in `data.template`.
+      style: what a document is where no chat is asked for: "text" (Question, Thought, Answer), or
+        "chat", the conversation in `data.chat_template`.
       direct: share of documents that state the answer without working it out, as people do.
     """
 
@@ -71,15 +75,22 @@ class TaskDocuments:
 def problems(source: str, split: Split, count: int, seed: int) -> list[Problem]:
     """Distinct problems of one split, in an order that depends on the seed.
 
-    Of the source's parameters those of the task count; `count`, `style` and `direct` speak of documents and say nothing here.
+    Of the source's parameters those of the task count; `count`, `style` and `direct` speak of
+    documents and say nothing here.
 
     Raises UserError if the source is not a task's, or the task has fewer problems than asked for.
     """
     task, _ = parse_task(source)
-    in_split = (problem for problem in _distinct(task, str(seed)) if (unit_hash(problem.question) < HELD_OUT) == (split == "validation"))
+    in_split = (
+        problem
+        for problem in _distinct(task, str(seed))
+        if (unit_hash(problem.question) < HELD_OUT) == (split == "validation")
+    )
     found = list(itertools.islice(in_split, count))
     if len(found) < count:
-        raise UserError(f'"{source}" has only about {len(found)} different problems for {split}; {count} are asked for')
+        raise UserError(
+            f'"{source}" has only about {len(found)} different problems for {split}; {count} are asked for'
+        )
     return found
 
 
@@ -88,7 +99,9 @@ def distinct_problems(task: Task, count: int) -> tuple[Problem, ...]:
     """The first `count` different problems of a task. Raises UserError if it has fewer."""
     found = tuple(itertools.islice(_distinct(task, "source"), count))
     if len(found) < count:
-        raise UserError(f"task:{task.name} has only about {len(found)} different problems with these parameters; lower count = {count}")
+        raise UserError(
+            f"task:{task.name} has only about {len(found)} different problems with these parameters; lower count = {count}"
+        )
     return found
 
 
@@ -107,23 +120,36 @@ def _distinct(task: Task, seed: str) -> Iterator[Problem]:
 
 
 def parse_task(spec: str) -> tuple[Task, Rendering]:
-    """The task a source string names, with its parameters. Raises UserError if it names none, or a parameter the task does not have."""
+    """The task a source string names, with its parameters. Raises UserError if it names none, or a
+    parameter the task does not have.
+    """
     kind, _, rest = spec.partition(":")
     name, _, query = rest.partition("?")
     if kind != "task" or name not in TASKS:
-        raise UserError(f'"{spec}" names no task; write task:NAME?PARAMETERS with NAME one of {", ".join(TASKS)}')
+        raise UserError(
+            f'"{spec}" names no task; write task:NAME?PARAMETERS with NAME one of {", ".join(TASKS)}'
+        )
     given = dict(parse_qsl(query, keep_blank_values=True))
-    fields = {field.name: (owner, field) for owner in (TASKS[name], Rendering) for field in dataclasses.fields(owner)}
+    fields = {
+        field.name: (owner, field)
+        for owner in (TASKS[name], Rendering)
+        for field in dataclasses.fields(owner)
+    }
     values: dict[type, dict] = {TASKS[name]: {}, Rendering: {}}
     for parameter, text in given.items():
         if parameter not in fields:
             nearest = difflib.get_close_matches(parameter, fields, n=1)
-            raise UserError(f'"{spec}": no parameter {parameter}; ' + (f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(fields)}"))
+            raise UserError(
+                f'"{spec}": no parameter {parameter}; '
+                + (f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(fields)}")
+            )
         owner, field = fields[parameter]
         try:
             values[owner][parameter] = field.type(text)
         except ValueError as error:
-            raise UserError(f'"{spec}": {parameter} = {text} is not of type {field.type.__name__}') from error
+            raise UserError(
+                f'"{spec}": {parameter} = {text} is not of type {field.type.__name__}'
+            ) from error
     try:
         return TASKS[name](**values[TASKS[name]]), Rendering(**values[Rendering])
     except UserError as error:
@@ -139,4 +165,7 @@ def text_of(problem: Problem) -> str:
 def messages_of(problem: Problem) -> Messages:
     """A problem and its solution, as a conversation; without a trace the thought is empty."""
     solution = f"<think>{problem.trace}</think><answer>{problem.answer}</answer>"
-    return [{"role": "user", "content": problem.question}, {"role": "assistant", "content": solution}]
+    return [
+        {"role": "user", "content": problem.question},
+        {"role": "assistant", "content": solution},
+    ]

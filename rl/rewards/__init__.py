@@ -1,4 +1,6 @@
-"""Rewards by name: each takes a completion and the right answer of its problem, and returns a number."""
+"""Rewards by name: each takes a completion and the right answer of its problem, and returns a
+number.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -12,8 +14,11 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def score(text: str, answer: str, weights: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The reward of a completion: the weighted sum of the named rewards, and each of them unweighted (for the metrics).
+def total_reward(
+    text: str, answer: str, weights: Mapping[str, float]
+) -> tuple[float, dict[str, float]]:
+    """The reward of a completion: the weighted sum of the named rewards, and each of them
+    unweighted (for the metrics).
 
     Args:
       weights: reward name -> weight, for example {"answer": 1.0, "format": 0.1}.

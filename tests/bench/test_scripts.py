@@ -1,4 +1,6 @@
-"""Every script of bench/ that needs nothing but this project is imported, and what it does besides compiling and taking time is done once, small."""
+"""Every script of bench/ that needs nothing but this project is imported, and what it does besides
+compiling and taking time is done once, small.
+"""
 
 import importlib
 import json
@@ -9,13 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import decode, kernel_programs, kernels, passes, selection, side_by_side, twilight, workload
+from bench import (
+    decode,
+    kernel_programs,
+    kernels,
+    passes,
+    selection,
+    side_by_side,
+    twilight,
+    workload,
+)
 from bench.schedule import Stretch
 from model.decode import decode_weights
 from tests.tiny import MODEL, batch_of, variables
 
-FOREIGN = {"maxtext_tiny", "transformers_tiny", "trl_tiny"}  # for environments of their own, with their rivals in them
-SCRIPTS = sorted(path.stem for path in pathlib.Path(decode.__file__).parent.glob("*.py") if path.stem not in FOREIGN | {"__init__"})
+FOREIGN = {
+    "maxtext_tiny",
+    "transformers_tiny",
+    "trl_tiny",
+}  # for environments of their own, with their rivals in them
+SCRIPTS = sorted(
+    path.stem
+    for path in pathlib.Path(decode.__file__).parent.glob("*.py")
+    if path.stem not in FOREIGN | {"__init__"}
+)
 
 
 def printed(capsys) -> dict:
@@ -25,7 +44,9 @@ def printed(capsys) -> dict:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_is_there(name):
     module = importlib.import_module(f"bench.{name}")
-    assert f"python -m bench.{name}" in module.__doc__ or not hasattr(module, "command"), "its docstring is its help, and says how it is called"
+    assert f"python -m bench.{name}" in module.__doc__ or not hasattr(module, "command"), (
+        "its docstring is its help, and says how it is called"
+    )
 
 
 def stretch(depth: int, bundles: int, loop: bool = False, mxu: float = 0.0) -> Stretch:
@@ -34,16 +55,35 @@ def stretch(depth: int, bundles: int, loop: bool = False, mxu: float = 0.0) -> S
 
 @pytest.mark.parametrize("kind", kernels.CLOCK)
 def test_decode_counts_a_rows_cycles_and_bytes(kind):
-    attend = [stretch(2, 80), *(stretch(2, bundles, mxu=0.5) for bundles in (1_200, 1_200, 300, 300))]
-    select = [stretch(1, 400, mxu=0.5), stretch(2, 20, loop=True), *(stretch(2, bundles, mxu=0.1) for bundles in (100, 50, 200))]
+    attend = [
+        stretch(2, 80),
+        *(stretch(2, bundles, mxu=0.5) for bundles in (1_200, 1_200, 300, 300)),
+    ]
+    select = [
+        stretch(1, 400, mxu=0.5),
+        stretch(2, 20, loop=True),
+        *(stretch(2, bundles, mxu=0.1) for bundles in (100, 50, 200)),
+    ]
     found = decode.figures(kind, 1e12, {16: attend}, select)
     (heads,), row = found["attention"], found["rows"][-1]
-    cycles = 80 * 16 + 7 * 1_200 + 300  # the first 256 copies, sixteen at a time; seven chunks among the copies of the next; the last without
+    cycles = (
+        80 * 16 + 7 * 1_200 + 300
+        # the first 256 copies, sixteen at a time; seven chunks among the copies of the next; the last
+        # without
+    )
     assert heads["cycles"] == cycles and heads["first_copies"] == round(80 * 16 / cycles, 3)
     assert heads["microseconds"] == round(cycles / kernels.CLOCK[kind][0] * 1e6, 2), "a core's"
-    assert row["context"] == 131_072 and row["cycles_of_selection"] == {"score": 64 * 400, "count": decode.PASSES * 8 * 20, "list": 8 * 150 + 8 * 50 + 200}
-    assert row["bytes"]["indexer_keys"] == 131_072 * 256 and row["bytes"]["latents"] == 2_048 * 1_536
-    assert row["microseconds_of_selection"] == round(sum(row["cycles_of_selection"].values()) / kernels.CLOCK[kind][0] * 1e6, 2)
+    assert row["context"] == 131_072 and row["cycles_of_selection"] == {
+        "score": 64 * 400,
+        "count": decode.PASSES * 8 * 20,
+        "list": 8 * 150 + 8 * 50 + 200,
+    }
+    assert (
+        row["bytes"]["indexer_keys"] == 131_072 * 256 and row["bytes"]["latents"] == 2_048 * 1_536
+    )
+    assert row["microseconds_of_selection"] == round(
+        sum(row["cycles_of_selection"].values()) / kernels.CLOCK[kind][0] * 1e6, 2
+    )
 
 
 @pytest.mark.parametrize("L", kernels.LENGTHS)
@@ -51,20 +91,61 @@ def test_the_selections_cycles_are_added_up(L):
     """Of a schedule whose every stretch has a length of its own."""
     tile, fill, count, head, one, tail, write, ties, last = 5_000, 3, 40, 20, 38, 30, 50, 60, 80
     parts = [
-        *(stretch(1, 36, loop=True), stretch(1, tile), stretch(2, 17, loop=True), stretch(3, fill, loop=True), stretch(2, 8), stretch(3, count, loop=True)),
-        *(stretch(2, 69), stretch(3, head, loop=True), stretch(4, one, loop=True), stretch(3, tail), stretch(2, 22), stretch(3, write, loop=True)),
-        *(stretch(3, 9), stretch(2, 8), stretch(3, 7, loop=True), stretch(4, ties, loop=True), stretch(3, 15), stretch(3, last, loop=True), stretch(2, 31)),
+        *(
+            stretch(1, 36, loop=True),
+            stretch(1, tile),
+            stretch(2, 17, loop=True),
+            stretch(3, fill, loop=True),
+            stretch(2, 8),
+            stretch(3, count, loop=True),
+        ),
+        *(
+            stretch(2, 69),
+            stretch(3, head, loop=True),
+            stretch(4, one, loop=True),
+            stretch(3, tail),
+            stretch(2, 22),
+            stretch(3, write, loop=True),
+        ),
+        *(
+            stretch(3, 9),
+            stretch(2, 8),
+            stretch(3, 7, loop=True),
+            stretch(4, ties, loop=True),
+            stretch(3, 15),
+            stretch(3, last, loop=True),
+            stretch(2, 31),
+        ),
     ]
-    found = kernels.selection_figures(parts, L, lambda cycles, flops, bytes_: {"cycles": cycles, "flops": flops}, 1e9, 131_072)
+    found = kernels.selection_figures(
+        parts, L, lambda cycles, flops, bytes_: {"cycles": cycles, "flops": flops}, 1e9, 131_072
+    )
     words = L // 4_096
-    counted = {row["scores"]: row for row in json.loads(kernels.PASSES.read_text())["rows"] if row["length"] == L}
+    counted = {
+        row["scores"]: row
+        for row in json.loads(kernels.PASSES.read_text())["rows"]
+        if row["length"] == L
+    }
     for scores, row in counted.items():
-        group = 155 + row["most"] * (head + tail + words * one) + words * (count + (last if row["tied"] else write))
+        group = (
+            155
+            + row["most"] * (head + tail + words * one)
+            + words * (count + (last if row["tied"] else write))
+        )
         group += (L - 1).bit_length() * (7 + 15 + words * ties) if row["tied"] else 0
-        assert found["search_1024_full_rows_ms"][scores]["most"] == pytest.approx(1_024 / 8 * group / 1e6, abs=6e-4), scores
+        assert found["search_1024_full_rows_ms"][scores]["most"] == pytest.approx(
+            1_024 / 8 * group / 1e6, abs=6e-4
+        ), scores
     assert found["queries"] * found["keys"] == 65_536, "pairs of a tile"
-    mean = sum(-(-(first + 128) // 512) for first in range(0, L, 128)) if L < 131_072 else sum(-(-(first + 64) // 1_024) for first in range(0, L, 64))
-    assert found["whole"]["flops"] == mean * 65_536 * 2 * 64 * 128 and found["whole"]["cycles"] > mean * tile
+    mean = (
+        sum(-(-(first + 128) // 512) for first in range(0, L, 128))
+        if L < 131_072
+        else sum(-(-(first + 64) // 1_024) for first in range(0, L, 64))
+    )
+    assert (
+        found["whole"]["flops"] == mean * 65_536 * 2 * 64 * 128
+        and found["whole"]["cycles"] > mean * tile
+    )
     assert found["of_peak"] == round(2 * 65_536 * 64 * 128 / tile / 131_072, 3)
 
 
@@ -73,7 +154,9 @@ def test_what_is_drawn_for_a_device():
     q, k, _, mask = kernels.drawn(program)
     assert q.dtype == jnp.bfloat16 and not np.array_equal(q, k)
     np.testing.assert_array_equal(mask[0], np.tril(np.ones((256, 256), bool)))
-    assert not np.any(kernels.drawn(kernel_programs.programs(256, heads=2)["select"])[-1] - 1), "one segment"
+    assert not np.any(kernels.drawn(kernel_programs.programs(256, heads=2)["select"])[-1] - 1), (
+        "one segment"
+    )
 
 
 def test_passes_are_counted(capsys, monkeypatch):
@@ -94,7 +177,9 @@ def test_selection_by_counting_is_the_sorts(capsys, monkeypatch):
 
 
 def test_two_by_turns(capsys, monkeypatch):
-    commands = [f'{sys.executable} -c \'print("{{\\"tokens_per_s\\": {speed}}}")\'' for speed in (3, 2)]
+    commands = [
+        f'{sys.executable} -c \'print("{{\\"tokens_per_s\\": {speed}}}")\'' for speed in (3, 2)
+    ]
     monkeypatch.setattr(sys, "argv", ["side_by_side", "--rounds=2", *commands])
     side_by_side.main()
     assert printed(capsys)["ratio"] == 1.5
@@ -108,14 +193,28 @@ def test_times_are_of_the_calls_after_two():
 @pytest.mark.parametrize("rows", [1, 4_000], ids=["experts side by side", "experts as they are"])
 @pytest.mark.parametrize("stage", ["sparse", "dense"])
 def test_twilight_reads_what_decoding_would(stage, rows):
-    """However decoding laid the experts out. With all of the mass nothing is left out, and nothing changes."""
+    """However decoding laid the experts out. With all of the mass nothing is left out, and nothing
+    changes.
+    """
     weights = decode_weights(MODEL, variables(MODEL), rows)
     assert weights.side_by_side == (rows == 1)
     batch = {name: np.asarray(rows) for name, rows in batch_of().items()}
     whole, (nats_B, count_B) = twilight.measure(MODEL, weights, batch, stage, 1.0)
     less, (less_B, same_B) = twilight.measure(MODEL, weights, batch, stage, 0.5)
-    assert whole["kept"] == whole["of"] and whole["output_error"] == 0 and whole["true_mass"] == pytest.approx(1, abs=1e-5)
-    assert 1 <= less["kept"] < less["of"] == whole["of"] and 0 < less["true_mass"] < 1 and less["output_error"] > 0
+    assert (
+        whole["kept"] == whole["of"]
+        and whole["output_error"] == 0
+        and whole["true_mass"] == pytest.approx(1, abs=1e-5)
+    )
+    assert (
+        1 <= less["kept"] < less["of"] == whole["of"]
+        and 0 < less["true_mass"] < 1
+        and less["output_error"] > 0
+    )
     np.testing.assert_array_equal(count_B, same_B)
-    assert twilight.change(nats_B, nats_B, count_B) == {"nll": pytest.approx(nats_B.sum() / count_B.sum(), abs=1e-5), "nll_change": 0.0, "error": 0.0}
+    assert twilight.change(nats_B, nats_B, count_B) == {
+        "nll": pytest.approx(nats_B.sum() / count_B.sum(), abs=1e-5),
+        "nll_change": 0.0,
+        "error": 0.0,
+    }
     assert np.any(less_B != nats_B)

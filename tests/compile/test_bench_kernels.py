@@ -1,4 +1,6 @@
-"""bench.kernels without a TPU: what it would time on one is run once by the interpreter, and what it counts is counted anew."""
+"""bench.kernels without a TPU: what it would time on one is run once by the interpreter, and what
+it counts is counted anew.
+"""
 
 import numpy as np
 import pytest
@@ -22,10 +24,16 @@ def test_causal_tiles_are_those_with_a_pair():
 
 
 def test_the_same_mathematics_is_counted_of_both():
-    """Ours and splash's tiles cover the same pairs but for the larger ones backward; its two kernels backward make the logits and dP twice."""
+    """Ours and splash's tiles cover the same pairs but for the larger ones backward; its two
+    kernels backward make the logits and dP twice.
+    """
     L, ours, theirs = 131_072, works(131_072), splash_works(131_072, causal=False)
     forward, backward, *_ = (work.tiles * work.flops for work in ours)
     forward_theirs, *backward_theirs = (work.tiles * work.flops for work in theirs)
     assert forward == forward_theirs
-    assert 0.98 < backward / (sum(backward_theirs) * (3 * 192 + 2 * 128) / (4 * 192 + 3 * 128)) < 1.02
-    assert all(work.tile_bytes * work.tiles < L * L * 16 * 8 for work in ours), "a few bytes a pair and head, at most"
+    assert (
+        0.98 < backward / (sum(backward_theirs) * (3 * 192 + 2 * 128) / (4 * 192 + 3 * 128)) < 1.02
+    )
+    assert all(work.tile_bytes * work.tiles < L * L * 16 * 8 for work in ours), (
+        "a few bytes a pair and head, at most"
+    )

@@ -1,5 +1,8 @@
-"""NVIDIA's compiler takes every kernel for an H200, at DeepSeek-V3.2's sizes, and says what it makes of it: registers that did not suffice, products that
-wait for each other. Compiled, not run, and without a GPU, by XLA's CUDA plugin and ptxas. Skipped where they are not installed: `make test-compile` does."""
+"""NVIDIA's compiler takes every kernel for an H200, at DeepSeek-V3.2's sizes, and says what it
+makes of it: registers that did not suffice, products that wait for each other. Compiled, not run,
+and without a GPU, by XLA's CUDA plugin and ptxas. Skipped where they are not installed: `make
+test-compile` does.
+"""
 
 import importlib.util
 import math
@@ -16,21 +19,29 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from model.attend import IndexerInputs
-from model.attend_tiled import CHUNK_BYTES, KERNELS, attend_tiled
-from model.indexer import IndexerQuery
-from model.kernels.keyset import words
-from model.kernels.sparse_attention_gpu import attend_gpu
+from kernels.bitmask import words
+from kernels.reference import IndexerQuery
+from kernels.sparse_attention_gpu import attend_gpu
+from model.attention.reference import IndexerInputs
+from model.attention.tiled import CHUNK_BYTES, KERNELS, attend_tiled
 from model.sharding import MESH_AXES
 from tests.compile.test_tpu_decode import decode_step_of, v32
 
-MISSING = [name for name, there in (("jax-cuda13-plugin", importlib.util.find_spec("jax_cuda13_plugin")), ("ptxas", shutil.which("ptxas"))) if not there]
+MISSING = [
+    name
+    for name, there in (
+        ("jax-cuda13-plugin", importlib.util.find_spec("jax_cuda13_plugin")),
+        ("ptxas", shutil.which("ptxas")),
+    )
+    if not there
+]
 NO_COMPILER = f"no compiler for NVIDIA GPUs, {' and '.join(MISSING)} not found: make test-compile installs them"
 pytestmark = [pytest.mark.compile, pytest.mark.skipif(bool(MISSING), reason=NO_COMPILER)]
 
 I, C, H, V, TOPK = 64, 128, 192, 128, 2_048  # V3.2's indexer and, expanded, its attention
 BF16, F32 = jnp.bfloat16, jnp.float32
-# What XLA asks a GPU for when there is one: NVIDIA's data sheet, and the limits of compute capability 9.0 (CUDA programming guide, table of those).
+# What XLA asks a GPU for when there is one: NVIDIA's data sheet, and the limits of compute
+# capability 9.0 (CUDA programming guide, table of those).
 H200 = """gpu_device_info {
   cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
   threads_per_block_limit: 1024 threads_per_core_limit: 2048 registers_per_core_limit: 65536 registers_per_block_limit: 65536
@@ -44,9 +55,15 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> Path:
-    """Where ptxas leaves what it says of each Mosaic kernel. Said before the plugin is loaded, which reads it once."""
+    """Where ptxas leaves what it says of each Mosaic kernel. Said before the plugin is loaded,
+    which reads it once.
+    """
     directory = tmp_path_factory.mktemp("ptxas")
-    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(directory), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    os.environ |= {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "MOSAIC_GPU_DUMP_TO": str(directory),
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+    }
     return directory
 
 
@@ -54,27 +71,45 @@ def reports(tmp_path_factory) -> Path:
 def h200(reports) -> Iterator[Mesh]:
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="cuda", topology_name="h200", topology="1x1x1", target_config=H200).devices
-    jax.config.update("jax_enable_compilation_cache", False)  # what is found there comes without a report
-    yield Mesh(np.array(devices[:1]).reshape(1, 1, 1, 1), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    devices = topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", topology="1x1x1", target_config=H200
+    ).devices
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what is found there comes without a report
+    yield Mesh(
+        np.array(devices[:1]).reshape(1, 1, 1, 1),
+        MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 4,
+    )
     jax.config.update("jax_enable_compilation_cache", True)
 
 
 def compiled(mesh: Mesh, function, *shapes):
     """For that device; `shapes`: (shape, dtype) of each argument."""
-    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P())) for shape, dtype in shapes]
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+        for shape, dtype in shapes
+    ]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(function).lower(*arguments).compile()
 
 
 def arrays_of(program) -> dict[str, int]:
-    """Bytes of every array in it, those inside fusions too, by how it is written: "bf16[1,16,4096,192]"."""
+    """Bytes of every array in it, those inside fusions too, by how it is written:
+    "bf16[1,16,4096,192]".
+    """
     size = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
     found = re.findall(rf"\b(({'|'.join(size)})\[([\d,]*)\])", program.as_text())
-    return {whole: size[kind] * math.prod(int(one) for one in shape.split(",") if one) for whole, kind, shape in found}
+    return {
+        whole: size[kind] * math.prod(int(one) for one in shape.split(",") if one)
+        for whole, kind, shape in found
+    }
 
 
-@pytest.mark.parametrize(("L", "heads"), [(4_096, 128), pytest.param(32_768, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("L", "heads"), [(4_096, 128), pytest.param(32_768, 16, marks=pytest.mark.slow)]
+)
 def test_sparse_attention_forward_and_backward(h200, reports, L, heads):
     for old in reports.glob("*.ptxas"):
         old.unlink()
@@ -86,17 +121,32 @@ def test_sparse_attention_forward_and_backward(h200, reports, L, heads):
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
-    program = compiled(h200, gradients, *[((1, heads, L, width), BF16) for width in (H, H, V)], ((1, L, words(L)), jnp.int32))
+    program = compiled(
+        h200,
+        gradients,
+        *[((1, heads, L, width), BF16) for width in (H, H, V)],
+        ((1, L, words(L)), jnp.int32),
+    )
     arrays = L * heads * (2 * H + 2 * V) * 2  # of one pass: q, k, v, out
-    assert program.memory_analysis().temp_size_in_bytes < arrays + 4 * L * L // 8, "a few arrays of the inputs' size, and of L x L bits alone"
-    assert not [array for array in arrays_of(program) if array.count(str(L)) > 1], "none of L x L, however many its heads"
+    assert program.memory_analysis().temp_size_in_bytes < arrays + 4 * L * L // 8, (
+        "a few arrays of the inputs' size, and of L x L bits alone"
+    )
+    assert not [array for array in arrays_of(program) if array.count(str(L)) > 1], (
+        "none of L x L, however many its heads"
+    )
 
     said = {re.sub(r"_\d+$", "", file.stem): file.read_text() for file in reports.glob("*.ptxas")}
     assert sorted(said) == ["sparse_attention", "sparse_attention_dkv", "sparse_attention_dq"]
-    spilled = {name: int(re.search(r"(\d+) bytes spill stores", text)[1]) for name, text in said.items()}
-    assert all("serialized" not in text for text in said.values()), "a product waits for the one before it"
+    spilled = {
+        name: int(re.search(r"(\d+) bytes spill stores", text)[1]) for name, text in said.items()
+    }
+    assert all("serialized" not in text for text in said.values()), (
+        "a product waits for the one before it"
+    )
     assert spilled["sparse_attention"] == spilled["sparse_attention_dq"] == 0
-    assert spilled["sparse_attention_dkv"] < 300, "of scalars: 160 of its 240 registers hold dk and dv"
+    assert spilled["sparse_attention_dkv"] < 300, (
+        "of scalars: 160 of its 240 registers hold dk and dv"
+    )
 
 
 def assert_no_sort(program):
@@ -106,37 +156,63 @@ def assert_no_sort(program):
 
 @pytest.mark.parametrize("L", [4_096, 131_072])
 def test_selection(h200, L):
-    shapes = [((1, L, I, C), BF16), ((1, L, C), BF16), ((1, L, I), F32), *[((1, L), jnp.int32)] * 2, ((L,), jnp.int32)]
+    shapes = [
+        ((1, L, I, C), BF16),
+        ((1, L, C), BF16),
+        ((1, L, I), F32),
+        *[((1, L), jnp.int32)] * 2,
+        ((L,), jnp.int32),
+    ]
     program = compiled(h200, lambda *inputs: KERNELS["gpu"].select(*inputs, TOPK), *shapes)
     assert_no_sort(program)
-    assert program.memory_analysis().temp_size_in_bytes < 2 * L * I * C * 2 + 3 * CHUNK_BYTES, "a chunk's products of every head, not all queries'"
+    assert program.memory_analysis().temp_size_in_bytes < 2 * L * I * C * 2 + 3 * CHUNK_BYTES, (
+        "a chunk's products of every head, not all queries'"
+    )
 
 
 def test_the_sparse_stage_over_128k(h200):
-    """Selection, attention of 16 heads and the loss, forward and backward. The largest arrays are the set, and the indexer's queries in float32."""
+    """Selection, attention of 16 heads and the loss, forward and backward. The largest arrays are
+    the set, and the indexer's queries in float32.
+    """
     L, heads = 131_072, 16
 
     def gradients(q, k, v, iq, w, ik, segments):
         def total(q, k, v, iq, w, ik):
             inputs = q, k, v, segments, IndexerInputs(IndexerQuery(iq, w), ik)
-            out, report, _ = attend_tiled(*inputs, stage="sparse", topk=TOPK, kernels=KERNELS["gpu"])
+            out, report, _ = attend_tiled(
+                *inputs, stage="sparse", topk=TOPK, kernels=KERNELS["gpu"]
+            )
             return jnp.sum(out.astype(F32)) + report.kl
 
         return jax.grad(total, range(6))(q, k, v, iq, w, ik)
 
     attention = [((1, L, heads, width), BF16) for width in (H, H, V)]
-    program = compiled(h200, gradients, *attention, ((1, L, I, C), BF16), ((1, L, I), F32), ((1, L, C), BF16), ((1, L), jnp.int32))
+    program = compiled(
+        h200,
+        gradients,
+        *attention,
+        ((1, L, I, C), BF16),
+        ((1, L, I), F32),
+        ((1, L, C), BF16),
+        ((1, L), jnp.int32),
+    )
     arrays, bits, index_q = arrays_of(program), 4 * L * words(L), 4 * L * I * C
     assert not [array for array in arrays if array.count(str(L)) > 1]
     assert max(arrays.values()) <= max(bits, index_q)
-    assert program.memory_analysis().temp_size_in_bytes < L * L, "all together less than an array of L x L would have in bytes"
+    assert program.memory_analysis().temp_size_in_bytes < L * L, (
+        "all together less than an array of L x L would have in bytes"
+    )
 
 
 def test_a_decode_step_neither_sorts_nor_copies_the_cache(h200):
     """Two layers of V3.2, rows of 128K slots."""
     program, cache = decode_step_of(h200, v32(layers=2), rows=2, slots=131_072)
-    assert cache.layers[0].attention.latent_BSR.shape == (2, 131_072, 576), "rows: the kernels are a TPU's"
+    assert cache.layers[0].attention.latent_BSR.shape == (2, 131_072, 576), (
+        "rows: the kernels are a TPU's"
+    )
     assert_no_sort(program)
     memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers)), "each is written in place"
+    assert memory.alias_size_in_bytes >= sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers)
+    ), "each is written in place"
     assert memory.temp_size_in_bytes < 2 * 131_072 * 576 * 2, "no copy of one"

@@ -1,11 +1,13 @@
-"""Train steps of DeepSeek-V3.2's shape through the TPU's own compiler, with the kernels in them: on a pod, and a layer of a row of 128K on eight chips."""
+"""Train steps of DeepSeek-V3.2's shape through the TPU's own compiler, with the kernels in them: on
+a pod, and a layer of a row of 128K on eight chips.
+"""
 
 import pytest
 
 from bench.train_steps import ROW, Held, compiled, held, live_sets, step_of
-from launch.hlo import parse
-from launch.topology import GIB
-from model.kernels.keyset import words
+from kernels.bitmask import words
+from plan.hlo import parse
+from plan.topology import GIB
 
 pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("little_effort")]
 SLOW = pytest.mark.slow  # minutes each: `make test-compile-all`
@@ -24,22 +26,38 @@ def assert_fits(found: Held, stage: str, hbm: int, largest: int) -> None:
 
 @pytest.mark.parametrize("stage", ["warmup", pytest.param("sparse", marks=SLOW)])
 def test_a_layer_of_128k_tokens_and_128_heads_on_eight_chips(stage):
-    """As it would be trained, 16 heads and an eighth of the FFN a device: forward, backward and optimizer within a v6e's 32 GB. No array has as many elements
-    as there are pairs; the largest are hidden states in float32, then the set, a bit a key, of which the attention of a device's heads has the whole row's."""
+    """As it would be trained, 16 heads and an eighth of the FFN a device: forward, backward and
+    optimizer within a v6e's 32 GB. No array has as many elements as there are pairs; the largest
+    are hidden states in float32, then the set, a bit a key, of which the attention of a device's
+    heads has the whole row's.
+    """
     found = held(compiled(step_of("row", stage, 1)), ROW)
     assert_fits(found, stage, 32 * GIB, largest=max(4 * ROW * 7_168, 4 * ROW * words(ROW)))
     assert found.sets <= 1
 
 
-@pytest.mark.parametrize(("stage", "layers"), [("sparse", 61), *(pytest.param(*case, marks=SLOW) for case in [("sparse", 5), ("warmup", 5), ("warmup", 61)])])
+@pytest.mark.parametrize(
+    ("stage", "layers"),
+    [
+        ("sparse", 61),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in [("sparse", 5), ("warmup", 5), ("warmup", 61)]
+        ),
+    ],
+)
 def test_the_whole_model_on_a_pod(stage, layers):
-    """512 chips of v5p, a row of 4,096 tokens to each group of 8. The largest array is the experts' rows: room for 8 choices of the tokens of 8 groups, and a
-    block to each of a device's 32 experts."""
+    """512 chips of v5p, a row of 4,096 tokens to each group of 8. The largest array is the experts'
+    rows: room for 8 choices of the tokens of 8 groups, and a block to each of a device's 32
+    experts.
+    """
     found = held(compiled(step_of("pod", stage, layers)), 4_096)
     assert_fits(found, stage, 95 * GIB, largest=(8 * 4_096 * 8 + 32 * 512) * 7_168 * 2)
 
 
-@pytest.mark.parametrize(("last_use", "sets"), [("a", 2), ("c", 1)], ids=["two live", "one after the other"])
+@pytest.mark.parametrize(
+    ("last_use", "sets"), [("a", 2), ("c", 1)], ids=["two live", "one after the other"]
+)
 def test_sets_that_live_at_one_time_are_counted(last_use, sets):
     """The plant of that check: 1,024 tokens have a set of 32,768 words."""
     text = f"""ENTRY %main (p: s32[4]) -> s32[4] {{

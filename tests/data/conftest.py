@@ -1,4 +1,6 @@
-"""A corpus of a few text files, and the config that reads it; a checkpoint's tokenizer with its chat template."""
+"""A corpus of a few text files, and the config that reads it; a checkpoint's tokenizer with its
+chat template.
+"""
 
 import dataclasses
 import json
@@ -17,7 +19,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 def corpus(tmp_path):
     """Twelve files, ragged: from one short line to several pieces, in three scripts."""
     for number in range(12):
-        lines = [f"file {number} line {line}: naïve 你好 🙂 = {number * line}\n" for line in range(1 + 17 * number)]
+        lines = [
+            f"file {number} line {line}: naïve 你好 🙂 = {number * line}\n"
+            for line in range(1 + 17 * number)
+        ]
         (tmp_path / f"{number:02d}.txt").write_text("".join(lines), encoding="utf-8")
     return tmp_path
 
@@ -29,20 +34,21 @@ def config(corpus):
         sources=(f"text:{corpus}/*.txt",),
         mixture=(1.0,),
         validation=0.3,
-        sequence=64,
-        batch=4,
+        seq_len=64,
+        batch_size=4,
         fim_rate=0.0,
         fim_spm=0.5,
         fim_sources=("text",),
         copy_rate=0.0,
         packing="split",
         cross_document_attention=False,
-        template="think",
+        chat_template="think",
     )
     return lambda **changes: dataclasses.replace(base, **changes)
 
 
-# Text of each added token, and whether the file flags it special, as checkpoints do: of the control tokens some are not.
+# Text of each added token, and whether the file flags it special, as checkpoints do: of the control
+# tokens some are not.
 ADDED = {
     "<|endoftext|>": True,
     "<|im_start|>": True,
@@ -64,20 +70,35 @@ ADDED = {
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Call it with a name of tests/data/templates, or None; returns a directory with a byte-level tokenizer of 258 entries and ADDED, and that template."""
+    """Call it with a name of tests/data/templates, or None; returns a directory with a byte-level
+    tokenizer of 258 entries and ADDED, and that template.
+    """
 
     def make(template: str | None, tokenizer_config: dict | None = None, **files: dict) -> Path:
         directory = tmp_path / "checkpoint"
         directory.mkdir(exist_ok=True)
-        vocab = {char: index for index, char in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ", "hi"])}
+        vocab = {
+            char: index
+            for index, char in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ", "hi"])
+        }
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ"), ("h", "i")]))
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         backend.post_processor = processors.ByteLevel(trim_offsets=True)
-        backend.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in ADDED.items()])
+        backend.add_tokens(
+            [AddedToken(text, special=special, normalized=False) for text, special in ADDED.items()]
+        )
         backend.save(str(directory / "tokenizer.json"))
         if template is not None:
-            (directory / "chat_template.jinja").write_text((TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8"), encoding="utf-8")
-        for name, content in {"tokenizer_config": tokenizer_config or {"eos_token": "<|im_end|>"}, **files}.items():
+            (directory / "chat_template.jinja").write_text(
+                (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8"), encoding="utf-8"
+            )
+        for name, content in {
+            "tokenizer_config": tokenizer_config or {"eos_token": "<|im_end|>"},
+            **files,
+        }.items():
             (directory / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
         return directory
 

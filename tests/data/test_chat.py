@@ -19,7 +19,13 @@ def test_think_template(tokenizer):
     written = "<|user|>1+1? <think><|assistant|><think>1+1=2</think><answer>2</answer><|eos|>"
     assert tokenizer.decode(ids, drop_specials=False) == written
     assert ids.count(tokenizer.special("<think>")) == 1  # the assistant's; the user's is text
-    assert tokenizer.decode([index for index, weight in zip(ids, weights, strict=True) if weight], drop_specials=False) == written.partition("<|assistant|>")[2]
+    assert (
+        tokenizer.decode(
+            [index for index, weight in zip(ids, weights, strict=True) if weight],
+            drop_specials=False,
+        )
+        == written.partition("<|assistant|>")[2]
+    )
     assert set(weights) == {0.0, 1.0}
 
 
@@ -27,22 +33,33 @@ def test_r1_template(tokenizer):
     """arXiv 2501.12948, table 1: "... User: prompt. Assistant:"."""
     ids = encode_prompt([USER], tokenizer, "r1")
     text = tokenizer.decode(ids)
-    assert text.startswith("A conversation between User and Assistant. The user asks a question, and the Assistant solves it.")
-    assert text.endswith("<think> reasoning process here </think> <answer> answer here </answer>. User: 1+1? <think>. Assistant:")
+    assert text.startswith(
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it."
+    )
+    assert text.endswith(
+        "<think> reasoning process here </think> <answer> answer here </answer>. User: 1+1? <think>. Assistant:"
+    )
     assert ids.count(tokenizer.special("<think>")) == 2  # both in the template; the user's is text
 
 
 @pytest.mark.parametrize("template", ["think", "r1"])
-@pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER], [USER, ASSISTANT, USER], [SYSTEM, USER, ASSISTANT, USER]])
+@pytest.mark.parametrize(
+    "messages", [[USER], [SYSTEM, USER], [USER, ASSISTANT, USER], [SYSTEM, USER, ASSISTANT, USER]]
+)
 def test_prompt_is_what_comes_before_the_assistant(tokenizer, template, messages):
-    """So that a model fine-tuned on conversations meets, when sampled, what it was trained after."""
+    """So that a model fine-tuned on conversations meets, when sampled, what it was trained
+    after.
+    """
     prompt = encode_prompt(messages, tokenizer, template)
     ids, weights = encode_chat([*messages, ASSISTANT], tokenizer, template)
     assert ids[: len(prompt)] == prompt
     assert weights[len(prompt) :] == [1.0] * (len(ids) - len(prompt))
     turns = sum(message["role"] == "assistant" for message in messages)
     assert ids.count(tokenizer.eos) == turns + 1
-    assert sum(weight for index, weight in zip(ids, weights, strict=True) if index == tokenizer.eos) == turns + 1
+    assert (
+        sum(weight for index, weight in zip(ids, weights, strict=True) if index == tokenizer.eos)
+        == turns + 1
+    )
 
 
 def test_markers_are_text_where_the_tokenizer_has_none(tmp_path):
@@ -54,7 +71,10 @@ def test_markers_are_text_where_the_tokenizer_has_none(tmp_path):
     (tmp_path / "tokenizer.json").write_text(stripped)
     tokenizer = load_tokenizer(tmp_path)
     ids, _ = encode_chat([USER, ASSISTANT], tokenizer, "think")
-    assert tokenizer.decode(ids) == "<|user|>1+1? <think><|assistant|><think>1+1=2</think><answer>2</answer>"
+    assert (
+        tokenizer.decode(ids)
+        == "<|user|>1+1? <think><|assistant|><think>1+1=2</think><answer>2</answer>"
+    )
     assert all(index < 256 for index in ids[:-1])
 
 

@@ -14,8 +14,9 @@ from data.config import TokenizerConfig
 from data.pipeline import batches, make_tokenizer
 from data.tokenizer import load_tokenizer
 
-# Lists of equal length, of unequal length, empty ones and nested ones, numbers of both kinds, and fields that only some messages have: all that an array, or a
-# table that wants every row alike, would change.
+# Lists of equal length, of unequal length, empty ones and nested ones, numbers of both kinds, and
+# fields that only some messages have: all that an array, or a table that wants every row alike,
+# would change.
 ARGUMENTS = [
     {"x": [1, 2], "y": [3, 4]},
     {"z": [[1.5, 2.0], [3.0, 4.0]]},
@@ -31,7 +32,10 @@ RECORDS = [
             {"role": "tool", "name": "f", "content": "3"},
             {"role": "assistant", "content": "a", "spans": [[0, 1], [1, 1]]},
         ],
-        "tools": [{"name": "f", "parameters": {"x": [1, 2]}}, {"name": "g", "parameters": {"y": [3, 4]}}],
+        "tools": [
+            {"name": "f", "parameters": {"x": [1, 2]}},
+            {"name": "g", "parameters": {"y": [3, 4]}},
+        ],
     }
     for number in range(8)
 ]
@@ -51,13 +55,19 @@ def source(request, tmp_path):
             writer.write(line.encode())
         writer.close()
     else:
-        path.write_bytes(gzip.compress("\n".join(lines).encode()) if path.suffix == ".gz" else "\n".join(lines).encode())
+        path.write_bytes(
+            gzip.compress("\n".join(lines).encode())
+            if path.suffix == ".gz"
+            else "\n".join(lines).encode()
+        )
     return f"{kind}:{path}#messages"
 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_messages_reach_the_template_unchanged(config, checkpoint, monkeypatch, source, chat):
-    """As the lists and dicts that JSON gives: an array, or a tuple, would not be written the same."""
+    """As the lists and dicts that JSON gives: an array, or a tuple, would not be written the
+    same.
+    """
     seen = {}
 
     def encode_chat(messages, tokenizer, template, tools):
@@ -67,30 +77,67 @@ def test_messages_reach_the_template_unchanged(config, checkpoint, monkeypatch, 
     encode = data.pipeline.encode_chat
     monkeypatch.setattr(data.pipeline, "encode_chat", encode_chat)
     directory = checkpoint("chatml")
-    (directory / "chat_template.jinja").write_text("{% for message in messages %}{{ message | tojson }}<|im_end|>{% endfor %}")
-    settings = config(sources=(source,), validation=0.0, template="checkpoint", sequence=2048, batch=1)
-    found = list(itertools.islice(iter(batches(settings, load_tokenizer(directory), split="train", seed=0, chat=chat, repeat=False)), 100))
-    assert seen == {f"{number}": json.dumps([record["messages"], record["tools"]], sort_keys=True) for number, record in enumerate(RECORDS)}
+    (directory / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message | tojson }}<|im_end|>{% endfor %}"
+    )
+    settings = config(
+        sources=(source,), validation=0.0, template="checkpoint", sequence=2048, batch=1
+    )
+    found = list(
+        itertools.islice(
+            iter(
+                batches(
+                    settings,
+                    load_tokenizer(directory),
+                    split="train",
+                    seed=0,
+                    chat=chat,
+                    repeat=False,
+                )
+            ),
+            100,
+        )
+    )
+    assert seen == {
+        f"{number}": json.dumps([record["messages"], record["tools"]], sort_keys=True)
+        for number, record in enumerate(RECORDS)
+    }
     assert sum(batch["weights"].sum() for batch in found) > 0
 
 
 def test_ids_in_a_batch_are_those_of_the_conversation(config, checkpoint, tmp_path):
-    """Read back from the batch, each conversation is what its template wrote, of which the assistant's turns are the targets."""
+    """Read back from the batch, each conversation is what its template wrote, of which the
+    assistant's turns are the targets.
+    """
     directory = checkpoint("chatml")
     tokenizer = load_tokenizer(directory)
-    chats = [[{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"}] for number in range(9)]
-    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"m": messages}) for messages in chats))
-    settings = config(sources=(f"jsonl:{tmp_path}/chats.jsonl#m",), validation=0.0, template="checkpoint")
-    (batch,) = itertools.islice(iter(batches(settings, tokenizer, split="train", seed=0, chat=True)), 1)
-    for tokens, segments, weights in zip(batch["tokens"], batch["segments"], batch["weights"], strict=True):
+    chats = [
+        [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"}]
+        for number in range(9)
+    ]
+    (tmp_path / "chats.jsonl").write_text(
+        "\n".join(json.dumps({"m": messages}) for messages in chats)
+    )
+    settings = config(
+        sources=(f"jsonl:{tmp_path}/chats.jsonl#m",), validation=0.0, template="checkpoint"
+    )
+    (batch,) = itertools.islice(
+        iter(batches(settings, tokenizer, split="train", seed=0, chat=True)), 1
+    )
+    for tokens, segments, weights in zip(
+        batch["tokens"], batch["segments"], batch["weights"], strict=True
+    ):
         for segment in range(1, segments.max() + 1):
             ids, counts = tokens[segments == segment], weights[segments == segment] > 0
             number = tokenizer.decode(ids, drop_specials=False).split("user\nq")[1][0]
             turn = f"<think>\n\n</think>\n\na{number}<|im_end|>"
-            assert tokenizer.decode(ids, drop_specials=False) == f"<|im_start|>user\nq{number}<|im_end|>\n<|im_start|>assistant\n{turn}\n"
+            assert (
+                tokenizer.decode(ids, drop_specials=False)
+                == f"<|im_start|>user\nq{number}<|im_end|>\n<|im_start|>assistant\n{turn}\n"
+            )
             assert tokenizer.decode(ids[counts], drop_specials=False) == turn
 
 
 def test_a_vocabulary_is_learnt_from_what_has_text(config, source):
     settings = config(sources=(source,), validation=0.0)
-    assert make_tokenizer(TokenizerConfig("bpe", "", 300), settings).vocab >= 268
+    assert make_tokenizer(TokenizerConfig("bpe", "", 300), settings).vocab_size >= 268

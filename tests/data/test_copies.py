@@ -31,14 +31,19 @@ def test_the_order_is_lost_and_lengths_are_uniform():
     flat = [token for exercise in exercises for token in halves(exercise)[0]]
     follows = np.mean(np.diff(flat) == 1)
     assert follows < 0.001  # by chance one in 40,000
-    lengths = collections.Counter(len(exercise) // 2 for exercise in exercises[:-1])  # the last takes what is left
+    lengths = collections.Counter(
+        len(exercise) // 2 for exercise in exercises[:-1]
+    )  # the last takes what is left
     expected = (len(exercises) - 1) / (LONGEST - SHORTEST + 1)
     assert set(lengths) == set(range(SHORTEST, LONGEST + 1))
     assert all(abs(count - expected) < 5 * expected**0.5 for count in lengths.values())
 
 
 def test_a_narrow_row_holds_an_exercise():
-    assert {len(exercise) for exercise in copy_exercises(list(range(99)), np.random.default_rng(0), longest=8)} == {8}
+    assert {
+        len(exercise)
+        for exercise in copy_exercises(list(range(99)), np.random.default_rng(0), longest=8)
+    } == {8}
 
 
 def test_batches_of_exercises(config):
@@ -47,20 +52,48 @@ def test_batches_of_exercises(config):
 
     def share(rate: float) -> float:
         settings = config(copy_rate=rate, fim_rate=0.5, packing="fit", batch=8)
-        segments = [ids for batch in take(batches(settings, tokenizer, split="train", seed=0), 40) for ids in segments_of(batch)]
-        return np.average([halves(ids)[0] == halves(ids)[1] for ids in segments], weights=[len(ids) for ids in segments])
+        segments = [
+            ids
+            for batch in take(batches(settings, tokenizer, split="train", seed=0), 40)
+            for ids in segments_of(batch)
+        ]
+        return np.average(
+            [halves(ids)[0] == halves(ids)[1] for ids in segments],
+            weights=[len(ids) for ids in segments],
+        )
 
     assert share(1.0) == 1.0
     assert share(0.0) == 0.0
-    assert 0.3 < share(0.5) < 0.9  # a repeated token counts twice: 2/3 expected, of few and unequal documents
+    assert (
+        0.3 < share(0.5) < 0.9
+    )  # a repeated token counts twice: 2/3 expected, of few and unequal documents
 
 
 def test_conversations_are_copied_too_but_never_in_chat(config):
     tokenizer = bytes_tokenizer()
-    settings = config(sources=("task:arithmetic?count=200&style=chat",), copy_rate=1.0, packing="fit", sequence=512)
-    assert all(halves(ids)[0] == halves(ids)[1] for batch in take(batches(settings, tokenizer, split="train", seed=0), 3) for ids in segments_of(batch))
+    settings = config(
+        sources=("task:arithmetic?count=200&style=chat",),
+        copy_rate=1.0,
+        packing="fit",
+        sequence=512,
+    )
+    assert all(
+        halves(ids)[0] == halves(ids)[1]
+        for batch in take(batches(settings, tokenizer, split="train", seed=0), 3)
+        for ids in segments_of(batch)
+    )
     without, with_copies = (
-        take(batches(config(sources=settings.sources, copy_rate=rate, sequence=512), tokenizer, split="train", seed=0, chat=True), 2) for rate in (0.0, 1.0)
+        take(
+            batches(
+                config(sources=settings.sources, copy_rate=rate, sequence=512),
+                tokenizer,
+                split="train",
+                seed=0,
+                chat=True,
+            ),
+            2,
+        )
+        for rate in (0.0, 1.0)
     )
     for one, other in zip(without, with_copies, strict=True):
         np.testing.assert_array_equal(one["tokens"], other["tokens"])

@@ -19,13 +19,16 @@ def test_dataclasses_mirror_the_schema(section, kind):
     [
         ({"fim_rate": 1.3}, "data.fim_rate = 1.3: must be between 0 and 1"),
         ({"validation": 1.0}, "data.validation = 1.0: must be at least 0 and below 1"),
-        ({"mixture": (1.0, 2.0)}, "data.mixture = (1.0, 2.0): must have one share for each of the 1"),
+        (
+            {"mixture": (1.0, 2.0)},
+            "data.mixture = (1.0, 2.0): must have one share for each of the 1",
+        ),
         ({"mixture": (0.0,)}, "every share must be above 0"),
         ({"sources": ()}, "data.sources = (): must name at least one"),
-        ({"packing": "tight"}, "data.packing = 'tight': must be one of \"split\", \"fit\""),
+        ({"packing": "tight"}, 'data.packing = \'tight\': must be one of "split", "fit"'),
         ({"fim_sources": ("txt",)}, "data.fim_sources = 'txt'"),
-        ({"template": "chatml"}, "data.template = 'chatml'"),
-        ({"batch": 0}, "data.batch = 0"),
+        ({"chat_template": "chatml"}, "data.chat_template = 'chatml'"),
+        ({"batch_size": 0}, "data.batch_size = 0"),
     ],
 )
 def test_a_wrong_value_names_its_field(config, change, words):
@@ -35,7 +38,7 @@ def test_a_wrong_value_names_its_field(config, change, words):
 
 
 def test_a_wrong_tokenizer_names_its_field():
-    with pytest.raises(UserError, match=r"tokenizer\.vocab = 100: must be at least 268"):
-        TokenizerConfig(kind="bpe", path="", vocab=100)
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size = 100: must be at least 268"):
+        TokenizerConfig(kind="bpe", path="", vocab_size=100)
     with pytest.raises(UserError, match=r"tokenizer\.path"):
-        TokenizerConfig(kind="file", path="", vocab=0)
+        TokenizerConfig(kind="file", path="", vocab_size=0)

@@ -11,9 +11,16 @@ LENGTHS = [3, 9, 16, 1, 40, 7, 8, 8, 5, 2, 30]
 
 
 def documents():
-    """Ragged; every token of document n is n + 1 and its weight half of that, so that a row says where each of its tokens is from."""
+    """Ragged; every token of document n is n + 1 and its weight half of that, so that a row says
+    where each of its tokens is from.
+    """
     numbered = list(enumerate(LENGTHS, 1))
-    return grain.MapDataset.source([{"tokens": np.full(length, n, np.int32), "weights": np.full(length, n / 2, np.float32)} for n, length in numbered])
+    return grain.MapDataset.source(
+        [
+            {"tokens": np.full(length, n, np.int32), "weights": np.full(length, n / 2, np.float32)}
+            for n, length in numbered
+        ]
+    )
 
 
 def tokens_only():
@@ -40,7 +47,11 @@ def test_split_is_the_documents_one_behind_the_other():
 
 def test_fit_keeps_documents_whole():
     short = documents().filter(lambda element: len(element["tokens"]) <= 16).to_iter_dataset()
-    batch = to_batch(rows_of(fit_rows(short, 16, rows=2, seed=0, weighted=True)), PAD, cross_document_attention=False)
+    batch = to_batch(
+        rows_of(fit_rows(short, 16, rows=2, seed=0, weighted=True)),
+        PAD,
+        cross_document_attention=False,
+    )
     real = batch["segments"] > 0
     for number, length in enumerate(LENGTHS):
         rows, columns = np.nonzero(real & (batch["tokens"] == number + 1))
@@ -53,12 +64,19 @@ def test_fit_keeps_documents_whole():
 
 def test_keys_and_types():
     batch = to_batch(rows_of(split_rows(tokens_only(), 16)), PAD, cross_document_attention=True)
-    assert {key: value.dtype for key, value in batch.items()} == {"tokens": np.int32, "positions": np.int32, "segments": np.int32, "weights": np.float32}
+    assert {key: value.dtype for key, value in batch.items()} == {
+        "tokens": np.int32,
+        "positions": np.int32,
+        "segments": np.int32,
+        "weights": np.float32,
+    }
 
 
 def test_cross_document_attention_makes_a_row_one_segment():
     packed = rows_of(split_rows(tokens_only(), 16))
-    apart, across = (to_batch(packed, PAD, cross_document_attention=crossing) for crossing in (False, True))
+    apart, across = (
+        to_batch(packed, PAD, cross_document_attention=crossing) for crossing in (False, True)
+    )
     real = apart["segments"] > 0
     np.testing.assert_array_equal(across["segments"], real)
     np.testing.assert_array_equal(across["positions"], np.where(real, np.arange(16), 0))
@@ -68,7 +86,9 @@ def test_cross_document_attention_makes_a_row_one_segment():
 
 @pytest.mark.parametrize("through_json", [False, True])
 def test_state_at_every_row(through_json):
-    """Also where a row ends with its document, where grain's own state does not survive JSON (see _ConcatThenSplit)."""
+    """Also where a row ends with its document, where grain's own state does not survive JSON (see
+    _ConcatThenSplit).
+    """
     dataset = split_rows(tokens_only(), 16)
     expected = [row["tokens"] for row in dataset]
     for stop in range(len(expected)):

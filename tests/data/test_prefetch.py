@@ -14,5 +14,11 @@ raise SystemExit(3)
 
 def test_python_ends_quietly_with_the_thread_still_at_work():
     """In a process of its own: only at its end can a traceback appear."""
-    ended = subprocess.run([sys.executable, "-c", PROGRAM], cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", "")

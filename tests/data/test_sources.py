@@ -29,7 +29,9 @@ def test_pieces_of_a_file_are_the_file(corpus):
     for longest in (50, 64, 1000, 10**6):
         source = open_source(f"text:{corpus}/*.txt", longest)
         pieces = [source[index] for index in range(len(source))]
-        assert "".join(piece.body for piece in pieces) == "".join(path.read_text(encoding="utf-8") for path in sorted(corpus.glob("*.txt")))
+        assert "".join(piece.body for piece in pieces) == "".join(
+            path.read_text(encoding="utf-8") for path in sorted(corpus.glob("*.txt"))
+        )
         assert sum(piece.begins for piece in pieces) == sum(piece.ends for piece in pieces) == 12
         assert all(0 < len(piece.body.encode()) < 2 * longest for piece in pieces)
 
@@ -50,7 +52,9 @@ def test_a_line_without_end_is_cut_between_characters(tmp_path):
 def test_standard_library_is_code_of_this_python():
     names = stdlib_files().names
     assert "argparse.py" in names and "json/decoder.py" in names
-    assert not any({"test", "tests", "site-packages", "idlelib"} & set(name.split("/")) for name in names)
+    assert not any(
+        {"test", "tests", "site-packages", "idlelib"} & set(name.split("/")) for name in names
+    )
     source = open_source("stdlib", 4096)
     assert all(source[index].body for index in range(0, len(source), 97))
 
@@ -60,18 +64,29 @@ def test_record_formats_agree(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n" + lines + "\n\n")  # blank lines are no records
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write(lines)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet", row_group_size=7)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet", row_group_size=7
+    )
     write_array_record(tmp_path / "a.arrayrecord", [line.encode() for line in lines.splitlines()])
-    write_array_record(tmp_path / "text.arrayrecord", [record["question"].encode() for record in RECORDS])
+    write_array_record(
+        tmp_path / "text.arrayrecord", [record["question"].encode() for record in RECORDS]
+    )
     expected = [record["question"] for record in RECORDS]
-    for spec in ("jsonl:{}/*.jsonl#question", "jsonl:{}/*.gz#question", "parquet:{}/a.parquet#question", "arrayrecord:{}/a.arrayrecord#question"):
+    for spec in (
+        "jsonl:{}/*.jsonl#question",
+        "jsonl:{}/*.gz#question",
+        "parquet:{}/a.parquet#question",
+        "arrayrecord:{}/a.arrayrecord#question",
+    ):
         assert bodies(spec.format(tmp_path)) == expected
     assert bodies(f"arrayrecord:{tmp_path}/text.arrayrecord") == expected
 
 
 def test_many_files_are_one_source(tmp_path):
     for name in ("b", "a"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"t": f"{name}{index}"}) + "\n" for index in range(3)))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"t": f"{name}{index}"}) + "\n" for index in range(3))
+        )
     (tmp_path / "empty.jsonl").write_text("")
     assert bodies(f"jsonl:{tmp_path}/*.jsonl#t") == ["a0", "a1", "a2", "b0", "b1", "b2"]
 
@@ -79,8 +94,14 @@ def test_many_files_are_one_source(tmp_path):
 def test_conversations_are_bodies(tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
-    assert bodies(f"jsonl:{tmp_path}/a.jsonl#messages") == bodies(f"parquet:{tmp_path}/a.parquet#messages") == [messages]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet"
+    )
+    assert (
+        bodies(f"jsonl:{tmp_path}/a.jsonl#messages")
+        == bodies(f"parquet:{tmp_path}/a.parquet#messages")
+        == [messages]
+    )
 
 
 @pytest.mark.parametrize("tools", [[{"name": "f", "parameters": {"x": [1, 2]}}], None, []])
@@ -90,10 +111,15 @@ def test_a_conversation_comes_with_its_tools(tmp_path, tools):
     for number, written in enumerate((tools, json.dumps(tools))):
         record = {"messages": messages, "text": "a", "tools": written}
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(record))
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / f"{number}.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist([record]), tmp_path / f"{number}.parquet"
+        )
         write_array_record(tmp_path / f"{number}.arrayrecord", [json.dumps(record).encode()])
         for kind in ("jsonl", "parquet", "arrayrecord"):
-            document, text = (open_source(f"{kind}:{tmp_path}/{number}.{kind}#{field}", 1000)[0] for field in ("messages", "text"))
+            document, text = (
+                open_source(f"{kind}:{tmp_path}/{number}.{kind}#{field}", 1000)[0]
+                for field in ("messages", "text")
+            )
             assert (document.body, document.tools) == (messages, tools or None)
             assert (text.body, text.tools) == ("a", None)
 
@@ -112,14 +138,24 @@ def test_a_moved_corpus_keeps_its_split(corpus, tmp_path):
     moved.mkdir()
     for path in corpus.glob("*.txt"):
         (moved / path.name).write_bytes(path.read_bytes())
-    names = [[document.name for document in subset(open_source(f"text:{root}/*.txt", 200), "validation", 0.3)] for root in (corpus, moved)]
+    names = [
+        [
+            document.name
+            for document in subset(open_source(f"text:{root}/*.txt", 200), "validation", 0.3)
+        ]
+        for root in (corpus, moved)
+    ]
     assert names[0] == names[1] != []
 
 
 def test_hash_is_the_same_everywhere():
-    """A value computed once: a change of it would mix the held-out documents of every old run into training."""
+    """A value computed once: a change of it would mix the held-out documents of every old run into
+    training.
+    """
     assert unit_hash("argparse.py") == 0.9211056780453042
-    assert 0.45 < sum(unit_hash(str(index)) for index in range(1000)) / 1000 < 0.55  # uniform: the mean is within 0.028 three times out of a thousand
+    assert (
+        0.45 < sum(unit_hash(str(index)) for index in range(1000)) / 1000 < 0.55
+    )  # uniform: the mean is within 0.028 three times out of a thousand
 
 
 def test_bad_sources(tmp_path):
@@ -138,14 +174,23 @@ def test_bad_sources(tmp_path):
     assert "only empty files" in message("text:{}/empty.txt")
     (tmp_path / "latin.txt").write_bytes(b"x" * 1500 + b"\n" + "café".encode("latin-1"))
     assert "latin.txt: not UTF-8 at byte 1504" in message("text:{}/latin.txt")
-    (tmp_path / "x.jsonl").write_text('{"question": "a", "answer": "b"}\n\n{"question": "a", "solution": "b"}\n')
-    assert message("jsonl:{}/x.jsonl#answer").endswith('x.jsonl:3: no field "answer" (has: "question", "solution")')
+    (tmp_path / "x.jsonl").write_text(
+        '{"question": "a", "answer": "b"}\n\n{"question": "a", "solution": "b"}\n'
+    )
+    assert message("jsonl:{}/x.jsonl#answer").endswith(
+        'x.jsonl:3: no field "answer" (has: "question", "solution")'
+    )
     (tmp_path / "y.jsonl").write_text('{"a": 1}\n')
     assert 'y.jsonl:1: field "a" is 1, neither text nor a list' in message("jsonl:{}/y.jsonl#a")
     (tmp_path / "chat.jsonl").write_text('{"a": [{"role": "user"}], "tools": {"f": 1}}')
-    assert 'chat.jsonl:1: field "tools" is {"f": 1}, not a list of descriptions of tools' in message("jsonl:{}/chat.jsonl#a")
+    assert (
+        'chat.jsonl:1: field "tools" is {"f": 1}, not a list of descriptions of tools'
+        in message("jsonl:{}/chat.jsonl#a")
+    )
     (tmp_path / "roles.jsonl").write_text('{"a": [{"from": "user"}]}')
-    assert 'not a list of messages with "role"' in message("jsonl:{}/roles.jsonl#a").replace("neither text nor", "not")
+    assert 'not a list of messages with "role"' in message("jsonl:{}/roles.jsonl#a").replace(
+        "neither text nor", "not"
+    )
     (tmp_path / "z.jsonl").write_text('{"a": "1"}\nnot json\n')
     assert "z.jsonl:2: not JSON" in message("jsonl:{}/z.jsonl#a")
     (tmp_path / "list.jsonl").write_text("[1]\n")
@@ -161,7 +206,9 @@ def test_bad_sources(tmp_path):
 
 def test_a_split_without_documents_says_so(corpus):
     source = open_source(f"text:{corpus}/00.txt", 1000)
-    with pytest.raises(UserError, match=r"has 1 documents, and data.validation = 0.0 leaves none for validation"):
+    with pytest.raises(
+        UserError, match=r"has 1 documents, and data.validation = 0.0 leaves none for validation"
+    ):
         subset(source, "validation", 0.0)
     with pytest.raises(ValueError, match="split = 'test'"):
         subset(source, "test", 0.5)

@@ -12,10 +12,18 @@ from errors import UserError
 
 def read_trace(trace: str) -> list[Step]:
     steps = [re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", text).groups() for text in trace.split(";")]
-    return [Step(int(left), operator, int(right), int(result)) for left, operator, right, result in steps]
+    return [
+        Step(int(left), operator, int(right), int(result))
+        for left, operator, right, result in steps
+    ]
 
 
-PARAMETERS = [{}, {"min_ops": 1, "max_ops": 6, "max_value": 99, "multiply": 1}, {"max_value": 4}, {"distractors": 2, "contexts": 1}]
+PARAMETERS = [
+    {},
+    {"min_ops": 1, "max_ops": 6, "max_value": 99, "multiply": 1},
+    {"max_value": 4},
+    {"distractors": 2, "contexts": 1},
+]
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
@@ -28,12 +36,18 @@ def test_traces_verify(parameters):
         assert all(before.result == after.left for before, after in itertools.pairwise(steps))
         assert problem.answer == str(steps[-1].result)
         assert problem.ops == len(steps) and task.min_ops <= problem.ops <= task.max_ops
-        assert all(0 <= number <= task.max_value for step in steps for number in (step.left, step.right, step.result))
+        assert all(
+            0 <= number <= task.max_value
+            for step in steps
+            for number in (step.left, step.right, step.result)
+        )
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS[:3])
 def test_question_asks_what_the_trace_works_out(parameters):
-    """The numbers of the question, in order, are the start and the operands of the trace ("doubles" and "triples" are 2 and 3)."""
+    """The numbers of the question, in order, are the start and the operands of the trace ("doubles"
+    and "triples" are 2 and 3).
+    """
     for index in range(300):
         problem = Arithmetic(**parameters).problem(random.Random(str(index)))
         asked = re.findall(r"\d+", problem.question.replace("doubles", "2").replace("triples", "3"))
@@ -42,19 +56,38 @@ def test_question_asks_what_the_trace_works_out(parameters):
 
 
 def test_all_kinds_of_steps_appear():
-    seen = {step.operator for index in range(100) for step in read_trace(Arithmetic(multiply=1).problem(random.Random(str(index))).trace)}
+    seen = {
+        step.operator
+        for index in range(100)
+        for step in read_trace(Arithmetic(multiply=1).problem(random.Random(str(index))).trace)
+    }
     assert seen == {"+", "-", "*"}
 
 
 def test_problems_are_distinct_and_held_out():
-    """No question is in both splits, whatever the seed and the parameters: the hash of the question alone decides."""
-    train = problems("task:arithmetic", "train", 2000, seed=0) + problems("task:arithmetic?max_ops=2&style=chat", "train", 500, seed=7)
-    validation = problems("task:arithmetic", "validation", 200, seed=0) + problems("task:arithmetic?max_ops=2", "validation", 200, seed=9)
-    assert not {problem.question for problem in train} & {problem.question for problem in validation}
+    """No question is in both splits, whatever the seed and the parameters: the hash of the question
+    alone decides.
+    """
+    train = problems("task:arithmetic", "train", 2000, seed=0) + problems(
+        "task:arithmetic?max_ops=2&style=chat", "train", 500, seed=7
+    )
+    validation = problems("task:arithmetic", "validation", 200, seed=0) + problems(
+        "task:arithmetic?max_ops=2", "validation", 200, seed=9
+    )
+    assert not {problem.question for problem in train} & {
+        problem.question for problem in validation
+    }
     assert len({problem.question for problem in train[:2000]}) == 2000
-    assert problems("task:arithmetic", "train", 50, seed=1) == problems("task:arithmetic", "train", 50, seed=1)
-    assert problems("task:arithmetic", "train", 50, seed=1) != problems("task:arithmetic", "train", 50, seed=2)
-    assert problems("task:arithmetic", "train", 50, seed=1) == problems("task:arithmetic", "train", 100, seed=1)[:50]
+    assert problems("task:arithmetic", "train", 50, seed=1) == problems(
+        "task:arithmetic", "train", 50, seed=1
+    )
+    assert problems("task:arithmetic", "train", 50, seed=1) != problems(
+        "task:arithmetic", "train", 50, seed=2
+    )
+    assert (
+        problems("task:arithmetic", "train", 50, seed=1)
+        == problems("task:arithmetic", "train", 100, seed=1)[:50]
+    )
 
 
 def test_source_has_as_many_documents_as_it_says():
@@ -65,9 +98,15 @@ def test_source_has_as_many_documents_as_it_says():
 
 def test_renderings():
     problem = Arithmetic().problem(random.Random("0"))
-    assert text_of(problem) == f"Question: {problem.question}\nThought: {problem.trace}\nAnswer: {problem.answer}\n"
+    assert (
+        text_of(problem)
+        == f"Question: {problem.question}\nThought: {problem.trace}\nAnswer: {problem.answer}\n"
+    )
     assert open_source("task:arithmetic?count=5", 1000)[3].body.startswith("Question: ")
-    for source in (open_source("task:arithmetic?count=5&style=chat", 1000), open_source("task:arithmetic?count=5", 1000, chat=True)):
+    for source in (
+        open_source("task:arithmetic?count=5&style=chat", 1000),
+        open_source("task:arithmetic?count=5", 1000, chat=True),
+    ):
         question, solution = source[3].body
         assert question == {"role": "user", "content": source.key(3)}
         assert re.fullmatch(r"<think>.*</think><answer>\d+</answer>", solution["content"])
@@ -76,12 +115,20 @@ def test_renderings():
 
 def test_direct_is_the_share_without_a_thought():
     """They state the right answer, and the same ones do in either style."""
-    specs = [f"task:arithmetic?count=1000&direct={share}{style}" for share, style in ((0.3, ""), (0.3, "&style=chat"), (0, ""))]
-    text, chat, whole = ([source[index].body for index in range(1000)] for source in (open_source(spec, 1000) for spec in specs))
+    specs = [
+        f"task:arithmetic?count=1000&direct={share}{style}"
+        for share, style in ((0.3, ""), (0.3, "&style=chat"), (0, ""))
+    ]
+    text, chat, whole = (
+        [source[index].body for index in range(1000)]
+        for source in (open_source(spec, 1000) for spec in specs)
+    )
     direct = ["Thought: " not in body for body in text]
     assert 240 < sum(direct) < 360  # 300, within four standard deviations (14.5)
     assert direct == [messages[1]["content"].startswith("<think></think>") for messages in chat]
-    assert [body.split("Answer: ")[1] for body in text] == [body.split("Answer: ")[1] for body in whole]
+    assert [body.split("Answer: ")[1] for body in text] == [
+        body.split("Answer: ")[1] for body in whole
+    ]
 
 
 @pytest.mark.parametrize(

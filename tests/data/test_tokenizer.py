@@ -7,7 +7,11 @@ from tokenizers import Tokenizer as Backend
 from data.tokenizer import SPECIALS, Stream, Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
 from errors import UserError
 
-TEXTS = ["the cat sat on the mat, 123 + 456 = 579\n" * 20, "naïve café 你好 🙂👩‍👩‍👧 \x00\t\r\n  end", ""]
+TEXTS = [
+    "the cat sat on the mat, 123 + 456 = 579\n" * 20,
+    "naïve café 你好 🙂👩‍👩‍👧 \x00\t\r\n  end",
+    "",
+]
 
 
 @pytest.fixture(scope="module", params=["bpe", "bytes"])
@@ -16,10 +20,25 @@ def tokenizer(request) -> Tokenizer:
 
 
 def hugging_face(path, added: dict[str, bool], config: dict | None = None):
-    """Writes a byte-level tokenizer.json with these added tokens (text -> whether flagged special), as another project would."""
-    backend = Backend(models.BPE(vocab={char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in added.items()])
+    """Writes a byte-level tokenizer.json with these added tokens (text -> whether flagged special),
+    as another project would.
+    """
+    backend = Backend(
+        models.BPE(
+            vocab={
+                char: index
+                for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+            },
+            merges=[],
+        )
+    )
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    backend.add_tokens(
+        [AddedToken(text, special=special, normalized=False) for text, special in added.items()]
+    )
     backend.save(str(path / "tokenizer.json"))
     if config:
         (path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -30,14 +49,14 @@ def hugging_face(path, added: dict[str, bool], config: dict | None = None):
 def test_text_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert all(0 <= index < tokenizer.vocab for index in ids)
+    assert all(0 <= index < tokenizer.vocab_size for index in ids)
     assert tokenizer.encode_batch([text, text]) == [ids, ids]
 
 
 def test_bytes_are_their_values():
     text = "A 你\n"
     assert bytes_tokenizer().encode(text) == list(text.encode())
-    assert bytes_tokenizer().vocab == 256 + len(SPECIALS)
+    assert bytes_tokenizer().vocab_size == 256 + len(SPECIALS)
 
 
 def test_text_cannot_forge_specials(tokenizer):
@@ -48,7 +67,14 @@ def test_text_cannot_forge_specials(tokenizer):
 
 
 def test_decode_drops_specials_but_keeps_tags(tokenizer):
-    ids = [tokenizer.bos, tokenizer.special("<think>"), *tokenizer.encode("x"), tokenizer.special("</think>"), tokenizer.eos, tokenizer.pad]
+    ids = [
+        tokenizer.bos,
+        tokenizer.special("<think>"),
+        *tokenizer.encode("x"),
+        tokenizer.special("</think>"),
+        tokenizer.eos,
+        tokenizer.pad,
+    ]
     assert tokenizer.decode(ids) == "<think>x</think>"
     assert tokenizer.decode(ids, drop_specials=False) == "<|bos|><think>x</think><|eos|><|pad|>"
 
@@ -68,8 +94,16 @@ def test_training_is_deterministic(tmp_path):
 def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "deep" / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "deep")
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tokenizer.json"]  # nothing half-written beside it
-    assert (loaded.vocab, loaded.bos, loaded.eos, loaded.pad, loaded.fim) == (tokenizer.vocab, tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.fim)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == [
+        "tokenizer.json"
+    ]  # nothing half-written beside it
+    assert (loaded.vocab_size, loaded.bos, loaded.eos, loaded.pad, loaded.fim) == (
+        tokenizer.vocab_size,
+        tokenizer.bos,
+        tokenizer.eos,
+        tokenizer.pad,
+        tokenizer.fim,
+    )
     assert [loaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
 
@@ -83,8 +117,12 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     ],
 )
 def test_known_fim_spellings_even_if_not_flagged_special(tmp_path, spelling):
-    """DeepSeek's file does not flag its FIM tokens as special; in a text they must be text all the same."""
-    loaded = load_tokenizer(hugging_face(tmp_path, {"</s>": True, **dict.fromkeys(spelling, False)}))
+    """DeepSeek's file does not flag its FIM tokens as special; in a text they must be text all the
+    same.
+    """
+    loaded = load_tokenizer(
+        hugging_face(tmp_path, {"</s>": True, **dict.fromkeys(spelling, False)})
+    )
     assert [loaded.decode([index], drop_specials=False) for index in loaded.fim] == list(spelling)
     forged = loaded.encode("".join(spelling))
     assert not set(loaded.fim) & set(forged)
@@ -98,9 +136,17 @@ def test_ordinary_added_tokens_stay_ordinary(tmp_path):
 
 def test_roles_are_read_from_the_config_beside_it(tmp_path):
     added = {"<|endoftext|>": True, "<|im_end|>": True}
-    config = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>", "bos_token": None}
+    config = {
+        "eos_token": {"content": "<|im_end|>"},
+        "pad_token": "<|endoftext|>",
+        "bos_token": None,
+    }
     loaded = load_tokenizer(hugging_face(tmp_path, added, config))
-    assert (loaded.bos, loaded.eos, loaded.pad) == (None, loaded.special("<|im_end|>"), loaded.special("<|endoftext|>"))
+    assert (loaded.bos, loaded.eos, loaded.pad) == (
+        None,
+        loaded.special("<|im_end|>"),
+        loaded.special("<|endoftext|>"),
+    )
 
 
 def test_bad_files(tmp_path):

@@ -12,7 +12,9 @@ NEW_TOKENS = 10
 
 @dataclass(frozen=True)
 class Case:
-    """`released`: `config` is config.json word for word, in the keys that the model's makers released; otherwise `save_pretrained` writes config.json."""
+    """`released`: `config` is config.json word for word, in the keys that the model's makers
+    released; otherwise `save_pretrained` writes config.json.
+    """
 
     config: dict[str, Any]
     length: int  # tokens a row
@@ -24,8 +26,10 @@ class Case:
     mtp: bool = False
 
 
-# Every width differs from every other, and the ramp is partial: pairs 0 and 1 of 6 turn as before, 4 and 5 are slowed, 2 and 3 lie between. The latents' norms
-# have an epsilon of 1e-6 whatever rms_norm_eps says. Three experts a group, so that the sum of the best two is neither the best one nor the sum of all.
+# Every width differs from every other, and the ramp is partial: pairs 0 and 1 of 6 turn as before,
+# 4 and 5 are slowed, 2 and 3 lie between. The latents' norms have an epsilon of 1e-6 whatever
+# rms_norm_eps says. Three experts a group, so that the sum of the best two is neither the best one
+# nor the sum of all.
 DEEPSEEK_V3 = {
     "model_type": "deepseek_v3",
     "vocab_size": 80,
@@ -142,7 +146,12 @@ DEEPSEEK_V3_FP8 = RELEASED | {
     "q_lora_rank": 48,
     "qk_nope_head_dim": 14,
     "qk_rope_head_dim": 8,
-    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
     "topk_group": 1,
     "v_head_dim": 10,
     "vocab_size": 64,
@@ -200,7 +209,12 @@ QWEN3 = {
     "max_position_embeddings": 32,
     "rms_norm_eps": 1e-3,
     "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "yarn", "rope_theta": 300.0, "factor": 2.0, "original_max_position_embeddings": 16},  # ramp: 0, 1/2, 1, ...
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 300.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 16,
+    },  # ramp: 0, 1/2, 1, ...
 }
 
 QWEN3_MOE = {
@@ -225,7 +239,12 @@ QWEN3_MOE = {
 
 # head_dim is not in config.json: it is width / heads = 12.
 QWEN3_MOE_STEP = {key: value for key, value in QWEN3_MOE.items() if key != "head_dim"} | {
-    "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "decoder_sparse_step": 2, "mlp_only_layers": [], "norm_topk_prob": False
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [],
+    "norm_topk_prob": False,
 }
 
 QWEN3_NEXT = {
@@ -255,8 +274,12 @@ QWEN3_NEXT = {
 
 CASES = {
     "deepseek_v3": Case(DEEPSEEK_V3, length=48, seed=30, shards=3, mtp=True),
-    "deepseek_v3_released": Case(DEEPSEEK_V3_RELEASED, length=48, seed=25, released=True, dtype=torch.bfloat16),
-    "deepseek_v3_fp8": Case(DEEPSEEK_V3_FP8, length=40, seed=3, released=True, dtype=torch.bfloat16, fp8=True),
+    "deepseek_v3_released": Case(
+        DEEPSEEK_V3_RELEASED, length=48, seed=25, released=True, dtype=torch.bfloat16
+    ),
+    "deepseek_v3_fp8": Case(
+        DEEPSEEK_V3_FP8, length=40, seed=3, released=True, dtype=torch.bfloat16, fp8=True
+    ),
     "deepseek_v32": Case(DEEPSEEK_V32, length=40, seed=14, mtp=True),
     "qwen3": Case(QWEN3, length=22, seed=2),
     "qwen3_moe": Case(QWEN3_MOE, length=40, seed=9),
@@ -264,12 +287,18 @@ CASES = {
     "qwen3_next": Case(QWEN3_NEXT, length=72, seed=13, mtp=True),
 }
 
-# (name, mean, spread, whether the spread is divided by sqrt(inputs)); the first that matches. Wide enough for attention to be far from uniform, gates from 1/2,
-# decays from 0 and 1, and logits to have a standard deviation of about 3: in a checkpoint drawn at 0.02 few mistakes would show.
+# (name, mean, spread, whether the spread is divided by sqrt(inputs)); the first that matches. Wide
+# enough for attention to be far from uniform, gates from 1/2, decays from 0 and 1, and logits to
+# have a standard deviation of about 3: in a checkpoint drawn at 0.02 few mistakes would show.
 RULES = [
     (r"lm_head", 0.0, 3.0, True),
     (r"embed_tokens", 0.0, 1.0, False),
-    (r"e_score_correction_bias", -0.35, 0.35, False),  # of both signs; negative enough for a score with it to fall below the 0 of a careless mask
+    (
+        r"e_score_correction_bias",
+        -0.35,
+        0.35,
+        False,
+    ),  # of both signs; negative enough for a score with it to fall below the 0 of a careless mask
     (r"indexer\.k_norm\.bias", 0.0, 0.5, False),
     (r"A_log", -1.0, 0.7, False),
     (r"dt_bias", 0.0, 1.0, False),
@@ -290,21 +319,39 @@ RULES = [
 def draw(model: torch.nn.Module, seed: int) -> None:
     """Fills the parameters, and the router's bias, by RULES, in the order of their names."""
     rng = torch.Generator().manual_seed(seed)
-    tensors = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    tensors = dict(model.named_parameters()) | {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith("e_score_correction_bias")
+    }
     for name, tensor in sorted(tensors.items()):
         mean, spread, per_input = next(rule[1:] for rule in RULES if re.search(rule[0], name))
         if model.config.tie_word_embeddings and "embed_tokens" in name:
             spread, per_input = 3.0, True
-        if model.config.model_type == "qwen3_next" and "norm.weight" in name and "linear_attn" not in name:
+        if (
+            model.config.model_type == "qwen3_next"
+            and "norm.weight" in name
+            and "linear_attn" not in name
+        ):
             mean -= 1.0  # these norms multiply by 1 + weight
         with torch.no_grad():
-            tensor.copy_(mean + spread * tensor.shape[-1] ** (-0.5 * per_input) * torch.randn(tensor.shape, generator=rng))
+            tensor.copy_(
+                mean
+                + spread
+                * tensor.shape[-1] ** (-0.5 * per_input)
+                * torch.randn(tensor.shape, generator=rng)
+            )
             if "wq_b" in name:
-                # Head 1 is head 0 turned round: one of the two is above the ReLU for nearly every key, so scores of exactly 0, which tie, are rare.
+                # Head 1 is head 0 turned round: one of the two is above the ReLU for nearly every
+                # key, so scores of exactly 0, which tie, are rare.
                 width = model.config.index_head_dim
                 tensor[width : 2 * width] = 0.1 * tensor[width : 2 * width] - tensor[:width]
 
 
 def prompts(case: Case) -> torch.Tensor:
     """[B, T] token ids."""
-    return torch.randint(case.config["vocab_size"], (ROWS, case.length), generator=torch.Generator().manual_seed(case.seed + 1000))
+    return torch.randint(
+        case.config["vocab_size"],
+        (ROWS, case.length),
+        generator=torch.Generator().manual_seed(case.seed + 1000),
+    )

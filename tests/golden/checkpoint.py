@@ -15,22 +15,31 @@ from transformers.modeling_layers import MtpLayer
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
-QUANTISED = re.compile(r"(self_attn\.\w*_proj(_with_mqa)?|mlp\..*(gate|up|down)_proj)\.weight")  # not the router, whose name is mlp.gate
+QUANTISED = re.compile(
+    r"(self_attn\.\w*_proj(_with_mqa)?|mlp\..*(gate|up|down)_proj)\.weight"
+)  # not the router, whose name is mlp.gate
 
 
 def empty(case: Case) -> PreTrainedModel:
     """A model of the case's configuration, float32, every operation the plain one."""
     if case.released:
         with tempfile.TemporaryDirectory() as directory:
-            write_config(Path(directory), {key: value for key, value in case.config.items() if key != "quantization_config"})
+            write_config(
+                Path(directory),
+                {key: value for key, value in case.config.items() if key != "quantization_config"},
+            )
             config = AutoConfig.from_pretrained(directory)
     else:
         config = AutoConfig.for_model(**case.config)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    ).eval()
 
 
 def load(directory: Path) -> PreTrainedModel:
-    """The checkpoint as transformers reads it, in float32; float8 weights are dequantised here first, in a copy (transformers would want a GPU)."""
+    """The checkpoint as transformers reads it, in float32; float8 weights are dequantised here
+    first, in a copy (transformers would want a GPU).
+    """
     config = json.loads((directory / "config.json").read_text())
     with tempfile.TemporaryDirectory() as copy:
         if config.pop("quantization_config", None):
@@ -38,7 +47,10 @@ def load(directory: Path) -> PreTrainedModel:
             write(Path(copy), config, tensors)
             directory = Path(copy)
         return AutoModelForCausalLM.from_pretrained(
-            directory, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+            directory,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            dtype=torch.float32,
         ).eval()
 
 
@@ -46,11 +58,15 @@ def saved(model: PreTrainedModel) -> tuple[dict, dict[str, torch.Tensor]]:
     """config.json and the tensors, as `save_pretrained` writes them."""
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
-        return json.loads(Path(directory, "config.json").read_text()), load_file(Path(directory, "model.safetensors"))
+        return json.loads(Path(directory, "config.json").read_text()), load_file(
+            Path(directory, "model.safetensors")
+        )
 
 
 def unfused(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A parameter's names on disk: in memory transformers holds all experts' matrices in one tensor, gate [E, F, D] and up [E, F, D] joined on F."""
+    """A parameter's names on disk: in memory transformers holds all experts' matrices in one
+    tensor, gate [E, F, D] and up [E, F, D] joined on F.
+    """
     stem, fused, matrix = name.partition(".experts.")
     if not fused:
         yield name, tensor
@@ -62,29 +78,59 @@ def unfused(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor
 
 
 def mtp_layer(model: PreTrainedModel) -> MtpLayer:
-    """An MTP module for `model`: a decoder layer of its class, with experts, full attention, and an indexer if the model has one."""
+    """An MTP module for `model`: a decoder layer of its class, with experts, full attention, and an
+    indexer if the model has one.
+    """
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = 1
     for field, kinds in (
         ("first_k_dense_replace", 0),
         ("mlp_only_layers", []),
         ("mlp_layer_types", ["sparse"]),
-        ("layer_types", [model.config.layer_types[-1]] if getattr(model.config, "layer_types", None) else None),
+        (
+            "layer_types",
+            [model.config.layer_types[-1]] if getattr(model.config, "layer_types", None) else None,
+        ),
     ):
         if hasattr(config, field):
             setattr(config, field, kinds)
     return MtpLayer(config, type(model.model.layers[-1]), type(model.model.norm), 0).eval()
 
 
-def mtp_tensors(layer: MtpLayer, main: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """The module as it is released. DeepSeek-V3's: a decoder layer beyond the last, with the projection, its norms, and copies of embedding and head.
-    Qwen3-Next's: tensors of the prefix `mtp` (transformers drops them; names as in vLLM, which runs them)."""
-    own = {name: part for disk, tensor in layer.state_dict().items() for name, part in unfused(disk, tensor)}
+def mtp_tensors(
+    layer: MtpLayer, main: dict[str, torch.Tensor], layers: int
+) -> dict[str, torch.Tensor]:
+    """The module as it is released. DeepSeek-V3's: a decoder layer beyond the last, with the
+    projection, its norms, and copies of embedding and head. Qwen3-Next's: tensors of the prefix
+    `mtp` (transformers drops them; names as in vLLM, which runs them).
+    """
+    own = {
+        name: part
+        for disk, tensor in layer.state_dict().items()
+        for name, part in unfused(disk, tensor)
+    }
     if layer.config.model_type == "qwen3_next":
-        ends = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "post_norm": "norm"}
-        return {"mtp." + ".".join(ends.get(part, part) for part in name.replace("mtp_block.", "layers.0.").split(".")): own[name] for name in own}
-    own = {name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm."): part for name, part in own.items()}
-    copies = {"embed_tokens.weight": main["model.embed_tokens.weight"].clone(), "shared_head.head.weight": main["lm_head.weight"].clone()}
+        ends = {
+            "enorm": "pre_fc_norm_embedding",
+            "hnorm": "pre_fc_norm_hidden",
+            "eh_proj": "fc",
+            "post_norm": "norm",
+        }
+        return {
+            "mtp."
+            + ".".join(
+                ends.get(part, part) for part in name.replace("mtp_block.", "layers.0.").split(".")
+            ): own[name]
+            for name in own
+        }
+    own = {
+        name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm."): part
+        for name, part in own.items()
+    }
+    copies = {
+        "embed_tokens.weight": main["model.embed_tokens.weight"].clone(),
+        "shared_head.head.weight": main["lm_head.weight"].clone(),
+    }
     return {f"model.layers.{layers}.{name}": tensor for name, tensor in (copies | own).items()}
 
 
@@ -94,7 +140,9 @@ def over_blocks(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def quantise(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """Blocks of 128x128 in float8, each with the scale that takes its largest weight to float8's largest. Blocks are first made of unlike sizes."""
+    """Blocks of 128x128 in float8, each with the scale that takes its largest weight to float8's
+    largest. Blocks are first made of unlike sizes.
+    """
     rng = torch.Generator().manual_seed(seed)
     quantised = {}
     for name, tensor in tensors.items():
@@ -102,8 +150,15 @@ def quantise(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Ten
             quantised[name] = tensor
             continue
         rows, columns = (-(-size // BLOCK) for size in tensor.shape)
-        tensor = tensor.float() * over_blocks(2 ** (2 * torch.rand(rows, columns, generator=rng) - 1), tensor.shape)
-        largest = torch.stack([torch.stack([block.abs().max() for block in row.split(BLOCK, 1)]) for row in tensor.split(BLOCK, 0)])
+        tensor = tensor.float() * over_blocks(
+            2 ** (2 * torch.rand(rows, columns, generator=rng) - 1), tensor.shape
+        )
+        largest = torch.stack(
+            [
+                torch.stack([block.abs().max() for block in row.split(BLOCK, 1)])
+                for row in tensor.split(BLOCK, 0)
+            ]
+        )
         scale = largest / torch.finfo(FP8).max
         quantised[name] = (tensor / over_blocks(scale, tensor.shape)).to(FP8)
         quantised[f"{name}_scale_inv"] = scale
@@ -112,7 +167,11 @@ def quantise(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Ten
 
 def dequantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """float32 = float8 times its block's scale; what is not float8 as it is."""
-    scales = {name.removesuffix("_scale_inv"): tensor for name, tensor in tensors.items() if name.endswith("_scale_inv")}
+    scales = {
+        name.removesuffix("_scale_inv"): tensor
+        for name, tensor in tensors.items()
+        if name.endswith("_scale_inv")
+    }
     return {
         name: tensor.float() * over_blocks(scales[name], tensor.shape) if name in scales else tensor
         for name, tensor in tensors.items()
@@ -125,17 +184,28 @@ def write_config(directory: Path, config: dict) -> None:
 
 
 def write(directory: Path, config: dict, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
-    """config.json and model.safetensors, or that many shards of about one size, in the order of the names, and their index."""
+    """config.json and model.safetensors, or that many shards of about one size, in the order of the
+    names, and their index.
+    """
     write_config(directory, config)
-    size = {name: tensor.numel() * tensor.element_size() for name, tensor in sorted(tensors.items())}
+    size = {
+        name: tensor.numel() * tensor.element_size() for name, tensor in sorted(tensors.items())
+    }
     total, before, files = sum(size.values()), 0, {}
     for name in size:
-        file = "model.safetensors" if shards == 1 else f"model-{before * shards // total + 1:05}-of-{shards:05}.safetensors"
+        file = (
+            "model.safetensors"
+            if shards == 1
+            else f"model-{before * shards // total + 1:05}-of-{shards:05}.safetensors"
+        )
         files.setdefault(file, {})[name] = tensors[name].contiguous()
         before += size[name]
     for file, part in files.items():
         save_file(part, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)  # safetensors makes files that only their owner reads
     if shards > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, part in files.items() for name in part}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file for file, part in files.items() for name in part},
+        }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,7 +1,8 @@
-"""Makes tiny random checkpoints and records what Hugging Face transformers computes from them: README.md beside this file.
+"""Makes tiny random checkpoints and records what Hugging Face transformers computes from them:
+README.md beside this file.
 
-    pip install torch transformers          in an environment of its own; CPU is enough
-    python tests/golden/make.py [CASE ...]  all cases, or some of cases.py's
+pip install torch transformers          in an environment of its own; CPU is enough
+python tests/golden/make.py [CASE ...]  all cases, or some of cases.py's
 """
 
 import shutil
@@ -17,7 +18,9 @@ try:
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpLayer, MtpModel
 except ImportError as missing:
-    print(f"{missing.name} is needed: pip install torch==2.13.0 transformers==5.23.0", file=sys.stderr)
+    print(
+        f"{missing.name} is needed: pip install torch==2.13.0 transformers==5.23.0", file=sys.stderr
+    )
     sys.exit(2)
 
 from cases import CASES, Case, draw, prompts
@@ -34,7 +37,10 @@ def build(case: Case, directory: Path) -> torch.Tensor:
     draw(model, case.seed)
     config, tensors = saved(model)
     if case.dtype is not torch.float32:
-        tensors = {name: tensor if "e_score_correction_bias" in name else tensor.to(case.dtype) for name, tensor in tensors.items()}
+        tensors = {
+            name: tensor if "e_score_correction_bias" in name else tensor.to(case.dtype)
+            for name, tensor in tensors.items()
+        }
     if case.fp8:
         tensors = quantise(tensors, case.seed)
     if case.mtp:
@@ -51,21 +57,30 @@ def drawn_mtp(case: Case, model: transformers.PreTrainedModel) -> MtpLayer:
 
 
 def load_mtp(case: Case, model: transformers.PreTrainedModel, directory: Path) -> MtpLayer | None:
-    """The MTP module. DeepSeek-V3's with the weights that transformers itself finds in the checkpoint; of the other families transformers reads none, so it is
-    drawn again."""
+    """The MTP module. DeepSeek-V3's with the weights that transformers itself finds in the
+    checkpoint; of the other families transformers reads none, so it is drawn again.
+    """
     if not case.mtp:
         return None
-    return own_mtp(model, directory).layers[0] if model.config.model_type == "deepseek_v3" else drawn_mtp(case, model)
+    return (
+        own_mtp(model, directory).layers[0]
+        if model.config.model_type == "deepseek_v3"
+        else drawn_mtp(case, model)
+    )
 
 
 def own_mtp(model: transformers.PreTrainedModel, directory: Path) -> MtpModel:
     model.config.name_or_path = str(directory)
-    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\."]  # the class knows of a 61st layer only
+    model._keys_to_ignore_on_load_unexpected = [
+        rf"model\.layers\.{model.config.num_hidden_layers}\."
+    ]  # the class knows of a 61st layer only
     return MtpModel.from_pretrained(model).eval()
 
 
 def check(case: Case, directory: Path, drawn: torch.Tensor) -> dict[str, float]:
-    """The files give the recorded values again, and a case is of use: nothing hangs on rounding, every expert works. Raises AssertionError."""
+    """The files give the recorded values again, and a case is of use: nothing hangs on rounding,
+    every expert works. Raises AssertionError.
+    """
     recorded = np.load(directory / "golden.npz")
     ids = prompts(case)
     model = load(directory)
@@ -77,21 +92,53 @@ def check(case: Case, directory: Path, drawn: torch.Tensor) -> dict[str, float]:
         assert np.array_equal(greedy(model, ids, cache=False)[0].numpy(), recorded["greedy"])
         mtp = load_mtp(case, model, directory)
         if mtp is not None:
-            assert np.abs(mtp_trace(model, mtp, again.normed, ids).logits.numpy() - recorded["mtp_logits"]).max() <= 1e-5
+            assert (
+                np.abs(
+                    mtp_trace(model, mtp, again.normed, ids).logits.numpy() - recorded["mtp_logits"]
+                ).max()
+                <= 1e-5
+            )
             early = ids.clone()
             early[:, -1] = (early[:, -1] + 1) % case.config["vocab_size"]
-            changed = np.abs(mtp_trace(model, mtp, again.normed, early).logits.numpy() - recorded["mtp_logits"]) > 1e-5
-            assert not changed[:, :-1].any() and changed[:, -1].any(-1).all(), "the MTP module is not causal"
+            changed = (
+                np.abs(
+                    mtp_trace(model, mtp, again.normed, early).logits.numpy()
+                    - recorded["mtp_logits"]
+                )
+                > 1e-5
+            )
+            assert not changed[:, :-1].any() and changed[:, -1].any(-1).all(), (
+                "the MTP module is not causal"
+            )
             if model.config.model_type == "deepseek_v3":
                 whole, positions = own_mtp(model, directory), torch.arange(1, ids.shape[1])[None]
-                out = whole.forward_layer(0, again.normed[:, :-1], positions, MtpCache(config=whole.config), input_ids=ids[:, 1:])
-                assert np.abs(whole._project_to_logits(out).numpy() - recorded["mtp_logits"]).max() <= 1e-5
-    tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    own = {name for name in tensors if not any(word in name for word in ("_scale_inv", "e_score_correction_bias", ".indexer."))}
+                out = whole.forward_layer(
+                    0,
+                    again.normed[:, :-1],
+                    positions,
+                    MtpCache(config=whole.config),
+                    input_ids=ids[:, 1:],
+                )
+                assert (
+                    np.abs(whole._project_to_logits(out).numpy() - recorded["mtp_logits"]).max()
+                    <= 1e-5
+                )
+    tensors = {
+        name: tensor
+        for file in directory.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    own = {
+        name
+        for name in tensors
+        if not any(word in name for word in ("_scale_inv", "e_score_correction_bias", ".indexer."))
+    }
     modules = mtp_tensors(mtp, tensors, model.config.num_hidden_layers) if mtp else {}
     assert all(torch.equal(tensors[name], tensor) for name, tensor in modules.items())
     assert own - set(modules) == set(recorded["grad_names"].tolist())
-    assert (recorded["grad_norms"] > 0).all(), "a parameter without a gradient: an expert that is never chosen?"
+    assert (recorded["grad_norms"] > 0).all(), (
+        "a parameter without a gradient: an expert that is never chosen?"
+    )
     gaps, facts = margins(model, ids, mtp), character(model, ids)
     assert min(gaps.values()) >= max(LEAST, 10 * facts.get("choice noise", 0.0)), (gaps, facts)
     return gaps | facts
@@ -105,12 +152,18 @@ def make(name: str) -> None:
         directory.mkdir()
         drawn = build(case, directory)
         model = load(directory)
-        np.savez_compressed(directory / "golden.npz", **golden(model, prompts(case), load_mtp(case, model, directory)))
+        np.savez_compressed(
+            directory / "golden.npz",
+            **golden(model, prompts(case), load_mtp(case, model, directory)),
+        )
         facts = check(case, directory, drawn)
         size = sum(file.stat().st_size for file in directory.iterdir())
         shutil.rmtree(HERE / name, ignore_errors=True)
         shutil.move(directory, HERE / name)
-    print(f"{name}: {size / 1e3:.0f} kB; " + ", ".join(f"{fact} {value:.2g}" for fact, value in facts.items()))
+    print(
+        f"{name}: {size / 1e3:.0f} kB; "
+        + ", ".join(f"{fact} {value:.2g}" for fact, value in facts.items())
+    )
 
 
 def main() -> None:

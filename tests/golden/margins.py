@@ -1,4 +1,6 @@
-"""How far each discrete choice is from going the other way, and whether the checkpoint tells the right rule from the likely wrong ones."""
+"""How far each discrete choice is from going the other way, and whether the checkpoint tells the
+right rule from the likely wrong ones.
+"""
 
 import copy
 
@@ -23,23 +25,35 @@ def gap(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 def expert_scores(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
     """[N, E], what experts are chosen by, before groups. A softmax's order is its logits'."""
-    return logits.sigmoid() + router.e_score_correction_bias if hasattr(router, "e_score_correction_bias") else logits
+    return (
+        logits.sigmoid() + router.e_score_correction_bias
+        if hasattr(router, "e_score_correction_bias")
+        else logits
+    )
 
 
-def group_scores(router: torch.nn.Module, scores: torch.Tensor, rule: str = "best two") -> torch.Tensor:
+def group_scores(
+    router: torch.nn.Module, scores: torch.Tensor, rule: str = "best two"
+) -> torch.Tensor:
     """[N, G]; of one group where the model has none."""
     return GROUP_SCORE[rule](scores.unflatten(-1, (getattr(router, "num_group", 1), -1)))
 
 
-def in_best_groups(router: torch.nn.Module, scores: torch.Tensor, rule: str = "best two", fill: float = -torch.inf) -> torch.Tensor:
+def in_best_groups(
+    router: torch.nn.Module, scores: torch.Tensor, rule: str = "best two", fill: float = -torch.inf
+) -> torch.Tensor:
     """`scores` with those of the losing groups' experts at `fill`."""
     ranks = group_scores(router, scores, rule).argsort(descending=True).argsort()
-    lost = (ranks >= getattr(router, "topk_group", 1)).repeat_interleave(scores.shape[-1] // ranks.shape[-1], -1)
+    lost = (ranks >= getattr(router, "topk_group", 1)).repeat_interleave(
+        scores.shape[-1] // ranks.shape[-1], -1
+    )
     return scores.masked_fill(lost, fill)
 
 
 def wrong_rules(seen: Trace, routers: dict[int, torch.nn.Module]) -> dict[str, float]:
-    """The share of tokens whose set of experts each mistake would change, in a model with groups."""
+    """The share of tokens whose set of experts each mistake would change, in a model with
+    groups.
+    """
     changed = {}
     for number, (logits, _, experts) in seen.routers.items():
         router, scores = routers[number], expert_scores(routers[number], logits)
@@ -53,7 +67,10 @@ def wrong_rules(seen: Trace, routers: dict[int, torch.nn.Module]) -> dict[str, f
             "no groups": scores,
         }
         for name, tried_scores in tried.items():
-            differs = (tried_scores.topk(experts.shape[-1]).indices.sort(-1).values != experts.sort(-1).values).any(-1)
+            differs = (
+                tried_scores.topk(experts.shape[-1]).indices.sort(-1).values
+                != experts.sort(-1).values
+            ).any(-1)
             changed.setdefault(name, []).append(differs.float().mean().item())
     shares = {name: sum(layers) / len(layers) for name, layers in changed.items()}
     assert shares.pop("right", 0.0) == 0.0, "in_best_groups is not what the router chooses by"
@@ -71,7 +88,11 @@ def route_gaps(router: torch.nn.Module, outputs: tuple) -> dict[str, float]:
 
 
 def routers_of(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
-    return {number: layer.mlp.gate for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")}
+    return {
+        number: layer.mlp.gate
+        for number, layer in enumerate(model.model.layers)
+        if hasattr(layer.mlp, "gate")
+    }
 
 
 @torch.no_grad()
@@ -87,24 +108,43 @@ def margins(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpLayer | None) -> 
         found.append(route_gaps(mtp.mtp_block.mlp.gate, drafted.routers[0]))
         indexers += drafted.indexers.values()
     k = getattr(model.config, "index_topk", 0)
-    found += [{"indexer": gap(scores[:, t, : t + 1], k).min().item()} for scores, _ in indexers for t in range(k, scores.shape[1])]
+    found += [
+        {"indexer": gap(scores[:, t, : t + 1], k).min().item()}
+        for scores, _ in indexers
+        for t in range(k, scores.shape[1])
+    ]
     found.append({"greedy": gap(scores, 1).min().item()})
-    return {name: min(gaps[name] for gaps in found if name in gaps) for name in ("expert", "group", "indexer", "greedy") if any(name in gaps for gaps in found)}
+    return {
+        name: min(gaps[name] for gaps in found if name in gaps)
+        for name in ("expert", "group", "indexer", "greedy")
+        if any(name in gaps for gaps in found)
+    }
 
 
 @torch.no_grad()
 def character(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
-    """What makes the case worth comparing with, and its noise: how far logits, and the scores that choices are made by, move with a rounding of each weight."""
+    """What makes the case worth comparing with, and its noise: how far logits, and the scores that
+    choices are made by, move with a rounding of each weight.
+    """
     moved, rng = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for weight in moved.parameters():
         weight.mul_(1 + torch.finfo(torch.float32).eps * torch.randn(weight.shape, generator=rng))
     seen, other, routers = trace(model, ids), trace(moved, ids), routers_of(model)
-    noise = [expert_scores(routers[n], outputs[0]) - expert_scores(routers[n], other.routers[n][0]) for n, outputs in seen.routers.items()]
+    noise = [
+        expert_scores(routers[n], outputs[0]) - expert_scores(routers[n], other.routers[n][0])
+        for n, outputs in seen.routers.items()
+    ]
     noise += [(scores - other.indexers[n][0]).tril() for n, (scores, _) in seen.indexers.items()]
     return {
         "logits std": seen.logits.std().item(),
-        "best attention": torch.stack([weights.amax(-1).mean() for weights in seen.attention]).mean().item(),
+        "best attention": torch.stack([weights.amax(-1).mean() for weights in seen.attention])
+        .mean()
+        .item(),
         "noise": (other.logits - seen.logits).abs().max().item(),
-        **({"choice noise": max(difference.abs().max().item() for difference in noise)} if noise else {}),
+        **(
+            {"choice noise": max(difference.abs().max().item() for difference in noise)}
+            if noise
+            else {}
+        ),
         **wrong_rules(seen, routers),
     }

@@ -1,4 +1,6 @@
-"""What the public implementation computes from a checkpoint: forward hooks, and the arrays of golden.npz."""
+"""What the public implementation computes from a checkpoint: forward hooks, and the arrays of
+golden.npz.
+"""
 
 from dataclasses import dataclass, field
 
@@ -16,78 +18,148 @@ PADDED = 11
 
 @dataclass
 class Trace:
-    """One forward pass over [B, T] tokens; the dictionaries hold the layers that have such a module."""
+    """One forward pass over [B, T] tokens; the dictionaries hold the layers that have such a
+    module.
+    """
 
     logits: torch.Tensor = None  # [B, T, V]
     normed: torch.Tensor = None  # [B, T, D] after the final norm
-    attention: list[torch.Tensor] = field(default_factory=list)  # [B, N, T, T] for each layer with softmax attention
+    attention: list[torch.Tensor] = field(
+        default_factory=list
+    )  # [B, N, T, T] for each layer with softmax attention
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # [B, T, D] leaving the layer
-    routers: dict[int, tuple] = field(default_factory=dict)  # logits [BT, E], gates [BT, K], experts [BT, K]
-    indexers: dict[int, tuple] = field(default_factory=dict)  # scores [B, T, T], chosen positions [B, T, k], some of them not causal where t < k
+    routers: dict[int, tuple] = field(
+        default_factory=dict
+    )  # logits [BT, E], gates [BT, K], experts [BT, K]
+    indexers: dict[int, tuple] = field(
+        default_factory=dict
+    )  # scores [B, T, T], chosen positions [B, T, k], some of them not causal where t < k
 
 
-def index_scores(indexer: torch.nn.Module, x: torch.Tensor, q_latent: torch.Tensor, rope: tuple) -> torch.Tensor:
-    """The indexer's scores [B, T, S], which its forward keeps to itself. Its own projections; `trace` checks the choices."""
+def index_scores(
+    indexer: torch.nn.Module, x: torch.Tensor, q_latent: torch.Tensor, rope: tuple
+) -> torch.Tensor:
+    """The indexer's scores [B, T, S], which its forward keeps to itself. Its own projections;
+    `trace` checks the choices.
+    """
     rotated = indexer.qk_rope_head_dim
     q_BTHD = indexer.wq_b(q_latent).unflatten(-1, (indexer.n_heads, indexer.head_dim))
     k_BSD = indexer.k_norm(indexer.wk(x))
-    q_rope, k_rope = apply_rotary_pos_emb(q_BTHD[..., :rotated], k_BSD[:, :, None, :rotated], *rope, unsqueeze_dim=2)
+    q_rope, k_rope = apply_rotary_pos_emb(
+        q_BTHD[..., :rotated], k_BSD[:, :, None, :rotated], *rope, unsqueeze_dim=2
+    )
     q_BTHD = torch.cat([q_rope, q_BTHD[..., rotated:]], -1)
     k_BSD = torch.cat([k_rope[:, :, 0], k_BSD[..., rotated:]], -1)
-    return torch.einsum("bth,bths->bts", indexer.weights_proj(x), torch.einsum("bthd,bsd->bths", q_BTHD, k_BSD).relu()) / (
-        indexer.n_heads * indexer.head_dim
-    ) ** 0.5
+    return (
+        torch.einsum(
+            "bth,bths->bts",
+            indexer.weights_proj(x),
+            torch.einsum("bthd,bsd->bths", q_BTHD, k_BSD).relu(),
+        )
+        / (indexer.n_heads * indexer.head_dim) ** 0.5
+    )
 
 
 def trace(model: PreTrainedModel, ids: torch.Tensor) -> Trace:
-    """`model` over `ids`, without a cache; with gradients unless the caller has switched them off."""
+    """`model` over `ids`, without a cache; with gradients unless the caller has switched them
+    off.
+    """
     seen, hooks = Trace(), []
     for number, layer in enumerate(model.model.layers):
-        hooks.append(layer.register_forward_hook(lambda _, inputs, out, n=number: seen.hidden.__setitem__(n, out)))
+        hooks.append(
+            layer.register_forward_hook(
+                lambda _, inputs, out, n=number: seen.hidden.__setitem__(n, out)
+            )
+        )
         if hasattr(layer.mlp, "gate"):
-            hooks.append(layer.mlp.gate.register_forward_hook(lambda _, inputs, out, n=number: seen.routers.__setitem__(n, out)))
+            hooks.append(
+                layer.mlp.gate.register_forward_hook(
+                    lambda _, inputs, out, n=number: seen.routers.__setitem__(n, out)
+                )
+            )
         if indexer := getattr(getattr(layer, "self_attn", None), "indexer", None):
             hooks.append(
                 indexer.register_forward_hook(
-                    lambda module, inputs, out, n=number: seen.indexers.__setitem__(n, (index_scores(module, *inputs[:3]), out))
+                    lambda module, inputs, out, n=number: seen.indexers.__setitem__(
+                        n, (index_scores(module, *inputs[:3]), out)
+                    )
                 )
             )
-    hooks.append(model.model.norm.register_forward_hook(lambda _, inputs, out: setattr(seen, "normed", out)))
+    hooks.append(
+        model.model.norm.register_forward_hook(lambda _, inputs, out: setattr(seen, "normed", out))
+    )
     out = model(ids, attention_mask=torch.ones_like(ids), use_cache=False, output_attentions=True)
     for hook in hooks:
         hook.remove()
-    seen.logits, seen.attention = out.logits, [weights for weights in out.attentions if weights is not None]
+    seen.logits, seen.attention = (
+        out.logits,
+        [weights for weights in out.attentions if weights is not None],
+    )
     for scores, chosen in seen.indexers.values():
-        causal = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
-        assert set_of(causal.topk(chosen.shape[-1]).indices).equal(set_of(chosen)), "index_scores is not what the indexer scores by"
+        causal = scores.masked_fill(
+            torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf
+        )
+        assert set_of(causal.topk(chosen.shape[-1]).indices).equal(set_of(chosen)), (
+            "index_scores is not what the indexer scores by"
+        )
     return seen
 
 
 def set_of(indices: torch.Tensor) -> torch.Tensor:
     """[..., T, k] positions -> the causal ones, sorted, then -1."""
     limit = torch.arange(indices.shape[-2])[:, None]
-    allowed = torch.where(indices <= limit, indices, torch.iinfo(torch.int32).max).to(torch.int32).sort(-1).values
+    allowed = (
+        torch.where(indices <= limit, indices, torch.iinfo(torch.int32).max)
+        .to(torch.int32)
+        .sort(-1)
+        .values
+    )
     return torch.where(allowed <= limit, allowed, -1).to(torch.int32)
 
 
-def mtp_trace(model: PreTrainedModel, layer: MtpLayer, normed: torch.Tensor, ids: torch.Tensor) -> Trace:
-    """The module over T-1 positions: t has seen tokens 0..t+1 and predicts t+2. Positions count from 1, as transformers' own."""
+def mtp_trace(
+    model: PreTrainedModel, layer: MtpLayer, normed: torch.Tensor, ids: torch.Tensor
+) -> Trace:
+    """The module over T-1 positions: t has seen tokens 0..t+1 and predicts t+2. Positions count
+    from 1, as transformers' own.
+    """
     seen, block = Trace(), layer.mtp_block
-    hooks = [block.mlp.gate.register_forward_hook(lambda _, inputs, out: seen.routers.__setitem__(0, out))]
+    hooks = [
+        block.mlp.gate.register_forward_hook(
+            lambda _, inputs, out: seen.routers.__setitem__(0, out)
+        )
+    ]
     if indexer := getattr(block.self_attn, "indexer", None):
-        hooks.append(indexer.register_forward_hook(lambda module, inputs, out: seen.indexers.__setitem__(0, (index_scores(module, *inputs[:3]), out))))
+        hooks.append(
+            indexer.register_forward_hook(
+                lambda module, inputs, out: seen.indexers.__setitem__(
+                    0, (index_scores(module, *inputs[:3]), out)
+                )
+            )
+        )
     embedded = model.model.embed_tokens(ids[:, 1:])
     positions = torch.arange(1, ids.shape[1])[None]
-    later = torch.full((1, 1, ids.shape[1] - 1, ids.shape[1] - 1), torch.finfo(torch.float32).min).triu(1)
+    later = torch.full(
+        (1, 1, ids.shape[1] - 1, ids.shape[1] - 1), torch.finfo(torch.float32).min
+    ).triu(1)
     rope = model.model.rotary_emb(embedded, positions)
-    out = layer(embedded, normed[:, :-1], position_embeddings=rope, attention_mask=later, position_ids=positions, past_key_values=None)
+    out = layer(
+        embedded,
+        normed[:, :-1],
+        position_embeddings=rope,
+        attention_mask=later,
+        position_ids=positions,
+        past_key_values=None,
+    )
     for hook in hooks:
         hook.remove()
     seen.logits = model.lm_head(out)
     return seen
 
 
-def greedy(model: PreTrainedModel, ids: torch.Tensor, cache: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def greedy(
+    model: PreTrainedModel, ids: torch.Tensor, cache: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens that follow `ids` [B, N], and the scores they were the largest of [B, N, V]."""
     model.generation_config.eos_token_id = None
     out = model.generate(
@@ -106,11 +178,18 @@ def gradient_norms(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, floa
     """The norm of the loss's gradient for each tensor on disk that has one."""
     model.zero_grad(set_to_none=True)
     loss.backward()
-    gradients = {disk: part for name, tensor in model.named_parameters() if tensor.grad is not None for disk, part in unfused(name, tensor.grad)}
+    gradients = {
+        disk: part
+        for name, tensor in model.named_parameters()
+        if tensor.grad is not None
+        for disk, part in unfused(name, tensor.grad)
+    }
     return {name: float(part.double().norm()) for name, part in sorted(gradients.items())}
 
 
-def golden(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpLayer | None) -> dict[str, np.ndarray]:
+def golden(
+    model: PreTrainedModel, ids: torch.Tensor, mtp: MtpLayer | None
+) -> dict[str, np.ndarray]:
     """The arrays of golden.npz."""
     seen = trace(model, ids)
     loss = F.cross_entropy(seen.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -124,12 +203,21 @@ def golden(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpLayer | None) -> d
             "padded_logits": model(ids[:1, :PADDED]).logits[0, -1],
         }
         if seen.routers:
-            chosen = {n: experts.to(torch.int32).sort(-1).values.reshape(*ids.shape, -1) for n, (_, _, experts) in seen.routers.items()}
+            chosen = {
+                n: experts.to(torch.int32).sort(-1).values.reshape(*ids.shape, -1)
+                for n, (_, _, experts) in seen.routers.items()
+            }
             none = torch.full_like(next(iter(chosen.values())), -1)
             arrays["routes"] = torch.stack([chosen.get(n, none) for n in sorted(seen.hidden)], 1)
         if seen.indexers:
-            arrays["indexer"] = torch.stack([set_of(chosen) for _, chosen in seen.indexers.values()], 1)
+            arrays["indexer"] = torch.stack(
+                [set_of(chosen) for _, chosen in seen.indexers.values()], 1
+            )
         if mtp is not None:
             arrays["mtp_logits"] = mtp_trace(model, mtp, seen.normed, ids).logits
     arrays = {name: array.detach().numpy() for name, array in arrays.items()}
-    return arrays | {"loss": np.float64(loss.item()), "grad_names": np.array(list(norms)), "grad_norms": np.array(list(norms.values()))}
+    return arrays | {
+        "loss": np.float64(loss.item()),
+        "grad_names": np.array(list(norms)),
+        "grad_norms": np.array(list(norms.values())),
+    }

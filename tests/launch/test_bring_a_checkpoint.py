@@ -1,4 +1,6 @@
-"""A stranger's checkpoint, with a tokenizer and a chat template of its own: sampled, fine-tuned, reinforced, evaluated and written back, as a user would."""
+"""A stranger's checkpoint, with a tokenizer and a chat template of its own: sampled, fine-tuned,
+reinforced, evaluated and written back, as a user would.
+"""
 
 import json
 from pathlib import Path
@@ -9,17 +11,18 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from checkpoints.hf.safetensors import TensorFiles
 from configs import base
 from data.tokenizer import load_tokenizer
 from errors import UserError
+from experiment.command_line import command
+from experiment.config_files import base_config_from, with_checkpoint_fields
+from experiment.schema import parse
+from experiment.setup import load_variables
+from experiment.workdir import recorded_config
 from launch import convert, evaluate, finetune, reinforce, sample
-from launch.command import command
-from launch.config_file import completed, of_checkpoint
-from launch.door import parse, recorded
-from launch.start import load_variables
-from model.hf.safetensors import TensorFiles
 from model.sharding import MeshConfig, make_mesh
-from tests.checkpoints import MODEL, write_checkpoint
+from tests.tiny_checkpoint import MODEL, write_checkpoint
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>"
@@ -31,15 +34,32 @@ TEMPLATE = (
 
 @pytest.fixture
 def brought(tmp_path) -> Path:
-    """A Qwen3-MoE of random numbers, a tokenizer of bytes with an <|end|> that ends turns, and TEMPLATE."""
+    """A Qwen3-MoE of random numbers, a tokenizer of bytes with an <|end|> that ends turns, and
+    TEMPLATE.
+    """
     directory = write_checkpoint(tmp_path / "brought", eos_token_id=257)
     vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<think>", "</think>", "<answer>", "</answer>"]
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    special = [
+        "<|endoftext|>",
+        "<|end|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|system|>",
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+    ]
     backend.add_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "pad_token": "<|endoftext|>"}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|end|>", "pad_token": "<|endoftext|>"})
+    )
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     (directory / "LICENSE").write_text("do as you like\n")
     return directory
@@ -48,48 +68,82 @@ def brought(tmp_path) -> Path:
 def configured(origin: Path | str, **changes) -> object:
     """configs/base.py, made small, from a checkpoint; `section__field=value` changes a field."""
     c = base.get_config()
-    c.data.sequence, c.data.batch, c.data.fim_rate = 64, 8, 0.0
-    c.train.update({"steps": 2, "warmup_steps": 1, "log_every": 1, "eval_batches": 1, "stage": "dense", "balance_weight": 0.0})
-    c.sampling.update({"max_prompt": 160, "max_new": 6})
-    c.reinforce.update({"prompts": 8, "group": 2})
+    c.data.seq_len, c.data.batch_size, c.data.fim_rate = 64, 8, 0.0
+    c.train.update(
+        {
+            "steps": 2,
+            "warmup_steps": 1,
+            "log_every": 1,
+            "eval_batches": 1,
+            "stage": "dense",
+            "balance_weight": 0.0,
+        }
+    )
+    c.sampling.update({"max_prompt_tokens": 160, "max_new_tokens": 6})
+    c.reinforce.update({"prompts_per_step": 8, "group_size": 2})
     c.evaluate.update({"problems": 4, "samples": 2, "infill_documents": 0, "bootstrap": 10})
     c.init_from = str(origin)
     for name, value in changes.items():
         section, field = name.split("__")
         c[section][field] = value
-    return parse(completed(c, ()))
+    return parse(with_checkpoint_fields(c, ()))
 
 
 def chats(directory: Path) -> Path:
     """Two turns, the first with a thought that the template drops later."""
     path = directory / "chats.jsonl"
-    turns = [("user", "2+2?"), ("assistant", "<think>easy</think>4"), ("user", "and 3?"), ("assistant", "<think>4+3</think>7")]
+    turns = [
+        ("user", "2+2?"),
+        ("assistant", "<think>easy</think>4"),
+        ("user", "and 3?"),
+        ("assistant", "<think>4+3</think>7"),
+    ]
     messages = [{"role": role, "content": content} for role, content in turns]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(40)))
     return path
 
 
 def test_its_template_makes_the_prompt(brought, capsys, monkeypatch):
-    """launch.sample by its command line: the ids that reach the model are those of the rendered conversation."""
+    """launch.sample by its command line: the ids that reach the model are those of the rendered
+    conversation.
+    """
     seen = []
     plain = sample.pad_prompts
-    monkeypatch.setattr(sample, "pad_prompts", lambda rows, *rest: seen.extend(rows) or plain(rows, *rest))
+    monkeypatch.setattr(
+        sample, "pad_prompts", lambda rows, *rest: seen.extend(rows) or plain(rows, *rest)
+    )
     before = sorted(file.name for file in brought.iterdir())
-    command(sample.run, config="recorded", flags=sample.FLAGS, argv=[f"--workdir=hf:{brought}", "--chat=2+2?", "--config.sampling.max_new=3"])
-    assert all(row == load_tokenizer(brought).encode_marked("<|user|>2+2?<|assistant|>") for row in seen) and seen
+    command(
+        sample.run,
+        config="recorded",
+        flags=sample.FLAGS,
+        argv=[f"--workdir=hf:{brought}", "--chat=2+2?", "--config.sampling.max_new_tokens=3"],
+    )
+    assert (
+        all(
+            row == load_tokenizer(brought).encode_marked("<|user|>2+2?<|assistant|>")
+            for row in seen
+        )
+        and seen
+    )
     assert sorted(file.name for file in brought.iterdir()) == before
 
 
 def test_the_whole_road(brought, tmp_path):
-    """hf:DIR, fine-tuned on its template; that run reinforced; evaluated; written back with all that came along; and read again."""
+    """hf:DIR, fine-tuned on its template; that run reinforced; evaluated; written back with all
+    that came along; and read again.
+    """
     tuned = configured(f"hf:{brought}", data__sources=(f"jsonl:{chats(tmp_path)}#messages",))
-    assert tuned.data.template == "checkpoint" and tuned.model.gqa.heads == MODEL.gqa.heads
+    assert (
+        tuned.data.chat_template == "checkpoint"
+        and tuned.model.gqa.num_attention_heads == MODEL.gqa.num_attention_heads
+    )
     assert finetune.run(tuned, tmp_path / "tuned")
 
     rl = configured(tmp_path / "tuned")
-    assert rl.model == tuned.model and rl.data.template == "checkpoint"
+    assert rl.model == tuned.model and rl.data.chat_template == "checkpoint"
     assert reinforce.run(rl, tmp_path / "rl")
-    assert "pass_at_k" in evaluate.run(parse(recorded(tmp_path / "rl")), tmp_path / "rl")
+    assert "pass_at_k" in evaluate.run(parse(recorded_config(tmp_path / "rl")), tmp_path / "rl")
 
     back = tmp_path / "back"
     convert.run(to=f"hf:{back}", dtype="", **{"from": str(tmp_path / "rl")})
@@ -97,9 +151,13 @@ def test_the_whole_road(brought, tmp_path):
     for name in ("LICENSE", "chat_template.jinja", "tokenizer.json"):
         assert (back / name).read_bytes() == (brought / name).read_bytes()
     before, after = TensorFiles(brought), TensorFiles(back)
-    assert set(before.tensors) == set(after.tensors) and not np.array_equal(before.read("lm_head.weight"), after.read("lm_head.weight"))
+    assert set(before.tensors) == set(after.tensors) and not np.array_equal(
+        before.read("lm_head.weight"), after.read("lm_head.weight")
+    )
     mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-    ours, theirs = (load_variables(rl.model, mesh, origin) for origin in (tmp_path / "rl", f"hf:{back}"))
+    ours, theirs = (
+        load_variables(rl.model, mesh, origin) for origin in (tmp_path / "rl", f"hf:{back}")
+    )
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -112,12 +170,20 @@ def test_a_workdir_to_write_to_is_no_checkpoint(brought, capsys):
 def test_a_converted_workdir_brings_its_model(brought, tmp_path):
     """A config file that starts from it needs to say nothing of the model."""
     convert.run(to=str(tmp_path / "converted"), dtype="", **{"from": f"hf:{brought}"})
-    config = configured(tmp_path / "converted", data__sources=(f"jsonl:{chats(tmp_path)}#messages",))
-    assert config.model == configured(f"hf:{brought}").model and config.data.template == "checkpoint"
+    config = configured(
+        tmp_path / "converted", data__sources=(f"jsonl:{chats(tmp_path)}#messages",)
+    )
+    assert (
+        config.model == configured(f"hf:{brought}").model
+        and config.data.chat_template == "checkpoint"
+    )
     assert finetune.run(config, tmp_path / "tuned")
 
 
 def test_no_such_checkpoint_is_one_line(tmp_path):
-    for origin, words in ((f"hf:{tmp_path / 'nowhere'}", "no such directory"), (f"hf:{tmp_path}", "no safetensors files there")):
+    for origin, words in (
+        (f"hf:{tmp_path / 'nowhere'}", "no such directory"),
+        (f"hf:{tmp_path}", "no safetensors files there"),
+    ):
         with pytest.raises(UserError, match=words):
-            completed(of_checkpoint(origin), ())
+            with_checkpoint_fields(base_config_from(origin), ())

@@ -1,4 +1,6 @@
-"""What pod prints is what runs; the words a person typed arrive on every host unharmed. gcloud, xpk and sbatch are played by a few lines of shell."""
+"""What pod prints is what runs; the words a person typed arrive on every host unharmed. gcloud, xpk
+and sbatch are played by a few lines of shell.
+"""
 
 import json
 import os
@@ -8,10 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from launch.command import command
+from experiment.command_line import command
 from launch.pod import FLAGS, PLACES, run
 
-WORDS = ["python", "-m", "launch.pretrain", "--config.data.sources=('text:a b/*.py', \"it's\")", "--workdir=/mnt/$HOME x", "--x=a&b;c`d`"]
+WORDS = [
+    "python",
+    "-m",
+    "launch.pretrain",
+    "--config.data.sources=('text:a b/*.py', \"it's\")",
+    "--workdir=/mnt/$HOME x",
+    "--x=a&b;c`d`",
+]
 
 TPU = ["--on=tpu", "--name=slice", "--zone=z"]
 GKE = ["--on=gke", "--name=job", "--cluster=c", "--tpu_type=v5litepod-64"]
@@ -29,7 +38,9 @@ def call(argv):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A repository with a committed, a changed, a deleted, a new and an ignored file, and programs that play the cluster's."""
+    """A repository with a committed, a changed, a deleted, a new and an ignored file, and programs
+    that play the cluster's.
+    """
     tree = tmp_path / "tree"
     tree.mkdir()
     monkeypatch.chdir(tree)
@@ -65,7 +76,8 @@ def place(tmp_path, monkeypatch):
         "kubectl": "exit 0",
         "sbatch": 'bash "$1"',
         "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift; "$@"',
-        # What is started: says what it sees, a directory for each host, which gets its name only when it is whole; hosts run side by side.
+        # What is started: says what it sees, a directory for each host, which gets its name only
+        # when it is whole; hosts run side by side.
         "python": """
             one=$(mktemp -d "$SEEN/.XXXXXX")
             printf '%s\\0' "$@" > "$one/words"; echo "$ATHANOR_DISTRIBUTED" > "$one/distributed"; pwd > "$one/where"
@@ -96,7 +108,9 @@ def wait_until(true):
 
 
 def arrived(place, hosts):
-    """Where the command was started, on all hosts, with the words it was given there; waited for: on a TPU it runs in the background."""
+    """Where the command was started, on all hosts, with the words it was given there; waited for:
+    on a TPU it runs in the background.
+    """
     wait_until(lambda: len(started(place)) >= hosts)
     seen = started(place)
     assert len(seen) == hosts
@@ -114,14 +128,26 @@ def test_every_word_arrives(place, argv, hosts):
 
 @pytest.mark.parametrize("argv, hosts", [ON["tpu"], ON["gke"]], ids=["tpu", "gke"])
 def test_the_tree_that_arrives_is_the_one_here(place, argv, hosts):
-    before = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    before = subprocess.run(
+        ["git", "status", "--porcelain"], capture_output=True, text=True, check=True
+    ).stdout
     assert call([*argv, "--", *WORDS]) == 0
     places = arrived(place, hosts)
     assert len(places) == hosts
     for there in places:
-        assert set(os.listdir(there)) - {"pod.log", "pod.pid"} == {".gitignore", "kept", "changed", "new"}
+        assert set(os.listdir(there)) - {"pod.log", "pod.pid"} == {
+            ".gitignore",
+            "kept",
+            "changed",
+            "new",
+        }
         assert (there / "changed").read_text() == "new"
-    assert subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout == before  # nothing was staged
+    assert (
+        subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout
+        == before
+    )  # nothing was staged
 
 
 @pytest.mark.parametrize("argv, hosts", ON.values(), ids=ON)
@@ -129,19 +155,27 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(place, argv, hosts, ca
     assert call([*argv, "--dry_run", "--", *WORDS]) == 0
     out = capsys.readouterr().out
     assert not Path("runs").exists() and not started(place)
-    subprocess.run(["bash", "-e", "-c", out], check=True, capture_output=True)  # pasted, it does the same
+    subprocess.run(
+        ["bash", "-e", "-c", out], check=True, capture_output=True
+    )  # pasted, it does the same
     arrived(place, hosts)
 
 
 def test_a_tpu_run_goes_on_until_stopped(place, capfd):
     assert call([*TPU, "--", "patient"]) == 0
-    wait_until(lambda: [log.read_text() for log in place.glob("hosts/*/athanor/pod.log")] == ["working\n"] * 2)
+    wait_until(
+        lambda: (
+            [log.read_text() for log in place.glob("hosts/*/athanor/pod.log")] == ["working\n"] * 2
+        )
+    )
     assert call([*TPU, "--action=status"]) == 0
     assert capfd.readouterr().out.count(": running\nworking\n") == 2
     assert call([*TPU, "--", "patient"]) == 2
     assert "a run is going on here" in capfd.readouterr().out
     assert call([*TPU, "--action=stop"]) == 0
-    wait_until(lambda: call([*TPU, "--action=status"]) == 0 and "running" not in capfd.readouterr().out)
+    wait_until(
+        lambda: call([*TPU, "--action=status"]) == 0 and "running" not in capfd.readouterr().out
+    )
     assert call([*TPU, "--action=status"]) == 0
     assert capfd.readouterr().out.count(": ended\n") == 2
 
@@ -150,21 +184,43 @@ def test_a_failing_step_stops_the_rest(place, capfd):
     (place / "bin/pip").write_text("#!/bin/bash\nexit 7\n")
     assert call([*GKE, "--", *WORDS]) == 2
     err = capfd.readouterr().err
-    assert "error: exit 7 from: xpk workload create" in err and err.rstrip().splitlines()[-1].startswith("error: ")
+    assert "error: exit 7 from: xpk workload create" in err and err.rstrip().splitlines()[
+        -1
+    ].startswith("error: ")
     assert not started(place)
 
 
 def test_slurm_starts_a_process_per_gpu_which_sees_all_of_them(capsys):
-    argv = [*SLURM, "--nodes=4", "--gpus=8", "--sbatch=--partition=big", "--sbatch=--time=24:00:00", "--dry_run", "--", "python"]
+    argv = [
+        *SLURM,
+        "--nodes=4",
+        "--gpus=8",
+        "--sbatch=--partition=big",
+        "--sbatch=--time=24:00:00",
+        "--dry_run",
+        "--",
+        "python",
+    ]
     assert call(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    for option in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=big", "--time=24:00:00", "--signal=TERM@120"):
+    for option in (
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--partition=big",
+        "--time=24:00:00",
+        "--signal=TERM@120",
+    ):
         assert f"#SBATCH {option}" in lines
-    assert not any("gpus-per-task" in line for line in lines)  # JAX numbers the GPUs of a machine itself
+    assert not any(
+        "gpus-per-task" in line for line in lines
+    )  # JAX numbers the GPUs of a machine itself
 
 
 def test_gke_with_an_image_of_ones_own_copies_no_tree(capsys):
-    assert call([*GKE, "--docker_image=i", "--slices=2", "--dry_run", "--", "python", "-m", "x"]) == 0
+    assert (
+        call([*GKE, "--docker_image=i", "--slices=2", "--dry_run", "--", "python", "-m", "x"]) == 0
+    )
     assert capsys.readouterr().out == (
         "xpk workload create --cluster=c --workload=job --tpu-type=v5litepod-64 --num-slices=2 --env=ATHANOR_DISTRIBUTED=1 --docker-image=i "
         "'--command=python -m x'\n"
@@ -174,9 +230,18 @@ def test_gke_with_an_image_of_ones_own_copies_no_tree(capsys):
 @pytest.mark.parametrize(
     "argv, out",
     [
-        ([*TPU, "--action=logs"], "gcloud compute tpus tpu-vm ssh slice --worker=0 --zone=z '--command=tail -n 200 -F athanor/pod.log'"),
-        (["--on=gke", "--name=job", "--cluster=c", "--action=status"], "xpk workload list --cluster=c --filter-by-job=job"),
-        (["--on=gke", "--name=job", "--cluster=c", "--action=stop"], "xpk workload delete --cluster=c --workload=job"),
+        (
+            [*TPU, "--action=logs"],
+            "gcloud compute tpus tpu-vm ssh slice --worker=0 --zone=z '--command=tail -n 200 -F athanor/pod.log'",
+        ),
+        (
+            ["--on=gke", "--name=job", "--cluster=c", "--action=status"],
+            "xpk workload list --cluster=c --filter-by-job=job",
+        ),
+        (
+            ["--on=gke", "--name=job", "--cluster=c", "--action=stop"],
+            "xpk workload delete --cluster=c --workload=job",
+        ),
         ([*SLURM, "--action=status"], "squeue --me --name=job"),
         ([*SLURM, "--action=stop"], "scancel --me --name=job"),
     ],
@@ -193,7 +258,10 @@ def test_looking_after_a_run(argv, out, capsys):
         ("--on=tpu --zone=z -- x", "--name is missing"),
         ("--on=gke --name=a -- x", "--cluster is missing"),
         ("--on=gke --name=a --cluster=c -- x", "--tpu_type is missing"),
-        ("--on=gke --name=a --cluster=c --tpu_type=t --base_image=i --docker_image=j -- x", "give one of them"),
+        (
+            "--on=gke --name=a --cluster=c --tpu_type=t --base_image=i --docker_image=j -- x",
+            "give one of them",
+        ),
         ("--on=slurm --name=a --zone=z -- x", "--zone: not used with --on=slurm"),
         ("--on=tpu --name=a --zone=z --nodes=2 -- x", "--nodes: not used with --on=tpu"),
         ("--on=slurm --name=a --nodes=0 -- x", "at least one machine"),
@@ -206,7 +274,14 @@ def test_looking_after_a_run(argv, out, capsys):
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys):
-    assert call([*words.split(), "--dry_run"] if " -- " not in words else words.replace(" -- ", " --dry_run -- ").split()) == 2
+    assert (
+        call(
+            [*words.split(), "--dry_run"]
+            if " -- " not in words
+            else words.replace(" -- ", " --dry_run -- ").split()
+        )
+        == 2
+    )
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
@@ -218,5 +293,7 @@ def test_a_missing_program_is_one_line_and_nothing_runs(on, tmp_path, monkeypatc
     argv = {"tpu": TPU, "gke": GKE, "slurm": SLURM}[on]
     assert call([*argv, "--", "x"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {PLACES[on].tools[0]}: not installed here") and err.count("\n") == 1
+    assert (
+        err.startswith(f"error: {PLACES[on].tools[0]}: not installed here") and err.count("\n") == 1
+    )
     assert json.dumps(os.listdir(tmp_path)) == "[]"

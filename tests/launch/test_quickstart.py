@@ -7,13 +7,38 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PRETRAIN = {"loss_first", "loss_last", "tokens", "tokens_per_s", "middle_loss_with_suffix", "middle_loss_without_suffix"}
-REINFORCE = {"algorithm", "pass@1_before", "pass@1_after", "pass@8_before", "pass@8_after", "problems", "samples"}
+PRETRAIN = {
+    "loss_first",
+    "loss_last",
+    "tokens",
+    "tokens_per_s",
+    "middle_loss_with_suffix",
+    "middle_loss_without_suffix",
+}
+REINFORCE = {
+    "algorithm",
+    "pass@1_before",
+    "pass@1_after",
+    "pass@8_before",
+    "pass@8_after",
+    "problems",
+    "samples",
+}
 
 
 def launch(command: str, *flags: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device, and as in conftest little optimised
-    return subprocess.run([sys.executable, "-m", f"launch.{command}", *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }  # one device, and as in conftest little optimised
+    return subprocess.run(
+        [sys.executable, "-m", f"launch.{command}", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_whole_road(tmp_path):
@@ -31,9 +56,19 @@ def test_the_whole_road(tmp_path):
         assert (tmp_path / stage / "metrics.jsonl").exists()
         assert list((tmp_path / stage / "tensorboard").iterdir())
 
-    sampled = launch("sample", f"--workdir={tmp_path / 'reinforce'}", "--chat=A zoo has 7 birds. 3 leave. How many birds now?")
+    sampled = launch(
+        "sample",
+        f"--workdir={tmp_path / 'reinforce'}",
+        "--chat=A zoo has 7 birds. 3 leave. How many birds now?",
+    )
     assert sampled.returncode == 0, sampled.stderr[-2000:]
-    infilled = launch("sample", f"--workdir={tmp_path / 'sparse'}", "--infill", "--prefix=def f(x):\\n", "--suffix=\\n    return y\\n")
+    infilled = launch(
+        "sample",
+        f"--workdir={tmp_path / 'sparse'}",
+        "--infill",
+        "--prefix=def f(x):\\n",
+        "--suffix=\\n    return y\\n",
+    )
     assert infilled.returncode == 0, infilled.stderr[-2000:]
     assert infilled.stdout.rstrip().endswith("return y")
     assert "def f(x):" in infilled.stdout

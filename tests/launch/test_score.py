@@ -1,4 +1,6 @@
-"""launch.score against the golden checkpoints, in the shapes it promises; on rows that differ in length; on text; and its errors."""
+"""launch.score against the golden checkpoints, in the shapes it promises; on rows that differ in
+length; on text; and its errors.
+"""
 
 import json
 
@@ -9,13 +11,23 @@ import pytest
 from configs import base
 from data.tokenizer import bytes_tokenizer
 from errors import UserError
+from experiment.config_files import base_config_from, with_checkpoint_fields
+from experiment.schema import parse
 from launch import score
-from launch.config_file import completed, of_checkpoint
-from launch.door import parse
-from tests.checkpoints import write_checkpoint
 from tests.model.test_golden import GOLDEN, golden
+from tests.tiny_checkpoint import write_checkpoint
 
-OFF = {"tokens": "", "text": (), "out": "", "greedy": 0, "hidden": False, "routes": False, "mtp": False, "exact": True, "window": 2_048}
+OFF = {
+    "tokens": "",
+    "text": (),
+    "out": "",
+    "greedy": 0,
+    "hidden": False,
+    "routes": False,
+    "mtp": False,
+    "exact": True,
+    "window": 2_048,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +41,7 @@ def scored(origin: str, tmp_path, rows=None, overrides=(), **flags) -> dict[str,
     if rows is not None:
         (tmp_path / "rows.json").write_text(json.dumps({"input_ids": rows}))
         flags["tokens"] = str(tmp_path / "rows.json")
-    config = parse(completed(of_checkpoint(origin), overrides))
+    config = parse(with_checkpoint_fields(base_config_from(origin), overrides))
     score.run(config, origin, **OFF | {"out": str(tmp_path / "out.npz")} | flags)
     return dict(np.load(tmp_path / "out.npz"))
 
@@ -38,14 +50,24 @@ def scored(origin: str, tmp_path, rows=None, overrides=(), **flags) -> dict[str,
 def test_everything_it_can_say(case, tmp_path):
     """Over the eight devices of the tests: rows are spread, and padded to as many."""
     expected = golden(case)
-    found = scored(f"hf:{GOLDEN / case}", tmp_path, expected["input_ids"].tolist(), greedy=10, hidden=True, routes=True, mtp=True)
+    found = scored(
+        f"hf:{GOLDEN / case}",
+        tmp_path,
+        expected["input_ids"].tolist(),
+        greedy=10,
+        hidden=True,
+        routes=True,
+        mtp=True,
+    )
     for name in ("logits", "hidden"):
         assert found[name].dtype == np.float32
         np.testing.assert_allclose(found[name], expected[name], atol=5e-4)
     np.testing.assert_array_equal(found["greedy"], expected["greedy"])
     np.testing.assert_array_equal(np.sort(found["routes"], axis=-1), expected["routes"])
     np.testing.assert_array_equal(found["lengths"], [expected["input_ids"].shape[1]] * 2)
-    assert ("indexer" in found) == ("indexer" in expected) and ("mtp_logits" in found) == ("mtp_logits" in expected)
+    assert ("indexer" in found) == ("indexer" in expected) and ("mtp_logits" in found) == (
+        "mtp_logits" in expected
+    )
     if "indexer" in expected:
         np.testing.assert_array_equal(found["indexer"], expected["indexer"])
     if "mtp_logits" in expected:
@@ -54,7 +76,9 @@ def test_everything_it_can_say(case, tmp_path):
 
 
 def test_rows_of_different_lengths(tmp_path):
-    """Ten of them, more than are handled at a time on one device, each as if it were alone; nothing behind a row's end."""
+    """Ten of them, more than are handled at a time on one device, each as if it were alone; nothing
+    behind a row's end.
+    """
     case, rng = "deepseek_v32", np.random.default_rng(0)
     rows = [rng.integers(0, 96, size).tolist() for size in (3, 17, 1, 9, 30, 12, 12, 5, 2, 8)]
     one = ("--config.mesh.data=8",)
@@ -65,31 +89,57 @@ def test_rows_of_different_lengths(tmp_path):
         size = len(rows[number])
         np.testing.assert_allclose(together["logits"][number, :size], alone["logits"][0], atol=1e-4)
         np.testing.assert_array_equal(together["greedy"][number], alone["greedy"][0])
-        np.testing.assert_array_equal(together["indexer"][number, :, :size, : alone["indexer"].shape[-1]], alone["indexer"][0])
-        assert not together["logits"][number, size:].any() and (together["indexer"][number, :, size:] == -1).all()
+        np.testing.assert_array_equal(
+            together["indexer"][number, :, :size, : alone["indexer"].shape[-1]], alone["indexer"][0]
+        )
+        assert (
+            not together["logits"][number, size:].any()
+            and (together["indexer"][number, :, size:] == -1).all()
+        )
 
 
 def test_text_in_windows(tmp_path, capsys):
-    """A model of bytes. Every byte is predicted once, whatever the window; in one window the numbers are those of the logits."""
+    """A model of bytes. Every byte is predicted once, whatever the window; in one window the
+    numbers are those of the logits.
+    """
     directory = write_checkpoint(tmp_path / "bytes")
     bytes_tokenizer().save(directory / "tokenizer.json")
     text = "naïve café, " * 9
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "empty.txt").write_text("")
     origin = f"hf:{directory}"
-    config = parse(completed(of_checkpoint(origin), ()))
+    config = parse(with_checkpoint_fields(base_config_from(origin), ()))
     for window, pattern, files in ((2_048, "a.txt", 1), (16, "*.txt", 2)):
-        score.run(config, origin, **OFF | {"text": (str(tmp_path / pattern),), "out": str(tmp_path / "t.npz"), "window": window})
+        score.run(
+            config,
+            origin,
+            **OFF
+            | {
+                "text": (str(tmp_path / pattern),),
+                "out": str(tmp_path / "t.npz"),
+                "window": window,
+            },
+        )
         found = dict(np.load(tmp_path / "t.npz"))
         ids = bytes_tokenizer().encode(text)
         np.testing.assert_array_equal(found["ids"], ids)
-        assert found["counts"].tolist() == [len(ids)] + [0] * (files - 1) and found["logprobs"].shape == (len(ids),)
+        assert found["counts"].tolist() == [len(ids)] + [0] * (files - 1) and found[
+            "logprobs"
+        ].shape == (len(ids),)
         if window == 2_048:
-            (tmp_path / "rows.json").write_text(json.dumps({"input_ids": [[bytes_tokenizer().bos, *ids]]}))
-            score.run(config, origin, **OFF | {"tokens": str(tmp_path / "rows.json"), "out": str(tmp_path / "l.npz")})
+            (tmp_path / "rows.json").write_text(
+                json.dumps({"input_ids": [[bytes_tokenizer().bos, *ids]]})
+            )
+            score.run(
+                config,
+                origin,
+                **OFF | {"tokens": str(tmp_path / "rows.json"), "out": str(tmp_path / "l.npz")},
+            )
             logits_TV = np.load(tmp_path / "l.npz")["logits"][0, :-1].astype(np.float64)
             expected = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
-            np.testing.assert_allclose(found["logprobs"], expected[np.arange(len(ids)), ids], atol=1e-4)
+            np.testing.assert_allclose(
+                found["logprobs"], expected[np.arange(len(ids)), ids], atol=1e-4
+            )
     said = capsys.readouterr().out
     assert "perplexity" in said and "a.txt" in said
 
@@ -109,9 +159,13 @@ def test_bad_tokens_are_one_line(what, tmp_path):
     content, words = WRONG[what]
     if content is not None:
         (tmp_path / "rows.json").write_text(content)
-    config = parse(completed(of_checkpoint(f"hf:{GOLDEN / 'qwen3'}"), ()))
+    config = parse(with_checkpoint_fields(base_config_from(f"hf:{GOLDEN / 'qwen3'}"), ()))
     with pytest.raises(UserError) as error:
-        score.run(config, f"hf:{GOLDEN / 'qwen3'}", **OFF | {"tokens": str(tmp_path / "rows.json"), "out": str(tmp_path / "out.npz")})
+        score.run(
+            config,
+            f"hf:{GOLDEN / 'qwen3'}",
+            **OFF | {"tokens": str(tmp_path / "rows.json"), "out": str(tmp_path / "out.npz")},
+        )
     assert words in str(error.value) and not (tmp_path / "out.npz").exists()
 
 

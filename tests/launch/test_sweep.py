@@ -1,4 +1,6 @@
-"""A sweep runs each experiment once, whatever happens in between, and says what came out. The experiments are a few lines of Python, not training."""
+"""A sweep runs each experiment once, whatever happens in between, and says what came out. The
+experiments are a few lines of Python, not training.
+"""
 
 import csv
 import json
@@ -12,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
+from experiment.config_files import Source
 from launch import sweep
-from launch.config_file import Source
 
 ROOT = Path(__file__).parents[2]
 
-# Stands for launch.pretrain: appends a line to a file each time it starts, then does what the fields tell it to.
-EXPERIMENT = '''
+# Stands for launch.pretrain: appends a line to a file each time it starts, then does what the
+# fields tell it to.
+EXPERIMENT = """
 import json, os, pathlib, sys, time
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
 workdir = pathlib.Path(flags["workdir"])
@@ -32,7 +35,7 @@ while 3 <= rate < 4 and not pathlib.Path("repaired").exists():
 steps = int(flags["config.train.steps"]) - (rate == 5 and not pathlib.Path("repaired").exists())
 summary = {"pretrain": {"loss_last": 5 - rate, "text": "x", "on": True}, "steps": steps}
 (workdir / "summary.json").write_text(json.dumps(summary))
-'''
+"""
 
 CONFIG = '''
 from configs.base import get_config
@@ -75,7 +78,10 @@ def test_runs_all_and_tables_the_results(place, capsys):
     assert out.index("Which rate is best?") < out.index("pretrain.loss_last")
     with (place / "runs/results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["train.learning_rate"], row["pretrain.loss_last"], row["steps"], row["exit"]) for row in rows] == [
+    assert [
+        (row["train.learning_rate"], row["pretrain.loss_last"], row["steps"], row["exit"])
+        for row in rows
+    ] == [
         ("0.001", "4.999", "7", "0"),
         ("1.0", "4.0", "7", "0"),
         ("4", "1.0", "7", "0"),
@@ -87,7 +93,9 @@ def test_show_chooses_the_columns(place, capsys):
     go(write(place, (1.0,)), show=("steps",))
     table = capsys.readouterr().out.split("Which rate is best?")[1]
     assert "steps" in table and "pretrain.loss_last" not in table
-    with pytest.raises(UserError, match=r"--show=stpes: no run has it \(has: pretrain.loss_last, steps\)"):
+    with pytest.raises(
+        UserError, match=r"--show=stpes: no run has it \(has: pretrain.loss_last, steps\)"
+    ):
         go(write(place, (1.0,)), show=("stpes",))
 
 
@@ -95,8 +103,15 @@ def test_finished_runs_are_kept_and_failed_ones_go_again(place, capsys):
     source = write(place, (1.0, 2.0))
     with pytest.raises(UserError) as error:
         go(source)
-    assert str(error.value) == "1 of 2 runs failed or were stopped: train.learning_rate=2.0 (exit 1, log runs/train.learning_rate=2.0/sweep.log)"
-    failed = next(line for line in capsys.readouterr().out.splitlines() if "FAILED, exit 1:  train.learning_rate=2.0" in line)
+    assert (
+        str(error.value)
+        == "1 of 2 runs failed or were stopped: train.learning_rate=2.0 (exit 1, log runs/train.learning_rate=2.0/sweep.log)"
+    )
+    failed = next(
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "FAILED, exit 1:  train.learning_rate=2.0" in line
+    )
     assert failed.endswith("error: diverged")
     assert "error: diverged" in (place / "runs/train.learning_rate=2.0/sweep.log").read_text()
     (place / "repaired").touch()
@@ -106,8 +121,12 @@ def test_finished_runs_are_kept_and_failed_ones_go_again(place, capsys):
 
 
 def test_a_run_that_was_stopped_well_goes_again(place, capsys):
-    """A command that gets SIGTERM saves and exits with 0; its summary says that steps are missing."""
-    with pytest.raises(UserError, match=r"1 of 2 runs failed or were stopped: train.learning_rate=5.0 \(exit 143, "):
+    """A command that gets SIGTERM saves and exits with 0; its summary says that steps are
+    missing.
+    """
+    with pytest.raises(
+        UserError, match=r"1 of 2 runs failed or were stopped: train.learning_rate=5.0 \(exit 143, "
+    ):
         go(write(place, (1.0, 5.0)))
     assert "stopped before its end:  train.learning_rate=5.0" in capsys.readouterr().out
     (place / "repaired").touch()
@@ -142,9 +161,19 @@ def test_no_more_than_parallel_at_once(place, parallel, monkeypatch):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_the_sweep_stops_its_runs(place, stop):
     write(place, (3.0,))
-    argv = [sys.executable, "-m", "launch.sweep", "--config=x.py", "--command=fakes.train", "--workdir=runs", "--config.train.steps=7"]
+    argv = [
+        sys.executable,
+        "-m",
+        "launch.sweep",
+        "--config=x.py",
+        "--command=fakes.train",
+        "--workdir=runs",
+        "--config.train.steps=7",
+    ]
     started = place / "runs/train.learning_rate=3.0/starts"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT, and so does what they start
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore SIGINT, and so does what they start
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 300
@@ -177,7 +206,7 @@ BROKEN = {  # the body of sweep(add) -> what the line says; nothing may start
     "add({'seed': 1}); add({'seed': 2}); add({'seed': 1})": "x.py: run 3 of sweep(): the same as run 1",
     "add({}); add({'seed': 0})": "x.py: run 2 of sweep(): the same as run 1",
     "add({'train.steps': 1})": "x.py: run 1 of sweep(): sets train.steps, and so does the command line",
-    "add({'model.moe.groups': 3})": "x.py: run 1 of sweep(): model.moe.groups = 3",
+    "add({'model.moe.n_group': 3})": "x.py: run 1 of sweep(): model.moe.n_group = 3",
     "1 / 0": "x.py:3: ZeroDivisionError",
 }
 
@@ -197,9 +226,13 @@ def test_an_unknown_command_is_named(place):
 
 
 def test_names_are_readable_stable_and_apart():
-    assert sweep.run_name({"train.learning_rate": 1e-3, "model.attention.gate": "element", "model.tie_embeddings": True}) == (
-        "train.learning_rate=0.001,model.attention.gate=element,model.tie_embeddings=true"
-    )
+    assert sweep.run_name(
+        {
+            "train.learning_rate": 1e-3,
+            "model.mla.gate": "element",
+            "model.tie_word_embeddings": True,
+        }
+    ) == ("train.learning_rate=0.001,model.mla.gate=element,model.tie_word_embeddings=true")
     assert sweep.run_name({}) == "unchanged"
     a, b = (sweep.run_name({"data.sources": (f"text:{glob}",)}) for glob in ("a/*.py", "a?*.py"))
     assert a != b and not set(a + b) & set("/*'() ")
@@ -209,5 +242,7 @@ def test_names_are_readable_stable_and_apart():
 
 def test_the_sweep_of_the_readme_needs_no_other_run(tmp_path):
     """Its runs differ in shape, so no checkpoint would fit them all."""
-    question, runs = sweep.plan(Source(str(ROOT / "configs/gate_sweep.py"), ()), "pretrain", tmp_path)
+    question, runs = sweep.plan(
+        Source(str(ROOT / "configs/gate_sweep.py"), ()), "pretrain", tmp_path
+    )
     assert question and len(runs) == 6 and {run.config["init_from"] for run in runs} == {""}

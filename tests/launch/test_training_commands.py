@@ -1,4 +1,6 @@
-"""The training commands themselves, on a tiny model: stop and resume, bad gradients, whose workdir it is."""
+"""The training commands themselves, on a tiny model: stop and resume, bad gradients, whose workdir
+it is.
+"""
 
 import dataclasses
 import json
@@ -9,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from checkpoints.training import Checkpoints
 from configs import base
 from errors import UserError
+from experiment.schema import Config, parse
+from experiment.setup import load_variables, run_variables, set_up, with_vocab_size
 from launch import finetune, pretrain, reinforce
-from launch.door import Config, parse
-from launch.start import load_variables, run_variables, sized, start
 from model.sharding import make_mesh
-from train.checkpoint import Checkpoints
 from train.interrupt import Interrupt
 
 
@@ -23,15 +25,26 @@ def tiny(**changes) -> Config:
     """A config of a few thousand parameters on bytes; `section__field=value` changes a field."""
     c = base.get_config()
     c.tokenizer.kind = "bytes"
-    c.model.width, c.model.layers, c.model.dense_width = 16, 2, 32
-    c.model.attention.update({"heads": 2, "query_rank": 8, "latent_rank": 8, "nope_width": 8, "rope_width": 4, "value_width": 8})
-    c.model.indexer.update({"heads": 2, "width": 8, "rope_width": 4, "topk": 8})
-    c.model.moe.update({"experts": 4, "width": 16})
+    c.model.hidden_size, c.model.num_hidden_layers, c.model.intermediate_size = 16, 2, 32
+    c.model.mla.update(
+        {
+            "num_attention_heads": 2,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        }
+    )
+    c.model.indexer.update({"n_heads": 2, "head_dim": 8, "rope_head_dim": 4, "topk": 8})
+    c.model.moe.update({"num_experts": 4, "intermediate_size": 16})
     c.data.sources, c.data.mixture = ("task:arithmetic?count=200",), (1.0,)
-    c.data.sequence, c.data.batch, c.data.fim_rate = 32, 8, 0.0
-    c.train.update({"steps": 4, "warmup_steps": 1, "log_every": 1, "eval_batches": 1, "save_every": 100})
-    c.sampling.update({"max_prompt": 160, "max_new": 8})
-    c.reinforce.update({"prompts": 8, "group": 2, "task": "task:arithmetic"})
+    c.data.seq_len, c.data.batch_size, c.data.fim_rate = 32, 8, 0.0
+    c.train.update(
+        {"steps": 4, "warmup_steps": 1, "log_every": 1, "eval_batches": 1, "save_every": 100}
+    )
+    c.sampling.update({"max_prompt_tokens": 160, "max_new_tokens": 8})
+    c.reinforce.update({"prompts_per_step": 8, "group_size": 2, "task": "task:arithmetic"})
     for name, value in changes.items():
         section, field = name.split("__")
         c[section][field] = value
@@ -41,12 +54,15 @@ def tiny(**changes) -> Config:
 def final_variables(config: Config, workdir: Path) -> dict:
     from data.tokenizer import load_tokenizer
 
-    model = sized(config.model, load_tokenizer(workdir / "tokenizer.json"))
+    model = with_vocab_size(config.model, load_tokenizer(workdir / "tokenizer.json"))
     return jax.device_get(load_variables(model, make_mesh(config.mesh), workdir))
 
 
 def losses(workdir: Path) -> list:
-    return [(line["step"], line.get("loss")) for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())]
+    return [
+        (line["step"], line.get("loss"))
+        for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    ]
 
 
 def stopped_at(step: int, monkeypatch) -> None:
@@ -55,12 +71,18 @@ def stopped_at(step: int, monkeypatch) -> None:
 
 
 CHAT = {"data__sources": ("task:arithmetic?count=200&style=chat",)}
-COMMANDS = {"pretrain": (pretrain.run, {}), "finetune": (finetune.run, CHAT), "reinforce": (reinforce.run, {})}
+COMMANDS = {
+    "pretrain": (pretrain.run, {}),
+    "finetune": (finetune.run, CHAT),
+    "reinforce": (reinforce.run, {}),
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_stopped_and_resumed_is_bit_identical_to_never_stopped(name, tmp_path, monkeypatch):
-    """Parameters, router bias and metrics: state, data cursor (in the middle of a packed row) and sampling keys all come back."""
+    """Parameters, router bias and metrics: state, data cursor (in the middle of a packed row) and
+    sampling keys all come back.
+    """
     run, changes = COMMANDS[name]
     config = tiny(**changes, train__stage="sparse")
     assert run(config, tmp_path / "whole")
@@ -70,7 +92,9 @@ def test_stopped_and_resumed_is_bit_identical_to_never_stopped(name, tmp_path, m
     with Checkpoints(tmp_path / "parts" / "checkpoints", keep=1) as checkpoints:
         assert checkpoints.latest() == 2
     assert run(config, tmp_path / "parts")
-    chex.assert_trees_all_equal(final_variables(config, tmp_path / "parts"), final_variables(config, tmp_path / "whole"))
+    chex.assert_trees_all_equal(
+        final_variables(config, tmp_path / "parts"), final_variables(config, tmp_path / "whole")
+    )
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
@@ -84,38 +108,60 @@ def test_a_finished_run_given_again_changes_nothing(tmp_path):
 
 def test_indexer_warmup_moves_the_indexer_alone(tmp_path):
     pretrain.run(tiny(train__steps=1), tmp_path / "dense")
-    config = dataclasses.replace(tiny(train__stage="warmup", train__steps=2, train__learning_rate=0.1), init_from=str(tmp_path / "dense"))
+    config = dataclasses.replace(
+        tiny(train__stage="warmup", train__steps=2, train__learning_rate=0.1),
+        init_from=str(tmp_path / "dense"),
+    )
     pretrain.run(config, tmp_path / "warmup")
     before, after = (final_variables(config, tmp_path / name) for name in ("dense", "warmup"))
-    for path, moved in jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)):
+    for path, moved in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
+    ):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert moved == ("indexer" in name), name
 
 
 def test_a_run_that_started_from_another_is_read_from_its_own_checkpoints(tmp_path):
-    """As launch.evaluate and launch.sample do, with the run's own config; from `init_from` only where there is no checkpoint."""
+    """As launch.evaluate and launch.sample do, with the run's own config; from `init_from` only
+    where there is no checkpoint.
+    """
     pretrain.run(tiny(train__steps=1), tmp_path / "first")
     config = dataclasses.replace(tiny(train__steps=2), init_from=str(tmp_path / "first"))
     pretrain.run(config, tmp_path / "second")
     first, second = (final_variables(config, tmp_path / name) for name in ("first", "second"))
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
-    begin = start(config, tmp_path / "second", rows=8, trains=True)
+    assert any(
+        np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    )
+    begin = set_up(config, tmp_path / "second", rows=8, trains=True)
     chex.assert_trees_all_equal(jax.device_get(run_variables(begin, tmp_path / "second")), second)
     chex.assert_trees_all_equal(jax.device_get(run_variables(begin, tmp_path / "results")), first)
     other = dataclasses.replace(begin, config=dataclasses.replace(config, init_from="elsewhere"))
-    with pytest.raises(UserError, match=r"init_from = 'elsewhere': .*second has checkpoints of its own; to read 'elsewhere' give another --workdir"):
+    with pytest.raises(
+        UserError,
+        match=r"init_from = 'elsewhere': .*second has checkpoints of its own; to read 'elsewhere' give another --workdir",
+    ):
         run_variables(other, tmp_path / "second")
 
 
 def test_gradients_that_are_never_finite_stop_the_run_with_one_line(tmp_path):
-    config = tiny(train__learning_rate=1e30, train__max_skipped=3, train__steps=50, train__warmup_steps=0, train__eval_batches=0)
-    with pytest.raises(UserError, match=r"the gradients of the last 3 steps were not finite \(train.max_skipped\)"):
+    config = tiny(
+        train__learning_rate=1e30,
+        train__max_skipped=3,
+        train__steps=50,
+        train__warmup_steps=0,
+        train__eval_batches=0,
+    )
+    with pytest.raises(
+        UserError, match=r"the gradients of the last 3 steps were not finite \(train.max_skipped\)"
+    ):
         pretrain.run(config, tmp_path)
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
     pretrain.run(tiny(train__steps=1), tmp_path)
-    with pytest.raises(UserError, match=r"belongs to another config \(train.learning_rate: 0.001 there, 0.5 here\)"):
+    with pytest.raises(
+        UserError, match=r"belongs to another config \(train.learning_rate: 0.001 there, 0.5 here\)"
+    ):
         pretrain.run(tiny(train__steps=1, train__learning_rate=0.5), tmp_path)
 
 
@@ -139,13 +185,24 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__stage": "dense"}, "sampling.attention = 'sparse': must be 'dense', as train.stage is"),
+        (
+            {"train__stage": "dense"},
+            "sampling.attention = 'sparse': must be 'dense', as train.stage is",
+        ),
         ({"train__stage": "warmup"}, "train.stage = 'warmup': trains the indexer alone"),
-        ({"train__stage": "sparse", "sampling__temperature": 0.0}, "sampling.temperature = 0: all completions of a prompt would be the same"),
-        ({"train__stage": "sparse", "train__microbatches": 8, "reinforce__minibatches": 4}, "train.microbatches = 8: does not divide the 4 completions"),
+        (
+            {"train__stage": "sparse", "sampling__temperature": 0.0},
+            "sampling.temperature = 0: all completions of a prompt would be the same",
+        ),
+        (
+            {"train__stage": "sparse", "train__microbatches": 8, "reinforce__minibatches": 4},
+            "train.microbatches = 8: does not divide the 4 completions",
+        ),
     ],
 )
-def test_sections_that_do_not_go_together_are_refused_before_anything_is_written(changes, message, tmp_path):
+def test_sections_that_do_not_go_together_are_refused_before_anything_is_written(
+    changes, message, tmp_path
+):
     with pytest.raises(UserError, match=message):
         reinforce.run(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
-"""A run over two processes, as on two hosts, is the run over two devices of one: parameters, rollouts and held-out text lie on both."""
+"""A run over two processes, as on two hosts, is the run over two devices of one: parameters,
+rollouts and held-out text lie on both.
+"""
 
 import json
 import os
@@ -12,7 +14,8 @@ import pytest
 from tests.ports import free_address
 
 ROOT = Path(__file__).parents[2]
-# Random bytes are never a right answer: a reward that some completions earn and some do not, so that there is a gradient.
+# Random bytes are never a right answer: a reward that some completions earn and some do not, so
+# that there is a gradient.
 SCRIPT = """
 import dataclasses
 from launch import evaluate, pretrain, reinforce
@@ -32,12 +35,12 @@ from configs import base
 def get_config():
     c = base.get_config()
     c.tokenizer.kind = "bytes"
-    c.model.width, c.model.layers, c.model.dense_width, c.model.canon, c.model.init_std = 16, 2, 32, 2, 0.2
-    c.model.attention.update({"heads": 2, "query_rank": 8, "latent_rank": 8, "nope_width": 8, "rope_width": 4, "value_width": 8})
+    c.model.hidden_size, c.model.num_hidden_layers, c.model.intermediate_size, c.model.canon_kernel_size, c.model.initializer_range = 16, 2, 32, 2, 0.2
+    c.model.mla.update({"heads": 2, "query_rank": 8, "latent_rank": 8, "nope_width": 8, "rope_width": 4, "value_width": 8})
     c.model.indexer.update({"heads": 2, "width": 8, "rope_width": 4, "topk": 8})
     c.model.moe.update({"experts": 4, "width": 16})
     c.data.sources, c.data.fim_sources = ("task:arithmetic?count=200",), ("task",)
-    c.data.sequence, c.data.batch = 128, 8
+    c.data.seq_len, c.data.batch_size = 128, 8
     c.mesh.data, c.mesh.fsdp = 1, 2  # parameters too are spread over the hosts
     c.train.update({"steps": 2, "warmup_steps": 1, "log_every": 1, "eval_batches": 1, "stage": "sparse"})
     c.sampling.update({"max_prompt": 160, "max_new": 8})
@@ -51,35 +54,69 @@ def begun(workdir: Path, *flags: str, **environment: str) -> subprocess.Popen:
     config = workdir.parent / "two.py"
     config.write_text(CONFIG)
     words = [sys.executable, "-c", SCRIPT, f"--config={config}", f"--workdir={workdir}", *flags]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"} | environment
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = (
+        os.environ
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        | environment
+    )
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def ended(*processes: subprocess.Popen) -> None:
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(output[-3000:] for output in outputs)
+    assert not any(process.returncode for process in processes), "\n".join(
+        output[-3000:] for output in outputs
+    )
 
 
 def measured(workdir: Path) -> list[dict]:
     """What reinforcement measured, without times."""
     lines = map(json.loads, (workdir / "reinforce" / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if "second" not in name and name not in ("time", "tokens_per_s", "stage")} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if "second" not in name and name not in ("time", "tokens_per_s", "stage")
+        }
+        for line in lines
+    ]
 
 
 @pytest.mark.slow
 def test_two_processes_are_two_devices(tmp_path):
-    """From the same parameters; pretraining itself reads other documents in each process, so there it only has to end."""
+    """From the same parameters; pretraining itself reads other documents in each process, so there
+    it only has to end.
+    """
     alone, hosts = tmp_path / "alone", tmp_path / "hosts"
     ended(begun(alone, "--pretend_devices=2"))
     address = free_address()
-    ended(*(begun(hosts, f"--config.init_from={alone / 'pretrain'}", ATHANOR_DISTRIBUTED=f"{address},{process},2") for process in range(2)))
+    ended(
+        *(
+            begun(
+                hosts,
+                f"--config.init_from={alone / 'pretrain'}",
+                ATHANOR_DISTRIBUTED=f"{address},{process},2",
+            )
+            for process in range(2)
+        )
+    )
 
     found, expected = measured(hosts), measured(alone)
     assert [0 < line["reward"] < 1 and line["grad_norm"] > 0 for line in expected] == [True, True]
     for one, other in zip(found, expected, strict=True):
         for name in other:  # float32 sums in another order, over two updates
             np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-5, err_msg=name)
-    found, expected = (json.loads((workdir / "evaluation" / "evaluation.json").read_text()) for workdir in (hosts, alone))
+    found, expected = (
+        json.loads((workdir / "evaluation" / "evaluation.json").read_text())
+        for workdir in (hosts, alone)
+    )
     assert expected["middle_loss_with_suffix"] > 0 and expected["indexer_recall"] > 0
     for name in ("middle_loss_with_suffix", "middle_loss_without_suffix", "completion_length"):
         assert found[name] == pytest.approx(expected[name], rel=1e-3), name

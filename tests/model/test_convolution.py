@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from model.convolution import Canon
+from model.layers.convolution import Canon
 from tests import tiny
 
 TAPS, D = 4, 5
@@ -25,13 +25,19 @@ def by_loop(x_BTD, segments_BT, weight_KD) -> np.ndarray:
 def drawn():
     rng = np.random.default_rng(0)
     segments_BT = np.asarray(tiny.batch_of()["segments"])
-    return rng.normal(size=(*segments_BT.shape, D)).astype(np.float32), segments_BT, rng.normal(size=(TAPS, D)).astype(np.float32)
+    return (
+        rng.normal(size=(*segments_BT.shape, D)).astype(np.float32),
+        segments_BT,
+        rng.normal(size=(TAPS, D)).astype(np.float32),
+    )
 
 
 def test_is_the_loop_inside_each_segment(drawn):
     x_BTD, segments_BT, weight_KD = drawn
     y_BTD, _ = Canon(TAPS).apply({"params": {"taps": weight_KD}}, x_BTD, segments_BT)
-    np.testing.assert_allclose(y_BTD, by_loop(*drawn), atol=1e-5)  # four products of size 1 in float32
+    np.testing.assert_allclose(
+        y_BTD, by_loop(*drawn), atol=1e-5
+    )  # four products of size 1 in float32
 
 
 @pytest.mark.parametrize("cuts", [(12,), (1, 2, 3), tuple(range(1, 24))], ids=str)
@@ -42,7 +48,9 @@ def test_pieces_of_a_row_are_the_row(drawn, cuts):
     whole_BTD, whole_recent_BKD = Canon(TAPS).apply({"params": {"taps": weight_KD}}, x_BTD, ones_BT)
     recent_BKD, found = None, []
     for x_BCD in np.split(x_BTD, cuts, axis=1):
-        y_BCD, recent_BKD = Canon(TAPS).apply({"params": {"taps": weight_KD}}, x_BCD, ones_BT[:, : x_BCD.shape[1]], recent_BKD)
+        y_BCD, recent_BKD = Canon(TAPS).apply(
+            {"params": {"taps": weight_KD}}, x_BCD, ones_BT[:, : x_BCD.shape[1]], recent_BKD
+        )
         assert recent_BKD.shape == (len(x_BTD), TAPS - 1, D)
         found.append(y_BCD)
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole_BTD, atol=1e-5)
@@ -51,7 +59,9 @@ def test_pieces_of_a_row_are_the_row(drawn, cuts):
 
 def test_what_is_recent_stops_at_the_segment(drawn):
     x_BTD, _, weight_KD = drawn
-    segments_BT = np.asarray([[0] * 23 + [1], [0] * 22 + [1] * 2, [1] * 21 + [2] * 3, [1] * 24], np.int32)
+    segments_BT = np.asarray(
+        [[0] * 23 + [1], [0] * 22 + [1] * 2, [1] * 21 + [2] * 3, [1] * 24], np.int32
+    )
     _, recent_BKD = Canon(TAPS).apply({"params": {"taps": weight_KD}}, x_BTD, segments_BT)
     reach = [1, 2, 3, 3]
     for row, count in enumerate(reach):
@@ -60,11 +70,15 @@ def test_what_is_recent_stops_at_the_segment(drawn):
 
 
 def test_starts_uniform():
-    taps = jax.jit(Canon(TAPS).init)(jax.random.key(0), jnp.zeros((1, 2, 5000)), jnp.ones((1, 2), jnp.int32))["params"]["taps"].value
-    assert float(jnp.max(jnp.abs(taps))) <= 0.5 and abs(float(jnp.std(taps)) - 1 / 12**0.5) < 0.01  # of uniform in +-1/2; 20,000 draws
+    taps = jax.jit(Canon(TAPS).init)(
+        jax.random.key(0), jnp.zeros((1, 2, 5000)), jnp.ones((1, 2), jnp.int32)
+    )["params"]["taps"].value
+    assert (
+        float(jnp.max(jnp.abs(taps))) <= 0.5 and abs(float(jnp.std(taps)) - 1 / 12**0.5) < 0.01
+    )  # of uniform in +-1/2; 20,000 draws
 
 
 @pytest.mark.parametrize("taps", [-1, 1])
 def test_one_tap_is_refused(taps):
-    with pytest.raises(UserError, match=f"model.canon = {taps}: must be 0"):
-        tiny.model_config(canon=taps)
+    with pytest.raises(UserError, match=f"model.canon_kernel_size = {taps}: must be 0"):
+        tiny.model_config(canon_kernel_size=taps)

@@ -1,18 +1,20 @@
-"""The ways one new token may attend over what is remembered are one function: a gather, kernels over tiles, a mask; with all of attention's mass, or the fewest
-keys that hold a share of it."""
+"""The ways one new token may attend over what is remembered are one function: a gather, kernels
+over tiles, a mask; with all of attention's mass, or the fewest keys that hold a share of it.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attend import IndexerInputs, attend_cached, attend_latent, attend_tiles
+from kernels import sparse_decode
+from kernels.reference import IndexerQuery, indexer_scores, select_topk
+from kernels.sparse_decode import CROSSOVER, in_tiles, to_tiles
+from model.attention.decode import attend_cached, attend_latent, attend_tiles
+from model.attention.int4 import quantise
+from model.attention.reference import IndexerInputs
 from model.cache import Cache
 from model.decode import decode_step, decode_weights, prefill
-from model.indexer import IndexerQuery, indexer_scores, select_topk
-from model.int4 import quantise
-from model.kernels import sparse_decode
-from model.kernels.sparse_decode import CROSSOVER, in_tiles, to_tiles
 from model.sharding import MeshConfig, make_mesh
 from tests import tiny
 
@@ -21,12 +23,22 @@ EXACT = 1e-5  # float32, products summed in another order
 
 
 def inputs(queries: int = 1):
-    """Rows of several lengths, one of which may attend to nothing; the last `queries` tokens ask."""
+    """Rows of several lengths, one of which may attend to nothing; the last `queries` tokens
+    ask.
+    """
     rng = np.random.default_rng(0)
-    q, latent = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, queries, N, R), (B, S, R)))
-    iq, ik, iw = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, queries, 2, 8), (B, S, 8), (B, queries, 2)))
+    q, latent = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((B, queries, N, R), (B, S, R))
+    )
+    iq, ik, iw = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((B, queries, 2, 8), (B, S, 8), (B, queries, 2))
+    )
     first_B1 = np.array([[0], [5], [33], [S]])
-    allowed_BTS = (np.arange(S) >= first_B1)[:, None] & (np.arange(S) <= np.arange(S - queries, S)[:, None])
+    allowed_BTS = (np.arange(S) >= first_B1)[:, None] & (
+        np.arange(S) <= np.arange(S - queries, S)[:, None]
+    )
     return q, latent, jnp.asarray(allowed_BTS), IndexerInputs(IndexerQuery(iq, iw), ik)
 
 
@@ -48,13 +60,29 @@ def test_a_gather_a_mask_and_the_kernels_are_one(mass, monkeypatch):
     q, latent, allowed, indexer = inputs()
     gathered = attend_latent(q, latent, V, allowed, indexer, topk=TOPK, mass=mass)
     with monkeypatch.context() as on_a_gpu:
-        on_a_gpu.setattr("model.attend.platform", lambda: "gpu")
+        on_a_gpu.setattr("model.attention.decode.platform", lambda: "gpu")
         on_a_gpu.setattr(jax.lax, "top_k", None)
-        tiny.assert_close(attend_latent(q, latent, V, allowed, indexer, topk=TOPK, mass=mass), gathered, atol=EXACT)
-    tiny.assert_close(attend_latent(q, to_tiles(latent), V, allowed, indexer, topk=TOPK, mass=mass), gathered, atol=EXACT)
+        tiny.assert_close(
+            attend_latent(q, latent, V, allowed, indexer, topk=TOPK, mass=mass),
+            gathered,
+            atol=EXACT,
+        )
+    tiny.assert_close(
+        attend_latent(q, to_tiles(latent), V, allowed, indexer, topk=TOPK, mass=mass),
+        gathered,
+        atol=EXACT,
+    )
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), (q, allowed, indexer.query))
     for cache in (latent, to_tiles(latent)):  # two queries a row are masked
-        masked = attend_latent(twice[0], cache, V, twice[1], IndexerInputs(twice[2], indexer.k_BSC), topk=TOPK, mass=mass)
+        masked = attend_latent(
+            twice[0],
+            cache,
+            V,
+            twice[1],
+            IndexerInputs(twice[2], indexer.k_BSC),
+            topk=TOPK,
+            mass=mass,
+        )
         tiny.assert_close(masked[:, 1:], gathered, atol=EXACT)
     assert not jnp.any(gathered[-1]) and jnp.all(jnp.any(gathered[:-1], axis=-1))
 
@@ -67,26 +95,42 @@ def test_with_an_indexer_the_fewest_of_the_selected_are_read():
     for b in range(B - 1):
         kept[b, 0] = fewest(softmax(np.asarray(scores[b, 0]), selected[b, 0]), 0.6)
     assert np.all(kept.sum(axis=-1)[:-1] < selected.sum(axis=-1)[:-1])
-    tiny.assert_close(found, attend_latent(q, latent, V, jnp.asarray(kept), None, topk=TOPK), atol=EXACT)
+    tiny.assert_close(
+        found, attend_latent(q, latent, V, jnp.asarray(kept), None, topk=TOPK), atol=EXACT
+    )
 
 
 def test_without_one_every_head_has_its_mass_of_the_estimate():
     q, latent, allowed, _ = inputs()
-    found = attend_latent(q, latent, V, allowed, None, topk=TOPK, mass=0.6, estimate=quantise(latent, R))
+    found = attend_latent(
+        q, latent, V, allowed, None, topk=TOPK, mass=0.6, estimate=quantise(latent, R)
+    )
     kept = np.zeros((B, 1, S), bool)
     estimate = sparse_decode.from_tiles(to_tiles(latent), R)  # as it was
     step = (estimate.max(axis=-1, keepdims=True) - estimate.min(axis=-1, keepdims=True)) / 15
-    estimate = estimate.min(axis=-1, keepdims=True) + step * jnp.round((estimate - estimate.min(axis=-1, keepdims=True)) / step)
+    estimate = estimate.min(axis=-1, keepdims=True) + step * jnp.round(
+        (estimate - estimate.min(axis=-1, keepdims=True)) / step
+    )
     for b in range(B - 1):
         for n in range(N):
-            kept[b, 0] |= fewest(softmax(np.asarray(estimate[b] @ q[b, 0, n]), np.asarray(allowed[b, 0])), 0.6)
-    assert np.all(kept.sum(axis=-1)[:-1] <= np.asarray(allowed).sum(axis=-1)[:-1]) and kept.sum() < np.asarray(allowed).sum()
-    tiny.assert_close(found, attend_latent(q, latent, V, jnp.asarray(kept), None, topk=TOPK), atol=EXACT)
+            kept[b, 0] |= fewest(
+                softmax(np.asarray(estimate[b] @ q[b, 0, n]), np.asarray(allowed[b, 0])), 0.6
+            )
+    assert (
+        np.all(kept.sum(axis=-1)[:-1] <= np.asarray(allowed).sum(axis=-1)[:-1])
+        and kept.sum() < np.asarray(allowed).sum()
+    )
+    tiny.assert_close(
+        found, attend_latent(q, latent, V, jnp.asarray(kept), None, topk=TOPK), atol=EXACT
+    )
 
 
 def test_heads_that_share_keys_keep_them_together():
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, 1, 4, 8), (B, S, 2, 8), (B, S, 2, 8)))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((B, 1, 4, 8), (B, S, 2, 8), (B, S, 2, 8))
+    )
     _, _, allowed, _ = inputs()
     found = attend_cached(q, k, v, allowed, mass=0.6, estimate=quantise(k, 8))
     low, high = k.min(axis=-1, keepdims=True), k.max(axis=-1, keepdims=True)
@@ -95,8 +139,15 @@ def test_heads_that_share_keys_keep_them_together():
         mine, kept = slice(2 * head, 2 * head + 2), np.zeros((B, 1, S), bool)
         for b in range(B - 1):
             for n in (2 * head, 2 * head + 1):
-                kept[b, 0] |= fewest(softmax(np.asarray(estimate[b, :, head] @ q[b, 0, n]), np.asarray(allowed[b, 0])), 0.6)
-        alone = attend_cached(q[:, :, mine], k[:, :, head : head + 1], v[:, :, head : head + 1], jnp.asarray(kept))
+                kept[b, 0] |= fewest(
+                    softmax(
+                        np.asarray(estimate[b, :, head] @ q[b, 0, n]), np.asarray(allowed[b, 0])
+                    ),
+                    0.6,
+                )
+        alone = attend_cached(
+            q[:, :, mine], k[:, :, head : head + 1], v[:, :, head : head + 1], jnp.asarray(kept)
+        )
         tiny.assert_close(found[:, :, mine], alone, atol=EXACT)
 
 
@@ -105,7 +156,9 @@ def test_the_kernels_on_a_mesh_are_those_on_one_device():
     q, latent, allowed, indexer = inputs()
     alone = attend_tiles(q, to_tiles(latent), V, allowed, indexer, TOPK, 1.0)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, expert=1, tensor=2), jax.devices()[:4])):
-        shared = jax.jit(attend_tiles, static_argnums=(2, 5, 6))(q, to_tiles(latent), V, allowed, indexer, TOPK, 1.0)
+        shared = jax.jit(attend_tiles, static_argnums=(2, 5, 6))(
+            q, to_tiles(latent), V, allowed, indexer, TOPK, 1.0
+        )
     tiny.assert_close(jax.device_get(shared), jax.device_get(alone), atol=EXACT)
 
 
@@ -115,14 +168,28 @@ def test_the_table():
     assert not in_tiles("cpu", 10 * CROSSOVER, 2_048) and not in_tiles("gpu", 10 * CROSSOVER, 2_048)
 
 
-CONFIG = tiny.model_config(layers=1, mtp_depth=0)
-HYBRID = tiny.model_config(layers=2, dense_layers=2, attention_kinds=("mla", "gqa"), mtp_depth=0, indexer={"heads": 0})
+CONFIG = tiny.model_config(num_hidden_layers=1, num_nextn_predict_layers=0)
+HYBRID = tiny.model_config(
+    num_hidden_layers=2,
+    first_k_dense_replace=2,
+    layer_types=("mla", "gqa"),
+    num_nextn_predict_layers=0,
+    indexer={"n_heads": 0},
+)
 
 
 def decoded(config, stage: str, mass: float, steps: int = 3) -> jax.Array:
     """Logits after a prompt and each of some tokens."""
     batch, variables = tiny.batch_of((((0, 3), (1, 21)), ((1, 24),))), tiny.variables(config)
-    cache, logits_BV = prefill(config, variables, batch["tokens"][:, :-steps], batch["segments"][:, :-steps], tiny.T, stage, mass)
+    cache, logits_BV = prefill(
+        config,
+        variables,
+        batch["tokens"][:, :-steps],
+        batch["segments"][:, :-steps],
+        tiny.T,
+        stage,
+        mass,
+    )
     weights, found = decode_weights(config, variables, len(logits_BV)), [logits_BV]
     step = jax.jit(lambda tokens_B, cache: decode_step(config, weights, tokens_B, cache, stage))
     for t in range(tiny.T - steps, tiny.T):
@@ -133,7 +200,9 @@ def decoded(config, stage: str, mass: float, steps: int = 3) -> jax.Array:
 
 @pytest.mark.parametrize("mass", [1.0, 0.7])
 def test_a_model_decodes_from_tiles_what_it_does_from_rows(mass, monkeypatch):
-    """Prefill fills the tiles, each step reads them. Sums of float32 in another order, EXACT in attention, and a layer behind it ten times as much."""
+    """Prefill fills the tiles, each step reads them. Sums of float32 in another order, EXACT in
+    attention, and a layer behind it ten times as much.
+    """
     expected = decoded(CONFIG, "sparse", mass)
     monkeypatch.setattr(sparse_decode, "in_tiles", lambda platform, slots, topk: True)
     assert Cache.empty(CONFIG, 2, tiny.T, "sparse").layers[0].attention.latent_BSR.ndim == 5
@@ -141,9 +210,13 @@ def test_a_model_decodes_from_tiles_what_it_does_from_rows(mass, monkeypatch):
     tiny.assert_close(decoded(CONFIG, "sparse", mass), expected, atol=10 * EXACT)
 
 
-@pytest.mark.parametrize(("config", "stage"), [(CONFIG, "sparse"), (HYBRID, "dense")], ids=["indexer", "four bits"])
+@pytest.mark.parametrize(
+    ("config", "stage"), [(CONFIG, "sparse"), (HYBRID, "dense")], ids=["indexer", "four bits"]
+)
 def test_less_mass_is_another_model_and_almost_all_is_not(config, stage):
-    """The prompt is read in full either way; with a mass of almost 1 what is left out weighs less than 1e-5."""
+    """The prompt is read in full either way; with a mass of almost 1 what is left out weighs less
+    than 1e-5.
+    """
     whole = decoded(config, stage, 1.0)
     tiny.assert_close(decoded(config, stage, 1 - 1e-6), whole, atol=1e-3)
     half = decoded(config, stage, 0.5)

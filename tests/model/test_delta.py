@@ -1,4 +1,6 @@
-"""Gated DeltaNet: the chunked form against the recurrent one, the recurrent one against the paper's matrices, packing, and decoding."""
+"""Gated DeltaNet: the chunked form against the recurrent one, the recurrent one against the paper's
+matrices, packing, and decoding.
+"""
 
 import functools
 
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.delta import chunked_delta, decay_biases, recurrent_delta, unit_length
+from model.layers.delta import chunked_delta, decay_biases, recurrent_delta, unit_length
 from tests import tiny
 
 B, N, H, V = 4, 3, 6, 5
@@ -15,7 +17,9 @@ chunked = jax.jit(chunked_delta, static_argnames="chunk")
 
 
 def drawn(length: int):
-    """Queries and keys of unit length, decays between 0.05 and 1, writing strengths over all of (0, 1)."""
+    """Queries and keys of unit length, decays between 0.05 and 1, writing strengths over all of (0,
+    1).
+    """
     rng = np.random.default_rng(0)
 
     def draw(*shape):
@@ -26,11 +30,15 @@ def drawn(length: int):
 
 
 def test_recurrent_is_the_equation():
-    """arXiv 2412.06464, eq. 10, one row and head by matrices: S_t = a S_{t-1} (I - b k k^T) + b v k^T, S being V x H there."""
+    """arXiv 2412.06464, eq. 10, one row and head by matrices: S_t = a S_{t-1} (I - b k k^T) + b v
+    k^T, S being V x H there.
+    """
     q, k, v, log_a, b = (np.asarray(x, np.float64)[1, :, 2] for x in drawn(12))
     S, expected = np.zeros((V, H)), []
     for t in range(12):
-        S = np.exp(log_a[t]) * S @ (np.eye(H) - b[t] * np.outer(k[t], k[t])) + b[t] * np.outer(v[t], k[t])
+        S = np.exp(log_a[t]) * S @ (np.eye(H) - b[t] * np.outer(k[t], k[t])) + b[t] * np.outer(
+            v[t], k[t]
+        )
         expected.append(S @ q[t])
     found, state_BNHV = recurrent_delta(*drawn(12), jnp.zeros((B, N, H, V)))
     np.testing.assert_allclose(found[1, :, 2], expected, atol=1e-5)
@@ -39,7 +47,9 @@ def test_recurrent_is_the_equation():
 
 @pytest.mark.parametrize(("length", "chunk"), [(128, 64), (70, 64), (33, 8), (5, 64), (1, 8)])
 def test_chunked_is_recurrent(length, chunk):
-    """To 1e-5 in float32, values, last state and every gradient; with a state to begin with. Lengths that chunks divide and that they do not."""
+    """To 1e-5 in float32, values, last state and every gradient; with a state to begin with.
+    Lengths that chunks divide and that they do not.
+    """
     inputs = (*drawn(length), jax.random.normal(jax.random.key(1), (B, N, H, V)))
     ones_BT = jnp.ones((B, length), jnp.int32)
 
@@ -48,7 +58,9 @@ def test_chunked_is_recurrent(length, chunk):
         return jnp.sum(jnp.sin(o_BTNV)) + jnp.sum(jnp.cos(state_BNHV)), (o_BTNV, state_BNHV)
 
     def both(form):
-        return jax.jit(jax.value_and_grad(functools.partial(loss, form), argnums=range(6), has_aux=True))(*inputs)
+        return jax.jit(
+            jax.value_and_grad(functools.partial(loss, form), argnums=range(6), has_aux=True)
+        )(*inputs)
 
     found = both(lambda *inputs: chunked_delta(*inputs[:5], ones_BT, inputs[5], chunk))
     expected = both(recurrent_delta)
@@ -57,7 +69,9 @@ def test_chunked_is_recurrent(length, chunk):
 
 
 def test_packed_is_separate():
-    """Each segment of a packed row by itself, from an empty state; padding writes nothing and reads zeros; the last state is the last segment's."""
+    """Each segment of a packed row by itself, from an empty state; padding writes nothing and reads
+    zeros; the last state is the last segment's.
+    """
     inputs, batch = drawn(tiny.T), tiny.batch_of()
     empty = jnp.zeros((B, N, H, V))
     for chunk in (4, 8, 64):
@@ -65,22 +79,33 @@ def test_packed_is_separate():
         for row, runs in enumerate(tiny.LAYOUT):
             at = 0
             for segment, length in runs:
-                piece = jax.tree.map(lambda x, at=at, row=row, length=length: x[row : row + 1, at : at + length], inputs)
+                piece = jax.tree.map(
+                    lambda x, at=at, row=row, length=length: x[row : row + 1, at : at + length],
+                    inputs,
+                )
                 alone, last = recurrent_delta(*piece, empty[:1])
-                expected, last = (alone[0], last[0]) if segment else (jnp.zeros_like(alone[0]), empty[0])
+                expected, last = (
+                    (alone[0], last[0]) if segment else (jnp.zeros_like(alone[0]), empty[0])
+                )
                 tiny.assert_close(o_BTNV[row, at : at + length], expected, atol=1e-5)
                 at += length
             tiny.assert_close(state_BNHV[row], last, atol=1e-5)
 
 
 def test_decays_too_strong_for_float32_are_no_nan():
-    """A chunk over which the state decays to nothing: exp of the sum underflows, and its inverse must not be needed."""
+    """A chunk over which the state decays to nothing: exp of the sum underflows, and its inverse
+    must not be needed.
+    """
     q, k, v, log_a, b = drawn(64)
     inputs = q, k, v, jnp.full_like(log_a, -30.0), b
     empty, ones_BT = jnp.zeros((B, N, H, V)), jnp.ones((B, 64), jnp.int32)
-    value, gradients = jax.value_and_grad(lambda *x: jnp.sum(chunked_delta(*x, ones_BT, empty, 64)[0]), argnums=range(5))(*inputs)
+    value, gradients = jax.value_and_grad(
+        lambda *x: jnp.sum(chunked_delta(*x, ones_BT, empty, 64)[0]), argnums=range(5)
+    )(*inputs)
     tiny.assert_close((value, gradients), (value, gradients))
-    tiny.assert_close(chunked(*inputs, ones_BT, empty, chunk=64)[0], recurrent_delta(*inputs, empty)[0], atol=1e-6)
+    tiny.assert_close(
+        chunked(*inputs, ones_BT, empty, chunk=64)[0], recurrent_delta(*inputs, empty)[0], atol=1e-6
+    )
 
 
 def test_decays_begin_slow():

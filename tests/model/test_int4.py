@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.int4 import LEVELS, dequantise, quantise
+from model.attention.int4 import LEVELS, dequantise, quantise
 
 
 @pytest.mark.parametrize(("width", "size"), [(64, 64), (80, 64), (12, 4), (5, 8)])
@@ -16,7 +16,9 @@ def test_a_channel_is_off_by_half_a_step_at_most(width, size):
     for first in range(0, width, size):
         group, found = x[..., first : first + size], back[..., first : first + size]
         step = (group.max(axis=-1) - group.min(axis=-1)) / LEVELS
-        assert np.all(np.abs(group - found) <= step[..., None] * 0.5001), "half a step, and float32's rounding"
+        assert np.all(np.abs(group - found) <= step[..., None] * 0.5001), (
+            "half a step, and float32's rounding"
+        )
         np.testing.assert_allclose(found.min(axis=-1), group.min(axis=-1))
         np.testing.assert_allclose(found.max(axis=-1), group.max(axis=-1), atol=1e-6)
 

@@ -1,4 +1,6 @@
-"""Who may see whom: causality, segments, padding, other rows. And what must change nothing: rematerialisation, unrolling, the compute type."""
+"""Who may see whom: causality, segments, padding, other rows. And what must change nothing:
+rematerialisation, unrolling, the compute type.
+"""
 
 import dataclasses
 
@@ -8,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.transformer import Transformer, shift_left
+from model.segments import shift_left
+from model.transformer import Transformer
 from tests import tiny
 from tests.tiny import STAGES, VOCAB, T
 
-ROUNDING = {"rtol": 2e-5, "atol": 2e-5}  # float32 through four layers, summed in another order; logits are of size 1
+ROUNDING = {
+    "rtol": 2e-5,
+    "atol": 2e-5,
+}  # float32 through four layers, summed in another order; logits are of size 1
 CONFIG = tiny.model_config()
 CASES = {stage: (stage, CONFIG) for stage in STAGES} | {"hybrid": ("dense", tiny.HYBRID)}
 
@@ -40,20 +46,27 @@ def real(x_BTV, batch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_future_has_no_gradient(case):
-    """Every token of the row is another one, so the gradient to row `tokens[s]` of the embedding is the gradient to the input at s. MTP of depth 1 reads one
-    token further, by construction, and no more. Sparse queries skip keys, so that their past may be 0 too: only the token itself must count."""
+    """Every token of the row is another one, so the gradient to row `tokens[s]` of the embedding is
+    the gradient to the input at s. MTP of depth 1 reads one token further, by construction, and no
+    more. Sparse queries skip keys, so that their past may be 0 too: only the token itself must
+    count.
+    """
     stage, config = CASES[case]
     tokens_BT = jnp.asarray(np.random.default_rng(0).permutation(VOCAB)[None, :T])
     positions_BT, segments_BT = jnp.arange(T)[None], jnp.ones((1, T), jnp.int32)
     variables = tiny.variables(config)
-    direction_D = jax.random.normal(jax.random.key(0), (config.width,))
+    direction_D = jax.random.normal(jax.random.key(0), (config.hidden_size,))
 
     @jax.jit
     def jacobian(embedding_VD):
         def outputs(embedding_VD):
             changed = variables | {"params": variables["params"] | {"embedding": embedding_VD}}
-            output = Transformer(config).apply(changed, tokens_BT, positions_BT, segments_BT, stage=stage)
-            return jnp.stack([output.hidden_BTD[0] @ direction_D, output.mtp_hidden[0][0] @ direction_D])
+            output = Transformer(config).apply(
+                changed, tokens_BT, positions_BT, segments_BT, stage=stage
+            )
+            return jnp.stack(
+                [output.hidden_BTD[0] @ direction_D, output.mtp_hidden[0][0] @ direction_D]
+            )
 
         return jnp.linalg.norm(jax.jacrev(outputs)(embedding_VD)[:, :, tokens_BT[0]], axis=-1)
 
@@ -77,66 +90,129 @@ def test_the_future_has_no_say(whole, case):
 
 
 def test_segments_do_not_see_each_other(whole, case):
-    """The first segment's tokens change; the second's outputs do not. Row 0 is packed 7 + 11, row 2 is padded on the left, then 12 + 7."""
+    """The first segment's tokens change; the second's outputs do not. Row 0 is packed 7 + 11, row 2
+    is padded on the left, then 12 + 7.
+    """
     batch, before = whole
     changed_BT = batch["tokens"].at[0, :7].add(5).at[2, 5:17].add(5) % VOCAB
     after = run(batch | {"tokens": changed_BT}, case)
     for row, second in ((0, slice(7, 18)), (2, slice(17, 24))):
-        tiny.assert_close(after["logits_BTV"][row, second], before["logits_BTV"][row, second], **ROUNDING)
-        tiny.assert_close(after["mtp_BTV"][0][row, second], before["mtp_BTV"][0][row, second], **ROUNDING)
+        tiny.assert_close(
+            after["logits_BTV"][row, second], before["logits_BTV"][row, second], **ROUNDING
+        )
+        tiny.assert_close(
+            after["mtp_BTV"][0][row, second], before["mtp_BTV"][0][row, second], **ROUNDING
+        )
 
 
 def test_packed_is_separate(whole, case):
-    """Row 0's documents of 7 and 11 tokens as rows of their own: padded on the right, and on the left."""
+    """Row 0's documents of 7 and 11 tokens as rows of their own: padded on the right, and on the
+    left.
+    """
     batch, before = whole
-    alone = tiny.batch_of((((1, 7), (0, 17)), ((1, 11), (0, 13)), ((0, 17), (1, 7)), ((0, 13), (1, 11))), seed=1)
-    tokens_BT = alone["tokens"].at[0, :7].set(batch["tokens"][0, :7]).at[1, :11].set(batch["tokens"][0, 7:18])
-    tokens_BT = tokens_BT.at[2, 17:].set(batch["tokens"][0, :7]).at[3, 13:].set(batch["tokens"][0, 7:18])
+    alone = tiny.batch_of(
+        (((1, 7), (0, 17)), ((1, 11), (0, 13)), ((0, 17), (1, 7)), ((0, 13), (1, 11))), seed=1
+    )
+    tokens_BT = (
+        alone["tokens"]
+        .at[0, :7]
+        .set(batch["tokens"][0, :7])
+        .at[1, :11]
+        .set(batch["tokens"][0, 7:18])
+    )
+    tokens_BT = (
+        tokens_BT.at[2, 17:].set(batch["tokens"][0, :7]).at[3, 13:].set(batch["tokens"][0, 7:18])
+    )
     after = run(alone | {"tokens": tokens_BT}, case)
-    for document, rows in ((slice(0, 7), ((0, slice(0, 7)), (2, slice(17, 24)))), (slice(7, 18), ((1, slice(0, 11)), (3, slice(13, 24))))):
+    for document, rows in (
+        (slice(0, 7), ((0, slice(0, 7)), (2, slice(17, 24)))),
+        (slice(7, 18), ((1, slice(0, 11)), (3, slice(13, 24)))),
+    ):
         for row, where in rows:
-            tiny.assert_close(after["logits_BTV"][row, where], before["logits_BTV"][0, document], **ROUNDING)
-            # The last position of a document has no next token for MTP to read: it is no prediction.
-            tiny.assert_close(after["mtp_BTV"][0][row, where][:-1], before["mtp_BTV"][0][0, document][:-1], **ROUNDING)
+            tiny.assert_close(
+                after["logits_BTV"][row, where], before["logits_BTV"][0, document], **ROUNDING
+            )
+            # The last position of a document has no next token for MTP to read: it is no
+            # prediction.
+            tiny.assert_close(
+                after["mtp_BTV"][0][row, where][:-1],
+                before["mtp_BTV"][0][0, document][:-1],
+                **ROUNDING,
+            )
 
 
 def test_what_padding_holds_changes_nothing(whole, case):
-    """Neither outputs nor what the layers report. An MTP module reads one token on, which at the end of a segment is padding or another document."""
+    """Neither outputs nor what the layers report. An MTP module reads one token on, which at the
+    end of a segment is padding or another document.
+    """
     batch, before = whole
-    after = run(batch | {"tokens": jnp.where(batch["segments"] > 0, batch["tokens"], (batch["tokens"] + 9) % VOCAB)}, case)
-    tiny.assert_close(real(after["logits_BTV"], batch), real(before["logits_BTV"], batch), **ROUNDING)
+    after = run(
+        batch
+        | {
+            "tokens": jnp.where(
+                batch["segments"] > 0, batch["tokens"], (batch["tokens"] + 9) % VOCAB
+            )
+        },
+        case,
+    )
+    tiny.assert_close(
+        real(after["logits_BTV"], batch), real(before["logits_BTV"], batch), **ROUNDING
+    )
     tiny.assert_close(after["reports"], before["reports"], rtol=2e-5)
 
 
 def test_a_row_alone_is_the_row_in_a_batch(whole, case):
-    """The other rows become padding with other content: nothing of them is left in the outputs, the counts or the losses."""
+    """The other rows become padding with other content: nothing of them is left in the outputs, the
+    counts or the losses.
+    """
     batch, before = whole
     singles = [run(tiny.without_rows(batch, [row]), case) for row in range(4)]
     for row, single in enumerate(singles):
-        tiny.assert_close(real(single["logits_BTV"], batch)[row], real(before["logits_BTV"], batch)[row], **ROUNDING)
-    tiny.assert_close(jax.tree.map(lambda *parts: sum(parts), *(single["reports"] for single in singles)), before["reports"], rtol=2e-5)
+        tiny.assert_close(
+            real(single["logits_BTV"], batch)[row],
+            real(before["logits_BTV"], batch)[row],
+            **ROUNDING,
+        )
+    tiny.assert_close(
+        jax.tree.map(lambda *parts: sum(parts), *(single["reports"] for single in singles)),
+        before["reports"],
+        rtol=2e-5,
+    )
 
 
 def test_padding_is_not_counted(whole, case):
-    """Each token is counted K times in each MoE layer, dropless, and the dense layer not at all. In the MTP module the last token of a segment, which has no
-    next, is padding."""
+    """Each token is counted K times in each MoE layer, dropless, and the dense layer not at all. In
+    the MTP module the last token of a segment, which has no next, is padding.
+    """
     batch, before = whole
     counts_LE = before["reports"].router.counts_E
     real_tokens = int(jnp.sum(batch["segments"] > 0))
-    with_next = int(jnp.sum((shift_left(batch["segments"], 1) == batch["segments"]) & (batch["segments"] > 0)))
+    with_next = int(
+        jnp.sum((shift_left(batch["segments"], 1) == batch["segments"]) & (batch["segments"] > 0))
+    )
     config = CASES[case][1]
     expected = [real_tokens * kind.moe for kind in config.kinds] + [with_next]
-    chex.assert_trees_all_equal(jnp.sum(counts_LE, axis=-1), config.moe.chosen * jnp.asarray(expected))
+    chex.assert_trees_all_equal(
+        jnp.sum(counts_LE, axis=-1), config.moe.num_experts_per_tok * jnp.asarray(expected)
+    )
 
 
 def test_mtp_shares_embedding_and_head():
     """arXiv 2412.19437, section 2.2: a module owns its merge, its block and its norms."""
     mtp = tiny.variables(CONFIG)["params"]["mtp_0"]
     assert set(mtp) == {"merge", "hidden_norm", "embedding_norm", "block"}
-    assert set(tiny.variables(CONFIG)["params"]) == {"embedding", "head", "final_norm", "layers_0", "layers_1", "mtp_0", "mtp_norm_0"}
+    assert set(tiny.variables(CONFIG)["params"]) == {
+        "embedding",
+        "head",
+        "final_norm",
+        "layers_0",
+        "layers_1",
+        "mtp_0",
+        "mtp_norm_0",
+    }
 
 
-SMALL = tiny.model_config(layers=2, dense_layers=0, mtp_depth=0)
+SMALL = tiny.model_config(num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0)
 
 
 def loss_and_gradients(config):
@@ -145,8 +221,16 @@ def loss_and_gradients(config):
     @jax.jit
     def run(params, router):
         def loss(params):
-            output = Transformer(config).apply({"params": params, "router": router}, batch["tokens"], batch["positions"], batch["segments"], stage="sparse")
-            return jnp.sum(real(jnp.sin(output.hidden_BTD), batch)) + jnp.sum(output.reports.indexer.kl)
+            output = Transformer(config).apply(
+                {"params": params, "router": router},
+                batch["tokens"],
+                batch["positions"],
+                batch["segments"],
+                stage="sparse",
+            )
+            return jnp.sum(real(jnp.sin(output.hidden_BTD), batch)) + jnp.sum(
+                output.reports.indexer.kl
+            )
 
         return jax.value_and_grad(loss)(params)
 
@@ -159,16 +243,21 @@ def plain():
     return loss_and_gradients(SMALL)
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str
+)
 def test_how_it_is_computed_changes_nothing(plain, change):
     """The same sums, fused otherwise: gradients are of size 1 to 100."""
-    tiny.assert_close(loss_and_gradients(dataclasses.replace(SMALL, **change)), plain, rtol=1e-4, atol=1e-3)
+    tiny.assert_close(
+        loss_and_gradients(dataclasses.replace(SMALL, **change)), plain, rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
 def test_bfloat16_is_close(stage):
-    """bfloat16 keeps 8 bits: 0.4 % a rounding, a few per cent after four layers. The median, because a token whose expert
-    or key changes is legitimately far off."""
+    """bfloat16 keeps 8 bits: 0.4 % a rounding, a few per cent after four layers. The median,
+    because a token whose expert or key changes is legitimately far off.
+    """
     config = tiny.model_config(dtype="bfloat16")
     batch = tiny.batch_of()
     exact, rounded = run(batch, stage), tiny.forward(config, tiny.variables(config), batch, stage)

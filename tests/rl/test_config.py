@@ -17,37 +17,77 @@ def build(section: str, **changes):
 def test_the_schema_and_the_dataclass_agree(section):
     """Same fields, same types, no defaults; and the schema's own values are valid."""
     schema = base.get_config()[section].to_dict()
-    assert {field.name: field.type for field in dataclasses.fields(SECTIONS[section])} == {name: type(value) for name, value in schema.items()}
+    assert {field.name: field.type for field in dataclasses.fields(SECTIONS[section])} == {
+        name: type(value) for name, value in schema.items()
+    }
     assert dataclasses.asdict(build(section)) == schema
-    assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(SECTIONS[section]))
+    assert all(
+        field.default is dataclasses.MISSING for field in dataclasses.fields(SECTIONS[section])
+    )
 
 
 @pytest.mark.parametrize(
     "section, changes, message",
     [
-        ("sampling", {"temperature": -0.5}, "sampling.temperature = -0.5: must be 0 (greedy) or positive"),
-        ("sampling", {"temperature": float("nan")}, "sampling.temperature = nan: must be 0 (greedy) or positive"),
+        (
+            "sampling",
+            {"temperature": -0.5},
+            "sampling.temperature = -0.5: must be 0 (greedy) or positive",
+        ),
+        (
+            "sampling",
+            {"temperature": float("nan")},
+            "sampling.temperature = nan: must be 0 (greedy) or positive",
+        ),
         ("sampling", {"top_k": -1}, "sampling.top_k = -1: must be 0 (all) or positive"),
         ("sampling", {"top_p": 1.3}, "sampling.top_p = 1.3: must be in (0, 1]"),
         ("sampling", {"top_p": 0.0}, "sampling.top_p = 0.0: must be in (0, 1]"),
-        ("sampling", {"max_prompt": 0}, "sampling.max_prompt = 0: must be positive"),
-        ("sampling", {"max_new": 0}, "sampling.max_new = 0: must be positive"),
-        ("sampling", {"attention": "full"}, "sampling.attention = 'full': must be one of sparse, dense"),
-        ("reinforce", {"algorithm": "drgrpo"}, "reinforce.algorithm = 'drgrpo': did you mean 'dr_grpo'?"),
+        ("sampling", {"max_prompt_tokens": 0}, "sampling.max_prompt_tokens = 0: must be positive"),
+        ("sampling", {"max_new_tokens": 0}, "sampling.max_new_tokens = 0: must be positive"),
+        (
+            "sampling",
+            {"attention": "full"},
+            "sampling.attention = 'full': must be one of sparse, dense",
+        ),
+        (
+            "reinforce",
+            {"algorithm": "drgrpo"},
+            "reinforce.algorithm = 'drgrpo': did you mean 'dr_grpo'?",
+        ),
         ("reinforce", {"task": "arithmetic"}, "reinforce.task = 'arithmetic': must be 'task:NAME'"),
-        ("reinforce", {"prompts": 0}, "reinforce.prompts = 0: must be positive"),
+        ("reinforce", {"prompts_per_step": 0}, "reinforce.prompts_per_step = 0: must be positive"),
         ("reinforce", {"epochs": 0}, "reinforce.epochs = 0: must be positive"),
         ("reinforce", {"minibatches": 0}, "reinforce.minibatches = 0: must be positive"),
-        ("reinforce", {"minibatches": 3}, "reinforce.minibatches = 3: does not divide reinforce.prompts * reinforce.group = 128"),
-        ("reinforce", {"group": 1}, "reinforce.group = 1: must be at least 2"),
-        ("reinforce", {"kl_weight": -0.1}, "reinforce.kl_weight = -0.1: must be -1 (the algorithm's own), 0 (off) or positive"),
+        (
+            "reinforce",
+            {"minibatches": 3},
+            "reinforce.minibatches = 3: does not divide reinforce.prompts_per_step * reinforce.group_size = 128",
+        ),
+        ("reinforce", {"group_size": 1}, "reinforce.group_size = 1: must be at least 2"),
+        (
+            "reinforce",
+            {"kl_weight": -0.1},
+            "reinforce.kl_weight = -0.1: must be -1 (the algorithm's own), 0 (off) or positive",
+        ),
         ("reinforce", {"kl_weight": float("nan")}, "reinforce.kl_weight = nan:"),
-        ("reinforce", {"answer_reward": float("inf")}, "reinforce.answer_reward = inf: must be finite"),
-        ("reinforce", {"old_logprobs": "none"}, "reinforce.old_logprobs = 'none': must be one of sampler, trainer"),
+        (
+            "reinforce",
+            {"answer_reward": float("inf")},
+            "reinforce.answer_reward = inf: must be finite",
+        ),
+        (
+            "reinforce",
+            {"old_logprobs": "none"},
+            "reinforce.old_logprobs = 'none': must be one of sampler, trainer",
+        ),
         ("evaluate", {"problems": -1}, "evaluate.problems = -1: must be 0 (none) or positive"),
         ("evaluate", {"samples": 0}, "evaluate.samples = 0: must be positive"),
         ("evaluate", {"bootstrap": 0}, "evaluate.bootstrap = 0: must be positive"),
-        ("evaluate", {"infill_documents": -1}, "evaluate.infill_documents = -1: must be 0 (none) or positive"),
+        (
+            "evaluate",
+            {"infill_documents": -1},
+            "evaluate.infill_documents = -1: must be 0 (none) or positive",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_it(section, changes, message):

@@ -1,4 +1,6 @@
-"""One token of a vocabulary of five, so that every expectation is a sum of five terms: the facts in the table of rl/divergences.py."""
+"""One token of a vocabulary of five, so that every expectation is a sum of five terms: the facts in
+the table of rl/divergences.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,21 @@ EXACT = 1e-6  # absolute: float32 sums of five terms of size 1
 
 
 def reverse_kl(logits):
-    return jnp.sum(jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - jax.nn.log_softmax(REFERENCE)))
+    return jnp.sum(
+        jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - jax.nn.log_softmax(REFERENCE))
+    )
 
 
 def forward_kl(logits):
-    return jnp.sum(jax.nn.softmax(REFERENCE) * (jax.nn.log_softmax(REFERENCE) - jax.nn.log_softmax(logits)))
+    return jnp.sum(
+        jax.nn.softmax(REFERENCE) * (jax.nn.log_softmax(REFERENCE) - jax.nn.log_softmax(logits))
+    )
 
 
 def expected(estimator, logits, old):
-    """E over tokens sampled from `old`, which has no gradient: what the average over many sampled tokens converges to."""
+    """E over tokens sampled from `old`, which has no gradient: what the average over many sampled
+    tokens converges to.
+    """
     logprobs, old_logprobs = jax.nn.log_softmax(logits), jax.nn.log_softmax(old)
     per_token = estimator(logprobs, jax.nn.log_softmax(REFERENCE), jnp.exp(logprobs - old_logprobs))
     return jnp.sum(jnp.exp(old_logprobs) * per_token)
@@ -38,7 +46,9 @@ def expected_gradient(estimator, old):
     (unbiased_k3, [0.0207, 0.0159, 0.0702, 0.2453]),
 ])  # fmt: skip
 def test_golden(estimator, golden):
-    """Row 0 of the recorded values of verl and slime, in float64 to as many digits as they were recorded with."""
+    """Row 0 of the recorded values of verl and slime, in float64 to as many digits as they were
+    recorded with.
+    """
     old = jnp.array([[-0.5, -1.0, -0.2, -2.0]])
     logprobs = old + jnp.array([[0.10, -0.30, 0.25, 0.50]])
     values = estimator(logprobs, old - 0.1, jnp.exp(logprobs - old))
@@ -47,7 +57,9 @@ def test_golden(estimator, golden):
 
 @pytest.mark.parametrize("estimator", [k1, k3, unbiased_k3])
 def test_value_is_the_kl_on_policy(estimator):
-    assert float(expected(estimator, LOGITS, LOGITS)) == pytest.approx(float(reverse_kl(LOGITS)), abs=EXACT)
+    assert float(expected(estimator, LOGITS, LOGITS)) == pytest.approx(
+        float(reverse_kl(LOGITS)), abs=EXACT
+    )
 
 
 def test_value_of_k2_is_biased():
@@ -59,24 +71,39 @@ def test_gradient_of_k1_is_nothing():
 
 
 def test_gradient_of_k2_is_that_of_the_kl_on_policy_only():
-    np.testing.assert_allclose(expected_gradient(k2, LOGITS), jax.grad(reverse_kl)(LOGITS), atol=EXACT)
+    np.testing.assert_allclose(
+        expected_gradient(k2, LOGITS), jax.grad(reverse_kl)(LOGITS), atol=EXACT
+    )
     assert np.abs(expected_gradient(k2, OLD) - jax.grad(reverse_kl)(LOGITS)).max() > 0.01
 
 
 def test_gradient_of_k3_is_that_of_the_forward_kl():
-    np.testing.assert_allclose(expected_gradient(k3, LOGITS), jax.grad(forward_kl)(LOGITS), atol=EXACT)
+    np.testing.assert_allclose(
+        expected_gradient(k3, LOGITS), jax.grad(forward_kl)(LOGITS), atol=EXACT
+    )
     assert np.abs(jax.grad(forward_kl)(LOGITS) - jax.grad(reverse_kl)(LOGITS)).max() > 0.01
 
 
 @pytest.mark.parametrize("old", [LOGITS, OLD], ids=["on_policy", "off_policy"])
 def test_unbiased_k3_is_the_kl_whoever_sampled(old):
-    assert float(expected(unbiased_k3, LOGITS, old)) == pytest.approx(float(reverse_kl(LOGITS)), abs=EXACT)
-    np.testing.assert_allclose(expected_gradient(unbiased_k3, old), jax.grad(reverse_kl)(LOGITS), atol=EXACT)
+    assert float(expected(unbiased_k3, LOGITS, old)) == pytest.approx(
+        float(reverse_kl(LOGITS)), abs=EXACT
+    )
+    np.testing.assert_allclose(
+        expected_gradient(unbiased_k3, old), jax.grad(reverse_kl)(LOGITS), atol=EXACT
+    )
 
 
 def test_minimising_unbiased_k3_reaches_the_reference():
-    """The sign, end to end: a wrong form found in summaries drives the KL up instead (0.41 -> 2.04 in 200 steps there)."""
-    step = jax.jit(lambda logits: logits - 0.5 * jax.grad(lambda x: expected(unbiased_k3, x, jax.lax.stop_gradient(x)))(logits))
+    """The sign, end to end: a wrong form found in summaries drives the KL up instead (0.41 -> 2.04
+    in 200 steps there).
+    """
+    step = jax.jit(
+        lambda logits: (
+            logits
+            - 0.5 * jax.grad(lambda x: expected(unbiased_k3, x, jax.lax.stop_gradient(x)))(logits)
+        )
+    )
     logits = LOGITS
     for _ in range(200):
         logits = step(logits)
@@ -84,7 +111,9 @@ def test_minimising_unbiased_k3_reaches_the_reference():
 
 
 def test_k3_keeps_its_digits_near_the_reference():
-    """exp(-d) + d - 1 at d = 1e-3 is 5e-7, and the naive form has an error of 6e-8, 12 %: expm1 leaves one rounding of d, 6e-11 or 1.2e-4 of it."""
+    """exp(-d) + d - 1 at d = 1e-3 is 5e-7, and the naive form has an error of 6e-8, 12 %: expm1
+    leaves one rounding of d, 6e-11 or 1.2e-4 of it.
+    """
     d = 1e-3
     value = float(k3(jnp.array([d]), jnp.zeros(1), jnp.ones(1))[0])
     assert value == pytest.approx(d**2 / 2 - d**3 / 6, rel=5e-4)

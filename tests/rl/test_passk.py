@@ -9,26 +9,36 @@ from rl.evaluate import bootstrap, pass_at_k, pass_at_k_table
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
 def test_pass_at_k_is_exact(n):
-    """Against binomials in rational arithmetic, for every c and k. At most n products of factors below 1, each one rounding of 1.1e-16."""
+    """Against binomials in rational arithmetic, for every c and k. At most n products of factors
+    below 1, each one rounding of 1.1e-16.
+    """
     cs, ks = range(n + 1), range(1, n + 1)
     expected = [[float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))) for k in ks] for c in cs]
-    np.testing.assert_allclose(pass_at_k(n, np.array(cs)[:, None], np.array(ks)), expected, rtol=0, atol=2 * n * 1.1e-16)
+    np.testing.assert_allclose(
+        pass_at_k(n, np.array(cs)[:, None], np.array(ks)), expected, rtol=0, atol=2 * n * 1.1e-16
+    )
 
 
 def test_pass_at_k_of_many_samples_does_not_overflow():
     """C(5000, 2000) has 1,460 digits."""
     expected = float(1 - Fraction(math.comb(4998, 2000), math.comb(5000, 2000)))
-    assert float(pass_at_k(5000, 2, 2000)) == pytest.approx(expected, rel=1e-12)  # 2,000 roundings of 1.1e-16, and room
+    assert float(pass_at_k(5000, 2, 2000)) == pytest.approx(
+        expected, rel=1e-12
+    )  # 2,000 roundings of 1.1e-16, and room
 
 
 def test_pass_at_k_rises_with_k_and_pass_at_1_is_the_mean():
     curve = pass_at_k(16, 3, np.arange(1, 17))
-    assert (np.diff(curve[:14]) > 0).all() and (curve[13:] == 1).all()  # 14 draws among 13 wrong ones cannot all be wrong
+    assert (np.diff(curve[:14]) > 0).all() and (
+        curve[13:] == 1
+    ).all()  # 14 draws among 13 wrong ones cannot all be wrong
     assert curve[0] == pytest.approx(3 / 16, abs=1e-15)
 
 
 def test_pass_at_k_is_unbiased():
-    """Its mean over c ~ Binomial(n, p) is 1 - (1 - p)^k, exactly; the plug-in 1 - (1 - c/n)^k is not."""
+    """Its mean over c ~ Binomial(n, p) is 1 - (1 - p)^k, exactly; the plug-in 1 - (1 - c/n)^k is
+    not.
+    """
     n, k, p = 8, 4, 0.3
     c = np.arange(n + 1)
     chance = np.array([math.comb(n, int(x)) * p**x * (1 - p) ** (n - x) for x in c])
@@ -62,7 +72,9 @@ def test_bootstrap_is_repeatable_and_orders_its_bounds():
 
 
 def test_bootstrap_width_is_the_standard_error():
-    """For 400 problems the ends are nearly mean +- z s / sqrt(P), z = 1.96 for 95 % and 0.674 for 50 %; 10,000 resamples find them to 0.03 s / sqrt(P)."""
+    """For 400 problems the ends are nearly mean +- z s / sqrt(P), z = 1.96 for 95 % and 0.674 for
+    50 %; 10,000 resamples find them to 0.03 s / sqrt(P).
+    """
     values = np.random.default_rng(0).normal(size=400)
     error = values.std() / 20
     for level, z in ((0.95, 1.960), (0.5, 0.674)):

@@ -8,47 +8,82 @@ import numpy as np
 import pytest
 
 from rl.algorithms import get_algorithm
-from rl.objective import policy_objective, score_tokens
+from rl.objective import logprobs_at_tokens, policy_objective
 from tests import tiny
 from train.state import TrainState
 from train.step import loss_and_gradient
 
-CONFIG = tiny.model_config(layers=2, dense_layers=0, mtp_depth=0)
+CONFIG = tiny.model_config(num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0)
 TRAIN = tiny.train_config(mtp_weight=0.0)
 TEMPERATURE = 0.8
-# Prompts padded on the left, completions of 13, 5, 1 and 9 tokens: a mean per piece differs from the global one.
-LAYOUT = (((0, 3), (1, 21)), ((0, 5), (1, 8), (0, 11)), ((1, 9), (0, 15)), ((0, 6), (1, 11), (0, 7)))
+# Prompts padded on the left, completions of 13, 5, 1 and 9 tokens: a mean per piece differs from
+# the global one.
+LAYOUT = (
+    ((0, 3), (1, 21)),
+    ((0, 5), (1, 8), (0, 11)),
+    ((1, 9), (0, 15)),
+    ((0, 6), (1, 11), (0, 7)),
+)
 PROMPT = 8
-ROUNDING = {"rtol": 2e-5, "atol": 2e-6}  # gradients of size 1e-2 to 1, float32 sums in another order
+ROUNDING = {
+    "rtol": 2e-5,
+    "atol": 2e-6,
+}  # gradients of size 1e-2 to 1, float32 sums in another order
 
 
 @functools.cache
 def rollout():
-    """A batch whose old and reference policies are near the present one, so that some tokens are clipped."""
+    """A batch whose old and reference policies are near the present one, so that some tokens are
+    clipped.
+    """
     batch = tiny.batch_of(LAYOUT)
     del batch["weights"]
     rng = np.random.default_rng(0)
     mask_BT = (batch["segments"] > 0) & (jnp.arange(tiny.T) >= PROMPT)
     batch |= {"mask": mask_BT}
     logprobs_BT = score(batch)
-    near = [jnp.where(mask_BT, logprobs_BT + 0.3 * jnp.asarray(rng.normal(size=mask_BT.shape), jnp.float32), 0.0) for _ in range(2)]
+    near = [
+        jnp.where(
+            mask_BT,
+            logprobs_BT + 0.3 * jnp.asarray(rng.normal(size=mask_BT.shape), jnp.float32),
+            0.0,
+        )
+        for _ in range(2)
+    ]
     advantages_BT = jnp.where(mask_BT, jnp.asarray([[1.0], [-0.5], [0.7], [-1.2]]), 0.0)
-    return batch | {"sampler_logprobs": near[0], "old_logprobs": near[0], "reference_logprobs": near[1], "advantages": advantages_BT}
+    return batch | {
+        "sampler_logprobs": near[0],
+        "old_logprobs": near[0],
+        "reference_logprobs": near[1],
+        "advantages": advantages_BT,
+    }
 
 
 def score(batch):
-    return jax.jit(score_tokens, static_argnums=(0, 1, 2))(CONFIG, "sparse", TEMPERATURE, tiny.variables(CONFIG), batch)
+    return jax.jit(logprobs_at_tokens, static_argnums=(0, 1, 2))(
+        CONFIG, "sparse", TEMPERATURE, tiny.variables(CONFIG), batch
+    )
 
 
 @functools.cache
 def compiled(algorithm: str, pieces: int):
-    objective = policy_objective(CONFIG, TRAIN, get_algorithm(algorithm, max_completion=16), TEMPERATURE)
+    objective = policy_objective(
+        CONFIG, TRAIN, get_algorithm(algorithm, max_completion=16), TEMPERATURE
+    )
 
     @jax.jit
     def run(params, router, batch):
         state = TrainState(jnp.zeros((), jnp.int32), params, router, (), 0, 0)
-        gradients, totals, weights = loss_and_gradient(objective, jax.tree.map(lambda _: True, params), state, batch, pieces)
-        return {"gradients": gradients, "terms": totals.terms, "maxima": totals.maxima, "weights": weights, "counts": totals.counts_LE}
+        gradients, totals, weights = loss_and_gradient(
+            objective, jax.tree.map(lambda _: True, params), state, batch, pieces
+        )
+        return {
+            "gradients": gradients,
+            "terms": totals.terms,
+            "maxima": totals.maxima,
+            "weights": weights,
+            "counts": totals.counts_LE,
+        }
 
     return run
 
@@ -64,34 +99,63 @@ def only(rows):
     return batch | {"mask": batch["mask"] & (batch["segments"] > 0)}
 
 
-@pytest.mark.parametrize("algorithm, pieces", [pytest.param("grpo", 2, marks=pytest.mark.slow), ("grpo", 4), ("dr_grpo", 4)])
+@pytest.mark.parametrize(
+    "algorithm, pieces",
+    [pytest.param("grpo", 2, marks=pytest.mark.slow), ("grpo", 4), ("dr_grpo", 4)],
+)
 def test_the_gradient_does_not_depend_on_microbatches(algorithm, pieces):
-    tiny.assert_close(gradient(algorithm, rollout(), pieces), gradient(algorithm, rollout()), **ROUNDING)
+    tiny.assert_close(
+        gradient(algorithm, rollout(), pieces), gradient(algorithm, rollout()), **ROUNDING
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
 def test_rows_of_padding_change_nothing(algorithm):
-    """Each row alone has its own share: the totals add up over the rows, and a microbatch of padding rows adds nothing."""
-    whole, parts = gradient(algorithm, rollout()), [gradient(algorithm, only([row])) for row in range(4)]
+    """Each row alone has its own share: the totals add up over the rows, and a microbatch of
+    padding rows adds nothing.
+    """
+    whole, parts = (
+        gradient(algorithm, rollout()),
+        [gradient(algorithm, only([row])) for row in range(4)],
+    )
     for kind in ("terms", "weights", "counts"):
-        tiny.assert_close(jax.tree.map(lambda *leaves: sum(leaves), *(part[kind] for part in parts)), whole[kind], rtol=2e-5, atol=2e-5)
+        tiny.assert_close(
+            jax.tree.map(lambda *leaves: sum(leaves), *(part[kind] for part in parts)),
+            whole[kind],
+            rtol=2e-5,
+            atol=2e-5,
+        )
     nothing = gradient(algorithm, only([]))
-    assert tiny.tree_max((nothing["gradients"], nothing["terms"], nothing["weights"], nothing["counts"])) == 0
+    assert (
+        tiny.tree_max(
+            (nothing["gradients"], nothing["terms"], nothing["weights"], nothing["counts"])
+        )
+        == 0
+    )
 
 
 def test_dividing_by_piece_would_be_seen():
     """A mean over pieces, each over its own rows or tokens: of one row and of three."""
-    mean = jax.tree.map(lambda *leaves: sum(leaves) / 2, *(gradient("grpo", only(rows))["gradients"] for rows in ([0], [1, 2, 3])))
+    mean = jax.tree.map(
+        lambda *leaves: sum(leaves) / 2,
+        *(gradient("grpo", only(rows))["gradients"] for rows in ([0], [1, 2, 3])),
+    )
     whole = gradient("grpo", rollout())["gradients"]
     assert tiny.tree_max(jax.tree.map(jnp.subtract, mean, whole)) > 0.1 * tiny.tree_max(whole)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
 def test_equations(algorithm):
-    """arXiv 2402.03300, eq. 3 and 4, and arXiv 2503.20783, section 3.2, token by token, from the trainer's own log-probs. Float32 sums of 30 terms."""
+    """arXiv 2402.03300, eq. 3 and 4, and arXiv 2503.20783, section 3.2, token by token, from the
+    trainer's own log-probs. Float32 sums of 30 terms.
+    """
     batch = rollout()
     logprobs_BT, old_BT, reference_BT, advantages_BT, mask_BT = (
-        np.asarray(x, np.float64) for x in (score(batch), *(batch[name] for name in ("old_logprobs", "reference_logprobs", "advantages", "mask")))
+        np.asarray(x, np.float64)
+        for x in (
+            score(batch),
+            *(batch[name] for name in ("old_logprobs", "reference_logprobs", "advantages", "mask")),
+        )
     )
     policy = kl = clipped = 0.0
     for row in range(4):
@@ -99,21 +163,32 @@ def test_equations(algorithm):
         divisor = where.sum() if algorithm == "grpo" else 16
         ratio, advantage = np.exp(logprobs_BT - old_BT)[row, where], advantages_BT[row, where]
         gap = (reference_BT - logprobs_BT)[row, where]
-        policy -= np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage).sum() / divisor
+        policy -= (
+            np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage).sum() / divisor
+        )
         kl += (np.exp(gap) - gap - 1).sum() / divisor
         clipped += np.where(advantage > 0, ratio > 1.2, ratio < 0.8).sum()
     found = gradient(algorithm, batch)
     assert clipped > 3
-    expected = {"policy": policy, "clip_fraction": clipped} | ({"kl": kl} if algorithm == "grpo" else {})
+    expected = {"policy": policy, "clip_fraction": clipped} | (
+        {"kl": kl} if algorithm == "grpo" else {}
+    )
     for name, value in expected.items():
         assert float(found["terms"][name]) == pytest.approx(value, rel=1e-4)
     assert float(found["weights"]["policy"]) == 4
     assert float(found["weights"]["entropy"]) == mask_BT.sum()
-    assert float(found["maxima"]["logprob_gap_max"]) == pytest.approx(np.abs(logprobs_BT - old_BT).max(), rel=1e-4)
+    assert float(found["maxima"]["logprob_gap_max"]) == pytest.approx(
+        np.abs(logprobs_BT - old_BT).max(), rel=1e-4
+    )
 
 
 def test_the_prompt_has_no_say_in_the_loss():
-    """A token of the prompt is conditioned on and never predicted: its old log-prob and advantage, whatever they hold, are not read."""
+    """A token of the prompt is conditioned on and never predicted: its old log-prob and advantage,
+    whatever they hold, are not read.
+    """
     batch = rollout()
-    spoiled = {name: jnp.where(batch["mask"], batch[name], 7.0) for name in ("advantages", "old_logprobs", "reference_logprobs", "sampler_logprobs")}
+    spoiled = {
+        name: jnp.where(batch["mask"], batch[name], 7.0)
+        for name in ("advantages", "old_logprobs", "reference_logprobs", "sampler_logprobs")
+    }
     tiny.assert_close(gradient("grpo", batch | spoiled), gradient("grpo", batch), **ROUNDING)

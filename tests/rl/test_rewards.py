@@ -2,7 +2,7 @@ from decimal import Decimal
 
 import pytest
 
-from rl.rewards import REWARDS, score
+from rl.rewards import REWARDS, total_reward
 from rl.rewards.answer import answer_reward, format_reward, normalise
 
 
@@ -77,7 +77,13 @@ def test_hacks_earn_no_answer_reward(hack):
     assert answer_reward(HACKS[hack], "9") == 0
 
 
-WELL_FORMED_HACKS = {"answer in the thought, another in the answer", "empty box", "blank box", "every digit in one box", "the template itself"}
+WELL_FORMED_HACKS = {
+    "answer in the thought, another in the answer",
+    "empty box",
+    "blank box",
+    "every digit in one box",
+    "the template itself",
+}
 
 
 @pytest.mark.parametrize("hack", sorted(HACKS.keys() - WELL_FORMED_HACKS))
@@ -95,9 +101,14 @@ def test_format_does_not_read_the_answer():
 
 
 def test_a_very_long_number_is_only_compared():
-    """Python refuses to parse integers of more than 4,300 digits; a completion must not be able to raise."""
+    """Python refuses to parse integers of more than 4,300 digits; a completion must not be able to
+    raise.
+    """
     digits = "9" * 10_000
-    assert answer_reward(completion(digits), digits + ".0") == 1 and answer_reward(completion(digits), "9") == 0
+    assert (
+        answer_reward(completion(digits), digits + ".0") == 1
+        and answer_reward(completion(digits), "9") == 0
+    )
 
 
 def test_normalise():
@@ -106,9 +117,9 @@ def test_normalise():
 
 
 def test_score_weighs_the_named_rewards():
-    total, parts = score(completion("9"), "9", {"answer": 1.0, "format": 0.1})
+    total, parts = total_reward(completion("9"), "9", {"answer": 1.0, "format": 0.1})
     assert total == pytest.approx(1.1) and parts == {"answer": 1.0, "format": 1.0}
-    total, parts = score(completion("8"), "9", {"answer": 1.0, "format": 0.1})
+    total, parts = total_reward(completion("8"), "9", {"answer": 1.0, "format": 0.1})
     assert total == pytest.approx(0.1) and parts == {"answer": 0.0, "format": 1.0}
-    assert score(completion("9"), "9", {"format": 0.5}) == (0.5, {"format": 1.0})
+    assert total_reward(completion("9"), "9", {"format": 0.5}) == (0.5, {"format": 1.0})
     assert set(REWARDS) == {"answer", "format"}

@@ -11,28 +11,46 @@ import pytest
 
 from rl import sampler
 from rl.config import SamplingConfig
-from rl.objective import score_tokens
+from rl.objective import logprobs_at_tokens
 from rl.rollout import pad_prompts, policy_batch
 from rl.sampler import draw, keep_likely, sample
 from tests import tiny
 
-CONFIG = tiny.model_config(mtp_depth=0, init_std=0.15)
+CONFIG = tiny.model_config(num_nextn_predict_layers=0, initializer_range=0.15)
 GROUP, NEW, WIDTH = 2, 8, 16
 STOP, PAD = (5, 6, 7, 8, 9, 10, 11, 12), 0
 PROMPTS = [[20, 21, 22], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45], [23, 24]]
 
 sample = jax.jit(sample, static_argnums=(0, 1, 2, 3, 8))
-score_tokens = jax.jit(score_tokens, static_argnums=(0, 1, 2))
+logprobs_at_tokens = jax.jit(logprobs_at_tokens, static_argnums=(0, 1, 2))
 
 
 def sampling(**changes) -> SamplingConfig:
-    plain = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, max_prompt=WIDTH, max_new=NEW, attention="sparse", attention_mass=1.0)
+    plain = SamplingConfig(
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_prompt_tokens=WIDTH,
+        max_new_tokens=NEW,
+        attention="sparse",
+        attention_top_p=1.0,
+    )
     return dataclasses.replace(plain, **changes)
 
 
 def sampled(settings: SamplingConfig, prompts=PROMPTS, seed: int = 0):
     padded = pad_prompts(prompts, WIDTH, PAD)
-    found = sample(CONFIG, settings, STOP, PAD, tiny.variables(CONFIG), padded.tokens_PT, padded.segments_PT, jax.random.key(seed), GROUP)
+    found = sample(
+        CONFIG,
+        settings,
+        STOP,
+        PAD,
+        tiny.variables(CONFIG),
+        padded.tokens_PT,
+        padded.segments_PT,
+        jax.random.key(seed),
+        GROUP,
+    )
     return padded, found
 
 
@@ -45,11 +63,15 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_record_is_what_the_trainer_computes(name):
-    """Tokens of rows of three lengths, stopped at different places; float32 log-probs of size 1 to 10 through three layers."""
+    """Tokens of rows of three lengths, stopped at different places; float32 log-probs of size 1 to
+    10 through three layers.
+    """
     settings = SETTINGS[name]
     padded, found = sampled(settings)
     batch = policy_batch(padded.tokens_PT, padded.segments_PT, found, GROUP)
-    scored = score_tokens(CONFIG, settings.attention, settings.temperature, tiny.variables(CONFIG), batch)
+    scored = logprobs_at_tokens(
+        CONFIG, settings.attention, settings.temperature, tiny.variables(CONFIG), batch
+    )
     tiny.assert_close(scored, batch["sampler_logprobs"], atol=1e-5)
     assert jnp.all((batch["sampler_logprobs"] < 0) == batch["mask"])
 
@@ -62,7 +84,11 @@ def test_rows_end_at_a_stop_token():
         tokens_C = np.asarray(found.tokens_BC[row])
         assert found.mask_BC[row, :length].all() and not np.isin(tokens_C[: length - 1], STOP).any()
         assert length == NEW or tokens_C[length - 1] in STOP
-        assert (tokens_C[length:] == PAD).all() and not found.logprobs_BC[row, length:].any() and not found.log_kept_BC[row, length:].any()
+        assert (
+            (tokens_C[length:] == PAD).all()
+            and not found.logprobs_BC[row, length:].any()
+            and not found.log_kept_BC[row, length:].any()
+        )
 
 
 def test_the_loop_ends_with_the_last_row(monkeypatch):
@@ -85,7 +111,9 @@ def test_the_loop_ends_with_the_last_row(monkeypatch):
 
 
 def test_greedy_takes_the_likeliest_token():
-    """Of the full forward pass, over prompt and completion; and the rows of a group are one and the same."""
+    """Of the full forward pass, over prompt and completion; and the rows of a group are one and the
+    same.
+    """
     padded, found = sampled(SETTINGS["greedy"])
     batch = policy_batch(padded.tokens_PT, padded.segments_PT, found, GROUP)
     logits_BTV = tiny.forward(CONFIG, tiny.variables(CONFIG), batch, "sparse")["logits_BTV"]
@@ -100,7 +128,9 @@ def test_what_a_row_samples_does_not_depend_on_the_others(name):
     _, other = sampled(SETTINGS[name], [PROMPTS[0], [50, 51, 52, 53, 54], [55]])
     first = functools.partial(jax.tree.map, lambda x_BC: x_BC[:GROUP])
     chex.assert_trees_all_equal(first(other).tokens_BC, first(found).tokens_BC)
-    chex.assert_trees_all_close(first(other), first(found), atol=1e-5)  # matrix products of other shapes of work
+    chex.assert_trees_all_close(
+        first(other), first(found), atol=1e-5
+    )  # matrix products of other shapes of work
     assert jnp.any(other.tokens_BC[GROUP:] != found.tokens_BC[GROUP:])
 
 
@@ -112,7 +142,9 @@ def test_seeds_and_rows_differ():
 
 
 def brute_force(logprobs_V, top_k, top_p):
-    """Token by token, likeliest first, until k are kept or those kept hold top_p of what the first k hold."""
+    """Token by token, likeliest first, until k are kept or those kept hold top_p of what the first
+    k hold.
+    """
     order = np.argsort(-logprobs_V)[: top_k or None]
     probs = np.exp(logprobs_V[order]) / np.exp(logprobs_V[order]).sum()
     kept, mass = np.zeros(len(logprobs_V), bool), 0.0
@@ -128,21 +160,33 @@ class KeepLikely(chex.TestCase):
     def test_brute_force(self):
         logprobs_BV = jax.nn.log_softmax(2 * jax.random.normal(jax.random.key(0), (6, 30)))
         for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.8), (5, 0.6), (1, 0.5), (40, 0.05)):
-            found = self.variant(functools.partial(keep_likely, top_k=top_k, top_p=top_p))(logprobs_BV)
-            np.testing.assert_array_equal(found, [brute_force(row, top_k, top_p) for row in np.asarray(logprobs_BV)])
+            found = self.variant(functools.partial(keep_likely, top_k=top_k, top_p=top_p))(
+                logprobs_BV
+            )
+            np.testing.assert_array_equal(
+                found, [brute_force(row, top_k, top_p) for row in np.asarray(logprobs_BV)]
+            )
 
     def test_ties_are_all_kept(self):
         logprobs_BV = jnp.log(jnp.asarray([[0.3, 0.2, 0.2, 0.2, 0.1]]))
-        np.testing.assert_array_equal(keep_likely(logprobs_BV, 2, 1.0), [[True, True, True, True, False]])
-        np.testing.assert_array_equal(keep_likely(logprobs_BV, 0, 0.4), [[True, True, True, True, False]])
+        np.testing.assert_array_equal(
+            keep_likely(logprobs_BV, 2, 1.0), [[True, True, True, True, False]]
+        )
+        np.testing.assert_array_equal(
+            keep_likely(logprobs_BV, 0, 0.4), [[True, True, True, True, False]]
+        )
 
 
 def test_draws_follow_the_truncated_distribution():
-    """50,000 draws of one row. logprobs are those of the whole vocabulary, log_kept the mass that was left: their difference is the distribution drawn from."""
+    """50,000 draws of one row. logprobs are those of the whole vocabulary, log_kept the mass that
+    was left: their difference is the distribution drawn from.
+    """
     logits_V = jnp.asarray([2.0, 1.5, 1.0, 0.0, -1.0])
     settings = sampling(temperature=0.5, top_k=4, top_p=0.9)
     draws = 50_000
-    tokens_B, logprobs_B, log_kept_B = draw(settings, jnp.broadcast_to(logits_V, (draws, 5)), jax.random.split(jax.random.key(0), draws))
+    tokens_B, logprobs_B, log_kept_B = draw(
+        settings, jnp.broadcast_to(logits_V, (draws, 5)), jax.random.split(jax.random.key(0), draws)
+    )
     logprobs_V = np.asarray(jax.nn.log_softmax(logits_V / 0.5))
     kept_V = brute_force(logprobs_V, 4, 0.9)
     assert 1 < kept_V.sum() < 4

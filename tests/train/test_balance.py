@@ -6,14 +6,22 @@ from train.balance import move_router, moved_bias
 
 
 def test_overloaded_experts_fall_and_underloaded_rise():
-    """Mean load 4: by the sign alone, and not at all where the load is the mean. Layers move by themselves."""
+    """Mean load 4: by the sign alone, and not at all where the load is the mean. Layers move by
+    themselves.
+    """
     bias_LE = jnp.asarray([[0.0, 0.5, 0.0, -0.5], [0.0, 0.0, 0.0, 0.0]])
-    counts_LE = jnp.asarray([[9, 4, 0, 3], [0, 0, 0, 0]])  # a layer that no real token reached stays
-    np.testing.assert_allclose(moved_bias(bias_LE, counts_LE, 0.1), [[-0.1, 0.5, 0.1, -0.4], [0, 0, 0, 0]], atol=1e-7)
+    counts_LE = jnp.asarray(
+        [[9, 4, 0, 3], [0, 0, 0, 0]]
+    )  # a layer that no real token reached stays
+    np.testing.assert_allclose(
+        moved_bias(bias_LE, counts_LE, 0.1), [[-0.1, 0.5, 0.1, -0.4], [0, 0, 0, 0]], atol=1e-7
+    )
 
 
 def test_every_layer_reads_its_own_counts():
-    """Counts have the dense layer's zeros first, then the MoE layers', then the MTP module's; a pass without MTP leaves its bias."""
+    """Counts have the dense layer's zeros first, then the MoE layers', then the MTP module's; a
+    pass without MTP leaves its bias.
+    """
     config = tiny.model_config()
     router = tiny.variables(config)["router"]
     counts_LE = jnp.asarray([[0, 0, 0, 0], [8, 0, 2, 2], [0, 8, 2, 2], [2, 2, 8, 0]])
@@ -25,11 +33,21 @@ def test_every_layer_reads_its_own_counts():
             new, old = new[name], old[name]
         return np.asarray(new - old)
 
-    np.testing.assert_allclose(change("layers_1", "block_0"), [[-0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, 0.5]], atol=1e-6)
+    np.testing.assert_allclose(
+        change("layers_1", "block_0"), [[-0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, 0.5]], atol=1e-6
+    )
     np.testing.assert_allclose(change("mtp_0", "block"), [0.5, 0.5, -0.5, 0.5], atol=1e-6)
     moved = move_router(config, router, counts_LE[:3], 0.5)
     np.testing.assert_array_equal(change("mtp_0", "block"), np.zeros(4))
 
 
 def test_a_model_without_experts_has_no_router():
-    assert move_router(tiny.model_config(dense_layers=3, mtp_depth=0), {}, jnp.zeros((3, 4)), 0.5) == {}
+    assert (
+        move_router(
+            tiny.model_config(first_k_dense_replace=3, num_nextn_predict_layers=0),
+            {},
+            jnp.zeros((3, 4)),
+            0.5,
+        )
+        == {}
+    )

@@ -62,21 +62,37 @@ print("stopped after", first, step, float(state["w"].addressable_shards[0].data[
 
 @pytest.mark.slow
 def test_two_processes_stop_at_the_same_step_and_go_on(tmp_path):
-    """One of them gets the signal; then both are started anew and go on where they were, each in its own data."""
+    """One of them gets the signal; then both are started anew and go on where they were, each in
+    its own data.
+    """
     ended = []
     for _ in range(2):
         environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-c", TRAINER, free_address()]
         processes = [
-            subprocess.Popen([*command, str(i), str(tmp_path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*command, str(i), str(tmp_path)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for i in range(2)
         ]
         for process in processes:
-            assert "running\n" in iter(process.stdout.readline, ""), process.communicate()  # gloo talks before us
+            assert "running\n" in iter(process.stdout.readline, ""), (
+                process.communicate()
+            )  # gloo talks before us
         processes[1].send_signal(signal.SIGTERM)
         outputs = [process.communicate(timeout=300) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
-        ended.append([list(map(float, re.search("stopped after (.*)", out).group(1).split())) for out, _ in outputs])
+        ended.append(
+            [
+                list(map(float, re.search("stopped after (.*)", out).group(1).split()))
+                for out, _ in outputs
+            ]
+        )
     for i, (first, second) in enumerate(zip(*ended, strict=True)):
         assert first[1] == ended[0][0][1] and second[0] == first[1]
         for _, step, weight, following in (first, second):

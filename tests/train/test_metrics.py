@@ -1,4 +1,6 @@
-"""Every line of metrics.jsonl is valid JSON, and there is one a step, also after a run that died."""
+"""Every line of metrics.jsonl is valid JSON, and there is one a step, also after a run that
+died.
+"""
 
 import json
 import math
@@ -14,7 +16,9 @@ from train.metrics import Metrics, read_metrics
 
 
 def steps(workdir, stage="pretrain"):
-    return [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if line["stage"] == stage]
+    return [
+        line["step"] for line in read_metrics(workdir / "metrics.jsonl") if line["stage"] == stage
+    ]
 
 
 def test_any_kind_of_number_becomes_strict_json(tmp_path):
@@ -45,10 +49,14 @@ def test_any_kind_of_number_becomes_strict_json(tmp_path):
 
 
 def test_numbers_keep_every_bit(tmp_path):
-    numbers = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * np.float32(10.0) ** np.arange(-40, 35).repeat(14)[:1000].astype(np.float32)
+    numbers = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * np.float32(
+        10.0
+    ) ** np.arange(-40, 35).repeat(14)[:1000].astype(np.float32)
     with Metrics(tmp_path, "x") as metrics:
         metrics.write(1, {"numbers": numbers})
-    np.testing.assert_array_equal(np.float32(read_metrics(tmp_path / "metrics.jsonl")[0]["numbers"]), numbers)
+    np.testing.assert_array_equal(
+        np.float32(read_metrics(tmp_path / "metrics.jsonl")[0]["numbers"]), numbers
+    )
 
 
 def test_lines_are_there_at_once(tmp_path):
@@ -62,12 +70,20 @@ def test_lines_are_there_at_once(tmp_path):
 def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path):
     with Metrics(tmp_path, "warmup") as metrics:
         metrics.write(99, {"loss": 0.0})
-    for resume_step, first in ((0, 0), (0, 0), (6, 7)):  # the second died before its first checkpoint
+    for resume_step, first in (
+        (0, 0),
+        (0, 0),
+        (6, 7),
+    ):  # the second died before its first checkpoint
         with Metrics(tmp_path, "pretrain", resume_step=resume_step) as metrics:
             for step in range(first, 10):
                 metrics.write(step, {"loss": float(resume_step)})
     assert steps(tmp_path) == list(range(10))
-    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["stage"] == "pretrain"] == [0.0] * 7 + [6.0] * 3
+    assert [
+        line["loss"]
+        for line in read_metrics(tmp_path / "metrics.jsonl")
+        if line["stage"] == "pretrain"
+    ] == [0.0] * 7 + [6.0] * 3
     assert steps(tmp_path, "warmup") == [99]
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
 
@@ -95,7 +111,9 @@ def test_tensorboard_has_the_scalars(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
     with Metrics(tmp_path, "pretrain") as metrics:
-        metrics.write(5, {"loss": jnp.float32(1.5), "load": [1.0, 2.0], "nan": math.nan, "name": "x"})
+        metrics.write(
+            5, {"loss": jnp.float32(1.5), "load": [1.0, 2.0], "nan": math.nan, "name": "x"}
+        )
     (file,) = (tmp_path / "tensorboard").iterdir()
     data, scalars = file.read_bytes(), {}
     while data:  # length 8 bytes, its checksum 4, the event, its checksum 4

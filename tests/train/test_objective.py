@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.transformer import same_segment
+from model.segments import same_segment
 from tests import tiny
 from tests.tiny import T
 from train.objective import language_objective, split_microbatches, target_weights
@@ -15,9 +15,11 @@ from train.state import TrainState
 from train.step import loss_and_gradient
 
 CONFIG = tiny.model_config()
-# Four ragged rows, then four of which the odd ones are padding: in two and in four pieces, rows 0, 4 / 1, 5 / ... and 0, 2, 4, 6 / 1, 3, 5, 7.
+# Four ragged rows, then four of which the odd ones are padding: in two and in four pieces, rows 0,
+# 4 / 1, 5 / ... and 0, 2, 4, 6 / 1, 3, 5, 7.
 BATCH = tiny.batch_of((*tiny.LAYOUT, ((1, 24),), ((0, 24),), ((1, 2), (0, 22)), ((0, 24),)))
-# Gradients here are of size 1e-2 to 1: float32 sums of hundreds of terms, in another order in microbatches (2e-6 was seen, of a largest of 0.65).
+# Gradients here are of size 1e-2 to 1: float32 sums of hundreds of terms, in another order in
+# microbatches (2e-6 was seen, of a largest of 0.65).
 ROUNDING = {"rtol": 2e-5, "atol": 4e-6}
 
 
@@ -32,8 +34,15 @@ def compiled(stage: str, pieces: int, config=CONFIG, train=None):
     @jax.jit
     def run(params, router, batch):
         state = TrainState(jnp.zeros((), jnp.int32), params, router, (), 0, 0)
-        gradients, totals, weights = loss_and_gradient(objective, jax.tree.map(lambda _: True, params), state, batch, pieces)
-        return {"gradients": gradients, "terms": totals.terms, "weights": weights, "counts": totals.counts_LE}
+        gradients, totals, weights = loss_and_gradient(
+            objective, jax.tree.map(lambda _: True, params), state, batch, pieces
+        )
+        return {
+            "gradients": gradients,
+            "terms": totals.terms,
+            "weights": weights,
+            "counts": totals.counts_LE,
+        }
 
     return run
 
@@ -52,18 +61,28 @@ def only(rows):
 
 def test_target_weights_by_hand():
     """Two segments and padding. What the last of a segment would predict is another document."""
-    batch = {"segments": jnp.asarray([[1, 1, 1, 2, 2, 0]]), "weights": jnp.asarray([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])}
+    batch = {
+        "segments": jnp.asarray([[1, 1, 1, 2, 2, 0]]),
+        "weights": jnp.asarray([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]),
+    }
     np.testing.assert_array_equal(target_weights(batch, 1), [[2, 3, 0, 5, 0, 0]])
     np.testing.assert_array_equal(target_weights(batch, 2), [[3, 0, 0, 0, 0, 0]])
     np.testing.assert_array_equal(target_weights(batch, 3), np.zeros((1, 6)))
 
 
 def test_losses_by_hand():
-    """lm and mtp_1 from the model's logits: position t predicts token t + 1, and the MTP module, which has read t + 1, token t + 2."""
+    """lm and mtp_1 from the model's logits: position t predicts token t + 1, and the MTP module,
+    which has read t + 1, token t + 2.
+    """
     found = gradient(BATCH)
     outputs = tiny.forward(CONFIG, tiny.variables(CONFIG), BATCH, "sparse")
-    tokens_BT, weights_BT, segments_BT = (np.asarray(BATCH[name]) for name in ("tokens", "weights", "segments"))
-    for name, logits_BTV, ahead in (("lm", outputs["logits_BTV"], 1), ("mtp_1", outputs["mtp_BTV"][0], 2)):
+    tokens_BT, weights_BT, segments_BT = (
+        np.asarray(BATCH[name]) for name in ("tokens", "weights", "segments")
+    )
+    for name, logits_BTV, ahead in (
+        ("lm", outputs["logits_BTV"], 1),
+        ("mtp_1", outputs["mtp_BTV"][0], 2),
+    ):
         logprobs_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
         total = weight = 0.0
         for b, t in np.ndindex(tokens_BT.shape[0], T - ahead):
@@ -71,20 +90,30 @@ def test_losses_by_hand():
                 weight += weights_BT[b, t + ahead]
                 total -= weights_BT[b, t + ahead] * logprobs_BTV[b, t, tokens_BT[b, t + ahead]]
         assert float(found["weights"][name]) == weight
-        assert float(found["terms"][name]) == pytest.approx(total, rel=1e-5)  # a float32 sum of 100 terms
+        assert float(found["terms"][name]) == pytest.approx(
+            total, rel=1e-5
+        )  # a float32 sum of 100 terms
 
 
 @pytest.mark.parametrize("pieces", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_gradient_does_not_depend_on_microbatches(pieces):
-    """All terms: lm, MTP, the indexer's KL, balance. Rows and weights are ragged, and one piece of four has padding rows only."""
-    batch = BATCH if pieces == 2 else jax.tree.map(lambda x: x[jnp.asarray([0, 1, 2, 5, 3, 4, 6, 7])], BATCH)
+    """All terms: lm, MTP, the indexer's KL, balance. Rows and weights are ragged, and one piece of
+    four has padding rows only.
+    """
+    batch = (
+        BATCH
+        if pieces == 2
+        else jax.tree.map(lambda x: x[jnp.asarray([0, 1, 2, 5, 3, 4, 6, 7])], BATCH)
+    )
     cut = split_microbatches(batch, pieces)
     assert (pieces == 2) or not jnp.any(cut["segments"][3]), "rows 5 and 7 are padding"
     tiny.assert_close(gradient(batch, pieces), gradient(batch), **ROUNDING)
 
 
 def test_dividing_by_piece_would_be_seen():
-    """The mistake the objective exists to rule out: each piece over its own weights, then the mean."""
+    """The mistake the objective exists to rule out: each piece over its own weights, then the
+    mean.
+    """
     pieces = [gradient(only(rows))["gradients"] for rows in ((0, 1), (2, 3), (4, 5), (6, 7))]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *pieces)
     whole = gradient(BATCH)["gradients"]
@@ -92,27 +121,41 @@ def test_dividing_by_piece_would_be_seen():
 
 
 def test_rows_and_columns_of_padding_change_nothing():
-    """The odd half of the batch goes; then the row's padding moves from right to left, and holds something else."""
+    """The odd half of the batch goes; then the row's padding moves from right to left, and holds
+    something else.
+    """
     tiny.assert_close(gradient(only((0, 1, 2, 3, 4, 6))), gradient(BATCH), **ROUNDING)
     rolled = tiny.batch_of((*tiny.LAYOUT, ((1, 24),), ((0, 24),), ((0, 22), (1, 2)), ((0, 24),)))
-    moved = rolled | {name: rolled[name].at[6, -2:].set(BATCH[name][6, :2]) for name in ("tokens", "weights")}
+    moved = rolled | {
+        name: rolled[name].at[6, -2:].set(BATCH[name][6, :2]) for name in ("tokens", "weights")
+    }
     tiny.assert_close(gradient(moved), gradient(BATCH), **ROUNDING)
 
 
 def test_every_stage_minimises_its_terms():
     """Terms beyond these are reported only."""
-    coefficients = {stage: language_objective(CONFIG, train_config(stage)).coefficients for stage in tiny.STAGES}
+    coefficients = {
+        stage: language_objective(CONFIG, train_config(stage)).coefficients for stage in tiny.STAGES
+    }
     assert coefficients["dense"] == {"lm": 1.0, "mtp_1": 0.3, "balance": 0.5}
     assert coefficients["warmup"] == {"indexer_kl": 1.0}
     assert coefficients["sparse"] == {"lm": 1.0, "mtp_1": 0.3, "balance": 0.5, "indexer_kl": 1.0}
 
 
 def test_mtp_modules_without_weight_are_not_there():
-    """No loss, no gradient, and no balance or indexer loss of their own: the step is that of a model without them."""
-    train, without = tiny.train_config(stage="sparse", mtp_weight=0.0), tiny.model_config(mtp_depth=0)
+    """No loss, no gradient, and no balance or indexer loss of their own: the step is that of a
+    model without them.
+    """
+    train, without = (
+        tiny.train_config(stage="sparse", mtp_weight=0.0),
+        tiny.model_config(num_nextn_predict_layers=0),
+    )
     variables = tiny.variables(CONFIG)
     unused = run(compiled("sparse", 1, CONFIG, train), variables)
-    main = {kind: {name: value for name, value in tree.items() if not name.startswith("mtp_")} for kind, tree in variables.items()}
+    main = {
+        kind: {name: value for name, value in tree.items() if not name.startswith("mtp_")}
+        for kind, tree in variables.items()
+    }
     expected = run(compiled("sparse", 1, without), main)
     for name in [name for name in unused["gradients"] if name.startswith("mtp_")]:
         assert tiny.tree_max(unused["gradients"].pop(name)) == 0
@@ -121,15 +164,21 @@ def test_mtp_modules_without_weight_are_not_there():
 
 
 def test_reports_are_means():
-    """Perfect balance is 1, and a share of attention's mass is at most 1: so their weights count what their totals do. In the warm-up, which alone has
-    a recall."""
+    """Perfect balance is 1, and a share of attention's mass is at most 1: so their weights count
+    what their totals do. In the warm-up, which alone has a recall.
+    """
     found = gradient(BATCH, stage="warmup")
     means = {name: float(total / found["weights"][name]) for name, total in found["terms"].items()}
     assert 0.9 < means["balance"] < 2
     assert 0 < means["indexer_recall_random"] < 1 and 0 < means["indexer_recall"] < 1
     candidates = np.asarray(BATCH["positions"] + 1)[np.asarray(BATCH["segments"]) > 0]
     with_next = np.asarray(same_segment(BATCH["segments"], 1))
-    counted = [(candidates, 3), (np.asarray(BATCH["positions"] + 1)[with_next], 1)]  # main layers, and the MTP module
+    counted = [
+        (candidates, 3),
+        (np.asarray(BATCH["positions"] + 1)[with_next], 1),
+    ]  # main layers, and the MTP module
     over = [(c[c > 4], layers) for c, layers in counted]
     assert float(found["weights"]["indexer_recall"]) == sum(len(c) * layers for c, layers in over)
-    assert float(found["terms"]["indexer_recall_random"]) == pytest.approx(sum((4 / c).sum() * layers for c, layers in over), rel=1e-5)
+    assert float(found["terms"]["indexer_recall_random"]) == pytest.approx(
+        sum((4 / c).sum() * layers for c, layers in over), rel=1e-5
+    )

@@ -18,7 +18,17 @@ class Clock:
 
 def progress_on(terminal: bool, total: int, **kwargs):
     clock, out = Clock(), io.StringIO()
-    return Progress(total, "pretrain", console=Console(file=out, force_terminal=terminal, width=120), clock=clock, **kwargs), clock, out
+    return (
+        Progress(
+            total,
+            "pretrain",
+            console=Console(file=out, force_terminal=terminal, width=120),
+            clock=clock,
+            **kwargs,
+        ),
+        clock,
+        out,
+    )
 
 
 def test_speed_leaves_out_the_compiling_step():

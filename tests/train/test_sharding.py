@@ -1,4 +1,6 @@
-"""Eight pretended devices compute what one computes, whatever the mesh: float32 sums in another order."""
+"""Eight pretended devices compute what one computes, whatever the mesh: float32 sums in another
+order.
+"""
 
 import functools
 
@@ -27,10 +29,13 @@ MESHES = {
     "expert 4, tensor 2": MeshConfig(data=1, fsdp=1, expert=4, tensor=2),
     "data 2, expert 2, tensor 2": MeshConfig(data=2, fsdp=1, expert=2, tensor=2),
 }
-# The vocabulary divides over the tensor axis. One MoE layer, whose shared experts are a dense FFN too; MTP where the objective has it.
+# The vocabulary divides over the tensor axis. One MoE layer, whose shared experts are a dense FFN
+# too; MTP where the objective has it.
 CONFIGS = {
-    "language": tiny.model_config(layers=1, dense_layers=0, vocab=64),
-    "reinforce": tiny.model_config(layers=1, dense_layers=0, vocab=64, mtp_depth=0),
+    "language": tiny.model_config(num_hidden_layers=1, first_k_dense_replace=0, vocab_size=64),
+    "reinforce": tiny.model_config(
+        num_hidden_layers=1, first_k_dense_replace=0, vocab_size=64, num_nextn_predict_layers=0
+    ),
 }
 LAYOUT = (*tiny.LAYOUT, ((1, 24),), ((0, 24),), ((1, 2), (0, 22)), ((0, 4), (1, 20)))
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -50,7 +55,14 @@ def placed_state(config, mesh) -> TrainState:
     """The tests' own parameters, in the places a trainer would give them."""
     where = state_shardings(abstract_state(config, optimizer(), mesh))
     variables, count = tiny.variables(config), np.zeros((), np.int32)
-    state = TrainState(count, variables["params"], variables["router"], jax.device_get(optimizer().init(variables["params"])), count, count)
+    state = TrainState(
+        count,
+        variables["params"],
+        variables["router"],
+        jax.device_get(optimizer().init(variables["params"])),
+        count,
+        count,
+    )
     return jax.tree.map(jax.device_put, state, where)
 
 
@@ -60,26 +72,43 @@ def objective_and_batch(config, kind: str):
         return language_objective(config, TRAIN), batch
     rng = np.random.default_rng(0)
     mask_BT = (batch["segments"] > 0) & (jnp.arange(tiny.T) >= 8)
-    old, reference = (jnp.where(mask_BT, jnp.asarray(-4 + 0.1 * rng.normal(size=mask_BT.shape), jnp.float32), 0.0) for _ in range(2))
+    old, reference = (
+        jnp.where(mask_BT, jnp.asarray(-4 + 0.1 * rng.normal(size=mask_BT.shape), jnp.float32), 0.0)
+        for _ in range(2)
+    )
     advantages = jnp.where(mask_BT, jnp.asarray(rng.normal(size=(8, 1)), jnp.float32), 0.0)
-    batch |= {"mask": mask_BT, "sampler_logprobs": old, "old_logprobs": old, "reference_logprobs": reference, "advantages": advantages}
+    batch |= {
+        "mask": mask_BT,
+        "sampler_logprobs": old,
+        "old_logprobs": old,
+        "reference_logprobs": reference,
+        "advantages": advantages,
+    }
     return policy_objective(config, TRAIN, get_algorithm(kind, max_completion=16), 1.0), batch
 
 
 @functools.cache
 def step_on(name: str, kind: str):
-    """The state after a step, and what of it must be the same on every mesh: Adam's moments, the router and the metrics. The first moment is a tenth of the
-    clipped gradient. Parameters are not compared: Adam's first step is the gradient's sign, which makes two learning rates of a rounding near 0."""
+    """The state after a step, and what of it must be the same on every mesh: Adam's moments, the
+    router and the metrics. The first moment is a tenth of the clipped gradient. Parameters are not
+    compared: Adam's first step is the gradient's sign, which makes two learning rates of a rounding
+    near 0.
+    """
     config = CONFIGS["language" if kind == "language" else "reinforce"]
     mesh, (objective, batch) = mesh_of(name), objective_and_batch(config, kind)
     with jax.set_mesh(mesh):
         step = jax.jit(make_step(config, TRAIN, objective, optimizer()))
-        state, metrics = step(placed_state(config, mesh), jax.device_put(batch, batch_sharding(mesh)))
+        state, metrics = step(
+            placed_state(config, mesh), jax.device_put(batch, batch_sharding(mesh))
+        )
     return state, jax.device_get((state.opt_state, state.router, metrics))
 
 
 CASES = [
-    *(pytest.param(name, "language", marks=[pytest.mark.slow] if name == "data 8" else []) for name in MESHES),  # the others have all it has
+    *(
+        pytest.param(name, "language", marks=[pytest.mark.slow] if name == "data 8" else [])
+        for name in MESHES
+    ),  # the others have all it has
     ("data 2, fsdp 2, expert 2", "grpo"),
     ("data 2, expert 2, tensor 2", "dr_grpo"),
 ]
@@ -89,7 +118,9 @@ CASES = [
 def test_a_mesh_computes_what_one_device_does(name, kind):
     state, found = step_on(name, kind)
     tiny.assert_close(found, step_on("one", kind)[1], **TOLERANCE)
-    where = abstract_state(CONFIGS["language" if kind == "language" else "reinforce"], optimizer(), mesh_of(name))
+    where = abstract_state(
+        CONFIGS["language" if kind == "language" else "reinforce"], optimizer(), mesh_of(name)
+    )
     for leaf, before in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
         assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim), "a step moved it"
 
@@ -97,46 +128,85 @@ def test_a_mesh_computes_what_one_device_does(name, kind):
 @pytest.mark.parametrize("name", MESHES)
 def test_moments_lie_where_their_parameters_do(name):
     abstract = abstract_state(CONFIGS["language"], optimizer(), mesh_of(name))
-    of_parameter = {tuple(key.key for key in path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(abstract.params)}
+    of_parameter = {
+        tuple(key.key for key in path): leaf.sharding
+        for path, leaf in jax.tree.leaves_with_path(abstract.params)
+    }
     adam = abstract.opt_state.inner_states[True].inner_state[1][0]
     for moments in (adam.mu, adam.nu):
-        found = {tuple(key.key for key in path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(moments)}
+        found = {
+            tuple(key.key for key in path): leaf.sharding
+            for path, leaf in jax.tree.leaves_with_path(moments)
+        }
         assert found == of_parameter
-    split = {leaf.sharding.spec for leaf in jax.tree.leaves(abstract.params) if not leaf.sharding.is_fully_replicated}
+    split = {
+        leaf.sharding.spec
+        for leaf in jax.tree.leaves(abstract.params)
+        if not leaf.sharding.is_fully_replicated
+    }
     assert bool(split) == (name != "data 8")
 
 
 def test_muon_moments_lie_where_their_parameters_do():
-    """Muon has a momentum for each matrix and AdamW's two moments for the rest, in trees of their own."""
+    """Muon has a momentum for each matrix and AdamW's two moments for the rest, in trees of their
+    own.
+    """
     muon = make_optimizer(tiny.train_config(optimizer="muon"))
     abstract = abstract_state(CONFIGS["language"], muon, mesh_of("data 2, fsdp 2, expert 2"))
-    of_parameter = {tuple(key.key for key in path): leaf.sharding for path, leaf in jax.tree.leaves_with_path(abstract.params)}
-    found = [(path_of(path), leaf.sharding) for path, leaf in jax.tree.leaves_with_path(abstract.opt_state) if leaf.ndim]
+    of_parameter = {
+        tuple(key.key for key in path): leaf.sharding
+        for path, leaf in jax.tree.leaves_with_path(abstract.params)
+    }
+    found = [
+        (path_of(path), leaf.sharding)
+        for path, leaf in jax.tree.leaves_with_path(abstract.opt_state)
+        if leaf.ndim
+    ]
     for parameter, sharding in of_parameter.items():
         name = "/".join(parameter)
         moments = [its for path, its in found if path.endswith("/" + name)]
-        assert moments == [sharding] * (2 if parameter[-1] in ("scale", "bias", "taps", "embedding", "head") else 1), name
+        assert moments == [sharding] * (
+            2 if parameter[-1] in ("scale", "bias", "taps", "embedding", "head") else 1
+        ), name
 
 
 def test_a_fresh_state_is_the_same_on_any_mesh():
     mesh = mesh_of("data 2, fsdp 2, expert 2")
     config = CONFIGS["reinforce"]
     expected = jax.jit(lambda key: make_state(config, optimizer(), key))(jax.random.key(0))
-    tiny.assert_close(jax.device_get(fresh_state(config, optimizer(), mesh, jax.random.key(0))), jax.device_get(expected), rtol=1e-6)
+    tiny.assert_close(
+        jax.device_get(fresh_state(config, optimizer(), mesh, jax.random.key(0))),
+        jax.device_get(expected),
+        rtol=1e-6,
+    )
 
 
-SAMPLING = SamplingConfig(temperature=0.8, top_k=0, top_p=0.95, max_prompt=16, max_new=6, attention="sparse", attention_mass=1.0)
+SAMPLING = SamplingConfig(
+    temperature=0.8,
+    top_k=0,
+    top_p=0.95,
+    max_prompt_tokens=16,
+    max_new_tokens=6,
+    attention="sparse",
+    attention_top_p=1.0,
+)
 
 
 @functools.cache
 def sampled_on(name: str):
     mesh = mesh_of(name)
     config = CONFIGS["reinforce"]
-    prompts = tiny.batch_of(tuple(((0, n), (1, 16 - n)) for n in (0, 3, 9, 15, 1, 2, 8, 12)), width=16)
+    prompts = tiny.batch_of(
+        tuple(((0, n), (1, 16 - n)) for n in (0, 3, 9, 15, 1, 2, 8, 12)), width=16
+    )
     with jax.set_mesh(mesh):
-        tokens_PT, segments_PT = (jax.device_put(prompts[key], batch_sharding(mesh)) for key in ("tokens", "segments"))
+        tokens_PT, segments_PT = (
+            jax.device_put(prompts[key], batch_sharding(mesh)) for key in ("tokens", "segments")
+        )
         run = jax.jit(functools.partial(sample, config, SAMPLING, (5, 6, 7), 0, group=2))
-        completions = run(placed_state(config, mesh).variables, tokens_PT, segments_PT, jax.random.key(3))
+        completions = run(
+            placed_state(config, mesh).variables, tokens_PT, segments_PT, jax.random.key(3)
+        )
         return jax.device_get((completions, policy_batch(tokens_PT, segments_PT, completions, 2)))
 
 

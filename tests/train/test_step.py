@@ -1,4 +1,6 @@
-"""The step, with an objective small enough to work by hand: minimise (w - x)^2 over the rows of a batch."""
+"""The step, with an objective small enough to work by hand: minimise (w - x)^2 over the rows of a
+batch.
+"""
 
 import chex
 import jax
@@ -12,24 +14,35 @@ from train.optimizer import make_optimizer
 from train.state import TrainState
 from train.step import make_evaluation, make_step
 
-CONFIG = tiny.model_config(dense_layers=3, mtp_depth=0)  # no experts: no router to move
+CONFIG = tiny.model_config(
+    first_k_dense_replace=3, num_nextn_predict_layers=0
+)  # no experts: no router to move
 TRAIN = tiny.train_config(stage="dense", weight_decay=0.0)
 
 
 def totals(variables, batch):
     error_B = variables["params"]["w"] - batch["x"]
-    terms = {"square": jnp.sum(batch["weight"] * error_B**2), "bias": jnp.sum(batch["weight"] * error_B)}
+    terms = {
+        "square": jnp.sum(batch["weight"] * error_B**2),
+        "bias": jnp.sum(batch["weight"] * error_B),
+    }
     return Totals(terms, jnp.zeros((3, 4), jnp.int32), {"worst": jnp.max(jnp.abs(error_B))})
 
 
-OBJECTIVE = Objective(lambda batch: dict.fromkeys(("square", "bias"), jnp.sum(batch["weight"])), totals, {"square": 2.0})
+OBJECTIVE = Objective(
+    lambda batch: dict.fromkeys(("square", "bias"), jnp.sum(batch["weight"])),
+    totals,
+    {"square": 2.0},
+)
 
 
 def fresh(train):
     optimizer = make_optimizer(train)
     params = {"w": jnp.asarray(1.0)}
     count = jnp.zeros((), jnp.int32)
-    return TrainState(count, params, {}, optimizer.init(params), count, count), jax.jit(make_step(CONFIG, train, OBJECTIVE, optimizer))
+    return TrainState(count, params, {}, optimizer.init(params), count, count), jax.jit(
+        make_step(CONFIG, train, OBJECTIVE, optimizer)
+    )
 
 
 def batch(*x):
@@ -38,11 +51,23 @@ def batch(*x):
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
 def test_metrics_are_over_the_global_batch(pieces):
-    """Weights 0, 1, 2, 3 and errors 1, 0, -1, -2: square (0 + 2 + 12) / 6, bias (0 - 2 - 6) / 6, loss twice the square. In four pieces the first weighs 0."""
+    """Weights 0, 1, 2, 3 and errors 1, 0, -1, -2: square (0 + 2 + 12) / 6, bias (0 - 2 - 6) / 6,
+    loss twice the square. In four pieces the first weighs 0.
+    """
     state, step = fresh(tiny.train_config(stage="dense", microbatches=pieces))
     state, metrics = step(state, batch(0, 1, 2, 3))
-    expected = {"square": 14 / 6, "bias": -8 / 6, "loss": 28 / 6, "worst": 2.0, "grad_norm": 4 * 8 / 6, "learning_rate": 0.5e-2, "skipped": 0}
-    chex.assert_trees_all_close({name: float(metrics[name]) for name in expected}, expected, rtol=1e-6)
+    expected = {
+        "square": 14 / 6,
+        "bias": -8 / 6,
+        "loss": 28 / 6,
+        "worst": 2.0,
+        "grad_norm": 4 * 8 / 6,
+        "learning_rate": 0.5e-2,
+        "skipped": 0,
+    }
+    chex.assert_trees_all_close(
+        {name: float(metrics[name]) for name in expected}, expected, rtol=1e-6
+    )
     assert int(state.step) == 1
 
 
@@ -52,8 +77,14 @@ def test_a_step_without_finite_gradients_changes_its_counters_alone():
     for bad in (np.nan, np.inf, -np.inf):
         before = state
         state, metrics = step(state, batch(0, 1, 2, bad))
-        chex.assert_trees_all_equal((state.params, state.opt_state, state.router), (before.params, before.opt_state, before.router))
-        assert int(state.step) == int(before.step) + 1 and int(state.skipped_in_row) == int(before.skipped_in_row) + 1
+        chex.assert_trees_all_equal(
+            (state.params, state.opt_state, state.router),
+            (before.params, before.opt_state, before.router),
+        )
+        assert (
+            int(state.step) == int(before.step) + 1
+            and int(state.skipped_in_row) == int(before.skipped_in_row) + 1
+        )
     assert int(metrics["skipped"]) == 3 and int(metrics["skipped_in_row"]) == 3
     after, metrics = step(state, batch(0, 1, 2, 3))
     assert int(after.skipped) == 3 and int(after.skipped_in_row) == 0
@@ -61,15 +92,22 @@ def test_a_step_without_finite_gradients_changes_its_counters_alone():
 
 
 def test_the_reported_learning_rate_is_the_one_applied():
-    """A skipped step does not move the schedule, so it must not move the report of it. Adam's first step is the learning rate itself."""
+    """A skipped step does not move the schedule, so it must not move the report of it. Adam's first
+    step is the learning rate itself.
+    """
     state, step = fresh(TRAIN)
     state, _ = step(state, batch(0, 1, 2, np.nan))
     after, metrics = step(state, batch(0, 1, 2, 3))
-    assert float(after.params["w"] - state.params["w"]) == pytest.approx(float(metrics["learning_rate"]), rel=1e-4)
+    assert float(after.params["w"] - state.params["w"]) == pytest.approx(
+        float(metrics["learning_rate"]), rel=1e-4
+    )
 
 
 def test_evaluation_adds_up():
     evaluate = jax.jit(make_evaluation(OBJECTIVE))
-    found = [evaluate({"params": {"w": jnp.asarray(1.0)}}, part) for part in (batch(0, 1, 2, 3), batch(5, 5))]
+    found = [
+        evaluate({"params": {"w": jnp.asarray(1.0)}}, part)
+        for part in (batch(0, 1, 2, 3), batch(5, 5))
+    ]
     sums, weights = jax.tree.map(lambda a, b: float(a + b), *found)
     assert sums["square"] == 14 + 16 and weights["square"] == 7

@@ -1,0 +1,143 @@
+"""The door: a ConfigDict comes in, frozen dataclasses go on. Below launch/ nobody sees a ConfigDict
+or a flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from errors import UserError
+
+if TYPE_CHECKING:
+    from data.config import DataConfig, TokenizerConfig
+    from model.config import ModelConfig
+    from model.sharding import MeshConfig
+    from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
+    from train.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole config, validated. Its sections are those of configs/base.py."""
+
+    seed: int
+    init_from: str
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    mesh: MeshConfig
+    data: DataConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    reinforce: ReinforceConfig
+    evaluate: EvaluateConfig
+
+    def __post_init__(self):
+        """What no section can see alone."""
+        if self.train.stage != "dense" and self.model.indexer.n_heads == 0:
+            raise UserError(
+                f"train.stage = {self.train.stage!r}: needs an indexer, and model.indexer.n_heads = 0 builds none"
+            )
+        if self.sampling.attention == "sparse" and self.model.indexer.n_heads == 0:
+            raise UserError(
+                "sampling.attention = 'sparse': needs an indexer, and model.indexer.n_heads = 0 builds none (use 'dense')"
+            )
+        if self.data.batch_size % self.train.microbatches:
+            raise UserError(
+                f"train.microbatches = {self.train.microbatches}: does not divide data.batch_size = {self.data.batch_size}"
+            )
+
+
+def parse(config: ConfigDict) -> Config:
+    """Validates a config as `get_config()` returns it. Raises UserError, in one line that names the
+    field, the value and what is allowed.
+    """
+    # Here and not above: model.sharding brings jax, and `--help` must not wait for it.
+    from data.config import DataConfig, TokenizerConfig
+    from model.config import ModelConfig
+    from model.sharding import MeshConfig
+    from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
+    from train.config import TrainConfig
+
+    fields = {
+        "seed": int,
+        "init_from": str,
+        "tokenizer": TokenizerConfig,
+        "model": ModelConfig,
+        "mesh": MeshConfig,
+        "data": DataConfig,
+        "train": TrainConfig,
+        "sampling": SamplingConfig,
+        "reinforce": ReinforceConfig,
+        "evaluate": EvaluateConfig,
+    }
+    return Config(**_values(fields, config, "config"))
+
+
+def build(cls: type, config: Mapping[str, Any], path: str) -> Any:
+    """A frozen dataclass from the section of a config that has exactly its fields.
+
+    Args:
+      cls: fields annotated int, float (an int will do), bool, str, tuple[X, ...] (a list will do),
+        X | None, or another such dataclass.
+      config: the section.
+      path: where the section stands, for errors: "config.model".
+
+    Raises:
+      UserError: a field too many, a field missing, a value of another type, or whatever the
+        dataclass itself refuses.
+    """
+    return cls(**_values(typing.get_type_hints(cls), config, path))
+
+
+def _values(fields: Mapping[str, Any], config: Any, path: str) -> dict[str, Any]:
+    if not isinstance(config, Mapping | ConfigDict):
+        raise UserError(
+            f"{path} = {config!r}: must be a section with the fields {', '.join(fields)}"
+        )
+    for name in config:
+        if name not in fields:
+            raise no_such_field(path, name, fields)
+    for name in fields:
+        if name not in config:
+            raise UserError(f"{path}.{name}: missing (configs/base.py says what it means)")
+    return {name: _value(kind, config[name], f"{path}.{name}") for name, kind in fields.items()}
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    """`value` as the annotation `kind` wants it; UserError if it does not fit."""
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, path)
+    if isinstance(kind, types.UnionType):
+        (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+        return None if value is None else _value(kind, value, path)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list):
+            raise must_be(tuple, value, path)
+        return tuple(
+            _value(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value)
+        )
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:  # not isinstance: True is no int
+        raise must_be(kind, value, path)
+    return value
+
+
+def must_be(kind: type, value: Any, path: str) -> UserError:
+    """The error about a value of the wrong type."""
+    words = {int: "an int", tuple: """a tuple, such as "('a', 'b')\""""}
+    return UserError(f"{path} = {value!r}: must be {words.get(kind, f'a {kind.__name__}')}")
+
+
+def no_such_field(path: str, name: str, fields: Iterable[str]) -> UserError:
+    """The error about a field that does not exist, with the nearest that does."""
+    nearest = difflib.get_close_matches(name, list(fields), n=1, cutoff=0.5)
+    hint = f'did you mean "{nearest[0]}"?' if nearest else f"has: {', '.join(fields)}"
+    return UserError(f"{path}.{name}: no such field ({hint})")

@@ -1,0 +1,3 @@
+"""Hot operations, a file each: a reference and fast implementations of one signature, and the table
+that picks.
+"""

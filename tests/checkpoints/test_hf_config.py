@@ -1,0 +1,218 @@
+"""config.json in other words: keys moved, dropped or added that mean the same, and such that do
+not.
+"""
+
+import json
+
+import pytest
+
+from checkpoints.hf.architecture import model_fields
+from checkpoints.hf.safetensors import TensorFiles
+from errors import UserError
+from tests.model.test_golden import GOLDEN
+
+
+def fields(case: str, tmp_path, change) -> dict:
+    keys = json.loads((GOLDEN / case / "config.json").read_text())
+    change(keys)
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    return model_fields(tmp_path, TensorFiles(GOLDEN / case).tensors)
+
+
+def moved_rope(keys):
+    """To where the releases have it."""
+    rope = keys.pop("rope_parameters")
+    keys["rope_theta"] = rope.pop("rope_theta")
+    keys["partial_rotary_factor"] = rope.pop("partial_rotary_factor", None)
+    rope["type"] = rope.pop("rope_type")
+    keys["rope_scaling"] = rope if rope["type"] != "default" else None
+
+
+def interval(keys):
+    """Qwen3-Next's release names no layers: every fourth is full attention."""
+    del keys["layer_types"]
+
+
+def no_factor(keys):
+    """transformers then takes the ratio of the two contexts."""
+    rope = keys["rope_parameters"]
+    keys["max_position_embeddings"] = int(
+        rope.pop("factor") * rope["original_max_position_embeddings"]
+    )
+
+
+def context_beside(keys):
+    keys["original_max_position_embeddings"] = keys["rope_parameters"].pop(
+        "original_max_position_embeddings"
+    )
+
+
+def context_default(keys):
+    keys["max_position_embeddings"] = keys["rope_parameters"].pop(
+        "original_max_position_embeddings"
+    )
+
+
+SAME = {
+    "rope where the releases have it, V3": ("deepseek_v3", moved_rope),
+    "rope where the releases have it, Next": ("qwen3_next", moved_rope),
+    "rope where the releases have it, Qwen3": ("qwen3", moved_rope),
+    "the interval's default": ("qwen3_next", interval),
+    "the interval": (
+        "qwen3_next",
+        lambda keys: (interval(keys), keys.update(full_attention_interval=4)),
+    ),
+    "no factor": ("deepseek_v3", no_factor),
+    "the old context beside": ("deepseek_v3", context_beside),
+    "the old context by default": ("deepseek_v3", context_default),
+    "dense layers by kind": ("deepseek_v32", lambda keys: keys.update(first_k_dense_replace=0)),
+    "dense layers by number": ("deepseek_v32", lambda keys: keys.pop("mlp_layer_types")),
+    "model_type alone": ("deepseek_v32", lambda keys: keys.pop("architectures")),
+    "both ropes": (
+        "qwen3",
+        lambda keys: keys.update(
+            rope_scaling=keys["rope_parameters"],
+            rope_parameters={"rope_type": "default", "rope_theta": 7.0},
+        ),
+    ),
+    "experts by a third name": (
+        "deepseek_v32",
+        lambda keys: keys.update(num_experts=keys.pop("n_routed_experts")),
+    ),
+    "gates normed by default in Next": ("qwen3_next", lambda keys: keys.pop("norm_topk_prob")),
+    "experts by the other name": (
+        "qwen3_moe",
+        lambda keys: keys.update(num_experts=keys.pop("num_local_experts")),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_the_same_in_other_words(what, tmp_path):
+    case, change = SAME[what]
+    assert fields(case, tmp_path, change) == fields(case, tmp_path, lambda keys: None)
+
+
+OTHER = {
+    "every second layer": (
+        "qwen3_next",
+        lambda keys: (interval(keys), keys.update(full_attention_interval=2)),
+        "attention_kinds",
+        ("delta", "gqa"),
+    ),
+    "the default head of Qwen3": ("qwen3", lambda keys: keys.pop("head_dim"), "gqa.head_dim", 128),
+    "the default head of Qwen3-Next": (
+        "qwen3_next",
+        lambda keys: keys.pop("head_dim"),
+        "gqa.head_dim",
+        256,
+    ),
+    "a quarter of it turned by default": (
+        "qwen3_next",
+        lambda keys: keys["rope_parameters"].pop("partial_rotary_factor"),
+        "gqa.rotary_dim",
+        4,
+    ),
+    "the head of Qwen3-MoE": (
+        "qwen3_moe",
+        lambda keys: keys.update(head_dim=None, hidden_size=48),
+        "gqa.head_dim",
+        8,
+    ),
+    "a ramp of parts of channels": (
+        "qwen3",
+        lambda keys: keys["rope_parameters"].update(truncate=False),
+        "rope.truncate",
+        False,
+    ),
+    "a magnitude given": (
+        "qwen3",
+        lambda keys: keys["rope_parameters"].update(attention_factor=1.5),
+        "rope.attention_factor",
+        1.5,
+    ),
+    "dense by kind": (
+        "deepseek_v32",
+        lambda keys: keys.update(mlp_layer_types=["sparse", "dense", "sparse"]),
+        "dense_also",
+        (1,),
+    ),
+    "gates not normed by default in Qwen3-MoE": (
+        "qwen3_moe",
+        lambda keys: keys.pop("norm_topk_prob"),
+        "moe.norm_topk_prob",
+        False,
+    ),
+    "as many key heads as heads": (
+        "qwen3",
+        lambda keys: keys.update(num_key_value_heads=None),
+        "gqa.num_key_value_heads",
+        4,
+    ),
+    "a step over layers": (
+        "qwen3_moe",
+        lambda keys: keys.update(decoder_sparse_step=3),
+        "dense_also",
+        (3,),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_what_a_key_means(what, tmp_path):
+    case, change, field, expected = OTHER[what]
+    assert fields(case, tmp_path, change)[field] == expected
+
+
+def test_a_value_of_another_type_is_one_line(tmp_path):
+    for key, value in {
+        "num_hidden_layers": "3",
+        "hidden_size": 4.5,
+        "tie_word_embeddings": 1,
+        "rope_parameters": "yarn",
+        "architectures": "Qwen3",
+    }.items():
+        with pytest.raises(UserError, match=f'"{key}": .*must be'):
+            fields("qwen3", tmp_path, lambda keys, key=key, value=value: keys.update({key: value}))
+
+
+REFUSED = {
+    "no key heads": (
+        "qwen3_moe",
+        lambda keys: keys.pop("num_key_value_heads"),
+        'no key "num_key_value_heads"',
+    ),
+    "no heads": (
+        "qwen3",
+        lambda keys: keys.update(num_attention_heads=0),
+        '"num_attention_heads": 0: must be positive',
+    ),
+    "half a channel": (
+        "qwen3",
+        lambda keys: keys.update(head_dim=14.5),
+        '"head_dim": 14.5: must be a whole number',
+    ),
+    "V3.2 with halves": (
+        "deepseek_v32",
+        lambda keys: keys.update(rope_interleave=False),
+        '"rope_interleave": false: only true',
+    ),
+    "V3.2's indexer with pairs": (
+        "deepseek_v32",
+        lambda keys: keys.update(indexer_rope_interleave=True),
+        '"indexer_rope_interleave": true: only false',
+    ),
+    "a part of a head turned": (
+        "qwen3",
+        lambda keys: keys.update(partial_rotary_factor=0.5),
+        '"partial_rotary_factor": 0.5',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_meant_is_one_line(what, tmp_path):
+    case, change, words = REFUSED[what]
+    with pytest.raises(UserError) as error:
+        fields(case, tmp_path, change)
+    assert words in str(error.value)

@@ -1,0 +1,64 @@
+"""The smallest set with a given mass, against sorting in float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.reference import top_p_keys
+
+EXACT = 1e-5  # of a sum of float32 weights, over a few hundred of them
+
+
+def softmax(scores_S: np.ndarray) -> np.ndarray:
+    weights_S = np.exp(scores_S.astype(np.float64) - scores_S.max())
+    return weights_S / weights_S.sum()
+
+
+SCORES = {
+    "normal": lambda rng: (
+        rng.normal(size=(6, 400)) * np.array([[0.01], [0.3], [1], [3], [10], [100]])
+    ),
+    "ties": lambda rng: rng.integers(-2, 3, (6, 400)),
+    "all the same": lambda rng: np.full((6, 400), -7.0),
+    "the first is not the largest": lambda rng: np.concatenate(
+        [np.full((6, 1), -30.0), rng.normal(size=(6, 399))], axis=1
+    ),
+    "large": lambda rng: 1e30 * rng.normal(size=(6, 400)),
+}
+
+
+@pytest.mark.parametrize("mass", [0.01, 0.5, 0.85, 0.99])
+@pytest.mark.parametrize("kind", SCORES)
+def test_it_is_the_smallest_set_with_the_mass(kind, mass):
+    rng = np.random.default_rng(0)
+    scores_BS = SCORES[kind](rng).astype(np.float32)
+    among_BS = rng.random(scores_BS.shape) < 0.8
+    kept_BS = np.asarray(top_p_keys(jnp.asarray(scores_BS), jnp.asarray(among_BS), mass))
+    assert not np.any(kept_BS & ~among_BS)
+    for scores_S, among_S, kept_S in zip(scores_BS, among_BS, kept_BS, strict=True):
+        p_S, kept_S = softmax(scores_S[among_S]), kept_S[among_S]
+        assert kept_S.any() and p_S[kept_S].sum() >= mass - EXACT
+        descending = np.sort(p_S)[::-1]
+        assert descending[: kept_S.sum() - 1].sum() < mass + EXACT, (
+            "with one fewer no set would have it"
+        )
+        if not kept_S.all():
+            assert p_S[kept_S].min() >= p_S[~kept_S].max() * (1 - EXACT), "the heaviest"
+
+
+def test_of_equal_scores_the_earlier_is_kept():
+    scores_BS = jnp.asarray([[1.0, 1.0, 1.0, 1.0, -9.0], [0.0, 5.0, 0.0, 5.0, 0.0]])
+    among_BS = jnp.asarray([[False, True, True, True, True], [True] * 5])
+    np.testing.assert_array_equal(
+        top_p_keys(scores_BS, among_BS, 0.6), [[0, 1, 1, 0, 0], [0, 1, 0, 1, 0]]
+    )
+
+
+def test_everything_and_nothing():
+    scores_BS, none = jnp.asarray([[1.0, 2.0, 3.0]]), jnp.zeros((1, 3), bool)
+    np.testing.assert_array_equal(top_p_keys(scores_BS, ~none, 1.0), ~none)
+    np.testing.assert_array_equal(top_p_keys(scores_BS, none, 0.9), none)
+    np.testing.assert_array_equal(
+        top_p_keys(jnp.asarray([[jnp.nan, 2.0, 3.0]]), jnp.asarray([[False, True, True]]), 0.7),
+        [[0, 0, 1]],
+    )
