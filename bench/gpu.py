@@ -32,7 +32,7 @@ from errors import UserError
 from experiment.command_line import Flag, command
 from kernels import decode_selection
 from kernels.bitmask import along_keys, pack, words
-from kernels.reference import indexer_scores, ranked
+from kernels.reference import indexer_scores, masked_scores
 from kernels.sparse_attention import attend_reference
 from kernels.sparse_attention_gpu import BLOCK, Tiles, attend_gpu, held_first
 from kernels.sparse_decode import decode_reference
@@ -284,7 +284,7 @@ def sorted_selection(
 ) -> Array:
     """What decode_selection's gives, but in order of score and by XLA's top_k: a sort."""
     scores_B1S = indexer_scores(q_BIC[:, None], k_BSC, w_BI[:, None])
-    return lax.top_k(ranked(scores_B1S, allowed_BS[:, None])[:, 0], topk)[1]
+    return lax.top_k(masked_scores(scores_B1S, allowed_BS[:, None])[:, 0], topk)[1]
 
 
 def copy_rate(size: int) -> float:

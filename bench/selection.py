@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiment.command_line import command
-from kernels.reference import ranked, select_topk
+from kernels.reference import masked_scores, select_topk
 
 SHAPES = (
     ((8, 256, 256), 64),
@@ -27,7 +27,7 @@ def topk_mask(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
     """The same selection from a top_k: its last value and index bound it in (score, position)
     order.
     """
-    scores_BTS = ranked(scores_BTS, allowed_BTS)
+    scores_BTS = masked_scores(scores_BTS, allowed_BTS)
     value_BTk, index_BTk = jax.lax.top_k(scores_BTS, topk)
     tied_BTS = (scores_BTS == value_BTk[..., -1:]) & (
         jnp.arange(scores_BTS.shape[-1]) <= index_BTk[..., -1:]
@@ -52,7 +52,7 @@ def main() -> None:
         scores_BTS = jax.nn.relu(jax.random.normal(jax.random.key(0), shape))
         allowed_BTS = jnp.broadcast_to(jnp.tril(jnp.ones(shape[1:], bool)), shape)
         rivals = {
-            "top_k": lambda s, a=allowed_BTS, k=topk: jax.lax.top_k(ranked(s, a), k),
+            "top_k": lambda s, a=allowed_BTS, k=topk: jax.lax.top_k(masked_scores(s, a), k),
             "top_k_mask": lambda s, a=allowed_BTS, k=topk: topk_mask(s, a, k),
             "counting": lambda s, a=allowed_BTS, k=topk: select_topk(s, a, k),
         }

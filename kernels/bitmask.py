@@ -69,7 +69,7 @@ def counts(bits_BTW: Array) -> Array:
     return jnp.sum(lax.population_count(bits_BTW), axis=-1)
 
 
-def transposed_bits(x: Array, axis: int) -> Array:
+def transpose_bits(x: Array, axis: int) -> Array:
     """Of int32 with 32 elements along an axis: bit i of element p is what was bit p of element i.
     Halves change places, then quarters, then eighths ...
     """
@@ -93,7 +93,7 @@ def along_keys(bits_BTW: Array) -> Array:
     / 32, t]. int32 [B, W, T].
     """
     B, T, W = bits_BTW.shape
-    keys_BTGQp = transposed_bits(
+    keys_BTGQp = transpose_bits(
         bits_BTW.reshape(B, T, W // LANES, LANES // BITS, BITS), -1
     )  # before: a place p for 32 words, now a word for each place
     return jnp.transpose(keys_BTGQp, (0, 2, 4, 3, 1)).reshape(B, W, T)
@@ -104,7 +104,7 @@ def along_queries(bits_BTW: Array) -> Array:
     / 32, s]. T a multiple of 32; int32 [B, T / 32, W * 32].
     """
     B, T, W = bits_BTW.shape
-    queries_BtpGL = transposed_bits(bits_BTW.reshape(B, T // BITS, BITS, W // LANES, LANES), 2)
+    queries_BtpGL = transpose_bits(bits_BTW.reshape(B, T // BITS, BITS, W // LANES, LANES), 2)
     return jnp.swapaxes(queries_BtpGL, 2, 3).reshape(B, T // BITS, W * BITS)
 
 

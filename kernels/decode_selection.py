@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.bitmask import LANES
 from kernels.reference import WEIGHT_BITS, indexer_scores, select_topk, top_p_keys
 from kernels.selection import find_threshold, places, unordered
-from kernels.tiles import F32, column, dot, in_pairs, padded
+from kernels.tiles import F32, dot, fold_pairwise, padded, to_column
 
 GROUP = LANES * LANES  # tokens that are folded, and listed, at a time: 128 blocks of 128
 LISTED = 256  # slots of the list that are filled at a time
@@ -35,17 +35,17 @@ SCORED = 1_024  # tokens that are scored at a time: a register's sublanes and la
 
 
 def select_reference(
-    q_BIC: Array, k_BSC: Array, w_BI: Array, allowed_BS: Array, topk: int, mass: float = 1.0
+    q_BIC: Array, k_BSC: Array, w_BI: Array, allowed_BS: Array, topk: int, top_p: float = 1.0
 ) -> tuple[Array, Array]:
     """See `select_tpu`."""
     scores_BS = indexer_scores(q_BIC[:, None], k_BSC, w_BI[:, None])[:, 0]
-    return listed(
-        top_p_keys(scores_BS, select_topk(scores_BS, allowed_BS, topk), mass),
+    return list_positions(
+        top_p_keys(scores_BS, select_topk(scores_BS, allowed_BS, topk), top_p),
         min(topk, allowed_BS.shape[1]),
     )
 
 
-def listed(among_BS: Array, slots: int) -> tuple[Array, Array]:
+def list_positions(among_BS: Array, slots: int) -> tuple[Array, Array]:
     """The positions of a set's members in order, and how many there are: (index_Bk, count_B) int32.
     Slots behind the list hold their own numbers.
     """
@@ -63,7 +63,7 @@ def select_tpu(
     w_BI: Array,
     allowed_BS: Array,
     topk: int,
-    mass: float = 1.0,
+    top_p: float = 1.0,
     *,
     keys: int = 2_048,
     interpret=False,
@@ -90,7 +90,7 @@ def select_tpu(
         return jnp.minimum(j, jnp.maximum(lax.div(live_ref[b] + keys - 1, keys) - 1, 0))
 
     index_B1k, count_B1L = pl.pallas_call(
-        functools.partial(_kernel, topk=topk, mass=mass),
+        functools.partial(_kernel, topk=topk, mass=top_p),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, tiles),
@@ -145,7 +145,7 @@ def _kernel(
 
     @pl.when(j * keys < live)
     def _():
-        w_I1 = column(w_ref[0])
+        w_I1 = to_column(w_ref[0])
         for part in range(keys // SCORED):
             heads_IK = dot(q_ref[0], k_ref[0, pl.ds(part * SCORED, SCORED)], (1, 1))
             score_1K = jnp.sum(jnp.maximum(heads_IK, 0.0) * w_I1, axis=0, keepdims=True)
@@ -172,7 +172,9 @@ def _bounds(scores_ref, groups, topk: int, mass: float) -> tuple[Array, Array]:
 
         def one(group, found):
             x, place = _group(scores_ref, group)
-            return combine(found, in_pairs(combine, jnp.split(value(x, place), LANES // 8, axis=0)))
+            return combine(
+                found, fold_pairwise(combine, jnp.split(value(x, place), LANES // 8, axis=0))
+            )
 
         return reduce(
             lax.fori_loop(0, groups, one, jnp.full((8, LANES), start)), axis=(0, 1), keepdims=True

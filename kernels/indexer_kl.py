@@ -39,7 +39,16 @@ from kernels.bitmask import KEYS, LANES, next_nonempty, nonempty_tiles, tile_bia
 from kernels.device import ambient_device
 from kernels.reference import indexer_kl, indexer_scores
 from kernels.selection import score_tile
-from kernels.tiles import F32, NO_KEY, SUBLANES, by_rows, by_sublane, dot, padded, vmem_bytes
+from kernels.tiles import (
+    F32,
+    INITIAL_MAX,
+    SUBLANES,
+    dot,
+    fold_sublanes,
+    map_row_groups,
+    padded,
+    vmem_bytes,
+)
 
 QUERIES_AT_ONCE = (
     16_384  # an eighth of a row of 128K; of more the sums in float32 would be 0.5 GiB each
@@ -162,7 +171,9 @@ def total_kl_tpu(
         -(-min(QUERIES_AT_ONCE, q_BTIC.shape[1]) // tiles.queries),
         -(-min(KEYS_AT_ONCE, k_BSC.shape[1]) // tiles.keys),
     )
-    kl_n, mass_BT = by_rows(of_rows, table, attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW)
+    kl_n, mass_BT = map_row_groups(
+        of_rows, table, attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW
+    )
     return jnp.sum(kl_n), mass_BT
 
 
@@ -188,7 +199,7 @@ def _normaliser_kernel(
 
     @pl.when(j == 0)
     def _():
-        largest_ref[...] = jnp.full(largest_ref.shape, NO_KEY, F32)
+        largest_ref[...] = jnp.full(largest_ref.shape, INITIAL_MAX, F32)
         total_ref[...] = jnp.zeros(total_ref.shape, F32)
 
     @pl.when(held_ref[b, i, j] != 0)
@@ -255,7 +266,7 @@ def _kl_kernel(
                 tile_bias(ref[0], first_ref[0] + j, keys).T == 0 for ref in (bits_ref, selected_ref)
             )
             mean_KQ = jnp.where(chosen_KQ, p_KQ * (1.0 / (heads * groups)), 0.0)
-            mass_sum_ref[...] += by_sublane(jnp.add, jnp.where(selected_KQ, mean_KQ, 0.0))
+            mass_sum_ref[...] += fold_sublanes(jnp.add, jnp.where(selected_KQ, mean_KQ, 0.0))
             scores_KQ = jnp.zeros(p_ref.shape, F32)
             for head in range(I):
                 positive_KQ = jnp.maximum(dot(index_k_ref[0], index_q_ref[0, head], (1, 1)), 0.0)
@@ -263,14 +274,14 @@ def _kl_kernel(
                 scores_KQ += positive_KQ * w_ref[0, head]
             log_predicted_KQ = scores_KQ - index_lse_ref[0]
             kl_KQ = mean_KQ * (jnp.log(jnp.where(mean_KQ > 0, mean_KQ, 1.0)) - log_predicted_KQ)
-            kl_sum_ref[...] += by_sublane(jnp.add, jnp.where(chosen_KQ, kl_KQ, 0.0))
+            kl_sum_ref[...] += fold_sublanes(jnp.add, jnp.where(chosen_KQ, kl_KQ, 0.0))
             dscores_KQ = jnp.where(chosen_KQ, jnp.exp(log_predicted_KQ) - mean_KQ, 0.0)
             turned_CK = index_k_ref[0].T
             fetched.wait()
             dk_KC = dk_tile_ref[...]
             for head in range(I):
                 positive_KQ = positive_ref[head].astype(F32)
-                dw_sum_ref[head] += by_sublane(jnp.add, dscores_KQ * positive_KQ)
+                dw_sum_ref[head] += fold_sublanes(jnp.add, dscores_KQ * positive_KQ)
                 ddot_KQ = (jnp.where(positive_KQ > 0, dscores_KQ, 0.0) * w_ref[0, head]).astype(
                     index_k_ref.dtype
                 )

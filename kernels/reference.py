@@ -33,7 +33,7 @@ def indexer_scores(q_BTIC: Array, k_BSC: Array, w_BTI: Array) -> Array:
         return jnp.einsum("BTI,BITS->BTS", w_BTI.astype(jnp.float32), jax.nn.relu(dot_BITS))
 
 
-def ranked(scores_BTS: Array, allowed_BTS: Array) -> Array:
+def masked_scores(scores_BTS: Array, allowed_BTS: Array) -> Array:
     """Scores as `top_k` shall see them: -inf where not allowed, and one zero only, since it puts -0
     (a negative weight times relu's 0) below 0. No gradient.
     """
@@ -51,8 +51,8 @@ def select_topk(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
     with jax.named_scope("select_topk"):
         if topk >= scores_BTS.shape[-1]:
             return allowed_BTS
-        rank_BTS = ordered_bits(ranked(scores_BTS, allowed_BTS))
-        threshold_BT1 = largest_with(
+        rank_BTS = ordered_bits(masked_scores(scores_BTS, allowed_BTS))
+        threshold_BT1 = bisect_bits(
             lambda bound: jnp.sum(rank_BTS >= bound, axis=-1, keepdims=True) >= topk,
             rank_BTS.shape[:-1] + (1,),
             bits=32,
@@ -63,7 +63,7 @@ def select_topk(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
         bits = int(scores_BTS.shape[-1] - 1).bit_length()
         # The last tied key that is wanted stands at the largest place with fewer than the wanted
         # ones before it.
-        last_BT1 = largest_with(
+        last_BT1 = bisect_bits(
             lambda bound: (
                 jnp.sum(tied_BTS & (place_S < bound), axis=-1, keepdims=True) < wanted_BT1
             ),
@@ -79,7 +79,7 @@ def ordered_bits(x: Array) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def largest_with(holds: Callable[[Array], Array], shape: tuple[int, ...], bits: int) -> Array:
+def bisect_bits(holds: Callable[[Array], Array], shape: tuple[int, ...], bits: int) -> Array:
     """The largest uint32 of `bits` bits for which `holds`, element by element, settled bit by bit.
     `holds` is true of 0, and never again once false.
     """
@@ -116,7 +116,7 @@ def indexer_kl(target_BTS: Array, scores_BTS: Array, among_BTS: Array) -> Array:
 WEIGHT_BITS = 30  # of a float32 up to 1, without its sign: from the largest down to 0
 
 
-def top_p_keys(scores_BS: Array, among_BS: Array, mass: float) -> Array:
+def top_p_keys(scores_BS: Array, among_BS: Array, top_p: float) -> Array:
     """Of the keys in `among` the fewest whose softmax weights add up to `mass` of theirs all. Of
     equal weights the earlier key goes first. No gradient.
 
@@ -126,7 +126,7 @@ def top_p_keys(scores_BS: Array, among_BS: Array, mass: float) -> Array:
 
     Returns: bool, no key outside `among`. A row that has any keeps at least one.
     """
-    if mass == 1:
+    if top_p == 1:
         return among_BS
     with jax.named_scope("keep_mass"):
         scores_BS = jnp.where(among_BS, jax.lax.stop_gradient(scores_BS), MASKED)
@@ -140,8 +140,8 @@ def top_p_keys(scores_BS: Array, among_BS: Array, mass: float) -> Array:
         def weigh(chosen_BS: Array) -> Array:
             return jnp.sum(jnp.where(chosen_BS, weight_BS, 0.0), axis=-1, keepdims=True)
 
-        wanted_B1 = mass * weigh(among_BS)
-        level_B1 = largest_with(
+        wanted_B1 = top_p * weigh(among_BS)
+        level_B1 = bisect_bits(
             lambda bound_B1: weigh(rank_BS >= bound_B1) >= wanted_B1,
             wanted_B1.shape,
             bits=WEIGHT_BITS,

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bitmask import BITS, KEYS, LANES, bit, pack, words
 from kernels.reference import indexer_scores, select_topk
-from kernels.tiles import F32, by_lane, dot, in_pairs, padded
+from kernels.tiles import F32, dot, fold_lanes, fold_pairwise, padded
 
 BLOCK = 128  # queries that stand side by side, wherever the next ones stand
 ROWS = 8  # queries whose bounds move together: the sublanes of a register
@@ -226,13 +226,13 @@ def _kernel(
         ] = jnp.where(allowed, scores, -jnp.inf)
         kept = jnp.where(allowed, scores, 0.0)
         seen_ref[0] = jnp.maximum(
-            seen_ref[0], by_lane(jnp.maximum, jnp.where(allowed, scores, -jnp.inf))
+            seen_ref[0], fold_lanes(jnp.maximum, jnp.where(allowed, scores, -jnp.inf))
         )
         seen_ref[1] = jnp.minimum(
-            seen_ref[1], by_lane(jnp.minimum, jnp.where(allowed, scores, jnp.inf))
+            seen_ref[1], fold_lanes(jnp.minimum, jnp.where(allowed, scores, jnp.inf))
         )
-        seen_ref[2] += by_lane(jnp.add, kept)
-        seen_ref[3] += by_lane(jnp.add, kept * kept)
+        seen_ref[2] += fold_lanes(jnp.add, kept)
+        seen_ref[3] += fold_lanes(jnp.add, kept * kept)
 
     @pl.when(j == tiles - 1)
     def _():
@@ -295,7 +295,7 @@ def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: in
                 jnp.where(chosen(x, word * KEYS + place * LANES), 1, 0)
                 for place, x in enumerate(pieces)
             ]
-            return found + in_pairs(jnp.add, parts)
+            return found + fold_pairwise(jnp.add, parts)
 
         return jnp.sum(
             lax.fori_loop(0, words, one, jnp.zeros((ROWS, LANES), jnp.int32)), axis=1, keepdims=True

@@ -33,7 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bitmask import KEYS, LANES, next_nonempty, nonempty_tiles, tile_bias, unpack
 from kernels.reference import MASKED
-from kernels.tiles import F32, NO_KEY, across, by_lane, by_rows, dot, padded
+from kernels.tiles import F32, INITIAL_MAX, broadcast_lanes, dot, fold_lanes, map_row_groups, padded
 
 DQ_TILES = 3  # of dq at a time on the chip: one arrives, one is added to, one leaves
 
@@ -71,7 +71,7 @@ def attend_reference(
             MASKED,
         )
         largest_BKGC1 = lax.stop_gradient(
-            jnp.maximum(jnp.max(logits_BKGCS, axis=-1, keepdims=True), NO_KEY)
+            jnp.maximum(jnp.max(logits_BKGCS, axis=-1, keepdims=True), INITIAL_MAX)
         )
         p_BKGCS = jnp.exp(logits_BKGCS - largest_BKGC1)
         some_B11C1 = jnp.any(among_B11CS, axis=-1, keepdims=True)
@@ -114,7 +114,9 @@ def attend_tpu(
     # The backward pass has its tables the other way round, by tiles of keys twice as large: they
     # take no more.
     table = -(-q_BNTH.shape[2] // tiles.queries), -(-k_BKSH.shape[2] // tiles.keys)
-    return by_rows(lambda *rows: _attend(*rows, tiles), table, q_BNTH, k_BKSH, v_BKSV, bits_BTW)
+    return map_row_groups(
+        lambda *rows: _attend(*rows, tiles), table, q_BNTH, k_BKSH, v_BKSV, bits_BTW
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -147,7 +149,7 @@ def _forward_kernel(
 
     @pl.when(j == 0)
     def _():
-        largest_ref[...] = jnp.full(largest_ref.shape, NO_KEY, F32)
+        largest_ref[...] = jnp.full(largest_ref.shape, INITIAL_MAX, F32)
         total_ref[...] = jnp.zeros(total_ref.shape, F32)
         mixed_ref[...] = jnp.zeros(mixed_ref.shape, F32)
 
@@ -163,12 +165,14 @@ def _forward_kernel(
             logits_QK, coming_QK = coming_QK, logits(head + 1) if head + 1 < heads else None
             before_QL = largest_ref[head]
             largest_QL = jnp.maximum(before_QL, jnp.max(logits_QK, axis=1, keepdims=True))
-            p_QK = jnp.exp(logits_QK - across(largest_QL, keys))
+            p_QK = jnp.exp(logits_QK - broadcast_lanes(largest_QL, keys))
             shrink_QL = jnp.exp(before_QL - largest_QL)
             largest_ref[head] = largest_QL
-            total_ref[head] = shrink_QL * total_ref[head] + by_lane(jnp.add, p_QK)
+            total_ref[head] = shrink_QL * total_ref[head] + fold_lanes(jnp.add, p_QK)
             mixed_QV = dot(p_QK.astype(v_ref.dtype), v_ref[0, _serving(head, heads, v_ref)], (1, 0))
-            mixed_ref[head] = mixed_ref[head] * across(shrink_QL, mixed_QV.shape[1]) + mixed_QV
+            mixed_ref[head] = (
+                mixed_ref[head] * broadcast_lanes(shrink_QL, mixed_QV.shape[1]) + mixed_QV
+            )
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():

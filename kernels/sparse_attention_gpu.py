@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from errors import UserError
 from kernels.bitmask import BITS, along_keys, along_queries
 from kernels.reference import MASKED
-from kernels.tiles import F32, NO_KEY, dot, padded
+from kernels.tiles import F32, INITIAL_MAX, dot, padded
 
 ROWS = 64  # of a warpgroup: those of one wgmma
 GROUPS = 2  # warpgroups that compute
@@ -398,7 +398,7 @@ def _forward(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles: Tiles):
 
         first = (
             jnp.zeros((ROWS, v.shape[3]), F32),
-            jnp.full((ROWS,), NO_KEY, F32),
+            jnp.full((ROWS,), INITIAL_MAX, F32),
             jnp.zeros((ROWS,), F32),
         )
         mixed_RV, largest_R, total_R = each(step, first)

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bitmask import LANES
 from kernels.reference import MASKED
-from kernels.tiles import F32, NO_KEY, dot, padded
+from kernels.tiles import F32, INITIAL_MAX, dot, padded
 
 TILE = 2 * LANES  # channels
 HEADS = 16  # their number is padded to a multiple: whole registers of bfloat16
@@ -67,7 +67,7 @@ def decode_reference(
     logits_BNk = jnp.where(
         among_B1k, jnp.einsum("BNR,BkR->BNk", q_BNR, listed_BkR, preferred_element_type=F32), MASKED
     )
-    largest_BN1 = jnp.maximum(jnp.max(logits_BNk, axis=-1, keepdims=True), NO_KEY)
+    largest_BN1 = jnp.maximum(jnp.max(logits_BNk, axis=-1, keepdims=True), INITIAL_MAX)
     p_BNk = jnp.exp(logits_BNk - largest_BN1)
     total_BN1 = jnp.maximum(
         jnp.sum(p_BNk, axis=-1, keepdims=True), 0.5
@@ -172,7 +172,7 @@ def _kernel(
     chunks = lax.div(count + keys - 1, keys)
     each = lax.div(chunks + parts - 1, parts)
     first, stop = (jnp.minimum((pl.program_id(1) + ahead) * each, chunks) for ahead in (0, 1))
-    largest_ref[...] = jnp.full(largest_ref.shape, NO_KEY, F32)
+    largest_ref[...] = jnp.full(largest_ref.shape, INITIAL_MAX, F32)
     total_ref[...] = jnp.zeros(total_ref.shape, F32)
     mixed_ref[...] = jnp.zeros(mixed_ref.shape, F32)
 

@@ -12,29 +12,29 @@ from kernels.bitmask import LANES
 from kernels.reference import MASKED
 
 F32 = jnp.float32
-LEAST_VMEM = 64 * 2**20  # bytes of vector memory that a core must have: the kernels ask for 60 MiB
+MIN_VMEM = 64 * 2**20  # bytes of vector memory that a core must have: the kernels ask for 60 MiB
 SUBLANES = 8  # rows of a register
-NO_KEY = (
+INITIAL_MAX = (
     MASKED / 2
     # what a running maximum begins at: below it the exponential of a masked logit is 0 even in a row
     # without any key
 )
 
-VMEM = {
+VMEM_MIB = {
     "TPU v4": 16,
     "TPU v5 lite": 128,
     "TPU v5": 64,
     "TPU v6 lite": 128,
     "TPU7x": 64,
 }  # MiB of a core, by JAX's `device_kind`
-TABLES = (
+TABLE_BYTES = (
     640 * 2**10
     # bytes of a megabyte of scalar memory that the two tables of tiles may take, one that says which
     # are held and one what to fetch
 )
 
 
-def by_rows(function: Callable, table: tuple[int, int], *rows):
+def map_row_groups(function: Callable, table: tuple[int, int], *rows):
     """A function of arrays [B, ...], so many rows at a time as have room for their tables, each of
     this shape, in scalar memory. Its results are joined.
     """
@@ -44,7 +44,7 @@ def by_rows(function: Callable, table: tuple[int, int], *rows):
         (
             count
             for count in range(1, B + 1)
-            if B % count == 0 and 2 * count * table_bytes <= TABLES
+            if B % count == 0 and 2 * count * table_bytes <= TABLE_BYTES
         ),
         default=1,
     )
@@ -58,7 +58,7 @@ def by_rows(function: Callable, table: tuple[int, int], *rows):
 
 def vmem_bytes(device_kind: str) -> int:
     """Of a core; of a device that is not in the table what most have at least."""
-    return VMEM.get(device_kind, 64) * 2**20
+    return VMEM_MIB.get(device_kind, 64) * 2**20
 
 
 def padded(x: Array, axis: int, size: int) -> Array:
@@ -77,29 +77,29 @@ def dot(x: Array, y: Array, over: tuple[int, int]) -> Array:
     )
 
 
-def column(row_1Q: Array) -> Array:
+def to_column(row_1Q: Array) -> Array:
     """[1, Q] to [Q, 1]."""
     return jnp.broadcast_to(row_1Q, (LANES, row_1Q.shape[1])).T[:, :1]
 
 
-def across(x_QL: Array, width: int) -> Array:
+def broadcast_lanes(x_QL: Array, width: int) -> Array:
     """[Q, width] of what stands in every one of 128 lanes: whole registers again, nothing moves
     between lanes.
     """
     return jnp.tile(x_QL, (1, -(-width // LANES)))[:, :width]
 
 
-def by_lane(fold: Callable[[Array, Array], Array], x_QK: Array) -> Array:
+def fold_lanes(fold: Callable[[Array, Array], Array], x_QK: Array) -> Array:
     """[Q, K] folded to [Q, 128]: what is left of it waits until the last tile."""
-    return in_pairs(fold, jnp.split(x_QK, x_QK.shape[1] // LANES, axis=1))
+    return fold_pairwise(fold, jnp.split(x_QK, x_QK.shape[1] // LANES, axis=1))
 
 
-def by_sublane(fold: Callable[[Array, Array], Array], x_KQ: Array) -> Array:
+def fold_sublanes(fold: Callable[[Array, Array], Array], x_KQ: Array) -> Array:
     """[K, Q] folded to [8, Q]."""
-    return in_pairs(fold, jnp.split(x_KQ, x_KQ.shape[0] // SUBLANES, axis=0))
+    return fold_pairwise(fold, jnp.split(x_KQ, x_KQ.shape[0] // SUBLANES, axis=0))
 
 
-def in_pairs(fold: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
+def fold_pairwise(fold: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
     """Folded pair by pair: in a chain each would wait for the one before."""
     while len(parts) > 1:
         parts = [

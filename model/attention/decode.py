@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import decode_selection, sparse_decode
 from kernels.device import ambient_device, platform
-from kernels.reference import MASKED, indexer_scores, ranked, select_topk, top_p_keys
+from kernels.reference import MASKED, indexer_scores, masked_scores, select_topk, top_p_keys
 from model.attention.int4 import Int4, dequantise
 from model.attention.reference import IndexerInputs, by_group, softmax_parts
 from model.sharding import RULES
@@ -97,7 +97,7 @@ def attend_latent(
         if listed and platform() == "cpu":
             # Disallowed keys score -inf, sort last, and stay disallowed where fewer than topk are
             # allowed.
-            scores_Bk, index_Bk = jax.lax.top_k(ranked(scores_BTS, allowed_BTS)[:, 0], topk)
+            scores_Bk, index_Bk = jax.lax.top_k(masked_scores(scores_BTS, allowed_BTS)[:, 0], topk)
             latent_BSR = jnp.take_along_axis(latent_BSR, index_Bk[:, :, None], axis=1)
             allowed_BTS = top_p_keys(
                 scores_Bk[:, None],

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.decode_selection import listed, select_reference, select_tpu
+from kernels.decode_selection import list_positions, select_reference, select_tpu
 from kernels.reference import indexer_scores
 from tests.interpreter import STRICT
 
@@ -49,7 +49,9 @@ def test_the_reference_lists_the_best(S, topk, integers):
 
 
 def test_behind_a_list_stand_slots_of_their_own():
-    index, count = listed(jnp.asarray([[False, True, False, True, False, False], [False] * 6]), 4)
+    index, count = list_positions(
+        jnp.asarray([[False, True, False, True, False, False], [False] * 6]), 4
+    )
     np.testing.assert_array_equal(index, [[1, 3, 2, 3], [0, 1, 2, 3]])
     np.testing.assert_array_equal(count, [2, 0])
 

@@ -132,7 +132,7 @@ def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
         return mass_BT, *gradients, kl
 
     *together, kl = graded()
-    monkeypatch.setattr("kernels.tiles.TABLES", 8 * 4)
+    monkeypatch.setattr("kernels.tiles.TABLE_BYTES", 8 * 4)
     called, loss = [], kernels._loss
     monkeypatch.setattr(
         kernels,

@@ -60,7 +60,7 @@ def losses(interpret):
         (
             sparse_attention,
             "_forward_kernel",
-            "largest_ref[...] = jnp.full(largest_ref.shape, NO_KEY, F32)",
+            "largest_ref[...] = jnp.full(largest_ref.shape, INITIAL_MAX, F32)",
             "pass",
         ),
         (

@@ -108,7 +108,7 @@ def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
     tiles = Tiles(128, 128, keys_backward=128, interpret=True)
     together = graded(lambda *qkv: attend_tpu(*qkv, pack(among_BTS), tiles), *qkv)
     monkeypatch.setattr(
-        "kernels.tiles.TABLES", 8 * 3 * 128 * 2
+        "kernels.tiles.TABLE_BYTES", 8 * 3 * 128 * 2
     )  # two rows of 3 x 3 tiles, each 3 in 128 words
     called, forward = [], sparse_attention._call
     monkeypatch.setattr(
