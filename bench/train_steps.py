@@ -24,7 +24,8 @@ from experiment.command_line import Flag, command
 from experiment.config_files import get_config
 from experiment.schema import parse as parse_config
 from launch.plan import train_program
-from model.sharding import MESH_AXES, make_mesh
+from model.mesh import MESH_AXES
+from model.sharding import make_mesh
 from plan.hlo import FREE, Computation, parse, scheduled
 from plan.topology import CHIPS, GIB, topology_devices
 

@@ -1,11 +1,12 @@
-"""What the data room reads: the sections `tokenizer` and `data` of a config, validated once.
-Meanings and units stand in configs/base.py.
+"""The sections `tokenizer` and `data` of a config.
+
+Each field is written once, here, with its default and meaning.
 """
 
 from dataclasses import dataclass
 
 from data.chat import TEMPLATES
-from errors import UserError
+from errors import FieldChecks
 
 TOKENIZER_KINDS = ("bpe", "bytes", "file")
 SOURCE_KINDS = ("stdlib", "text", "jsonl", "parquet", "arrayrecord", "task")
@@ -14,102 +15,80 @@ PACKINGS = ("split", "fit")
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer. Raises UserError naming the field if a value makes no sense."""
+    """Which tokenizer a run trains or reads."""
 
-    kind: str
-    path: str
-    vocab_size: int
+    # "bpe": byte-level BPE trained on data.sources | "bytes" | "file": a Hugging Face tokenizer
+    kind: str = "bpe"
+    path: str = ""  # kind "file": where tokenizer.json is
+    vocab_size: int = 512  # kind "bpe": entries, special tokens included
 
     def __post_init__(self):
-        _one_of("tokenizer.kind", self.kind, TOKENIZER_KINDS)
-        _check(
-            self.kind != "file" or self.path != "",
-            "tokenizer.path",
-            self.path,
-            'tokenizer.kind = "file" needs the path of a tokenizer.json',
-        )
-        _check(
-            self.kind == "file" or self.path == "",
-            "tokenizer.path",
-            self.path,
-            'needs tokenizer.kind = "file"; set that too, or leave it empty',
-        )
-        _check(
-            self.kind != "bpe" or self.vocab_size >= 268,
-            "tokenizer.vocab_size",
-            self.vocab_size,
-            "must be at least 268 (256 bytes and 12 special tokens)",
-        )
+        check = FieldChecks(self, "tokenizer")
+        check.one_of("kind", TOKENIZER_KINDS)
+        if self.kind == "file":
+            needs = 'tokenizer.kind = "file" needs the path of a tokenizer.json'
+            check.that(self.path != "", "path", needs)
+        else:
+            needs = 'needs tokenizer.kind = "file"; set that too, or leave it empty'
+            check.that(self.path == "", "path", needs)
+        if self.kind == "bpe":
+            least = "must be at least 268 (256 bytes and 12 special tokens)"
+            check.that(self.vocab_size >= 268, "vocab_size", least)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which documents, and how they become rows. Raises UserError naming the field if a value makes
-    no sense.
-    """
+    """Which documents a run reads, and how they become rows of tokens."""
 
-    sources: tuple[str, ...]
-    mixture: tuple[float, ...]
-    validation: float
-    seq_len: int
-    batch_size: int
-    fim_rate: float
-    fim_spm: float
-    fim_sources: tuple[str, ...]
-    copy_rate: float
-    packing: str
-    cross_document_attention: bool
-    chat_template: str
+    # One string a source: "stdlib" | "text:GLOB" | "jsonl:GLOB#FIELD" (.gz too) |
+    # "parquet:GLOB#FIELD" | "arrayrecord:GLOB#FIELD" (records are JSON, or text without #FIELD) |
+    # "task:NAME?min_ops=2&max_ops=4" (verifiable problems of data/tasks: the task's own parameters,
+    # and count=20000, style=text|chat, direct=0.0). For chat, FIELD holds the list of messages; a
+    # field "tools" beside it goes to the checkpoint's template.
+    sources: tuple[str, ...] = ("stdlib",)
+    mixture: tuple[float, ...] = (1.0,)  # share of documents drawn from each source
+    # Share of files (or records) held out, by hash. A task always holds out a tenth of itself.
+    validation: float = 0.05
+    seq_len: int = 256  # T, tokens of a row
+    batch_size: int = 8  # B, rows of a step, over all processes
+    # Share of documents made into fill-in-the-middle before packing. A long one is first cut into
+    # chunks of at most a row.
+    fim_rate: float = 0.5
+    # Of those, the share written suffix-prefix-middle; the rest is prefix-suffix-middle. Above a
+    # half, evaluation and sampling infill in that order too.
+    fim_spm: float = 0.5
+    # Kinds of source that FIM applies to (no task: its answer must stay last).
+    fim_sources: tuple[str, ...] = ("stdlib", "text", "jsonl", "parquet", "arrayrecord")
+    # Share of documents written as copying exercises (data/copies.py) in place of anything else;
+    # launch.finetune has none.
+    copy_rate: float = 0.0
+    packing: str = (
+        "split"  # "split": concatenate, then cut | "fit": first fit, documents stay whole
+    )
+    # Attention crosses documents packed in one row, as DeepSeek-V3 pretrains. Chat never does.
+    cross_document_attention: bool = True
+    # How chat is written: "think" | "r1" (data/chat.py) | "checkpoint": the tokenizer's own jinja.
+    chat_template: str = "think"
 
     def __post_init__(self):
-        _check(len(self.sources) > 0, "data.sources", self.sources, "must name at least one source")
-        _check(
-            len(self.mixture) == len(self.sources),
-            "data.mixture",
-            self.mixture,
-            f"must have one share for each of the {len(self.sources)} data.sources",
-        )
-        _check(
-            all(share > 0 for share in self.mixture),
-            "data.mixture",
-            self.mixture,
-            "every share must be above 0 (to leave a source out, remove it)",
-        )
-        _check(
-            0 <= self.validation < 1,
-            "data.validation",
-            self.validation,
-            "must be at least 0 and below 1",
-        )
-        _check(self.seq_len >= 8, "data.seq_len", self.seq_len, "must be at least 8 tokens")
-        _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "must be at least 1 row")
-        _check(0 <= self.fim_rate <= 1, "data.fim_rate", self.fim_rate, "must be between 0 and 1")
-        _check(0 <= self.fim_spm <= 1, "data.fim_spm", self.fim_spm, "must be between 0 and 1")
-        _check(
-            0 <= self.copy_rate <= 1, "data.copy_rate", self.copy_rate, "must be between 0 and 1"
-        )
-        for kind in self.fim_sources:
-            _one_of("data.fim_sources", kind, SOURCE_KINDS)
-        _one_of("data.packing", self.packing, PACKINGS)
-        _one_of("data.chat_template", self.chat_template, tuple(TEMPLATES))
+        check = FieldChecks(self, "data")
+        sources = len(self.sources)
+        check.that(sources > 0, "sources", "must name at least one source")
+        shares = f"must have one share for each of the {sources} data.sources"
+        check.that(len(self.mixture) == sources, "mixture", shares)
+        positive = "every share must be above 0 (to leave a source out, remove it)"
+        check.that(all(share > 0 for share in self.mixture), "mixture", positive)
+        check.that(0 <= self.validation < 1, "validation", "must be at least 0 and below 1")
+        check.that(self.seq_len >= 8, "seq_len", "must be at least 8 tokens")
+        check.that(self.batch_size >= 1, "batch_size", "must be at least 1 row")
+        for name in ("fim_rate", "fim_spm", "copy_rate"):
+            check.that(0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
+        known = all(kind in SOURCE_KINDS for kind in self.fim_sources)
+        check.that(known, "fim_sources", f"must each be one of {', '.join(SOURCE_KINDS)}")
+        check.one_of("packing", PACKINGS)
+        check.one_of("chat_template", tuple(TEMPLATES))
 
     @property
     def infills_spm(self) -> bool:
-        """The order in which a model trained on this data is asked to infill: the one it saw more
-        of.
-        """
+        """Whether infilling has the suffix first, as most of the training documents do."""
         return self.fim_spm > 0.5
-
-
-def _check(right: bool, field: str, value: object, rule: str) -> None:
-    if not right:
-        raise UserError(f"{field} = {value!r}: {rule}")
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    _check(
-        value in allowed,
-        field,
-        value,
-        "must be one of " + ", ".join(f'"{name}"' for name in allowed),
-    )

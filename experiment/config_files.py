@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from checkpoints.locations import RECORD, hf_directory, run_directory
 from errors import UserError
 from experiment.model_source import with_hf_fields, with_recorded_model
-from experiment.schema import must_be, no_such_field
+from experiment.schema import default_config, must_be, no_such_field
 from experiment.workdir import recorded_config
 
 
@@ -66,10 +66,8 @@ def get_config(source: str) -> ConfigDict:
 
 
 def base_config_from(origin: str) -> ConfigDict:
-    """configs/base.py but for `init_from`; `completed` does the rest."""
-    from configs import base
-
-    config = base.get_config()
+    """Returns the defaults with `init_from` set; `with_checkpoint_fields` does the rest."""
+    config = default_config()
     config.init_from = origin
     return config
 

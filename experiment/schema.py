@@ -1,83 +1,74 @@
-"""The door: a ConfigDict comes in, frozen dataclasses go on. Below launch/ nobody sees a ConfigDict
-or a flag.
-"""
+"""The config of a run: a ConfigDict as a person writes it becomes frozen, validated dataclasses.
 
-from __future__ import annotations
+Below experiment/ nobody sees a ConfigDict, a flag, or the whole config: each function takes the
+sections it needs.
+"""
 
 import dataclasses
 import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from errors import UserError
-
-if TYPE_CHECKING:
-    from data.config import DataConfig, TokenizerConfig
-    from model.config import ModelConfig
-    from model.sharding import MeshConfig
-    from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
-    from train.config import TrainConfig
+from data.config import DataConfig, TokenizerConfig
+from errors import FieldChecks, UserError
+from model.config import ModelConfig
+from model.mesh import MeshConfig
+from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
+from train.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole config, validated. Its sections are those of configs/base.py."""
+    """A whole config, validated."""
 
-    seed: int
-    init_from: str
-    tokenizer: TokenizerConfig
-    model: ModelConfig
-    mesh: MeshConfig
-    data: DataConfig
-    train: TrainConfig
-    sampling: SamplingConfig
-    reinforce: ReinforceConfig
-    evaluate: EvaluateConfig
+    seed: int = 0
+    # Workdir (or checkpoint directory) whose newest parameters to start from, or hf:DIR, a Hugging
+    # Face checkpoint; "" starts fresh. Of the latter, and of runs that come from one, the model
+    # section, tokenizer and chat template are the checkpoint's, whatever a config file says.
+    init_from: str = ""
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    reinforce: ReinforceConfig = dataclasses.field(default_factory=ReinforceConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
 
     def __post_init__(self):
-        """What no section can see alone."""
-        if self.train.stage != "dense" and self.model.indexer.n_heads == 0:
-            raise UserError(
-                f"train.stage = {self.train.stage!r}: needs an indexer, and model.indexer.n_heads = 0 builds none"
-            )
-        if self.sampling.attention == "sparse" and self.model.indexer.n_heads == 0:
-            raise UserError(
-                "sampling.attention = 'sparse': needs an indexer, and model.indexer.n_heads = 0 builds none (use 'dense')"
-            )
-        if self.data.batch_size % self.train.microbatches:
-            raise UserError(
-                f"train.microbatches = {self.train.microbatches}: does not divide data.batch_size = {self.data.batch_size}"
-            )
+        """Checks what no section can see alone."""
+        has_indexer = self.model.indexer.n_heads > 0
+        needs = "needs an indexer, and model.indexer.n_heads = 0 builds none"
+        FieldChecks(self.train, "train").that(
+            self.train.stage == "dense" or has_indexer, "stage", needs
+        )
+        FieldChecks(self.sampling, "sampling").that(
+            self.sampling.attention != "sparse" or has_indexer,
+            "attention",
+            f"{needs} (use 'dense')",
+        )
+        FieldChecks(self.train, "train").that(
+            self.data.batch_size % self.train.microbatches == 0,
+            "microbatches",
+            f"does not divide data.batch_size = {self.data.batch_size}",
+        )
+
+
+def default_config() -> ConfigDict:
+    """Returns the defaults of every field, as a ConfigDict that may be changed."""
+    return ConfigDict(dataclasses.asdict(Config()))
 
 
 def parse(config: ConfigDict) -> Config:
-    """Validates a config as `get_config()` returns it. Raises UserError, in one line that names the
-    field, the value and what is allowed.
-    """
-    # Here and not above: model.sharding brings jax, and `--help` must not wait for it.
-    from data.config import DataConfig, TokenizerConfig
-    from model.config import ModelConfig
-    from model.sharding import MeshConfig
-    from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
-    from train.config import TrainConfig
+    """Validates a config as `get_config()` returns it.
 
-    fields = {
-        "seed": int,
-        "init_from": str,
-        "tokenizer": TokenizerConfig,
-        "model": ModelConfig,
-        "mesh": MeshConfig,
-        "data": DataConfig,
-        "train": TrainConfig,
-        "sampling": SamplingConfig,
-        "reinforce": ReinforceConfig,
-        "evaluate": EvaluateConfig,
-    }
-    return Config(**_values(fields, config, "config"))
+    Raises UserError, in one line that names the field, the value and what is allowed.
+    """
+    return build(Config, config, "config")
 
 
 def build(cls: type, config: Mapping[str, Any], path: str) -> Any:

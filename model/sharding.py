@@ -4,7 +4,6 @@ Parameters carry logical names from where they are made (`named`); activations g
 `constrain`. The same table serves one CPU, eight pretended devices and a pod.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -16,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from errors import UserError
-
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+from model.mesh import MESH_AXES, MeshConfig
 
 RULES: dict[str, tuple[str, ...] | str | None] = {
     # parameters
@@ -36,24 +34,6 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "time": None,
     "hidden": None,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; at most one may be -1, which takes what is left."""
-
-    data: int
-    fsdp: int
-    expert: int
-    tensor: int
-
-    def __post_init__(self):
-        for name in MESH_AXES:
-            size = getattr(self, name)
-            if size == 0 or size < -1:
-                raise UserError(f"mesh.{name} = {size}: must be positive, or -1 for what is left")
-        if sum(getattr(self, name) == -1 for name in MESH_AXES) > 1:
-            raise UserError("mesh: only one axis may be -1")
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:

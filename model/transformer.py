@@ -16,7 +16,8 @@ from jax import Array
 
 from model.attention.reference import IndexerReport
 from model.cache import LayerCache
-from model.config import LayerKind, LayerStack, ModelConfig
+from model.config import ModelConfig
+from model.stacks import LayerKind, LayerStack
 from model.heads import embed
 from model.layers.convolution import Canon
 from model.layers.delta import GatedDeltaNet

@@ -1,12 +1,12 @@
-"""The sections c.reinforce, c.sampling and c.evaluate of configs/base.py, validated. The meaning
-and unit of each field stands there.
+"""The sections `sampling`, `reinforce` and `evaluate` of a config.
+
+Each field is written once, here, with its default and meaning.
 """
 
 import dataclasses
 import math
 
-from errors import require
-from rl.algorithms import get_algorithm
+from errors import FieldChecks
 
 ATTENTIONS = ("sparse", "dense")
 OLD_LOGPROBS = ("sampler", "trainer")
@@ -14,120 +14,90 @@ OLD_LOGPROBS = ("sampler", "trainer")
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    temperature: float
-    top_k: int
-    top_p: float
-    max_prompt_tokens: int
-    max_new_tokens: int
-    attention: str
-    attention_top_p: float
+    """How completions are sampled."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 for all
+    top_p: float = 1.0
+    max_prompt_tokens: int = 96
+    max_new_tokens: int = 64
+    attention: str = "sparse"  # "sparse" | "dense"
+    # Below 1, each new token attends to the fewest of its keys that by estimate hold this share of
+    # its attention (Twilight, arXiv 2502.02770): by the indexer's softmax over what it selected, or
+    # without an indexer by 4-bit keys. Samples are then not quite the model's own: docs/decode.md
+    # says what that means for reinforcement.
+    attention_top_p: float = 1.0
 
     def __post_init__(self):
-        require(
-            0 <= self.temperature < math.inf,
-            "sampling.temperature",
-            self.temperature,
-            "must be 0 (greedy) or positive",
-        )
-        require(self.top_k >= 0, "sampling.top_k", self.top_k, "must be 0 (all) or positive")
-        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "must be in (0, 1]")
-        for name in ("max_prompt_tokens", "max_new_tokens"):
-            require(
-                getattr(self, name) > 0, f"sampling.{name}", getattr(self, name), "must be positive"
-            )
-        require(
-            0 < self.attention_top_p <= 1,
-            "sampling.attention_top_p",
-            self.attention_top_p,
-            "must be in (0, 1]; 1 reads every selected key",
-        )
-        require(
-            self.attention in ATTENTIONS,
-            "sampling.attention",
-            self.attention,
-            f"must be one of {', '.join(ATTENTIONS)}",
-        )
+        check = FieldChecks(self, "sampling")
+        finite = 0 <= self.temperature < math.inf
+        check.that(finite, "temperature", "must be 0 (greedy) or positive")
+        check.that(self.top_k >= 0, "top_k", "must be 0 (all) or positive")
+        check.that(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
+        check.positive("max_prompt_tokens", "max_new_tokens")
+        share = 0 < self.attention_top_p <= 1
+        check.that(share, "attention_top_p", "must be in (0, 1]; 1 reads every selected key")
+        check.one_of("attention", ATTENTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReinforceConfig:
-    algorithm: str
-    task: str
-    prompts_per_step: int
-    group_size: int
-    minibatches: int
-    epochs: int
-    kl_weight: float
-    answer_reward: float
-    format_reward: float
-    old_logprobs: str
+    """Which problems, which algorithm, and how many completions and updates a step."""
+
+    algorithm: str = "dr_grpo"  # a row of rl/algorithms.py
+    task: str = "task:arithmetic"  # "task:NAME" or "task:NAME?option=value": data/tasks
+    prompts_per_step: int = 16
+    group_size: int = 8  # G, completions of a prompt
+    minibatches: int = 1  # optimizer updates in a pass over the completions of a step
+    epochs: int = 1  # passes over them
+    # Coefficient of the divergence to the reference (the model that reinforcement started from);
+    # -1 takes the algorithm's own, 0 turns it off.
+    kl_weight: float = -1.0
+    answer_reward: float = 1.0
+    format_reward: float = 0.1
+    # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update.
+    old_logprobs: str = "sampler"
 
     def __post_init__(self):
-        get_algorithm(self.algorithm, max_completion=1)  # raises if there is no such row
-        require(
-            self.task.startswith("task:"),
-            "reinforce.task",
-            self.task,
-            "must be 'task:NAME' or 'task:NAME?option=value', see data/tasks",
+        from rl.algorithms import get_algorithm  # brings jax, for which `--help` must not wait
+
+        get_algorithm(self.algorithm, max_completion=1)  # raises UserError without such a row
+        check = FieldChecks(self, "reinforce")
+        a_task = self.task.startswith("task:")
+        check.that(
+            a_task, "task", "must be 'task:NAME' or 'task:NAME?option=value', see data/tasks"
         )
-        for name in ("prompts_per_step", "minibatches", "epochs"):
-            require(
-                getattr(self, name) > 0,
-                f"reinforce.{name}",
-                getattr(self, name),
-                "must be positive",
-            )
-        require(
-            self.group_size > 1,
-            "reinforce.group_size",
-            self.group_size,
+        check.positive("prompts_per_step", "minibatches", "epochs")
+        several = self.group_size > 1
+        check.that(
+            several,
+            "group_size",
             "must be at least 2: an advantage compares completions of one prompt",
         )
         rows = self.prompts_per_step * self.group_size
-        require(
+        check.that(
             rows % self.minibatches == 0,
-            "reinforce.minibatches",
-            self.minibatches,
+            "minibatches",
             f"does not divide reinforce.prompts_per_step * reinforce.group_size = {rows}",
         )
         allowed = self.kl_weight == -1 or 0 <= self.kl_weight < math.inf
-        require(
-            allowed,
-            "reinforce.kl_weight",
-            self.kl_weight,
-            "must be -1 (the algorithm's own), 0 (off) or positive",
-        )
+        check.that(allowed, "kl_weight", "must be -1 (the algorithm's own), 0 (off) or positive")
         for name in ("answer_reward", "format_reward"):
-            require(
-                math.isfinite(getattr(self, name)),
-                f"reinforce.{name}",
-                getattr(self, name),
-                "must be finite",
-            )
-        require(
-            self.old_logprobs in OLD_LOGPROBS,
-            "reinforce.old_logprobs",
-            self.old_logprobs,
-            f"must be one of {', '.join(OLD_LOGPROBS)}",
-        )
+            check.that(math.isfinite(getattr(self, name)), name, "must be finite")
+        check.one_of("old_logprobs", OLD_LOGPROBS)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    problems: int
-    samples: int
-    infill_documents: int
-    bootstrap: int
+    """How many held-out problems and documents, and how many samples of each."""
+
+    problems: int = 128  # held out; 0 for none
+    samples: int = 8  # completions of a problem; pass@k for k up to this
+    infill_documents: int = 64  # held out, for infilling and the indexer's recall; 0 for none
+    bootstrap: int = 1_000  # resamples of the problems
 
     def __post_init__(self):
-        for name in ("samples", "bootstrap"):
-            require(
-                getattr(self, name) > 0, f"evaluate.{name}", getattr(self, name), "must be positive"
-            )
+        check = FieldChecks(self, "evaluate")
+        check.positive("samples", "bootstrap")
         for name in ("problems", "infill_documents"):
-            require(
-                getattr(self, name) >= 0,
-                f"evaluate.{name}",
-                getattr(self, name),
-                "must be 0 (none) or positive",
-            )
+            check.that(getattr(self, name) >= 0, name, "must be 0 (none) or positive")

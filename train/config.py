@@ -1,110 +1,66 @@
-"""The section c.train of configs/base.py, validated. The meaning and unit of each field stands
-there.
-"""
+"""The section `train` of a config. Each field is written once, here, with default and meaning."""
 
 import dataclasses
 import re
 
-from errors import UserError, require
-from model.attention.reference import STAGES
+from errors import FieldChecks
+from model.config import STAGES
 
 OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    stage: str
-    steps: int
-    microbatches: int
-    optimizer: str
-    learning_rate: float
-    warmup_steps: int
-    constant_steps: int
-    cosine_steps: int
-    final_ratio: float
-    beta1: float
-    beta2: float
-    weight_decay: float
-    clip_norm: float
-    trainable: str
-    mtp_weight: float
-    balance_weight: float
-    router_bias_rate: float
-    indexer_weight: float
-    log_every: int
-    eval_every: int
-    eval_batches: int
-    save_every: int
-    max_to_keep: int
-    max_skipped: int
+    """What is minimised, for how long, by which optimizer, and what is written meanwhile."""
+
+    # "dense": full attention | "warmup": full attention, and the indexer alone learns, by its KL |
+    # "sparse": top-k attention, and the indexer learns on the selected keys.
+    stage: str = "dense"
+    steps: int = 1_000
+    microbatches: int = 1  # the batch is cut into this many, and their gradients are summed
+    # "adamw" | "muon": orthogonalised momentum for matrices, AdamW for embedding, head and norms
+    # (arXiv 2502.16982).
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3  # at the peak
+    warmup_steps: int = 50  # linear from 0 to the peak
+    constant_steps: int = 0  # at the peak
+    cosine_steps: int = -1  # from the peak to final_ratio of it; -1 takes what is left
+    final_ratio: float = 0.1  # of the peak, constant to the end
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1  # on matrices alone
+    clip_norm: float = 1.0  # of the global gradient; 0 for none
+    # Regular expression over parameter paths; the rest is frozen. Stage "warmup" also freezes all
+    # but the indexer.
+    trainable: str = ".*"
+    mtp_weight: float = 0.3  # lambda of arXiv 2412.19437, eq. 25; with 0 the MTP modules do not run
+    balance_weight: float = 1e-4  # alpha of the sequence-wise balance loss, eq. 17
+    router_bias_rate: float = 1e-3  # gamma: how far a step moves the router bias
+    indexer_weight: float = 1.0  # of the indexer's KL
+    log_every: int = 10  # steps
+    eval_every: int = 0  # steps; 0 evaluates at the end alone
+    eval_batches: int = 8
+    save_every: int = 500  # steps; the last step is always saved
+    max_to_keep: int = 2  # checkpoints
+    max_skipped: int = 10  # steps in a row without finite gradients before the run stops
 
     def __post_init__(self):
-        require(
-            self.stage in STAGES, "train.stage", self.stage, f"must be one of {', '.join(STAGES)}"
-        )
-        for name in (
-            "steps",
-            "microbatches",
-            "log_every",
-            "save_every",
-            "max_to_keep",
-            "max_skipped",
-        ):
-            require(
-                getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive"
-            )
-        for name in (
-            "warmup_steps",
-            "constant_steps",
-            "eval_every",
-            "eval_batches",
-            "weight_decay",
-            "clip_norm",
-        ):
-            require(
-                getattr(self, name) >= 0,
-                f"train.{name}",
-                getattr(self, name),
-                "must not be negative",
-            )
-        for name in ("mtp_weight", "balance_weight", "router_bias_rate", "indexer_weight"):
-            require(
-                getattr(self, name) >= 0,
-                f"train.{name}",
-                getattr(self, name),
-                "must not be negative",
-            )
-        require(
-            self.cosine_steps >= -1,
-            "train.cosine_steps",
-            self.cosine_steps,
-            "must be -1 (what is left) or not negative",
-        )
-        require(
-            self.optimizer in OPTIMIZERS,
-            "train.optimizer",
-            self.optimizer,
-            f"must be one of {', '.join(OPTIMIZERS)}",
-        )
-        require(
-            self.learning_rate > 0, "train.learning_rate", self.learning_rate, "must be positive"
-        )
-        require(
-            0 <= self.final_ratio <= 1,
-            "train.final_ratio",
-            self.final_ratio,
-            "must be between 0 and 1",
-        )
+        check = FieldChecks(self, "train")
+        check.one_of("stage", STAGES)
+        check.positive("steps", "microbatches", "log_every", "save_every", "max_to_keep")
+        check.positive("max_skipped")
+        check.not_negative("warmup_steps", "constant_steps", "eval_every", "eval_batches")
+        check.not_negative("weight_decay", "clip_norm", "mtp_weight", "balance_weight")
+        check.not_negative("router_bias_rate", "indexer_weight")
+        rule = "must be -1 (what is left) or not negative"
+        check.that(self.cosine_steps >= -1, "cosine_steps", rule)
+        check.one_of("optimizer", OPTIMIZERS)
+        check.positive("learning_rate")
+        check.that(0 <= self.final_ratio <= 1, "final_ratio", "must be between 0 and 1")
         for name in ("beta1", "beta2"):
-            require(
-                0 <= getattr(self, name) < 1,
-                f"train.{name}",
-                getattr(self, name),
-                "must be at least 0 and less than 1",
-            )
+            inside = 0 <= getattr(self, name) < 1
+            check.that(inside, name, "must be at least 0 and less than 1")
         try:
             re.compile(self.trainable)
         except re.error as error:
-            raise UserError(
-                f"train.trainable = {self.trainable!r}: not a regular expression ({error})"
-            ) from None
+            check.that(False, "trainable", f"not a regular expression ({error})")

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.config import LayerKind, ModelConfig
+from model.config import ModelConfig
+from model.stacks import LayerKind
 from model.heads import token_logprobs
 from model.segments import same_segment, shift_left
 from model.transformer import LayerReports, Output, Transformer

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.config import LayerKind, ModelConfig
+from model.config import ModelConfig
+from model.stacks import LayerKind
 from model.transformer import layer_paths
 
 

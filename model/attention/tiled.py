@@ -31,7 +31,8 @@ from kernels.selection import BLOCK, select_reference, select_tpu
 from kernels.sparse_attention import attend_reference, attend_tpu
 from kernels.tiles import padded
 from model.attention.reference import IndexerInputs, IndexerReport, positions_of
-from model.sharding import MESH_AXES, RULES
+from model.mesh import MESH_AXES
+from model.sharding import RULES
 
 ROWS, CUT = (
     P(RULES["batch"]),

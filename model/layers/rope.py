@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.config import RopeConfig
+from model.layer_configs import RopeConfig
 
 
 def frequencies(width: int, rope: RopeConfig) -> np.ndarray:

@@ -24,7 +24,7 @@ from kernels.reference import IndexerQuery
 from kernels.sparse_attention_gpu import attend_gpu
 from model.attention.reference import IndexerInputs
 from model.attention.tiled import CHUNK_BYTES, KERNELS, attend_tiled
-from model.sharding import MESH_AXES
+from model.mesh import MESH_AXES
 from tests.compile.test_tpu_decode import decode_step_of, v32
 
 MISSING = [

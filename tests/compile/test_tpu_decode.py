@@ -19,7 +19,8 @@ from kernels.sparse_decode import decode_tpu
 from model.cache import Cache
 from model.config import ModelConfig
 from model.decode import decode_weights, jitted_step
-from model.sharding import MESH_AXES, RULES, Named, spec
+from model.mesh import MESH_AXES
+from model.sharding import RULES, Named, spec
 from model.transformer import init
 from plan.topology import topology_devices
 
@@ -81,7 +82,7 @@ def test_sparse_decode(heads, parts, S, topology):
     ],
 )
 def test_selection_of_one_query(mass, S, topology):
-    shapes = ((2, I, C), BF16), ((2, S, C), BF16), ((2, I), F32), ((2, S), jnp.bool_)
+    shapes = ((2, I, C), BF16), ((2, S, C), BF16), ((2, I), F32), ((2, S),top_p.bool_)
     program = compiled(topology, functools.partial(select_tpu, topk=TOPK, mass=mass), *shapes)
     assert program.memory_analysis().temp_size_in_bytes < 4 * MIB, (
         "the allowed tokens as words, and no copy of the keys"

@@ -21,7 +21,8 @@ from experiment.schema import parse
 from experiment.setup import load_variables
 from experiment.workdir import recorded_config
 from launch import convert, evaluate, finetune, reinforce, sample
-from model.sharding import MeshConfig, make_mesh
+from model.mesh import MeshConfig
+from model.sharding import make_mesh
 from tests.tiny_checkpoint import MODEL, write_checkpoint
 
 TEMPLATE = (

@@ -21,7 +21,8 @@ from experiment.schema import parse
 from experiment.setup import load_variables
 from experiment.workdir import recorded_config
 from launch import convert
-from model.sharding import MeshConfig, make_mesh
+from model.mesh import MeshConfig
+from model.sharding import make_mesh
 from tests.model.test_golden import CASES, GOLDEN, model
 
 ONE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1)

@@ -16,7 +16,8 @@ from kernels.reference import IndexerQuery
 from model.attention.reference import IndexerInputs, attend_expanded
 from model.attention.table import expanded_form
 from model.attention.tiled import KERNELS, LEAST_TILED, at_once, attend_tiled
-from model.sharding import MeshConfig, make_mesh
+from model.mesh import MeshConfig
+from model.sharding import make_mesh
 from model.transformer import Transformer
 from tests import tiny
 from tests.tiny import STAGES

@@ -15,7 +15,8 @@ from model.attention.int4 import quantise
 from model.attention.reference import IndexerInputs
 from model.cache import Cache
 from model.decode import decode_step, decode_weights, prefill
-from model.sharding import MeshConfig, make_mesh
+from model.mesh import MeshConfig
+from model.sharding import make_mesh
 from tests import tiny
 
 B, N, S, R, V, TOPK = 4, 4, 40, 24, 16, 12

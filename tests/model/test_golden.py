@@ -25,7 +25,8 @@ from model.config import ModelConfig
 from model.decode import decode_step, decode_weights, prefill
 from model.heads import logits_of, token_logprobs
 from model.record import recorded_forward
-from model.sharding import MeshConfig, make_mesh, shardings
+from model.mesh import MeshConfig
+from model.sharding import make_mesh, shardings
 from model.transformer import Transformer
 from train.state import abstract_state, boxed_shapes
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.sharding import MeshConfig, batch_sharding, make_mesh
+from model.mesh import MeshConfig
+from model.sharding import batch_sharding, make_mesh
 from rl.algorithms import get_algorithm
 from rl.config import SamplingConfig
 from rl.objective import policy_objective
