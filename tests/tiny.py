@@ -15,21 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import (
+from model.config import ModelConfig
+from model.heads import logits_of
+from model.layer_configs import (
     DeltaConfig,
     GQAConfig,
     IndexerConfig,
     MLAConfig,
-    ModelConfig,
     MoEConfig,
     RopeConfig,
 )
-from model.heads import logits_of
 from model.transformer import Transformer, init
 from train.config import TrainConfig
 
 VOCAB = 61
-STAGES = ("dense", "warmup", "sparse")
 T = 24
 # Rows as runs of (segment, length); segment 0 is padding. Packed, full, padded on the left, and
 # almost empty.
@@ -45,36 +44,11 @@ MODEL = ModelConfig(
     vocab_size=VOCAB,
     hidden_size=32,
     num_hidden_layers=3,
-    layer_types=("mla",),
-    first_k_dense_replace=1,
-    mlp_only_layers=(),
     intermediate_size=48,
     canon_kernel_size=3,
-    num_nextn_predict_layers=1,
-    mtp_input="residual",
-    tie_word_embeddings=False,
-    norm="scale",
-    rms_norm_eps=1e-6,
     initializer_range=0.2,
-    dtype="float32",
     remat="none",
-    scan_unroll=1,
-    attention_form="auto",
-    query_chunk=512,
-    causal_parts=4,
-    logit_chunk=1024,
-    expert_matmul="auto",
-    rope=RopeConfig(
-        rope_theta=100.0,
-        factor=1.0,
-        original_max_position_embeddings=8,
-        beta_fast=32.0,
-        beta_slow=1.0,
-        truncate=True,
-        attention_factor=1.0,
-        rope_interleave=True,
-        indexer_rope_interleave=False,
-    ),
+    rope=RopeConfig(rope_theta=100.0, original_max_position_embeddings=8),
     mla=MLAConfig(
         num_attention_heads=4,
         q_lora_rank=16,
@@ -82,18 +56,8 @@ MODEL = ModelConfig(
         qk_nope_head_dim=8,
         qk_rope_head_dim=4,
         v_head_dim=6,
-        logit_scale=1.0,
-        norm_eps=1e-6,
-        gate="element",
     ),
-    gqa=GQAConfig(
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        rotary_dim=4,
-        qk_norm=True,
-        gate="element",
-    ),
+    gqa=GQAConfig(num_attention_heads=4, head_dim=8, rotary_dim=4),
     delta=DeltaConfig(
         num_key_heads=2,
         num_value_heads=4,
@@ -102,44 +66,19 @@ MODEL = ModelConfig(
         conv_kernel_dim=3,
         chunk_size=8,
     ),
-    indexer=IndexerConfig(n_heads=4, head_dim=8, rope_head_dim=4, topk=4, norm_eps=1e-6),
+    indexer=IndexerConfig(head_dim=8, rope_head_dim=4, topk=4),
     moe=MoEConfig(
-        num_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        intermediate_size=16,
-        shared_expert_intermediate_size=0,
-        shared_expert_gate=False,
-        scoring_func="sigmoid",
-        router_bias=True,
-        norm_topk_prob=True,
-        n_group=2,
-        topk_group=2,
-        group_topk=0,
-        routed_scaling_factor=1.5,
+        num_experts=4, intermediate_size=16, n_group=2, topk_group=2, routed_scaling_factor=1.5
     ),
 )
 TRAIN = TrainConfig(
     stage="sparse",
     steps=10,
-    microbatches=1,
-    optimizer="adamw",
     learning_rate=1e-2,
     warmup_steps=2,
     constant_steps=3,
-    cosine_steps=-1,
-    final_ratio=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    weight_decay=0.1,
-    clip_norm=1.0,
-    trainable=".*",
-    mtp_weight=0.3,
     balance_weight=0.5,
-    router_bias_rate=1e-3,
-    indexer_weight=1.0,
     log_every=1,
-    eval_every=0,
     eval_batches=1,
     save_every=1,
     max_to_keep=1,

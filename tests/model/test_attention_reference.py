@@ -11,9 +11,9 @@ import pytest
 from kernels.reference import IndexerQuery
 from model.attention.decode import attend_latent
 from model.attention.reference import IndexerInputs, attend_expanded
+from model.config import STAGES
 from model.transformer import Transformer
 from tests import tiny
-from tests.tiny import STAGES
 
 N, H, V, I, C = 2, 8, 6, 3, 4
 TOPK = 5

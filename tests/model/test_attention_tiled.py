@@ -16,11 +16,11 @@ from kernels.reference import IndexerQuery
 from model.attention.reference import IndexerInputs, attend_expanded
 from model.attention.table import expanded_form
 from model.attention.tiled import KERNELS, LEAST_TILED, at_once, attend_tiled
+from model.config import STAGES
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from model.transformer import Transformer
 from tests import tiny
-from tests.tiny import STAGES
 
 B, T, N, H, V, I, C, TOPK = 4, 300, 4, 8, 6, 3, 4, 20
 LAYOUT = (

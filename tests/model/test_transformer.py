@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.config import STAGES
 from model.segments import shift_left
 from model.transformer import Transformer
 from tests import tiny
-from tests.tiny import STAGES, VOCAB, T
+from tests.tiny import VOCAB, T
 
 ROUNDING = {
     "rtol": 2e-5,
