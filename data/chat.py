@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from data.chat_template import ChatTemplate, Written
+from data.chat_template import ChatTemplate, AssistantSpan
 from data.documents import Messages, Tools
-from data.tokenizer import TAGS, Tokenizer
+from data.tokenizer import COMPLETION_TAGS, Tokenizer
 from errors import UserError
 
 R1_PREAMBLE = (
@@ -27,7 +27,7 @@ R1_PREAMBLE = (
     "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>."
 )
 
-_TAG = re.compile("(" + "|".join(re.escape(tag) for tag in TAGS) + ")")
+_TAG = re.compile("(" + "|".join(re.escape(tag) for tag in COMPLETION_TAGS) + ")")
 
 
 class Template(Protocol):
@@ -52,17 +52,17 @@ def encode_tags(text: str, tokenizer: Tokenizer) -> list[int]:
         index
         for part in _TAG.split(text)
         if part
-        for index in (_marker(part, tokenizer) if part in TAGS else tokenizer.encode(part))
+        for index in (_marker(part, tokenizer) if part in COMPLETION_TAGS else tokenizer.encode(part))
     ]
 
 
 def _marker(text: str, tokenizer: Tokenizer) -> list[int]:
-    special = tokenizer.special(text)
+    special = tokenizer.special_token_id(text)
     return tokenizer.encode(text) if special is None else [special]
 
 
 @dataclass(frozen=True)
-class Turns:
+class TurnTemplate:
     """[system] user assistant user ..., message by message. Each function returns ids; `assistant`
     only what the assistant itself writes, `cue` what makes it speak. Tools are not written.
     """
@@ -104,15 +104,15 @@ class CheckpointTemplate:
     """
 
     def prompt(self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None) -> list[int]:
-        return tokenizer.encode_marked(
+        return tokenizer.encode_rendered(
             self._template(tokenizer).render(messages, add_generation_prompt=True, tools=tools)
         )
 
     def chat(
         self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None
     ) -> tuple[list[int], list[float]]:
-        text, turns = self._template(tokenizer).written(messages, tools)
-        ids, spans = tokenizer.encode_marked_spans(text)
+        text, turns = self._template(tokenizer).render_with_spans(messages, tools)
+        ids, spans = tokenizer.encode_rendered_with_offsets(text)
         weights = [0.0] * len(ids)
         for turn in turns:
             for index in _targets(turn, text, ids, spans, tokenizer):
@@ -130,14 +130,14 @@ class CheckpointTemplate:
 
 
 TEMPLATES: dict[str, Template] = {
-    "think": Turns(
+    "think": TurnTemplate(
         opening=lambda tokenizer: [],
         system=lambda text, tokenizer: tokenizer.encode(text),
         user=lambda text, tokenizer: _marker("<|user|>", tokenizer) + tokenizer.encode(text),
         cue=lambda tokenizer: _marker("<|assistant|>", tokenizer),
         assistant=encode_tags,
     ),
-    "r1": Turns(
+    "r1": TurnTemplate(
         opening=lambda tokenizer: encode_tags(R1_PREAMBLE, tokenizer),
         system=lambda text, tokenizer: tokenizer.encode(f" {text}"),
         user=lambda text, tokenizer: tokenizer.encode(f" User: {text}."),
@@ -181,7 +181,7 @@ def _named(template: str) -> Template:
 
 
 def _targets(
-    turn: Written, text: str, ids: list[int], spans: list[tuple[int, int]], tokenizer: Tokenizer
+    turn: AssistantSpan, text: str, ids: list[int], spans: list[tuple[int, int]], tokenizer: Tokenizer
 ) -> range:
     """The ids that the assistant wrote of a turn, where sampling would have ended it.
 

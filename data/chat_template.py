@@ -32,7 +32,7 @@ _THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _THOUGHT_TAGS = re.compile(r"(?:[<\[]/?(?:\w+:)?think(?:ing)?[>\]]\s*)+\Z", re.IGNORECASE)
 
 
-class Written(NamedTuple):
+class AssistantSpan(NamedTuple):
     """Characters start .. end - 1 of a rendering, which the assistant wrote as the message of this
     number, counted from 1.
     """
@@ -94,7 +94,7 @@ class ChatTemplate:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self.name}: {self._refused(messages, given)}{reason}") from error
 
-    def written(self, messages: Messages, tools: Tools | None = None) -> tuple[str, list[Written]]:
+    def render_with_spans(self, messages: Messages, tools: Tools | None = None) -> tuple[str, list[AssistantSpan]]:
         """The whole conversation as text, and what the assistant wrote of it just as it would have
         been sampled.
 
@@ -122,7 +122,7 @@ class ChatTemplate:
 
     def _turn(
         self, index: int, text: str, messages: Messages, tools: Tools | None, last: bool
-    ) -> Written | None:
+    ) -> AssistantSpan | None:
         turn = (
             text
             if index == len(messages) - 1
@@ -140,7 +140,7 @@ class ChatTemplate:
                 )
             prompt = untagged
         return (
-            Written(index + 1, len(prompt), len(turn))
+            AssistantSpan(index + 1, len(prompt), len(turn))
             if text.startswith(prompt) and len(prompt) <= len(turn)
             else None
         )

@@ -45,12 +45,12 @@ class Source(Protocol):
     Attributes:
       spec: the string it was opened from.
       kind: the part before the colon.
-      held_out: share held out whatever the config says, or None to take the config's.
+      validation_share: share held out whatever the config says, or None to take the config's.
     """
 
     spec: str
     kind: str
-    held_out: float | None
+    validation_share: float | None
 
     def __len__(self) -> int: ...
 
@@ -85,7 +85,7 @@ class Subset(Sequence[Document]):
         return f"Subset({self.source.spec!r}, {len(self)} documents)"
 
 
-def unit_hash(text: str) -> float:
+def uniform_hash(text: str) -> float:
     """A number in [0, 1) that depends on the text alone: not on the process, the machine or the
     Python version.
     """
@@ -94,23 +94,23 @@ def unit_hash(text: str) -> float:
     )  # 48 bits: exact in a float
 
 
-def subset(source: Source, split: Split, validation: float) -> Subset:
+def select_split(source: Source, split: Split, validation: float) -> Subset:
     """The documents of `source` whose key hashes into `split`.
 
     Raises UserError if there is none.
     """
     if split not in get_args(Split):
         raise ValueError(f"split = {split!r}: must be one of {get_args(Split)}")
-    share = validation if source.held_out is None else source.held_out
+    share = validation if source.validation_share is None else source.validation_share
     indices = [
         index
         for index in range(len(source))
-        if (unit_hash(source.key(index)) < share) == (split == "validation")
+        if (uniform_hash(source.key(index)) < share) == (split == "validation")
     ]
     if not indices:
         held = (
             f"data.validation = {share}"
-            if source.held_out is None
+            if source.validation_share is None
             else f"its held-out share of {share}"
         )
         raise UserError(

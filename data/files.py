@@ -10,7 +10,7 @@ from errors import UserError
 
 
 @dataclass(frozen=True)
-class Files:
+class FileSet:
     """Sorted names, relative to `root`; the names decide the split, so a corpus may be copied
     elsewhere and keep its held-out files.
     """
@@ -30,7 +30,7 @@ def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
     return file, index - (int(ends[file - 1]) if file else 0)
 
 
-def match(spec: str, pattern: str) -> Files:
+def match_files(spec: str, pattern: str) -> FileSet:
     """Files that match `pattern`; ** crosses folders. The root is the folder before the first
     wildcard. Raises UserError if none does.
     """
@@ -44,4 +44,4 @@ def match(spec: str, pattern: str) -> Files:
             break
         fixed.append(part)
     root = Path(*fixed)
-    return Files(root, tuple(path.relative_to(root).as_posix() for path in paths))
+    return FileSet(root, tuple(path.relative_to(root).as_posix() for path in paths))

@@ -10,16 +10,16 @@ import numpy as np
 from data.chat import encode_chat
 from data.config import DataConfig, TokenizerConfig
 from data.copies import copy_exercises
-from data.documents import Document, Split, Subset, subset, unit_hash
+from data.documents import Document, Split, Subset, select_split, uniform_hash
 from data.fim import fim_tokens
 from data.packing import fit_rows, split_rows, to_batch
 from data.prefetch import Prefetch
 from data.sources import open_source
-from data.tasks.source import problems
+from data.tasks.source import draw_problems
 from data.tokenizer import Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
 from errors import UserError
 
-__all__ = ["batches", "documents", "make_tokenizer", "problems"]
+__all__ = ["batches", "infill_documents", "make_tokenizer", "draw_problems"]
 
 # A text file longer than this many bytes a token of a row is cut: 8 rows at 2 bytes a token, which
 # is what a vocabulary of 512 gives on code. So a batch mixes many files, and one long file does not
@@ -49,7 +49,7 @@ def make_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
     return train_bpe(_sample(data, TOKENIZER_BYTES), config.vocab_size)
 
 
-class Texts(Sequence[tuple[str, str]]):
+class ShuffledTexts(Sequence[tuple[str, str]]):
     """Names and texts of documents, read when they are asked for, in an order that mixes them but
     is always the same.
     """
@@ -68,7 +68,7 @@ class Texts(Sequence[tuple[str, str]]):
         return document.name, document.body.encode()[: 2 * self._longest].decode(errors="ignore")
 
 
-def documents(config: DataConfig, split: Split, longest: int | None = None) -> dict[str, Texts]:
+def infill_documents(config: DataConfig, split: Split, longest: int | None = None) -> dict[str, ShuffledTexts]:
     """Names and texts of one split, for infilling, of each source that FIM applies to; the first
     few of one are a fair sample. Conversations are none.
 
@@ -83,12 +83,12 @@ def documents(config: DataConfig, split: Split, longest: int | None = None) -> d
     longest = longest or config.seq_len
     opened = {spec: open_source(spec, longest) for spec in config.sources}
     parts = {
-        spec: subset(source, split, config.validation)
+        spec: select_split(source, split, config.validation)
         for spec, source in opened.items()
         if source.kind in config.fim_sources
     }
     found = {
-        spec: Texts(part, longest) for spec, part in parts.items() if isinstance(part[0].body, str)
+        spec: ShuffledTexts(part, longest) for spec, part in parts.items() if isinstance(part[0].body, str)
     }
     if not found:
         raise UserError(
@@ -163,7 +163,7 @@ def _mixed(
     """This process's (kind, document) pairs, shuffled and mixed; without an end if `repeat`."""
     parts = []
     for number, spec in enumerate(config.sources):
-        found = subset(_open(config, spec, chat=chat), split, config.validation)
+        found = select_split(_open(config, spec, chat=chat), split, config.validation)
         if len(found) < process_count:
             raise UserError(
                 f'data.sources: "{spec}" has {len(found)} documents for {split}, fewer than the {process_count} processes'
@@ -283,7 +283,7 @@ def _open(config: DataConfig, spec: str, *, chat: bool = False):
 def _sample(config: DataConfig, size: int) -> Iterator[str]:
     """About `size` bytes of training text, the same share of each source, from all over it."""
     for spec in config.sources:
-        found: Subset = subset(_open(config, spec), "train", config.validation)
+        found: Subset = select_split(_open(config, spec), "train", config.validation)
         left = size // len(config.sources)
         for index in np.random.default_rng(0).permutation(len(found)):
             body = found[index].body
@@ -304,4 +304,4 @@ def _sample(config: DataConfig, size: int) -> Iterator[str]:
 
 def _seed(seed: int, purpose: str) -> int:
     """An independent seed for each purpose, below 2**32 as grain wants it."""
-    return int(unit_hash(f"{seed}/{purpose}") * 2**32)
+    return int(uniform_hash(f"{seed}/{purpose}") * 2**32)

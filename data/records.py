@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data.documents import Document, Messages, Tools
-from data.files import Files, locate
+from data.files import FileSet, locate
 from errors import UserError
 
 
@@ -30,9 +30,9 @@ class Records:
     """
 
     kind: str
-    held_out = None
+    validation_share = None
 
-    def __init__(self, spec: str, files: Files, field: str):
+    def __init__(self, spec: str, files: FileSet, field: str):
         self.spec = spec
         self._files = files
         self._field = field
@@ -79,7 +79,7 @@ class JsonLines(Records):
 
     kind = "jsonl"
 
-    def __init__(self, spec: str, files: Files, field: str):
+    def __init__(self, spec: str, files: FileSet, field: str):
         self._contents: list[Callable[[], BinaryIO]] = []
         self._lines: list[
             np.ndarray
@@ -119,7 +119,7 @@ class ParquetColumn(Records):
 
     kind = "parquet"
 
-    def __init__(self, spec: str, files: Files, field: str):
+    def __init__(self, spec: str, files: FileSet, field: str):
         self._tables: list[pyarrow.Table] = []
         super().__init__(spec, files, field)
 
@@ -153,7 +153,7 @@ class ArrayRecords(Records):
 
     kind = "arrayrecord"
 
-    def __init__(self, spec: str, files: Files, field: str):
+    def __init__(self, spec: str, files: FileSet, field: str):
         self._readers: list[grain.sources.ArrayRecordDataSource] = []
         super().__init__(spec, files, field)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.config import SOURCE_KINDS
 from data.documents import Document, Source
-from data.files import Files, locate, match
+from data.files import FileSet, locate, match_files
 from data.records import RECORDS
 from data.tasks.source import TaskDocuments
 from errors import UserError
@@ -52,7 +52,7 @@ def open_source(spec: str, longest: int, *, chat: bool = False) -> Source:
             raise UserError(f'data.sources: "{spec}": write just "stdlib", it takes no pattern')
         source = TextFiles(spec, kind, stdlib_files(), longest)
     elif kind == "text":
-        source = TextFiles(spec, kind, match(spec, rest), longest)
+        source = TextFiles(spec, kind, match_files(spec, rest), longest)
     elif kind == "task":
         source = TaskDocuments(spec, chat)
     else:
@@ -61,13 +61,13 @@ def open_source(spec: str, longest: int, *, chat: bool = False) -> Source:
             raise UserError(
                 f'data.sources: "{spec}" does not say which field to read; write {kind}:{pattern or "GLOB"}#FIELD'
             )
-        source = RECORDS[kind](spec, match(spec, pattern), field)
+        source = RECORDS[kind](spec, match_files(spec, pattern), field)
     if len(source) == 0:
         raise UserError(f'data.sources: "{spec}" matches only empty files')
     return source
 
 
-def stdlib_files() -> Files:
+def stdlib_files() -> FileSet:
     """Every Python file of the running Python's standard library, without tests and installed
     packages.
     """
@@ -80,7 +80,7 @@ def stdlib_files() -> Files:
             for name in files
             if name.endswith(".py")
         ]
-    return Files(root, tuple(sorted(names)))
+    return FileSet(root, tuple(sorted(names)))
 
 
 class TextFiles:
@@ -92,9 +92,9 @@ class TextFiles:
     are in one split.
     """
 
-    held_out = None
+    validation_share = None
 
-    def __init__(self, spec: str, kind: str, files: Files, longest: int):
+    def __init__(self, spec: str, kind: str, files: FileSet, longest: int):
         self.spec, self.kind = spec, kind
         self._files = files
         self._longest = longest

@@ -27,13 +27,13 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-SPECIALS = (
+SPECIAL_TOKENS = (
     "<|pad|>", "<|bos|>", "<|eos|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
     "<|user|>", "<|assistant|>", "<think>", "</think>", "<answer>", "</answer>",
 )  # fmt: skip
 
 # Parts of the text a model writes, so `decode` keeps them.
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+COMPLETION_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 # Spellings by family, most telling first. In DeepSeek's the document is begin, prefix, hole,
 # suffix, end, middle (arXiv 2412.19437, section 4.1).
@@ -59,7 +59,7 @@ PAD_SPELLINGS = ("<|pad|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<
 # Qwen's); these spellings give them away.
 _CONTROL = re.compile(r"<[|｜].*[|｜]>")
 _KNOWN = {
-    *SPECIALS,
+    *SPECIAL_TOKENS,
     *BOS_SPELLINGS,
     *EOS_SPELLINGS,
     *PAD_SPELLINGS,
@@ -67,7 +67,7 @@ _KNOWN = {
 }
 
 
-class Fim(NamedTuple):
+class FimTokens(NamedTuple):
     """The ids that open the prefix, the suffix and the middle of a fill-in-the-middle document."""
 
     prefix: int
@@ -111,7 +111,7 @@ class Tokenizer:
         self._special = {token.content: index for index, token in added.items() if token.special}
         self._special_ids = frozenset(self._special.values())
         self._dropped = frozenset(
-            index for text, index in self._special.items() if text not in TAGS
+            index for text, index in self._special.items() if text not in COMPLETION_TAGS
         )
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos: int | None = self._role(named.get("bos_token"), BOS_SPELLINGS)
@@ -136,40 +136,40 @@ class Tokenizer:
             for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)
         ]
 
-    def encode_marked(self, text: str) -> list[int]:
+    def encode_rendered(self, text: str) -> list[int]:
         """Ids of a text in which special tokens count, as a chat template writes it: "<|eos|>" is
         the end of a turn.
         """
         return self._marked.encode(text, add_special_tokens=False).ids
 
-    def encode_marked_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_rendered_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode_marked`, and for each id the characters start .. end - 1 that it is for; ids that
         share a character each have it.
         """
         encoding = self._marked.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def decode(self, ids: Sequence[int], *, drop_specials: bool = True) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids. Special tokens are dropped, except the tags of a completion (<think>,
         <answer>), or all written out. Broken UTF-8 becomes U+FFFD.
         """
-        kept = [int(index) for index in ids if not (drop_specials and int(index) in self._dropped)]
+        kept = [int(index) for index in ids if not (skip_special_tokens and int(index) in self._dropped)]
         return self._backend.decode(kept, skip_special_tokens=False)
 
     def is_special(self, index: int) -> bool:
         """Whether an id is that of a special token."""
         return index in self._special_ids
 
-    def special(self, text: str) -> int | None:
+    def special_token_id(self, text: str) -> int | None:
         """Id of a special token by its text, or None."""
         return self._special.get(text)
 
     @property
-    def fim(self) -> Fim:
+    def fim(self) -> FimTokens:
         """Fill-in-the-middle sentinels. Raises UserError if the tokenizer has none."""
         for spelling in FIM_SPELLINGS:
             if all(text in self._special for text in spelling):
-                return Fim(*(self._special[text] for text in spelling))
+                return FimTokens(*(self._special[text] for text in spelling))
         raise UserError(
             f"{self.name}: no fill-in-the-middle tokens (such as {' '.join(FIM_SPELLINGS[0])}); set data.fim_rate = 0 or take another tokenizer"
         )
@@ -216,7 +216,7 @@ class Tokenizer:
         return None
 
 
-class Stream:
+class DecodeStream:
     """Decodes ids one by one, for a reader who watches them come. Never shows half a UTF-8
     character.
     """
@@ -257,12 +257,12 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
       vocab: entries, the 256 bytes and the special tokens included. Fewer if the texts have no more
         pairs to merge.
     """
-    if vocab < 256 + len(SPECIALS):
+    if vocab < 256 + len(SPECIAL_TOKENS):
         raise UserError(
-            f"tokenizer.vocab_size = {vocab}: must be at least {256 + len(SPECIALS)} (256 bytes and {len(SPECIALS)} special tokens)"
+            f"tokenizer.vocab_size = {vocab}: must be at least {256 + len(SPECIAL_TOKENS)} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
     backend = _byte_level(models.BPE())
-    specials = [AddedToken(text, special=True, normalized=False) for text in SPECIALS]
+    specials = [AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
         texts,
@@ -282,7 +282,7 @@ def bytes_tokenizer() -> Tokenizer:
         models.BPE(vocab={char: value for value, char in enumerate(_byte_chars())}, merges=[])
     )
     backend.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in SPECIALS]
+        [AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS]
     )
     return Tokenizer(backend, "bytes")
 

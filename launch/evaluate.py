@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from data.pipeline import documents, problems
+from data.pipeline import infill_documents, draw_problems
 from data.tasks.problem import Problem
 from experiment.command_line import command
 from experiment.schema import Config
@@ -73,7 +73,7 @@ def run(config: Config, workdir: Path) -> dict:
 def reasoning(begin: Setup, variables: dict) -> tuple[dict, list[dict]]:
     """pass@k for k = 1, 2, 4, ... up to the samples drawn, over held-out problems."""
     e, task = begin.config.evaluate, begin.config.reinforce.task
-    held_out = problems(task, "validation", e.problems, seed=0)
+    held_out = draw_problems(task, "validation", e.problems, seed=0)
     at_once = max(ROWS // e.samples, 1)
     at_once += -at_once % begin.mesh.size
     sample_fn = sampler(begin, e.samples)
@@ -156,7 +156,7 @@ def infilling(begin: Setup, variables: dict) -> dict:
         out_shardings=replicated(begin.mesh),
     )
     found = {}
-    for source, held_out in documents(
+    for source, held_out in infill_documents(
         config.data, "validation", INFILL_BYTES_PER_TOKEN * T
     ).items():
         rows = infill_rows(

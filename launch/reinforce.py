@@ -21,7 +21,7 @@ from jax import Array
 
 from checkpoints.training import Checkpoints
 from data.chat import encode_prompt
-from data.pipeline import problems
+from data.pipeline import draw_problems
 from data.tasks.problem import Problem
 from errors import UserError
 from experiment.command_line import command
@@ -63,7 +63,7 @@ def train(config: Config, workdir: Path) -> bool:
     )
     temperature = config.sampling.temperature
     optimizer = make_optimizer(trained)
-    tasks = problems(r.task, "train", PROBLEMS, seed=config.seed)
+    tasks = draw_problems(r.task, "train", PROBLEMS, seed=config.seed)
 
     with (
         jax.set_mesh(begin.mesh),
@@ -259,14 +259,14 @@ def texts(begin: Setup, tokens_BC: np.ndarray, mask_BC: np.ndarray) -> list[str]
         encode_prompt(
             [{"role": "user", "content": "?"}], tokenizer, begin.config.data.chat_template
         ),
-        drop_specials=False,
+        skip_special_tokens=False,
     )
     opening = "<think>" if cue.rstrip().endswith("<think>") else ""
     rows = (
         [i for i in row[mask] if i not in tokenizer.stops]
         for row, mask in zip(tokens_BC, mask_BC, strict=True)
     )
-    return [opening + tokenizer.decode(row, drop_specials=False) for row in rows]
+    return [opening + tokenizer.decode(row, skip_special_tokens=False) for row in rows]
 
 
 def minibatches(begin: Setup, batch: dict[str, Array], step: int):

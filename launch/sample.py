@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from data.chat import encode_prompt
 from data.fim import fim_prompt
-from data.tokenizer import Stream
+from data.tokenizer import DecodeStream
 from errors import UserError
 from experiment.command_line import Flag, command
 from experiment.schema import Config
@@ -91,7 +91,7 @@ def stream(begin: Setup, variables: dict, step_fn, ids: list[int], end: str = ""
     """Prints a completion token by token, then `end`."""
     if not ids:
         raise UserError("nothing to go on from: the prompt is empty")
-    decoder = Stream(begin.tokenizer)
+    decoder = DecodeStream(begin.tokenizer)
     for token in tokens(begin, variables, step_fn, ids):
         print(decoder.push(token), end="", flush=True)
     print(decoder.flush() + end, flush=True)

@@ -10,21 +10,21 @@ import random
 from collections.abc import Iterator
 from urllib.parse import parse_qsl
 
-from data.documents import Document, Messages, Split, unit_hash
+from data.documents import Document, Messages, Split, uniform_hash
 from data.tasks import TASKS, Problem, Task
 from errors import UserError
 
 # One problem in ten is held out, by the hash of its question, whatever `data.validation` is: a
 # stage of training that never saw another stage's config still agrees with it on which problems are
 # for evaluation.
-HELD_OUT = 0.1
+VALIDATION_SHARE = 0.1
 
 # Draws in a row without a new problem after which there are taken to be no more.
 LAST_DRAWS = 2_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendering:
+class DocumentOptions:
     """Parameters of every task: how its problems become documents.
 
     Attributes:
@@ -51,7 +51,7 @@ class TaskDocuments:
     """Problems 0 .. count - 1 of a task, all different, as text or as conversations."""
 
     kind = "task"
-    held_out = HELD_OUT
+    validation_share = VALIDATION_SHARE
 
     def __init__(self, spec: str, chat: bool):
         self.spec = spec
@@ -67,12 +67,12 @@ class TaskDocuments:
 
     def __getitem__(self, index: int) -> Document:
         problem = self._problems[index]
-        if unit_hash(f"direct/{problem.question}") < self._rendering.direct:
+        if uniform_hash(f"direct/{problem.question}") < self._rendering.direct:
             problem = dataclasses.replace(problem, trace="")
         return Document(f"{self._task.name}:{index}", self._body(problem))
 
 
-def problems(source: str, split: Split, count: int, seed: int) -> list[Problem]:
+def draw_problems(source: str, split: Split, count: int, seed: int) -> list[Problem]:
     """Distinct problems of one split, in an order that depends on the seed.
 
     Of the source's parameters those of the task count; `count`, `style` and `direct` speak of
@@ -84,7 +84,7 @@ def problems(source: str, split: Split, count: int, seed: int) -> list[Problem]:
     in_split = (
         problem
         for problem in _distinct(task, str(seed))
-        if (unit_hash(problem.question) < HELD_OUT) == (split == "validation")
+        if (uniform_hash(problem.question) < VALIDATION_SHARE) == (split == "validation")
     )
     found = list(itertools.islice(in_split, count))
     if len(found) < count:
@@ -119,7 +119,7 @@ def _distinct(task: Task, seed: str) -> Iterator[Problem]:
             return
 
 
-def parse_task(spec: str) -> tuple[Task, Rendering]:
+def parse_task(spec: str) -> tuple[Task, DocumentOptions]:
     """The task a source string names, with its parameters. Raises UserError if it names none, or a
     parameter the task does not have.
     """
@@ -132,10 +132,10 @@ def parse_task(spec: str) -> tuple[Task, Rendering]:
     given = dict(parse_qsl(query, keep_blank_values=True))
     fields = {
         field.name: (owner, field)
-        for owner in (TASKS[name], Rendering)
+        for owner in (TASKS[name], DocumentOptions)
         for field in dataclasses.fields(owner)
     }
-    values: dict[type, dict] = {TASKS[name]: {}, Rendering: {}}
+    values: dict[type, dict] = {TASKS[name]: {}, DocumentOptions: {}}
     for parameter, text in given.items():
         if parameter not in fields:
             nearest = difflib.get_close_matches(parameter, fields, n=1)
@@ -151,7 +151,7 @@ def parse_task(spec: str) -> tuple[Task, Rendering]:
                 f'"{spec}": {parameter} = {text} is not of type {field.type.__name__}'
             ) from error
     try:
-        return TASKS[name](**values[TASKS[name]]), Rendering(**values[Rendering])
+        return TASKS[name](**values[TASKS[name]]), DocumentOptions(**values[DocumentOptions])
     except UserError as error:
         raise UserError(f'"{spec}": {error}') from error
 

@@ -17,12 +17,12 @@ def tokenizer():
 def test_think_template(tokenizer):
     ids, weights = encode_chat([USER, ASSISTANT], tokenizer, "think")
     written = "<|user|>1+1? <think><|assistant|><think>1+1=2</think><answer>2</answer><|eos|>"
-    assert tokenizer.decode(ids, drop_specials=False) == written
-    assert ids.count(tokenizer.special("<think>")) == 1  # the assistant's; the user's is text
+    assert tokenizer.decode(ids, skip_special_tokens=False) == written
+    assert ids.count(tokenizer.special_token_id("<think>")) == 1  # the assistant's; the user's is text
     assert (
         tokenizer.decode(
             [index for index, weight in zip(ids, weights, strict=True) if weight],
-            drop_specials=False,
+            skip_special_tokens=False,
         )
         == written.partition("<|assistant|>")[2]
     )
@@ -39,7 +39,7 @@ def test_r1_template(tokenizer):
     assert text.endswith(
         "<think> reasoning process here </think> <answer> answer here </answer>. User: 1+1? <think>. Assistant:"
     )
-    assert ids.count(tokenizer.special("<think>")) == 2  # both in the template; the user's is text
+    assert ids.count(tokenizer.special_token_id("<think>")) == 2  # both in the template; the user's is text
 
 
 @pytest.mark.parametrize("template", ["think", "r1"])

@@ -236,7 +236,7 @@ def test_the_older_map_of_special_tokens_counts_unless_the_config_lists_tokens(
         checkpoint("r1", config, special_tokens_map={"bos_token": {"content": "<|user|>"}})
     )
     assert tokenizer.chat_template.special_tokens == {"bos_token": bos, "eos_token": "<|im_end|>"}
-    assert tokenizer.bos == tokenizer.special(bos)
+    assert tokenizer.bos == tokenizer.special_token_id(bos)
 
 
 def written(template, messages, tools=None):
@@ -302,7 +302,7 @@ def test_tags_of_a_thought_that_only_the_prompt_has(cue, content, counts):
 @pytest.mark.parametrize("cue", ["bot: ", "assistant: \n", "assistant: I think", "bot: <think>"])
 def test_a_turn_that_does_not_follow_its_prompt(cue):
     with pytest.raises(UserError) as error:
-        inline(PLAIN, cue=cue).written([user("q"), assistant("a")])
+        inline(PLAIN, cue=cue).render_with_spans([user("q"), assistant("a")])
     end = json.dumps(f"user: q|{cue}")
     assert (
         str(error.value)

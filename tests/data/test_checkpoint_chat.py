@@ -32,7 +32,7 @@ TWO = [
 def targets(messages, tokenizer, tools=None):
     """What counts of a conversation, run by run, as text."""
     ids, weights = encode_chat(messages, tokenizer, "checkpoint", tools)
-    assert tokenizer.decode(ids, drop_specials=False) == tokenizer.chat_template.render(
+    assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.chat_template.render(
         messages, add_generation_prompt=False, tools=tools
     )
     assert set(weights) <= {0.0, 1.0} and len(weights) == len(ids)
@@ -42,7 +42,7 @@ def targets(messages, tokenizer, tools=None):
             runs[-1].append(index)
         elif runs[-1]:
             runs.append([])
-    return [tokenizer.decode(run, drop_specials=False) for run in runs if run]
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs if run]
 
 
 def plain(checkpoint, behind):
@@ -134,8 +134,8 @@ def test_a_prompt_is_that_of_transformers(checkpoint):
 
 def test_ordinary_text_still_makes_no_special_ids(checkpoint):
     tokenizer = load_tokenizer(checkpoint("chatml"))
-    special = {tokenizer.special(text) for text in ADDED} - {None}
-    assert set(tokenizer.encode_marked("".join(ADDED))) >= special
+    special = {tokenizer.special_token_id(text) for text in ADDED} - {None}
+    assert set(tokenizer.encode_rendered("".join(ADDED))) >= special
     assert not special & set(tokenizer.encode("".join(ADDED)))
     assert set(map(tokenizer.is_special, special)) == {True} and not tokenizer.is_special(0)
 
@@ -146,7 +146,7 @@ def test_a_role_may_be_a_token_of_the_vocabulary_alone(checkpoint):
     """
     tokenizer = load_tokenizer(checkpoint("r1", {"bos_token": "hi", "eos_token": "<|im_end|>"}))
     assert (tokenizer.bos, tokenizer.vocab_size) == (257, 258 + len(ADDED))
-    assert tokenizer.encode_marked("hi") == [tokenizer.bos]
+    assert tokenizer.encode_rendered("hi") == [tokenizer.bos]
 
 
 def test_a_role_may_be_an_added_token_that_its_file_does_not_flag(checkpoint):
@@ -154,9 +154,9 @@ def test_a_role_may_be_an_added_token_that_its_file_does_not_flag(checkpoint):
         checkpoint("r1", {"bos_token": "<tool_call>", "eos_token": "<|im_end|>"})
     )
     assert (
-        tokenizer.encode_marked("<tool_call>")
+        tokenizer.encode_rendered("<tool_call>")
         == [tokenizer.bos]
-        == [tokenizer.special("<tool_call>")]
+        == [tokenizer.special_token_id("<tool_call>")]
     )
     assert tokenizer.bos not in tokenizer.encode("<tool_call>")
 

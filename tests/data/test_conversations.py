@@ -129,13 +129,13 @@ def test_ids_in_a_batch_are_those_of_the_conversation(config, checkpoint, tmp_pa
     ):
         for segment in range(1, segments.max() + 1):
             ids, counts = tokens[segments == segment], weights[segments == segment] > 0
-            number = tokenizer.decode(ids, drop_specials=False).split("user\nq")[1][0]
+            number = tokenizer.decode(ids, skip_special_tokens=False).split("user\nq")[1][0]
             turn = f"<think>\n\n</think>\n\na{number}<|im_end|>"
             assert (
-                tokenizer.decode(ids, drop_specials=False)
+                tokenizer.decode(ids, skip_special_tokens=False)
                 == f"<|im_start|>user\nq{number}<|im_end|>\n<|im_start|>assistant\n{turn}\n"
             )
-            assert tokenizer.decode(ids[counts], drop_specials=False) == turn
+            assert tokenizer.decode(ids[counts], skip_special_tokens=False) == turn
 
 
 def test_a_vocabulary_is_learnt_from_what_has_text(config, source):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.config import TokenizerConfig
-from data.pipeline import batches, documents, make_tokenizer
+from data.pipeline import batches, infill_documents, make_tokenizer
 from data.tokenizer import bytes_tokenizer
 from errors import UserError
 from tests.data.test_fim import recover
@@ -64,7 +64,7 @@ def test_one_epoch_is_the_training_split(config, corpus):
     ids = np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in found])
     names = {
         name.partition("[")[0]
-        for name, _ in itertools.chain(*documents(settings, "train").values())
+        for name, _ in itertools.chain(*infill_documents(settings, "train").values())
     }
     files = [(corpus / name).read_bytes() for name in names]
     assert collections.Counter(ids[ids < 256].tolist()) == collections.Counter(b"".join(files))
@@ -104,7 +104,7 @@ def test_every_epoch_has_its_own_order(config):
     count = len(
         {
             name.partition("[")[0]
-            for name, _ in itertools.chain(*documents(settings, "train").values())
+            for name, _ in itertools.chain(*infill_documents(settings, "train").values())
         }
     )
     first, second = starts[:count], starts[count : 2 * count]
@@ -184,7 +184,7 @@ def test_fim_documents_are_whole_and_of_both_kinds(config, corpus):
     plain = [TOKENIZER.decode(ids) for ids in found if ids[0] != TOKENIZER.fim.prefix]
     names = {
         name.partition("[")[0]
-        for name, _ in itertools.chain(*documents(settings, "train").values())
+        for name, _ in itertools.chain(*infill_documents(settings, "train").values())
     }
     assert collections.Counter("".join(texts + plain)) == collections.Counter(
         "".join((corpus / name).read_text(encoding="utf-8") for name in names)
@@ -253,11 +253,11 @@ def test_chat_weighs_the_assistant_only_and_never_crosses(config):
             assert segments.max() >= 1
             for segment in range(1, segments.max() + 1):
                 ids, weighed = tokens[segments == segment], weights[segments == segment]
-                prompt, _, answer = TOKENIZER.decode(ids, drop_specials=False).partition(
+                prompt, _, answer = TOKENIZER.decode(ids, skip_special_tokens=False).partition(
                     "<|assistant|>"
                 )
                 assert prompt.startswith("<|user|>") and answer.endswith("</answer><|eos|>")
-                assert TOKENIZER.decode(ids[weighed == 1], drop_specials=False) == answer
+                assert TOKENIZER.decode(ids[weighed == 1], skip_special_tokens=False) == answer
             assert (weights[segments == 0] == 0).all() and (
                 tokens[segments == 0] == TOKENIZER.pad
             ).all()
@@ -279,7 +279,7 @@ def test_conversations_in_pretraining_count_in_full(config, tmp_path):
         1,
     )[0]
     assert (batch["weights"] == 1).all() and (
-        batch["tokens"] == TOKENIZER.special("<|assistant|>")
+        batch["tokens"] == TOKENIZER.special_token_id("<|assistant|>")
     ).any()
 
 
@@ -287,7 +287,7 @@ def test_trained_tokenizer_does_not_depend_on_chance_or_validation(config, corpu
     settings = config(sources=(*config().sources, "task:arithmetic?count=50"), mixture=(1.0, 1.0))
     for name in ("a", "b"):
         make_tokenizer(TokenizerConfig("bpe", "", 300), settings).save(tmp_path / name)
-    for name, _ in itertools.chain(*documents(settings, "validation").values()):
+    for name, _ in itertools.chain(*infill_documents(settings, "validation").values()):
         path = corpus / name.partition("[")[0]
         path.write_text("held out " * (path.stat().st_size // 9 + 1))
     make_tokenizer(TokenizerConfig("bpe", "", 300), settings).save(tmp_path / "c")
@@ -303,7 +303,7 @@ def test_trained_tokenizer_does_not_depend_on_chance_or_validation(config, corpu
 
 
 def test_documents_are_held_out_text(config):
-    held_out, train = (documents(config(), split) for split in ("validation", "train"))
+    held_out, train = (infill_documents(config(), split) for split in ("validation", "train"))
     assert held_out.keys() == train.keys() == set(config().sources)
     for source, texts in held_out.items():
         assert len(texts) == len(list(texts)) > 0
@@ -317,7 +317,7 @@ def test_conversations_are_not_infilled(config):
         "mixture": (1.0, 1.0),
         "fim_sources": ("task",),
     }
-    assert list(documents(config(**changes), "validation")) == ["task:arithmetic?count=50"]
+    assert list(infill_documents(config(**changes), "validation")) == ["task:arithmetic?count=50"]
 
 
 def test_errors(config, tmp_path):
@@ -337,7 +337,7 @@ def test_errors(config, tmp_path):
     assert "a text, where chat needs a list of messages" in message(chat=True)
     assert "leaves none for validation" in message(split="validation", changes={"validation": 0.0})
     with pytest.raises(UserError, match="none has text to infill"):
-        documents(config(fim_sources=()), "train")
+        infill_documents(config(fim_sources=()), "train")
     (tmp_path / "chat.jsonl").write_text(json.dumps({"m": [{"role": "assistant", "content": "a"}]}))
     wrong_turn = message(
         chat=True, changes={"sources": (f"jsonl:{tmp_path}/chat.jsonl#m",), "validation": 0.0}

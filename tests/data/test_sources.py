@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from data.documents import subset, unit_hash
+from data.documents import select_split, uniform_hash
 from data.sources import open_source, stdlib_files
 from errors import UserError
 
@@ -127,7 +127,7 @@ def test_a_conversation_comes_with_its_tools(tmp_path, tools):
 @pytest.mark.parametrize("spec", ["stdlib", "text:{}/*.txt", "task:arithmetic?count=500"])
 def test_splits_are_disjoint_and_whole(corpus, spec):
     source = open_source(spec.format(corpus), 200)
-    train, validation = subset(source, "train", 0.3), subset(source, "validation", 0.3)
+    train, validation = select_split(source, "train", 0.3), select_split(source, "validation", 0.3)
     keys = [{source.key(index) for index in part._indices} for part in (train, validation)]
     assert not keys[0] & keys[1]
     assert len(train) + len(validation) == len(source)
@@ -141,7 +141,7 @@ def test_a_moved_corpus_keeps_its_split(corpus, tmp_path):
     names = [
         [
             document.name
-            for document in subset(open_source(f"text:{root}/*.txt", 200), "validation", 0.3)
+            for document in select_split(open_source(f"text:{root}/*.txt", 200), "validation", 0.3)
         ]
         for root in (corpus, moved)
     ]
@@ -152,9 +152,9 @@ def test_hash_is_the_same_everywhere():
     """A value computed once: a change of it would mix the held-out documents of every old run into
     training.
     """
-    assert unit_hash("argparse.py") == 0.9211056780453042
+    assert uniform_hash("argparse.py") == 0.9211056780453042
     assert (
-        0.45 < sum(unit_hash(str(index)) for index in range(1000)) / 1000 < 0.55
+        0.45 < sum(uniform_hash(str(index)) for index in range(1000)) / 1000 < 0.55
     )  # uniform: the mean is within 0.028 three times out of a thousand
 
 
@@ -209,6 +209,6 @@ def test_a_split_without_documents_says_so(corpus):
     with pytest.raises(
         UserError, match=r"has 1 documents, and data.validation = 0.0 leaves none for validation"
     ):
-        subset(source, "validation", 0.0)
+        select_split(source, "validation", 0.0)
     with pytest.raises(ValueError, match="split = 'test'"):
-        subset(source, "test", 0.5)
+        select_split(source, "test", 0.5)

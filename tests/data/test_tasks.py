@@ -6,7 +6,7 @@ import pytest
 
 from data.sources import open_source
 from data.tasks.arithmetic import Arithmetic, Step, apply
-from data.tasks.source import HELD_OUT, messages_of, parse_task, problems, text_of
+from data.tasks.source import VALIDATION_SHARE, messages_of, parse_task, draw_problems, text_of
 from errors import UserError
 
 
@@ -68,32 +68,32 @@ def test_problems_are_distinct_and_held_out():
     """No question is in both splits, whatever the seed and the parameters: the hash of the question
     alone decides.
     """
-    train = problems("task:arithmetic", "train", 2000, seed=0) + problems(
+    train = draw_problems("task:arithmetic", "train", 2000, seed=0) + draw_problems(
         "task:arithmetic?max_ops=2&style=chat", "train", 500, seed=7
     )
-    validation = problems("task:arithmetic", "validation", 200, seed=0) + problems(
+    validation = draw_problems("task:arithmetic", "validation", 200, seed=0) + draw_problems(
         "task:arithmetic?max_ops=2", "validation", 200, seed=9
     )
     assert not {problem.question for problem in train} & {
         problem.question for problem in validation
     }
     assert len({problem.question for problem in train[:2000]}) == 2000
-    assert problems("task:arithmetic", "train", 50, seed=1) == problems(
+    assert draw_problems("task:arithmetic", "train", 50, seed=1) == draw_problems(
         "task:arithmetic", "train", 50, seed=1
     )
-    assert problems("task:arithmetic", "train", 50, seed=1) != problems(
+    assert draw_problems("task:arithmetic", "train", 50, seed=1) != draw_problems(
         "task:arithmetic", "train", 50, seed=2
     )
     assert (
-        problems("task:arithmetic", "train", 50, seed=1)
-        == problems("task:arithmetic", "train", 100, seed=1)[:50]
+        draw_problems("task:arithmetic", "train", 50, seed=1)
+        == draw_problems("task:arithmetic", "train", 100, seed=1)[:50]
     )
 
 
 def test_source_has_as_many_documents_as_it_says():
     source = open_source("task:arithmetic?count=700", 1000)
     assert len(source) == 700 == len({source.key(index) for index in range(700)})
-    assert source.held_out == HELD_OUT
+    assert source.validation_share == VALIDATION_SHARE
 
 
 def test_renderings():
@@ -154,6 +154,6 @@ def test_bad_parameters(spec, words):
 def test_more_problems_than_there_are():
     few = "task:arithmetic?max_value=4&max_ops=1&min_ops=1&contexts=1"
     with pytest.raises(UserError, match=r"has only about \d+ different problems for validation"):
-        problems(few, "validation", 1000, seed=0)
+        draw_problems(few, "validation", 1000, seed=0)
     with pytest.raises(UserError, match=r"lower count = 5000"):
         open_source(f"{few}&count=5000", 1000)

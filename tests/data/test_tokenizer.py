@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from data.tokenizer import SPECIALS, Stream, Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
+from data.tokenizer import SPECIAL_TOKENS, DecodeStream, Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
 from errors import UserError
 
 TEXTS = [
@@ -56,27 +56,27 @@ def test_text_comes_back(tokenizer, text):
 def test_bytes_are_their_values():
     text = "A 你\n"
     assert bytes_tokenizer().encode(text) == list(text.encode())
-    assert bytes_tokenizer().vocab_size == 256 + len(SPECIALS)
+    assert bytes_tokenizer().vocab_size == 256 + len(SPECIAL_TOKENS)
 
 
 def test_text_cannot_forge_specials(tokenizer):
-    text = "".join(SPECIALS)
+    text = "".join(SPECIAL_TOKENS)
     ids = tokenizer.encode(text)
-    assert not {tokenizer.special(special) for special in SPECIALS} & set(ids)
+    assert not {tokenizer.special_token_id(special) for special in SPECIAL_TOKENS} & set(ids)
     assert tokenizer.decode(ids) == text
 
 
 def test_decode_drops_specials_but_keeps_tags(tokenizer):
     ids = [
         tokenizer.bos,
-        tokenizer.special("<think>"),
+        tokenizer.special_token_id("<think>"),
         *tokenizer.encode("x"),
-        tokenizer.special("</think>"),
+        tokenizer.special_token_id("</think>"),
         tokenizer.eos,
         tokenizer.pad,
     ]
     assert tokenizer.decode(ids) == "<think>x</think>"
-    assert tokenizer.decode(ids, drop_specials=False) == "<|bos|><think>x</think><|eos|><|pad|>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|bos|><think>x</think><|eos|><|pad|>"
 
 
 def test_digits_are_split_one_by_one():
@@ -123,7 +123,7 @@ def test_known_fim_spellings_even_if_not_flagged_special(tmp_path, spelling):
     loaded = load_tokenizer(
         hugging_face(tmp_path, {"</s>": True, **dict.fromkeys(spelling, False)})
     )
-    assert [loaded.decode([index], drop_specials=False) for index in loaded.fim] == list(spelling)
+    assert [loaded.decode([index], skip_special_tokens=False) for index in loaded.fim] == list(spelling)
     forged = loaded.encode("".join(spelling))
     assert not set(loaded.fim) & set(forged)
 
@@ -144,8 +144,8 @@ def test_roles_are_read_from_the_config_beside_it(tmp_path):
     loaded = load_tokenizer(hugging_face(tmp_path, added, config))
     assert (loaded.bos, loaded.eos, loaded.pad) == (
         None,
-        loaded.special("<|im_end|>"),
-        loaded.special("<|endoftext|>"),
+        loaded.special_token_id("<|im_end|>"),
+        loaded.special_token_id("<|endoftext|>"),
     )
 
 
@@ -163,13 +163,13 @@ def test_bad_files(tmp_path):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_stream_never_shows_half_a_character(tokenizer, text):
-    stream = Stream(tokenizer)
+    stream = DecodeStream(tokenizer)
     shown = [stream.push(index) for index in tokenizer.encode(text)]
     assert "".join(shown) + stream.flush() == text
     assert not any("\ufffd" in piece for piece in shown)
 
 
 def test_stream_flushes_what_never_closed():
-    stream = Stream(bytes_tokenizer())
+    stream = DecodeStream(bytes_tokenizer())
     assert [stream.push(byte) for byte in "a🙂".encode()[:3]] == ["a", "", ""]
     assert stream.flush() == "\ufffd"

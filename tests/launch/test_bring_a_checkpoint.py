@@ -122,7 +122,7 @@ def test_its_template_makes_the_prompt(brought, capsys, monkeypatch):
     )
     assert (
         all(
-            row == load_tokenizer(brought).encode_marked("<|user|>2+2?<|assistant|>")
+            row == load_tokenizer(brought).encode_rendered("<|user|>2+2?<|assistant|>")
             for row in seen
         )
         and seen
