@@ -1,0 +1,40 @@
+"""`launch.fields` shows the config as it is."""
+
+import pytest
+
+from errors import UserError
+from experiment.fields import describe, fields
+from experiment.schema import default_config
+
+
+def test_every_field_is_shown_with_its_default():
+    config = default_config()
+
+    def leaves(section, prefix=""):
+        for name, value in section.items():
+            if hasattr(value, "items"):
+                yield from leaves(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    assert [(field.name, field.default) for field in fields()] == list(leaves(config))
+
+
+def test_a_comment_stands_with_its_own_field():
+    """Beside the field, above it in several lines, or not at all."""
+    meanings = {field.name: field.meaning for field in fields()}
+    assert meanings["model.hidden_size"] == "D"
+    assert meanings["train.optimizer"].startswith('"adamw" | "muon"')
+    assert meanings["train.optimizer"].endswith("(arXiv 2502.16982).")
+    assert meanings["train.beta1"] == ""
+
+
+def test_a_section_shows_its_own_fields_alone():
+    lines = [line for line in describe("model.indexer").split("\n") if not line.startswith(" ")]
+    assert len(lines) == len(default_config().model.indexer)
+    assert all(line.startswith("model.indexer.") for line in lines)
+
+
+def test_a_section_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="^modle: no such field or section"):
+        describe("modle")
