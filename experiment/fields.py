@@ -1,4 +1,4 @@
-"""The fields of a config, with defaults and meanings as the dataclasses of the sections have them."""
+"""The fields of a config, with the defaults and meanings that its dataclasses give them."""
 
 import ast
 import dataclasses

@@ -17,7 +17,7 @@ def test_every_field_is_shown_with_its_default():
             else:
                 yield prefix + name, value
 
-    assert [(field.name, field.default) for field in fields()] == list(leaves(config))
+    assert {field.name: field.default for field in fields()} == dict(leaves(config))
 
 
 def test_a_comment_stands_with_its_own_field():
