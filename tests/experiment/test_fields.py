@@ -36,5 +36,5 @@ def test_a_section_shows_its_own_fields_alone():
 
 
 def test_a_section_that_does_not_exist_is_named():
-    with pytest.raises(UserError, match="^modle: no such field or section"):
+    with pytest.raises(UserError, match=r"^modle: no such field or section"):
         describe("modle")
