@@ -32,9 +32,11 @@ from errors import UserError
 from experiment.command_line import Flag, command
 from kernels import decode_selection
 from kernels.bitmask import along_keys, pack, words
+from kernels.hopper_memory import BLOCK
+from kernels.hopper_pipeline import nonempty_first
 from kernels.reference import indexer_scores, masked_scores
 from kernels.sparse_attention import attend_reference
-from kernels.sparse_attention_gpu import BLOCK, Tiles, attend_gpu, held_first
+from kernels.sparse_attention_gpu import Tiles, attend_gpu
 from kernels.sparse_decode import decode_reference
 
 LENGTHS = (4_096, 8_192, 32_768, 65_536, 131_072)
@@ -172,7 +174,7 @@ def rows_of(L: int, sizes: Sizes, copy: float, attend: Callable, dtype=jnp.bfloa
             sizes.heads
             * BLOCK
             * Tiles().forward
-            * int(jnp.sum(held_first(along_keys(bits), Tiles().forward)[1]))
+            * int(jnp.sum(nonempty_first(along_keys(bits), Tiles().forward)[1]))
         )
         forward = measured(
             f"kernel, {where}", 2 * pairs * (sizes.qk + sizes.v), arrays, attend, q, k, v, bits

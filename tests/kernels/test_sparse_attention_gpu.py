@@ -16,8 +16,9 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 import bench.gpu
 from errors import UserError
 from kernels.bitmask import along_keys, along_queries, pack, unpack
+from kernels.hopper_pipeline import nonempty_first
 from kernels.sparse_attention import attend_reference
-from kernels.sparse_attention_gpu import Tiles, attend_gpu, held_first
+from kernels.sparse_attention_gpu import Tiles, attend_gpu
 from tests.kernels import test_sparse_attention as tpu
 from tests.kernels.test_sparse_attention import dense, graded
 
@@ -55,7 +56,7 @@ def test_bits_are_rearranged_along_either_axis():
 def test_held_tiles_come_first_and_in_order():
     among = np.zeros((1, 256, 512), bool)
     among[0, 130, [3, 200, 450]] = True
-    order, count = held_first(along_keys(pack(jnp.asarray(among))), 64)
+    order, count = nonempty_first(along_keys(pack(jnp.asarray(among))), 64)
     np.testing.assert_array_equal(count, [[0, 3]])
     np.testing.assert_array_equal(order[0, 1, :3], [0, 3, 7])
 
