@@ -92,7 +92,7 @@ def prefill(
     segments_BT: Array,
     slots: int,
     stage: str,
-    attention_mass: float = 1.0,
+    attention_top_p: float = 1.0,
 ) -> tuple[Cache, Array]:
     """Reads prompts, padded on the left (segment 0) so that each ends in the last column. What is
     decoded from the cache shall have the same stage, and of attention's keys it reads the fewest
@@ -107,7 +107,7 @@ def prefill(
         variables, tokens_BT, positions_BT, segments_BT, stage=stage, mtp=False
     )
     B, T = tokens_BT.shape
-    cache = Cache.empty(config, B, slots, stage, attention_mass)
+    cache = Cache.empty(config, B, slots, stage, attention_top_p)
     cache = Cache(
         layers=tuple(
             layer.write(entries, 0)

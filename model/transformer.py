@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.attention.reference import IndexerReport
+from model.attention.reference import IndexerStats
 from model.cache import LayerCache
 from model.config import ModelConfig
 from model.stacks import LayerKind, LayerStack
@@ -24,7 +24,7 @@ from model.layers.delta import GatedDeltaNet
 from model.layers.gqa import GroupedAttention
 from model.layers.linear import linear
 from model.layers.mla import LatentAttention
-from model.layers.moe import FFN, MoE, RouterReport
+from model.layers.moe import FFN, MoE, RouterStats
 from model.layers.norm import RMSNorm
 from model.segments import same_segment, shift_left
 from model.sharding import constrain, named
@@ -42,20 +42,20 @@ REMAT = {
 
 
 @flax.struct.dataclass
-class LayerReports:
+class LayerStats:
     """What the layers report, stacked, MTP modules last: indexer values and the router's balance
     [L'], its counts [L', E]; zeros of layers without.
     """
 
-    indexer: IndexerReport
-    router: RouterReport
+    indexer: IndexerStats
+    router: RouterStats
 
 
 @flax.struct.dataclass
 class Output:
     hidden_BTD: Array  # normalised, ready for the output head
     mtp_hidden: tuple[Array, ...]  # of depth 1, 2, ...; the k-th predicts the token k + 1 places on
-    reports: LayerReports
+    stats: LayerStats
     entries: tuple[LayerCache, ...]  # cache entries of the main layers, one a layer
 
 
@@ -95,7 +95,7 @@ class Block(nn.Module):
         else:
             out_BTD, router = (
                 FFN(c, c.intermediate_size, name="ffn")(normed_BTD),
-                RouterReport.zero(c.moe.num_experts),
+                RouterStats.zero(c.moe.num_experts),
             )
         x_BTD = constrain(x_BTD + out_BTD, "batch", "time", "hidden")
         self.sow("record", "hidden", x_BTD)
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         for run, layers in zip(c.stacks, self.runs, strict=True):
             x_BTD, stacked = layers(x_BTD, positions_BT, segments_BT, stage)
             said = in_order(stacked, run)
-            reports += [LayerReports(indexer, router) for indexer, router, _ in said]
+            reports += [LayerStats(indexer, router) for indexer, router, _ in said]
             entries += [cached for _, _, cached in said]
         hidden_BTD = self.final_norm(x_BTD)
 
@@ -247,7 +247,7 @@ class Transformer(nn.Module):
                 )
                 mtp_hidden.append(self.mtp_norm[depth - 1](x_BTD))
                 previous_BTD = mtp_hidden[-1] if c.mtp_input == "normed" else x_BTD
-                reports.append(LayerReports(indexer, router))
+                reports.append(LayerStats(indexer, router))
         reports = jax.tree.map(lambda *layers: jnp.stack(layers), *reports)
         return Output(hidden_BTD, tuple(mtp_hidden), reports, tuple(entries))
 

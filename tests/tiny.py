@@ -177,7 +177,7 @@ def without_rows(batch: dict, keep) -> dict:
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def forward(config: ModelConfig, variables: dict, batch: dict, stage: str) -> dict:
-    """logits_BTV of the next token, mtp_BTV of each depth, and the layers' reports."""
+    """logits_BTV of the next token, mtp_BTV of each depth, and the layers' statistics."""
     output = Transformer(config).apply(
         variables, batch["tokens"], batch["positions"], batch["segments"], stage=stage
     )
@@ -185,7 +185,7 @@ def forward(config: ModelConfig, variables: dict, batch: dict, stage: str) -> di
     return {
         "logits_BTV": head(output.hidden_BTD),
         "mtp_BTV": [head(hidden_BTD) for hidden_BTD in output.mtp_hidden],
-        "reports": output.reports,
+        "stats": output.stats,
     }
 
 

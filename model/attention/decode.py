@@ -19,7 +19,7 @@ def attend_cached(
     v_BSKH: Array,
     allowed_BTS: Array,
     *,
-    mass: float = 1.0,
+    top_p: float = 1.0,
     estimate: Int4 | None = None,
 ) -> Array:
     """Attention of the newest tokens over cached keys and values of K key-value heads; q is already
@@ -36,7 +36,7 @@ def attend_cached(
             kept_BKTS = keep_by_estimate(
                 by_group("BNTH,BNSH->BNTS", q_BNTH, estimate_BKSH),
                 allowed_BTS,
-                mass,
+                top_p,
                 k_BKSH.shape[1],
             )
             logits_BNTS += jnp.repeat(

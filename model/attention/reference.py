@@ -24,12 +24,11 @@ from kernels.reference import (
     select_topk,
 )
 
-STAGES = ("dense", "warmup", "sparse")
 LEAST_PART = 64  # queries; smaller parts cost more in small matmuls than the skipped pairs save
 
 
 @flax.struct.dataclass
-class IndexerReport:
+class IndexerStats:
     """What one layer's indexer did, summed over queries. `recall` is the share of the true
     attention's mass on the keys that top-k would select, and `recall_random` that of a uniformly
     random selection of as many; both over queries with more than topk keys, and 0 outside the
@@ -39,11 +38,10 @@ class IndexerReport:
     kl: Array
     recall: Array
     recall_random: Array
-    recall_weight: Array
 
     @classmethod
-    def zero(cls) -> "IndexerReport":
-        return cls(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+    def zero(cls) -> "IndexerStats":
+        return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
 class IndexerInputs(NamedTuple):
@@ -67,24 +65,23 @@ def softmax_parts(logits_BNTS: Array, among_BTS: Array) -> tuple[Array, Array]:
     return unnormalised_BNTS, jnp.maximum(jnp.sum(unnormalised_BNTS, axis=-1, keepdims=True), 0.5)
 
 
-def report_indexer(
+def indexer_stats(
     target_BTS: Array, scores_BTS: Array, among_BTS: Array, stage: str, topk: int
-) -> IndexerReport:
+) -> IndexerStats:
     """The indexer's loss and, where attention was dense, its recall (arXiv 2512.02556, section
     2.1).
     """
     kl = jnp.sum(indexer_kl(target_BTS, scores_BTS, among_BTS))
     zero = jnp.zeros((), jnp.float32)
     if stage != "warmup":
-        return IndexerReport(kl, zero, zero, zero)
+        return IndexerStats(kl, zero, zero)
     candidates_BT = jnp.sum(among_BTS, axis=-1)
     counts_BT = candidates_BT > topk
     mass_BT = jnp.sum(jnp.where(select_topk(scores_BTS, among_BTS, topk), target_BTS, 0.0), axis=-1)
-    return IndexerReport(
+    return IndexerStats(
         kl=kl,
         recall=jnp.sum(jnp.where(counts_BT, mass_BT, 0.0)),
         recall_random=jnp.sum(jnp.where(counts_BT, topk / jnp.maximum(candidates_BT, 1), 0.0)),
-        recall_weight=jnp.sum(counts_BT, dtype=jnp.float32),
     )
 
 
@@ -100,7 +97,7 @@ def attend_expanded(
     query_chunk: int,
     causal_parts: int,
     record: bool = False,
-) -> tuple[Array, IndexerReport, Array | None]:
+) -> tuple[Array, IndexerStats, Array | None]:
     """Causal attention inside each segment, over a whole sequence (T = S).
 
     Args:
@@ -172,7 +169,7 @@ def attend_expanded(
             else jnp.zeros((*out_BCNV.shape[:2], 0), jnp.int32)
         )
         if stage == "dense":
-            return (out_BCNV, selected_BCk), IndexerReport.zero()
+            return (out_BCNV, selected_BCk), IndexerStats.zero()
         # The main attention's probabilities, mean over heads: what the indexer is taught. Detached.
         target_BCS = (
             jnp.einsum(
@@ -180,7 +177,7 @@ def attend_expanded(
             )
             / q_BCNH.shape[2]
         )
-        report = report_indexer(target_BCS, scores_BCS, among_BCS, stage, topk)
+        report = indexer_stats(target_BCS, scores_BCS, among_BCS, stage, topk)
         return (out_BCNV, selected_BCk), report
 
     own_queries = zip(
@@ -188,7 +185,7 @@ def attend_expanded(
     )
     structure = jax.tree.structure((q_BTNH, query, segments_BT))
 
-    def attend_part(part: int, *leaves: Array) -> tuple[tuple[Array, Array], IndexerReport]:
+    def attend_part(part: int, *leaves: Array) -> tuple[tuple[Array, Array], IndexerStats]:
         own, start, end = (
             jax.tree.unflatten(structure, leaves),
             ends[part] - leaves[0].shape[1],
@@ -209,13 +206,13 @@ def attend_expanded(
                 x_BT.reshape(x_BT.shape[0], chunks, query_chunk, *x_BT.shape[2:]), 1, 0
             )
 
-        def step(total: IndexerReport, piece):
+        def step(total: IndexerStats, piece):
             outs_BC, report = attend(*piece)
             return jax.tree.map(jnp.add, total, report), outs_BC
 
         query_index_nC = start + jnp.arange(chunks * query_chunk).reshape(chunks, query_chunk)
         report, outs_nBC = jax.lax.scan(
-            step, IndexerReport.zero(), (*jax.tree.map(cut, own), query_index_nC)
+            step, IndexerStats.zero(), (*jax.tree.map(cut, own), query_index_nC)
         )
 
         def join(x_nBC):

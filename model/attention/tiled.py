@@ -30,7 +30,7 @@ from kernels.indexer_kl import Attention, total_kl_reference, total_kl_tpu
 from kernels.selection import BLOCK, select_reference, select_tpu
 from kernels.sparse_attention import attend_reference, attend_tpu
 from kernels.tiles import padded
-from model.attention.reference import IndexerInputs, IndexerReport, positions_of
+from model.attention.reference import IndexerInputs, IndexerStats, positions_of
 from model.mesh import MESH_AXES
 from model.sharding import RULES
 
@@ -141,7 +141,7 @@ def attend_tiled(
     topk: int,
     kernels: Kernels,
     record: bool = False,
-) -> tuple[Array, IndexerReport, Array | None]:
+) -> tuple[Array, IndexerStats, Array | None]:
     """See `attend_expanded`."""
     T = q_BTNH.shape[1]
     q_BNTH, k_BNSH, v_BNSV = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
@@ -171,7 +171,7 @@ def attend_tiled(
         positions_of(unpack(bits_BTW, T), min(topk, T)) if record and stage == "sparse" else None
     )
     if stage == "dense":
-        return out_BTNV, IndexerReport.zero(), recorded
+        return out_BTNV, IndexerStats.zero(), recorded
     with jax.named_scope("indexer_kl"):
         attention = jax.lax.stop_gradient(Attention(q_BNTH, k_BNSH, lse_BNT))
         kl, mass = total_kl(
@@ -184,14 +184,14 @@ def attend_tiled(
         )
     zero = jnp.zeros((), jnp.float32)
     if stage == "sparse":
-        return out_BTNV, IndexerReport(kl, zero, zero, zero), recorded
+        return out_BTNV, IndexerStats(kl, zero, zero), recorded
     allowed_BT = counts(bits_BTW)
     counts_BT = allowed_BT > topk
     recall = jnp.sum(jnp.where(counts_BT, together(mass, 1)[:, :T], 0.0))
     random = jnp.sum(jnp.where(counts_BT, topk / jnp.maximum(allowed_BT, 1), 0.0))
     return (
         out_BTNV,
-        IndexerReport(kl, recall, random, jnp.sum(counts_BT, dtype=jnp.float32)),
+        IndexerStats(kl, recall, random),
         recorded,
     )
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.attention.reference import IndexerReport
+from model.attention.reference import IndexerStats
 from model.cache import DeltaCache
 from model.config import ModelConfig
 from model.layers.convolution import causal_convolution, uniform_taps
@@ -229,7 +229,7 @@ class GatedDeltaNet(nn.Module):
         past: DeltaCache | None = None,
         allowed_BTS: Array | None = None,
         at: Array | None = None,
-    ) -> tuple[Array, IndexerReport, DeltaCache]:
+    ) -> tuple[Array, IndexerStats, DeltaCache]:
         """As LatentAttention's. It needs no positions; `past` holds all there is to attend to, so
         of `allowed_BTS` and `at` nothing is read.
         """
@@ -282,6 +282,6 @@ class GatedDeltaNet(nn.Module):
             )
             return (
                 linear(out_BTNV, self.out, axes=2),
-                IndexerReport.zero(),
+                IndexerStats.zero(),
                 DeltaCache(state_BNHV, recent_q, recent_k, recent_v),
             )

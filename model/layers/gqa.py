@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.attention.decode import attend_cached
-from model.attention.reference import IndexerReport
+from model.attention.reference import IndexerStats
 from model.attention.table import expanded_form
 from model.cache import KeyValueCache
 from model.config import ModelConfig
@@ -60,7 +60,7 @@ class GroupedAttention(nn.Module):
         past: KeyValueCache | None = None,
         allowed_BTS: Array | None = None,
         at: Array | None = None,
-    ) -> tuple[Array, IndexerReport, KeyValueCache]:
+    ) -> tuple[Array, IndexerStats, KeyValueCache]:
         """As LatentAttention's. There is no indexer: it attends to every key in every stage."""
         c, g = self.config, self.config.gqa
         angles_BTP = rope_angles(positions_BT, g.rotary_dim, c.rope)
@@ -87,9 +87,9 @@ class GroupedAttention(nn.Module):
                 entries.k_BSKH,
                 entries.v_BSKH,
                 allowed_BTS,
-                mass=entries.attention_top_p,
+                top_p=entries.attention_top_p,
                 estimate=entries.estimate,
             )
         out_BTNH = gated(out_BTNH, hidden_BTD, self.gate)
         with jax.named_scope("output_projection"):
-            return linear(out_BTNH, self.out, axes=2), IndexerReport.zero(), entries
+            return linear(out_BTNH, self.out, axes=2), IndexerStats.zero(), entries

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.attention.decode import attend_latent
-from model.attention.reference import IndexerInputs, IndexerReport
+from model.attention.reference import IndexerInputs, IndexerStats
 from model.attention.table import expanded_form
 from model.cache import LatentCache
 from model.config import ModelConfig
@@ -87,7 +87,7 @@ class LatentAttention(nn.Module):
         past: LatentCache | None = None,
         allowed_BTS: Array | None = None,
         at: Array | None = None,
-    ) -> tuple[Array, IndexerReport, LatentCache]:
+    ) -> tuple[Array, IndexerStats, LatentCache]:
         """Attends and projects back to the width.
 
         Without `past`: over the sequence itself, expanded form; returns its cache entries [B, T,
@@ -142,7 +142,7 @@ class LatentAttention(nn.Module):
                 q_nope_BTNH, q_rope_BTNP, latent_BTR, k_rope_BTP, segments_BT, indexer, stage
             )
         else:
-            entries, report = past.write(entries, at), IndexerReport.zero()
+            entries, report = past.write(entries, at), IndexerStats.zero()
             out_BTNV = self.absorbed(
                 q_nope_BTNH, q_rope_BTNP, entries, allowed_BTS, query if stage == "sparse" else None
             )
@@ -152,7 +152,7 @@ class LatentAttention(nn.Module):
 
     def expanded(
         self, q_nope_BTNH, q_rope_BTNP, latent_BSR, k_rope_BSP, segments_BT, indexer, stage
-    ) -> tuple[Array, IndexerReport]:
+    ) -> tuple[Array, IndexerStats]:
         N = self.config.mla.num_attention_heads
         with jax.named_scope("expand"):
             k_nope_BSNH = linear(latent_BSR, self.key_up)

@@ -24,7 +24,7 @@ from model.sharding import RULES, named
 
 
 @flax.struct.dataclass
-class RouterReport:
+class RouterStats:
     """What one layer's router did: its balance loss summed over tokens, and how many real tokens
     chose each expert.
     """
@@ -33,7 +33,7 @@ class RouterReport:
     counts_E: Array
 
     @classmethod
-    def zero(cls, experts: int) -> "RouterReport":
+    def zero(cls, experts: int) -> "RouterStats":
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((experts,), jnp.int32))
 
 
@@ -185,7 +185,7 @@ class MoE(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, real_BT: Array) -> tuple[Array, RouterReport]:
+    def __call__(self, x_BTD: Array, real_BT: Array) -> tuple[Array, RouterStats]:
         """`real_BT` marks the tokens that are not padding: only they are counted."""
         c, m = self.config, self.config.moe
         init = nn.initializers.normal(c.initializer_range)
@@ -256,6 +256,6 @@ class MoE(nn.Module):
                     )
                     shared_BTD = shared_BTD * jax.nn.sigmoid(linear(x_BTD, gate_D1))
                 out_BTD = out_BTD + shared_BTD
-        return out_BTD, RouterReport(
+        return out_BTD, RouterStats(
             sequence_balance(scores_BTE, real_BT, m.num_experts_per_tok), counts_E
         )

@@ -207,7 +207,7 @@ def test_nothing_is_length_by_length(stage):
             batch["segments"],
             stage=stage,
         )
-        return jnp.sum(output.hidden_BTD) + jnp.sum(output.reports.indexer.kl)
+        return jnp.sum(output.hidden_BTD) + jnp.sum(output.stats.indexer.kl)
 
     variables = tiny.variables(config)
     assert not squares(

@@ -138,7 +138,7 @@ def test_a_model_is_the_same_by_tiles(remat):
             batch["segments"],
             stage="sparse",
         )
-        return jnp.sum(jnp.sin(output.hidden_BTD)) + jnp.sum(output.reports.indexer.kl)
+        return jnp.sum(jnp.sin(output.hidden_BTD)) + jnp.sum(output.stats.indexer.kl)
 
     variables = tiny.variables(tiny.model_config())
     with jax.default_matmul_precision("highest"):

@@ -133,7 +133,7 @@ def test_heads_that_share_keys_keep_them_together():
         for shape in ((B, 1, 4, 8), (B, S, 2, 8), (B, S, 2, 8))
     )
     _, _, allowed, _ = inputs()
-    found = attend_cached(q, k, v, allowed, mass=0.6, estimate=quantise(k, 8))
+    found = attend_cached(q, k, v, allowed, top_p=0.6, estimate=quantise(k, 8))
     low, high = k.min(axis=-1, keepdims=True), k.max(axis=-1, keepdims=True)
     estimate = low + (high - low) / 15 * jnp.round((k - low) / ((high - low) / 15))
     for head in range(2):

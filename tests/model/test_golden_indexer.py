@@ -124,8 +124,8 @@ def ours(stage: str):
         output, sown = Transformer(CONFIG).apply(
             variables(CASE) | {"params": params}, *inputs(), stage=stage, mutable=["record"]
         )
-        return jnp.sum(output.reports.indexer.kl), (
-            output.reports.indexer.kl[: CONFIG.num_hidden_layers],
+        return jnp.sum(output.stats.indexer.kl), (
+            output.stats.indexer.kl[: CONFIG.num_hidden_layers],
             sown["record"],
         )
 

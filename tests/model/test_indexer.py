@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels.reference import indexer_kl, indexer_scores, select_topk
-from model.attention.reference import attend_expanded, report_indexer
+from model.attention.reference import attend_expanded, indexer_stats
 from model.heads import token_logprobs
 from model.segments import shift_left
 from model.transformer import Transformer
@@ -156,7 +156,7 @@ def test_the_wall(stage):
                 for hidden_BTD in hidden
             )
             return jnp.stack(
-                [lm + jnp.sum(output.reports.router.balance), jnp.sum(output.reports.indexer.kl)]
+                [lm + jnp.sum(output.stats.router.balance), jnp.sum(output.stats.indexer.kl)]
             )
 
         return jax.jacrev(losses)(params)
@@ -182,13 +182,12 @@ def test_recall():
     target_BTS = jnp.mean(jax.nn.softmax(logits_BNTS), axis=1)
     topk, counted = 3, range(3, 9)  # of t + 1 candidates
     best, worst = (
-        report_indexer(target_BTS, scores_BTS, among_BTS, "warmup", topk)
+        indexer_stats(target_BTS, scores_BTS, among_BTS, "warmup", topk)
         for scores_BTS in (target_BTS, -target_BTS)
     )
     ordered = [np.sort(target_BTS[b, t, : t + 1]) for b in range(2) for t in counted]
     assert float(best.recall) == pytest.approx(sum(row[-topk:].sum() for row in ordered), rel=1e-5)
     assert float(worst.recall) == pytest.approx(sum(row[:topk].sum() for row in ordered), rel=1e-5)
-    assert float(best.recall_weight) == 2 * len(counted)
     assert float(best.recall_random) == pytest.approx(
         2 * sum(topk / (t + 1) for t in counted), rel=1e-6
     )

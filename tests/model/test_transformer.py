@@ -159,7 +159,7 @@ def test_what_padding_holds_changes_nothing(whole, case):
     tiny.assert_close(
         real(after["logits_BTV"], batch), real(before["logits_BTV"], batch), **ROUNDING
     )
-    tiny.assert_close(after["reports"], before["reports"], rtol=2e-5)
+    tiny.assert_close(after["stats"], before["stats"], rtol=2e-5)
 
 
 def test_a_row_alone_is_the_row_in_a_batch(whole, case):
@@ -175,8 +175,8 @@ def test_a_row_alone_is_the_row_in_a_batch(whole, case):
             **ROUNDING,
         )
     tiny.assert_close(
-        jax.tree.map(lambda *parts: sum(parts), *(single["reports"] for single in singles)),
-        before["reports"],
+        jax.tree.map(lambda *parts: sum(parts), *(single["stats"] for single in singles)),
+        before["stats"],
         rtol=2e-5,
     )
 
@@ -186,7 +186,7 @@ def test_padding_is_not_counted(whole, case):
     the MTP module the last token of a segment, which has no next, is padding.
     """
     batch, before = whole
-    counts_LE = before["reports"].router.counts_E
+    counts_LE = before["stats"].router.counts_E
     real_tokens = int(jnp.sum(batch["segments"] > 0))
     with_next = int(
         jnp.sum((shift_left(batch["segments"], 1) == batch["segments"]) & (batch["segments"] > 0))
@@ -230,7 +230,7 @@ def loss_and_gradients(config):
                 stage="sparse",
             )
             return jnp.sum(real(jnp.sin(output.hidden_BTD), batch)) + jnp.sum(
-                output.reports.indexer.kl
+                output.stats.indexer.kl
             )
 
         return jax.value_and_grad(loss)(params)
