@@ -1,8 +1,8 @@
-"""Floating-point operations of a program: counted in its jaxpr, loops and recomputation included,
-and by formula, as the work that the mathematics needs.
+"""Counts the floating-point operations of a program, in its jaxpr and by formula.
 
-XLA's `cost_analysis()` gives neither: it counts the body of a loop once, and a loop is how the
-layers, the microbatches and the query chunks run.
+The count in the jaxpr has loops and recomputation in it; the formula is the work that the
+mathematics needs. XLA's `cost_analysis()` gives neither: it counts the body of a loop once, and a
+loop is how the layers, the microbatches and the query chunks run.
 """
 
 import dataclasses
@@ -14,83 +14,98 @@ from model.config import ModelConfig
 from rl.config import SamplingConfig
 from train.state import count_parameters
 
-GROUPED = (
-    "gmm",
-    "tgmm",
-    "gmm_v2",
-    "tgmm_v2",
-)  # the jitted functions that hold the grouped kernels of megablox and of tokamax
+# The jitted functions that contain the grouped matmul kernels of megablox and of tokamax.
+GROUPED = ("gmm", "tgmm", "gmm_v2", "tgmm_v2")
 
 
 class Flops(NamedTuple):
-    """Of all devices together. `grouped` is that of grouped matmuls, counted as if every row of
-    their buffers were filled.
+    """FLOPs of all devices added up, with those of grouped matmuls apart.
+
+    The latter are counted as if every row of their buffers were filled.
     """
 
     dense: float
     grouped: float
 
-    def __add__(self, other: "Flops") -> "Flops":
+    def plus(self, other: "Flops") -> "Flops":
+        """Adds each kind to its own."""
         return Flops(self.dense + other.dense, self.grouped + other.grouped)
 
-    def __mul__(self, times: float) -> "Flops":
-        return Flops(self.dense * times, self.grouped * times)
+    def times(self, count: float) -> "Flops":
+        """Multiplies both kinds."""
+        return Flops(self.dense * count, self.grouped * count)
 
 
-def program_flops(jaxpr: Any, rounds: int = 1) -> Flops:
-    """Multiply-adds (2 each) of the matmuls in a jaxpr; what several devices repeat counts once.
-    `rounds` is how often a `while` loop runs.
+def program_flops(jaxpr: Any, trip_count: int = 1) -> Flops:
+    """Counts the multiply-adds (2 FLOPs each) of the matmuls in a jaxpr.
 
-    A Pallas kernel counts what it states as its cost: the grouped ones what the mathematics needs,
-    2 * rows * D * F for each of the three products. One that states none counts its body in every
-    program of its grid.
+    What several devices repeat counts once. A Pallas kernel counts what it states as its cost: the
+    grouped ones what the mathematics needs, 2 * rows * D * F for each of the three products. One
+    that states none counts its body in every program of its grid.
+
+    Args:
+      jaxpr: a Jaxpr, or a ClosedJaxpr.
+      trip_count: how often a `while` loop runs.
     """
     total = Flops(0.0, 0.0)
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, shapes = eqn.primitive.name, [getattr(var.aval, "shape", ()) for var in eqn.invars]
-        if name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += Flops(
-                2.0
-                * math.prod(eqn.outvars[0].aval.shape)
-                * math.prod(shapes[0][d] for d in contracted),
-                0.0,
-            )
-        elif cost := eqn.params.get("cost_estimate"):
-            total += Flops(cost.flops, 0.0)
-        elif name == "cond":
-            total += max(program_flops(branch, rounds) for branch in eqn.params["branches"])
-        else:
-            times = {"scan": eqn.params.get("length", 1), "while": rounds}.get(name, 1)
-            if name == "shard_map":
-                times = eqn.params["mesh"].size  # its shapes are those of one device
-            elif name == "pallas_call":
-                times = math.prod(
-                    eqn.params["grid_mapping"].grid
-                )  # a grid known only at run time comes with a cost
-            inner = (
-                sum((program_flops(inner, rounds) for inner in _inner(eqn.params)), Flops(0.0, 0.0))
-                * times
-            )
-            total += Flops(0.0, inner.dense) if eqn.params.get("name") in GROUPED else inner
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        total = total.plus(_equation_flops(equation, trip_count))
     return total
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
+def _equation_flops(equation: Any, trip_count: int) -> Flops:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return Flops(_dot_flops(equation), 0.0)
+    if cost := params.get("cost_estimate"):
+        return Flops(cost.flops, 0.0)
+    if name == "cond":
+        return max(program_flops(branch, trip_count) for branch in params["branches"])
+    inner = Flops(0.0, 0.0)
+    for jaxpr in _inner_jaxprs(params):
+        inner = inner.plus(program_flops(jaxpr, trip_count))
+    inner = inner.times(_repetitions(name, params, trip_count))
+    return Flops(0.0, inner.dense) if params.get("name") in GROUPED else inner
+
+
+def _dot_flops(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left, result = (var.aval.shape for var in (equation.invars[0], equation.outvars[0]))
+    return 2.0 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+
+
+def _repetitions(name: str, params: dict[str, Any], trip_count: int) -> int:
+    """Returns how often the jaxprs inside a primitive run, on all devices."""
+    if name == "shard_map":
+        return params["mesh"].size  # its shapes are those of one device
+    if name == "pallas_call":
+        # A grid that is known only at run time comes with a cost.
+        return math.prod(params["grid_mapping"].grid)
+    return {"scan": params.get("length", 1), "while": trip_count}.get(name, 1)
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(getattr(item, "jaxpr", item), "eqns"):
                 yield item
 
 
-def attended(queries: range, topk: int) -> float:
-    """Keys that causal queries at these positions attend to, in all; at most topk each."""
+def attended_keys(queries: range, topk: int) -> float:
+    """Counts the keys that causal queries at these positions attend to, each to at most `topk`."""
     return float(sum(min(position + 1, topk) for position in queries))
 
 
-def weights_of_a_token(model: ModelConfig, heads: int, *, mtp: bool, indexer: bool) -> int:
-    """Parameters that multiply one token's hidden state, the output head counted `heads` times. A
-    look-up of an embedding multiplies nothing.
+def parameters_per_token(model: ModelConfig, heads: int, *, mtp: bool, indexer: bool) -> int:
+    """Counts the parameters that multiply one token's hidden state.
+
+    The look-up of an embedding multiplies nothing.
+
+    Args:
+      model: its config.
+      heads: how often the output head is counted.
+      mtp: whether the MTP modules count.
+      indexer: whether the indexers count.
     """
     without = dataclasses.replace(model.indexer, n_heads=0)
     used = dataclasses.replace(
@@ -98,93 +113,102 @@ def weights_of_a_token(model: ModelConfig, heads: int, *, mtp: bool, indexer: bo
         num_nextn_predict_layers=model.num_nextn_predict_layers if mtp else 0,
         indexer=model.indexer if indexer else without,
     )
-    table = model.vocab_size * model.hidden_size
-    return (
-        count_parameters(used)[1] - table * (1 if model.tie_word_embeddings else 2) + heads * table
-    )
+    embedding = model.vocab_size * model.hidden_size
+    embeddings = embedding * (1 if model.tie_word_embeddings else 2)
+    return count_parameters(used)[1] - embeddings + heads * embedding
 
 
-class Mixing(NamedTuple):
-    """What one layer's attention multiplies besides parameters, in multiply-adds: for each key that
-    a query attends to, expanded and (of a decoder) over what it has cached; and for each token
-    whatever the context, which are three products of a delta layer's keys and its state.
-    """
+class AttentionCost(NamedTuple):
+    """What one layer's attention multiplies besides parameters, in multiply-adds."""
 
-    expanded: int
-    cached: int
-    constant: int
+    expanded: int  # for each key that a query attends to, in training and prefill
+    cached: int  # the same of a decoder, over what it has cached
+    constant: int  # for each token whatever the context: the products of a delta layer's state
     indexed: bool
 
 
-def mixing(model: ModelConfig, mtp: bool) -> list[Mixing]:
-    """Of each layer."""
-    a, g, d = model.mla, model.gqa, model.delta
-    of = {
-        "mla": Mixing(
-            a.num_attention_heads * (a.qk_head_dim + a.v_head_dim),
-            a.num_attention_heads * (2 * a.kv_lora_rank + a.qk_rope_head_dim),
-            0,
-            model.indexer.n_heads > 0,
+def attention_costs(model: ModelConfig, mtp: bool) -> list[AttentionCost]:
+    """Returns the cost of each layer, followed by that of the MTP modules if `mtp`."""
+    mla, gqa, delta = model.mla, model.gqa, model.delta
+    indexed = model.indexer.n_heads > 0
+    gqa_cost = 2 * gqa.num_attention_heads * gqa.head_dim
+    costs = {
+        "mla": AttentionCost(
+            expanded=mla.num_attention_heads * (mla.qk_head_dim + mla.v_head_dim),
+            cached=mla.num_attention_heads * (2 * mla.kv_lora_rank + mla.qk_rope_head_dim),
+            constant=0,
+            indexed=indexed,
         ),
-        "gqa": Mixing(
-            2 * g.num_attention_heads * g.head_dim, 2 * g.num_attention_heads * g.head_dim, 0, False
+        "gqa": AttentionCost(expanded=gqa_cost, cached=gqa_cost, constant=0, indexed=False),
+        "delta": AttentionCost(
+            expanded=0,
+            cached=0,
+            constant=3 * delta.num_value_heads * delta.key_head_dim * delta.value_head_dim,
+            indexed=False,
         ),
-        "delta": Mixing(0, 0, 3 * d.num_value_heads * d.key_head_dim * d.value_head_dim, False),
     }
-    return [
-        of[kind.attention]
-        for kind in (
-            *model.kinds,
-            *[model.mtp_kind] * (model.num_nextn_predict_layers if mtp else 0),
-        )
-    ]
+    mtp_layers = model.num_nextn_predict_layers if mtp else 0
+    kinds = (*model.kinds, *[model.mtp_kind] * mtp_layers)
+    return [costs[kind.attention] for kind in kinds]
 
 
 def train_formula(model: ModelConfig, stage: str, rows: int, length: int) -> float:
-    """6 * parameters * tokens, and attention's 6 * layers * heads * (query + value width) per
-    attended key; each row one document.
+    """Returns the FLOPs that the mathematics of a train step needs.
 
-    Attention is causal; in stage "sparse" a query has topk keys where there is an indexer, which
-    finds them at the price of scoring all. In stage "warmup" only the indexer has a backward pass.
+    They are 6 * parameters * tokens, and attention's 6 * layers * heads * (query + value width) for
+    each attended key. Attention is causal; in stage "sparse" a query has topk keys where there is
+    an indexer, which finds them at the price of scoring all. In stage "warmup" only the indexer has
+    a backward pass.
+
+    Args:
+      model: its config, with as many MTP modules as are trained.
+      stage: "dense", "warmup" or "sparse".
+      rows: rows of the batch, each of one document.
+      length: tokens of a row.
     """
-    i, tokens, queries = model.indexer, rows * length, range(length)
+    indexer, tokens, queries = model.indexer, rows * length, range(length)
     trunk = 2 if stage == "warmup" else 6
-    flops = (
-        trunk
-        * weights_of_a_token(
-            model, 1 + model.num_nextn_predict_layers, mtp=True, indexer=stage != "dense"
-        )
-        * tokens
-    )
-    for layer in mixing(model, mtp=True):
-        keys = attended(queries, i.topk if stage == "sparse" and layer.indexed else length)
+    heads = 1 + model.num_nextn_predict_layers
+    parameters = parameters_per_token(model, heads, mtp=True, indexer=stage != "dense")
+    flops = trunk * parameters * tokens
+    for layer in attention_costs(model, mtp=True):
+        topk = indexer.topk if stage == "sparse" and layer.indexed else length
+        keys = attended_keys(queries, topk)
         flops += trunk * (rows * keys * layer.expanded + tokens * layer.constant)
         if stage != "dense" and layer.indexed:
-            flops += 6 * rows * attended(queries, length) * i.n_heads * i.head_dim
+            scored = attended_keys(queries, length)
+            flops += 6 * rows * scored * indexer.n_heads * indexer.head_dim
     return float(flops)
 
 
 def rollout_formula(
     model: ModelConfig, sampling: SamplingConfig, prompts: int, group: int
 ) -> float:
-    """2 * parameters * tokens and attention: expanded over the prompts, over what is cached for
-    what is sampled. Every completion as long as it may be.
+    """Returns the FLOPs that the mathematics of a rollout needs.
+
+    They are 2 * parameters * tokens, and attention, expanded over the prompts and over what is
+    cached for the sampled tokens. Prompts and completions count as long as they may be.
+
+    Args:
+      model: its config.
+      sampling: the lengths, and whether attention is sparse.
+      prompts: prompts of a step.
+      group: completions of each prompt.
     """
-    i, T, C = model.indexer, sampling.max_prompt_tokens, sampling.max_new_tokens
-    rows, read, written = prompts * group, range(T), range(T, T + C)
-    sparse = sampling.attention == "sparse" and i.n_heads > 0
-    layer_weights = weights_of_a_token(model, 0, mtp=False, indexer=sparse)
+    indexer, prompt, new = model.indexer, sampling.max_prompt_tokens, sampling.max_new_tokens
+    completions, prefilled, decoded = prompts * group, range(prompt), range(prompt, prompt + new)
+    sparse = sampling.attention == "sparse" and indexer.n_heads > 0
+    layers = parameters_per_token(model, 0, mtp=False, indexer=sparse)
     head = model.vocab_size * model.hidden_size
-    flops = 2 * prompts * (layer_weights * T + head) + 2 * rows * (layer_weights + head) * C
-    for layer in mixing(model, mtp=False):
-        topk = i.topk if sparse and layer.indexed else T + C
-        flops += 2 * prompts * (attended(read, topk) * layer.expanded + layer.constant * T)
-        flops += 2 * rows * (attended(written, topk) * layer.cached + layer.constant * C)
+    flops = 2 * prompts * (layers * prompt + head) + 2 * completions * (layers + head) * new
+    for layer in attention_costs(model, mtp=False):
+        topk = indexer.topk if sparse and layer.indexed else prompt + new
+        keys = attended_keys(prefilled, topk)
+        flops += 2 * prompts * (keys * layer.expanded + layer.constant * prompt)
+        keys = attended_keys(decoded, topk)
+        flops += 2 * completions * (keys * layer.cached + layer.constant * new)
         if sparse and layer.indexed:
-            flops += (
-                2
-                * i.n_heads
-                * i.head_dim
-                * (prompts * attended(read, T) + rows * attended(written, T + C))
-            )
+            scored = prompts * attended_keys(prefilled, prompt)
+            scored += completions * attended_keys(decoded, prompt + new)
+            flops += 2 * indexer.n_heads * indexer.head_dim * scored
     return float(flops)

@@ -1,11 +1,12 @@
-"""The chips a run is planned for: those of this process, or of a TPU topology that is only named.
+"""Finds the devices of a TPU topology that is only named, and knows what each chip can do at most.
+
 The TPU's compiler needs no TPU.
 """
 
 import importlib.util
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -14,9 +15,28 @@ from errors import UserError
 GIB = 2**30
 
 
+class Device(Protocol):
+    """What a plan asks of a jax.Device, which has no type that a checker can see."""
+
+    @property
+    def device_kind(self) -> str:
+        """The name of the kind of chip, such as "TPU v5"."""
+        ...
+
+    @property
+    def platform(self) -> str:
+        """One of "cpu", "gpu" and "tpu"."""
+        ...
+
+    def memory_stats(self) -> dict[str, Any] | None:
+        """Returns bytes by name, such as "bytes_limit"."""
+        ...
+
+
 class Chip(NamedTuple):
-    """What one JAX device can do at most, by its maker's data sheet (a TPU v4 or v5p chip is one
-    device, a TPU7x chip two).
+    """What one JAX device can do at most, by its maker's data sheet.
+
+    A TPU v4 or v5p chip is one device, a TPU7x chip two.
     """
 
     flops: float  # a second, bfloat16, dense
@@ -38,24 +58,28 @@ CHIPS = {
 KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")  # what a topology's name may begin with
 
 
-def topology_devices(topology: str) -> list[jax.Device]:
-    """The devices of a TPU topology such as "v5p:4x4x4": they can be compiled for, and nothing
-    else.
+def topology_devices(topology: str) -> list[Device]:
+    """Returns the devices of a TPU topology such as "v5p:4x4x4".
 
-    Raises UserError when there is no such topology, or no compiler for it. Must come before this
-    process uses its own devices: from here on they are the CPU's.
+    They can be compiled for, and nothing else. It must be called before this process uses its own
+    devices: from here on they are the CPU's.
+
+    Raises:
+      UserError: there is no such topology, or no compiler for it.
     """
     kind, _, shape = topology.partition(":")
     if kind not in KINDS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(
-            f"--topology={topology}: must be KIND:AxB or KIND:AxBxC with a KIND of {', '.join(KINDS)}, such as v5e:4x4 or v5p:4x4x4"
+            f"--topology={topology}: must be KIND:AxB or KIND:AxBxC with a KIND of "
+            f"{', '.join(KINDS)}, such as v5e:4x4 or v5p:4x4x4"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={topology} needs the TPU compiler, libtpu, and no TPU: make .venv-compile/installed, then use .venv-compile/bin/python"
+            f"--topology={topology} needs the TPU compiler, libtpu, and no TPU: "
+            "make .venv-compile/installed, then use .venv-compile/bin/python"
         )
-    # Nobody shall look for a TPU here, nor ask the cloud about one; and two plans may be made at a
-    # time. JAX may have put warnings in place of the values.
+    # libtpu must not look for a TPU here, nor ask the cloud about one; and two plans may be made at
+    # a time. JAX may have put warnings in place of the values.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -73,11 +97,12 @@ def topology_devices(topology: str) -> list[jax.Device]:
         ) from error
 
 
-def capacity(device: jax.Device) -> int | None:
-    """Bytes of memory a program may use on the device; None where nobody says (a CPU's is the
-    machine's).
+def capacity(device: Device) -> int | None:
+    """Returns the bytes of memory that a program may use on the device.
+
+    None where they are not known: a CPU's memory is the machine's.
     """
     if device.device_kind in CHIPS:
         return CHIPS[device.device_kind].hbm
     statistics = None if device.platform == "cpu" else device.memory_stats()
-    return statistics and statistics.get("bytes_limit")
+    return statistics.get("bytes_limit") if statistics else None

@@ -1,0 +1,164 @@
+"""Builds the programs that a plan compiles: the train step and the sampler of a config.
+
+Their arguments have shapes and shardings, and nothing is allocated.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from data.config import DataConfig, TokenizerConfig
+from errors import UserError
+from model.config import ModelConfig
+from model.sharding import batch_sharding, batch_shards, replicated
+from plan.flops import rollout_formula, train_formula
+from rl.algorithms import get_algorithm
+from rl.config import ReinforceConfig, SamplingConfig
+from rl.sampler import sample
+from train.config import TrainConfig
+from train.objective import language_objective, trained_mtp
+from train.optimizer import make_optimizer
+from train.state import TrainState, abstract_state
+from train.step import abstract_batch, jit_step, make_step
+
+
+class Program(NamedTuple):
+    """Something to compile. Bytes are those of one device."""
+
+    jitted: jax.stages.Wrapped
+    arguments: tuple  # jax.ShapeDtypeStruct, sharded
+    argument_bytes: dict[str, int]  # of the arguments, by kind
+    waiting_bytes: dict[str, int]  # of what else the run keeps on the device meanwhile
+    trip_count: int  # of its `while` loop
+    formula_flops: float  # that the mathematics needs
+
+
+def with_planned_vocab_size(model: ModelConfig, tokenizer: TokenizerConfig) -> ModelConfig:
+    """Fills in the vocabulary's size, if the model leaves it to the tokenizer.
+
+    A run takes it from its tokenizer, a plan from that tokenizer's config.
+
+    Raises:
+      UserError: neither the model's config nor the tokenizer's says the size.
+    """
+    if model.vocab_size:
+        return model
+    if tokenizer.kind != "bpe":
+        raise UserError(
+            "model.vocab_size = 0 takes the tokenizer's, and a plan makes no tokenizer; "
+            "give --config.model.vocab_size=N"
+        )
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+
+
+def absent_devices(model: ModelConfig) -> AbstractContextManager:
+    """Returns a context in which programs for devices that this process lacks can be traced.
+
+    tokamax refuses to trace them unless it is told.
+    """
+    if model.expert_matmul != "tokamax" or importlib.util.find_spec("tokamax") is None:
+        return nullcontext()
+    import tokamax  # pyright: ignore[reportMissingImports]  # optional
+
+    return tokamax.config.cross_compile(True)
+
+
+def train_program(model: ModelConfig, train: TrainConfig, data: DataConfig, mesh: Mesh) -> Program:
+    """Builds the train step of launch/pretrain.py.
+
+    Raises:
+      UserError: the rows of a microbatch do not divide over the mesh.
+    """
+    rows = data.batch_size // train.microbatches
+    _require_divisible("data.batch_size / train.microbatches", rows, mesh)
+    optimizer = make_optimizer(train)
+    state = abstract_state(model, optimizer, mesh)
+    objective = language_objective(model, train)
+    step = jit_step(make_step(model, train, objective, optimizer), state, mesh)
+    batch = abstract_batch(data.batch_size, data.seq_len, mesh)
+    with_trained_mtp = dataclasses.replace(
+        model, num_nextn_predict_layers=trained_mtp(model, train)
+    )
+    return Program(
+        jitted=step,
+        arguments=(state, batch),
+        argument_bytes=_state_bytes(state) | {"batch": _bytes_per_device(batch)},
+        waiting_bytes={},
+        trip_count=1,
+        formula_flops=train_formula(with_trained_mtp, train.stage, data.batch_size, data.seq_len),
+    )
+
+
+def rollout_program(
+    model: ModelConfig,
+    train: TrainConfig,
+    sampling: SamplingConfig,
+    reinforce: ReinforceConfig,
+    mesh: Mesh,
+) -> Program:
+    """Builds the sampler of launch/reinforce.py; the trainer's state waits on the device meanwhile.
+
+    Raises:
+      UserError: the prompts of a step do not divide over the mesh.
+    """
+    prompts = reinforce.prompts_per_step
+    _require_divisible("reinforce.prompts_per_step", prompts, mesh)
+    state = abstract_state(model, make_optimizer(train), mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct(
+        (prompts, sampling.max_prompt_tokens), jnp.int32, sharding=batch_sharding(mesh)
+    )
+    segments = tokens
+    argument_bytes = _state_bytes(state)
+    waiting_bytes = {"moments (waiting)": argument_bytes.pop("moments")}
+    algorithm = get_algorithm(
+        reinforce.algorithm, max_completion=sampling.max_new_tokens, kl_weight=reinforce.kl_weight
+    )
+    if algorithm.divergence is not None:
+        waiting_bytes["reference policy (waiting)"] = argument_bytes["parameters"]
+    argument_bytes["batch"] = _bytes_per_device((tokens, segments))
+    # Which ids stop and pad does not matter to a program's size.
+    sampler = functools.partial(sample, model, sampling, (1,), 0, group=reinforce.group_size)
+    return Program(
+        jitted=jax.jit(sampler),
+        arguments=(
+            state.variables,
+            tokens,
+            segments,
+            jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),
+        ),
+        argument_bytes=argument_bytes,
+        waiting_bytes=waiting_bytes,
+        trip_count=sampling.max_new_tokens,
+        formula_flops=rollout_formula(model, sampling, prompts, reinforce.group_size),
+    )
+
+
+def _require_divisible(field: str, rows: int, mesh: Mesh) -> None:
+    if rows % batch_shards(mesh):
+        raise UserError(
+            f"{field} = {rows}: does not divide over the {batch_shards(mesh)} devices of mesh axes "
+            "data x fsdp x expert; change it or the mesh"
+        )
+
+
+def _state_bytes(state: TrainState) -> dict[str, int]:
+    return {
+        "parameters": _bytes_per_device((state.params, state.router)),
+        "moments": _bytes_per_device(state.opt_state),
+    }
+
+
+def _bytes_per_device(tree: Any) -> int:
+    """Returns the bytes of one device's shards of a tree of sharded shapes."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
