@@ -47,7 +47,7 @@ def run(config: Config, workdir: Path, rows: int) -> None:
     if not config.model.indexer.n_heads:
         raise UserError(f"{workdir}: its model has no indexer")
     begin = set_up(config, workdir, rows=0, trains=False)
-    weights = decode_weights(begin.model, run_variables(begin, workdir), rows)
+    weights = decode_weights(begin.model, run_variables(begin, config.init_from, workdir), rows)
     data = dataclasses.replace(config.data, batch_size=rows)
     batch = next(
         iter(

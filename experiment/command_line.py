@@ -52,7 +52,7 @@ class Flag(NamedTuple):
 
 
 def command(
-    run: Callable[..., None],
+    run: Callable[..., object],
     *,
     config: Literal["file", "recorded", "model", "source", "none"] = "file",
     workdir: bool = True,
@@ -205,7 +205,7 @@ def _define(values: absl_flags.FlagValues, name: str, flag: Flag) -> None:
         kinds[type(flag.default)](name, flag.default, flag.help, flag_values=values)
 
 
-def _help(run: Callable[..., None], config: str, workdir: bool, own: dict[str, Flag]) -> str:
+def _help(run: Callable[..., object], config: str, workdir: bool, own: dict[str, Flag]) -> str:
     known = _shared(config, workdir) | own
     lines = [inspect.getdoc(sys.modules[run.__module__]) or ""] + (["", "flags:"] if known else [])
     for name, flag in known.items():

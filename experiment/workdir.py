@@ -86,7 +86,7 @@ def open_workdir(workdir: Path, config: Config, command: str) -> Iterator[None]:
     except UserError:
         metrics = workdir / "metrics.jsonl"
         if new and not (metrics.exists() and metrics.stat().st_size):
-            from data.tokenizer import TOKENIZER_FILES
+            from data.tokenizer_files import TOKENIZER_FILES
 
             for name in ("config.json", *TOKENIZER_FILES):
                 (workdir / name).unlink(missing_ok=True)

@@ -1,34 +1,38 @@
-"""The whole road once, on a laptop: learning to copy, pretraining with FIM, the sparse indexer,
-cold start, reinforcement, and what each came to.
+"""Runs everything once, on a laptop: learning to copy, pretraining with FIM, the sparse indexer,
+cold start, reinforcement, and an evaluation of each.
 
-    python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart python -m
-    launch.quickstart --config=configs/quickstart.py --workdir=runs/seed1 --seed=1 python -m
-    launch.quickstart --config=configs/quickstart.py --workdir=runs/longer
-    --config.pretrain.train.steps=5000
+    python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/seed1 --seed=1
+    python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/longer \\
+        --config.pretrain.train.steps=5000
 
-It only composes launch.pretrain, launch.finetune, launch.reinforce and launch.evaluate; the same
-command again goes on where it stopped. Writes summary.json and report.html; each stage has its own
-directory with checkpoints, metrics.jsonl and TensorBoard events.
+It composes what launch.pretrain, launch.finetune, launch.reinforce and launch.evaluate run; the
+same command again goes on where it stopped. Writes summary.json and report.html; each phase has its
+own directory with checkpoints, metrics.jsonl and TensorBoard events.
 """
 
 import time
 from pathlib import Path
-
-from ml_collections import ConfigDict
+from typing import Any
 
 from errors import UserError
+from experiment import runs
 from experiment.command_line import Flag, command
 from experiment.config_files import Source
 from experiment.schema import Config, parse
-from launch import evaluate, finetune, pretrain, reinforce
+from experiment.summary import quickstart_summary, write_summary
 from launch.report import print_table, write_report
-from report.summary import road_summary, write_summary
 
-COMMANDS = dict.fromkeys(("copying", "pretrain", "warmup", "sparse"), pretrain.run) | {
-    "finetune": finetune.run,
-    "reinforce": reinforce.run,
+# Phases in order; each starts from the checkpoint of the one before.
+PHASES = {
+    "copying": runs.pretrain,
+    "pretrain": runs.pretrain,
+    "warmup": runs.pretrain,
+    "sparse": runs.pretrain,
+    "finetune": runs.finetune,
+    "reinforce": runs.reinforce,
 }
-# directory: (whose checkpoint, which evaluations not)
+# directory: (the phase whose checkpoint is evaluated, the part of the evaluation that is left out)
 EVALUATIONS = {
     "sparse_evaluation": ("sparse", "problems"),
     "before": ("finetune", "infill_documents"),
@@ -37,55 +41,64 @@ EVALUATIONS = {
 
 
 def run(config: Source, workdir: Path, seed: int) -> None:
+    """Runs all phases and evaluations, and writes what they came to."""
     began = time.time()
-    written = config.read()
-    if set(written) != set(COMMANDS):
+    written: Any = config.read()  # a ConfigDict for each phase
+    if set(written) != set(PHASES):
         raise UserError(
-            f"{config.path}: get_config() must return a config for each of {', '.join(COMMANDS)}; it has {', '.join(written)}"
+            f"{config.path}: get_config() must return a config for each of {', '.join(PHASES)}; "
+            f"it has {', '.join(written)}"
         )
-    stages, previous = {}, ""
-    for name in COMMANDS:
-        written[name].seed = seed
-        written[name].init_from = previous
-        stages[name] = parse_stage(name, written[name])
-        previous = str(workdir / name)
-
-    for name, train in COMMANDS.items():
+    phases = phase_configs(written, workdir, seed)
+    for name, train in PHASES.items():
         print(f"\n{name}", flush=True)
-        if not train(stages[name], workdir / name):
+        if not train(phases[name], workdir / name):
             print("stopped; the same command goes on from here")
             return
     evaluations = {}
-    for name, (stage, left_out) in EVALUATIONS.items():
+    for name, (phase, left_out) in EVALUATIONS.items():
         print(f"\n{name}", flush=True)
-        evaluations[name] = evaluate.run(
-            evaluation_config(written, stage, left_out, workdir), workdir / name
+        evaluations[name] = runs.evaluate(
+            evaluation_config(written, phase, left_out, workdir), workdir / name
         )
-    summary = road_summary(stages, workdir, evaluations, seconds=time.time() - began)
+    summary = quickstart_summary(phases, workdir, evaluations, seconds=time.time() - began)
     write_summary(workdir, summary)
     print()
     print_table(summary)
     print(f"wrote {write_report(workdir)}")
 
 
-def parse_stage(name: str, written: ConfigDict) -> Config:
+def phase_configs(written: Any, workdir: Path, seed: int) -> dict[str, Config]:
+    """Gives each phase its seed and the phase before it to start from, in `written` too."""
+    phases, previous = {}, ""
+    for name in PHASES:
+        written[name].seed = seed
+        written[name].init_from = previous
+        phases[name] = parse_phase(name, written[name])
+        previous = str(workdir / name)
+    return phases
+
+
+def parse_phase(name: str, written: Any) -> Config:
+    """Validates the config of a phase, whose name its errors begin with."""
     try:
         return parse(written)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def evaluation_config(written: ConfigDict, stage: str, left_out: str, workdir: Path) -> Config:
-    """The stage's config with its own result to start from. Held-out text is that of pretraining:
-    the later stages' data has no code to infill.
+def evaluation_config(written: Any, phase: str, left_out: str, workdir: Path) -> Config:
+    """Returns the phase's config with its own result to start from.
+
+    Held-out text is that of pretraining: the later phases' data has no code to infill.
     """
-    config = written[stage].copy_and_resolve_references()
-    config.init_from = str(workdir / stage)
+    config = written[phase].copy_and_resolve_references()
+    config.init_from = str(workdir / phase)
     config.evaluate = written.reinforce.evaluate.copy_and_resolve_references()
     config.evaluate[left_out] = 0
     config.sampling = written.reinforce.sampling.copy_and_resolve_references()
-    return parse_stage(stage, config)
+    return parse_phase(phase, config)
 
 
 if __name__ == "__main__":
-    command(run, config="source", flags={"seed": Flag(0, "of every stage")})
+    command(run, config="source", flags={"seed": Flag(0, "of every phase")})

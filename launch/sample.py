@@ -23,15 +23,16 @@ import jax.numpy as jnp
 
 from data.chat import encode_prompt
 from data.fim import fim_prompt
-from data.tokenizer import DecodeStream
+from data.decode_stream import DecodeStream
 from errors import UserError
 from experiment.command_line import Flag, command
 from experiment.schema import Config
-from experiment.setup import Setup, run_variables, set_up
+from experiment.setup import run_variables, set_up
 from model.decode import decode_weights, jitted_step, prefill
 from model.sharding import batch_shards
 from rl.rollout import pad_prompts
 from rl.sampler import draw
+from train.setup import Setup
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 
@@ -45,9 +46,9 @@ def run(
         raise UserError("--prefix and --suffix go with --infill")
     begin = set_up(config, workdir, rows=0, trains=False)
     with jax.set_mesh(begin.mesh):
-        variables = run_variables(begin, workdir)
+        variables = run_variables(begin, config.init_from, workdir)
         write = functools.partial(
-            stream, begin, variables, jitted_step(begin.model, config.sampling.attention)
+            stream, config, begin, variables, jitted_step(begin.model, config.sampling.attention)
         )
         if prompt:
             text = given(prompt)
@@ -57,18 +58,18 @@ def run(
                 + begin.tokenizer.encode(text)
             )
         elif chat:
-            write(chat_ids(begin, given(chat)))
+            write(chat_ids(config, begin, given(chat)))
         elif infill:
             print(given(prefix), end="")
             write(
                 fim_prompt(
-                    given(prefix), given(suffix), begin.tokenizer, spm=begin.config.data.infills_spm
+                    given(prefix), given(suffix), begin.tokenizer, spm=config.data.infills_spm
                 ),
                 end=given(suffix),
             )
         else:
             for line in sys.stdin:
-                write(chat_ids(begin, line.strip()))
+                write(chat_ids(config, begin, line.strip()))
 
 
 def given(text: str) -> str:
@@ -81,25 +82,25 @@ def given(text: str) -> str:
         raise UserError(f"{text[1:]}: cannot read: {failure}") from failure
 
 
-def chat_ids(begin: Setup, question: str) -> list[int]:
+def chat_ids(config: Config, begin: Setup, question: str) -> list[int]:
     return encode_prompt(
-        [{"role": "user", "content": question}], begin.tokenizer, begin.config.data.chat_template
+        [{"role": "user", "content": question}], begin.tokenizer, config.data.chat_template
     )
 
 
-def stream(begin: Setup, variables: dict, step_fn, ids: list[int], end: str = "") -> None:
+def stream(config: Config, begin: Setup, variables: dict, step_fn, ids: list[int], end: str = "") -> None:
     """Prints a completion token by token, then `end`."""
     if not ids:
         raise UserError("nothing to go on from: the prompt is empty")
     decoder = DecodeStream(begin.tokenizer)
-    for token in tokens(begin, variables, step_fn, ids):
+    for token in tokens(config, begin, variables, step_fn, ids):
         print(decoder.push(token), end="", flush=True)
     print(decoder.flush() + end, flush=True)
 
 
-def tokens(begin: Setup, variables: dict, step_fn, ids: list[int]) -> Iterator[int]:
+def tokens(config: Config, begin: Setup, variables: dict, step_fn, ids: list[int]) -> Iterator[int]:
     """Sampled ids until the end of text or sampling.max_new_tokens."""
-    sampling = begin.config.sampling
+    sampling = config.sampling
     width = -(-len(ids) // BUCKET) * BUCKET
     rows = batch_shards(
         begin.mesh
@@ -108,14 +109,14 @@ def tokens(begin: Setup, variables: dict, step_fn, ids: list[int]) -> Iterator[i
     slots, stage = width + sampling.max_new_tokens, sampling.attention
     read = jax.jit(
         functools.partial(
-            prefill, begin.model, slots=slots, stage=stage, attention_mass=sampling.attention_top_p
+            prefill, begin.model, slots=slots, stage=stage, attention_top_p=sampling.attention_top_p
         )
     )
     cache, logits_BV = read(
         variables, jnp.asarray(prompt.tokens_PT), jnp.asarray(prompt.segments_PT)
     )
     weights = decode_weights(begin.model, variables, rows)
-    key = jax.random.key(begin.config.seed)
+    key = jax.random.key(config.seed)
     choose = jax.jit(functools.partial(draw, sampling))
     for at in range(sampling.max_new_tokens):
         token_B, _, _ = choose(

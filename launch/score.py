@@ -37,11 +37,12 @@ import numpy as np
 from jax import Array
 
 from checkpoints.locations import hf_directory, run_directory
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.command_line import Flag, command
 from experiment.schema import Config
-from experiment.setup import compile_cache, load_variables, to_host, with_vocab_size
+from experiment.setup import compile_cache, with_vocab_size
 from model.config import ModelConfig
 from model.decode import decode_weights, jitted_step, prefill
 from model.heads import logits_of, token_logprobs
@@ -50,6 +51,8 @@ from model.segments import same_segment
 from model.sharding import batch_sharding, batch_shards, make_mesh, replicated
 from model.transformer import Transformer
 from rl.rollout import pad_prompts
+from train.restore import load_variables
+from train.setup import to_host
 
 ROWS = 8  # at a time, on each share of the batch
 

@@ -3,7 +3,7 @@ against without it.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
 def infill_rows(
-    texts: Sequence[str], tokenizer: Tokenizer, sequence: int, count: int, *, spm: bool
+    texts: Iterable[str], tokenizer: Tokenizer, sequence: int, count: int, *, spm: bool
 ) -> dict[str, Batch]:
     """Held-out middles, three ways, as batches [count, sequence] whose weights are 1 on the middle
     and 0 elsewhere.

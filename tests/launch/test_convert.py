@@ -18,12 +18,12 @@ from checkpoints.streamed import StreamedWriter
 from errors import UserError
 from experiment.config_files import base_config_from, with_checkpoint_fields
 from experiment.schema import parse
-from experiment.setup import load_variables
 from experiment.workdir import recorded_config
 from launch import convert
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from tests.model.test_golden import CASES, GOLDEN, model
+from train.restore import load_variables
 
 ONE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1)
 

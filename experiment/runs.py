@@ -1,0 +1,146 @@
+"""The runs that a person starts, each `(config, workdir) -> result`: the loops of train/ and rl/
+with the sections of the config that they need, in a working directory of their own.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+
+from errors import UserError
+from experiment.schema import Config
+from experiment.setup import run_variables, set_up
+from experiment.summary import phase_summary, write_summary
+from experiment.workdir import open_workdir
+from files import write_json, write_text
+from rl.loop import train_policy
+from rl.reasoning import evaluate_reasoning
+from train.evaluate import indexer_recall, infilling
+from train.loop import train_language_model
+
+
+def pretrain(config: Config, workdir: Path) -> bool:
+    """Trains on text. Returns whether all steps are done, and not stopped before the last."""
+    return _train_language_model(config, workdir, "pretrain", chat=False)
+
+
+def finetune(config: Config, workdir: Path) -> bool:
+    """Trains on conversations. Returns whether all steps are done."""
+    return _train_language_model(config, workdir, "finetune", chat=True)
+
+
+def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bool) -> bool:
+    with open_workdir(workdir, config, phase):
+        rows = config.data.batch_size // config.train.microbatches
+        finished = train_language_model(
+            set_up(config, workdir, rows, trains=True),
+            config.train,
+            config.data,
+            workdir,
+            phase=phase,
+            chat=chat,
+            init_from=config.init_from,
+            seed=config.seed,
+        )
+        write_summary(workdir, {phase: phase_summary(config, workdir, phase)})
+        return finished
+
+
+def reinforce(config: Config, workdir: Path) -> bool:
+    """Trains on verifiable problems by rewards. Returns whether all steps are done."""
+    check_reinforce(config)
+    with open_workdir(workdir, config, "reinforce"):
+        finished = train_policy(
+            set_up(config, workdir, config.reinforce.prompts_per_step, trains=True),
+            config.train,
+            config.sampling,
+            config.reinforce,
+            workdir,
+            template=config.data.chat_template,
+            init_from=config.init_from,
+            seed=config.seed,
+        )
+        write_summary(workdir, {"reinforce": phase_summary(config, workdir, "reinforce")})
+        return finished
+
+
+def check_reinforce(config: Config) -> None:
+    """Raises UserError where sections, each right by itself, do not fit reinforcement together."""
+    train, sampling, reinforce = config.train, config.sampling, config.reinforce
+    if train.stage == "warmup":
+        raise UserError(
+            "train.stage = 'warmup': trains the indexer alone; reinforce with 'dense' or 'sparse'"
+        )
+    if (train.stage == "sparse") != (sampling.attention == "sparse"):
+        raise UserError(
+            f"sampling.attention = {sampling.attention!r}: must be {train.stage!r}, as train.stage "
+            "is: the trainer's policy must be the sampler's"
+        )
+    if sampling.temperature == 0:
+        raise UserError(
+            "sampling.temperature = 0: all completions of a prompt would be the same and nothing "
+            "could be learnt; use 1.0"
+        )
+    rows = reinforce.prompts_per_step * reinforce.group_size // reinforce.minibatches
+    if rows % train.microbatches:
+        raise UserError(
+            f"train.microbatches = {train.microbatches}: does not divide the {rows} completions "
+            "of an update"
+        )
+
+
+def evaluate(config: Config, workdir: Path) -> dict:
+    """Evaluates a run: pass@k of held-out problems, infilling, and the indexer's recall.
+
+    Writes evaluation.json, and samples.jsonl with every prompt, completion and reward. A number of
+    0 in the section `evaluate` leaves that part out.
+
+    Returns:
+      What evaluation.json has.
+    """
+    rows = config.data.batch_size // config.train.microbatches
+    setup = set_up(config, workdir, rows, trains=False)
+    result, samples = {}, []
+    with jax.set_mesh(setup.mesh):
+        variables = run_variables(setup, config.init_from, workdir)
+        if config.evaluate.problems:
+            result, samples = evaluate_reasoning(
+                setup,
+                variables,
+                config.evaluate,
+                config.sampling,
+                task=config.reinforce.task,
+                template=config.data.chat_template,
+                seed=config.seed,
+            )
+        if config.evaluate.infill_documents:
+            result |= infilling(
+                setup,
+                variables,
+                config.data,
+                stage=config.train.stage,
+                count=config.evaluate.infill_documents,
+                resamples=config.evaluate.bootstrap,
+            )
+            if config.model.indexer.n_heads:
+                result |= indexer_recall(setup, variables, config.train, config.data)
+    if jax.process_index() == 0:
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_text(workdir / "samples.jsonl", "".join(lines))
+        write_json(workdir / "evaluation.json", result)
+        print_evaluation(result)
+    return result
+
+
+def print_evaluation(result: dict) -> None:
+    """Prints the figures of evaluation.json, a line each, with their 95 % intervals."""
+    for row in result.get("pass_at_k", []):
+        print(f"pass@{row['k']:<4} {row['mean']:.3f}  ({row['low']:.3f} to {row['high']:.3f})")
+    for name, value in result.items():
+        if name.startswith(("middle_loss", "indexer")):
+            print(f"{name:<34} {value:.3f}")
+    for source, losses in result.get("infilling", {}).items():
+        for name, saved in losses.items():
+            if name.startswith("suffix_saves"):
+                interval = f"{saved['low']:.3f} to {saved['high']:.3f}"
+                print(f"{name:<34} {saved['mean']:.3f}  ({interval})  {source.partition('?')[0]}")

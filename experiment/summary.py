@@ -1,0 +1,137 @@
+"""What a run came to, in numbers: summary.json of one phase, and of the whole quickstart."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiment.schema import Config
+from files import write_json
+from train.metrics import read_metrics
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def write_summary(workdir: Path, numbers: Mapping[str, Any]) -> None:
+    """Writes summary.json, on process 0 alone. Raises UserError if it cannot be written."""
+    if jax.process_index() == 0:
+        write_json(workdir / "summary.json", numbers)
+
+
+def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]:
+    """Returns first and last values of a training run's metrics, its tokens and median speed.
+
+    loss is the language model's, in nats per token. Reinforcement learning has its reward, length,
+    entropy and log-prob gap, over the first and last tenth of the steps.
+
+    Args:
+      phase: "pretrain", "finetune" or "reinforce", as metrics.jsonl has it under "stage".
+    """
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["stage"] == phase]
+    trained = [line for line in lines if "loss" in line]
+    if not trained:
+        return {}
+    numbers = {"steps": trained[-1]["step"]}
+    speeds = sorted(line["tokens_per_s"] for line in trained if line.get("tokens_per_s"))
+    if speeds:
+        numbers["tokens_per_s"] = speeds[len(speeds) // 2]
+    if phase == "reinforce":
+        return numbers | _rewards(trained)
+    validated = [line for line in lines if "validation_lm" in line][-1:]
+    return (
+        numbers
+        | {
+            "loss_first": trained[0]["lm"],
+            "loss_last": trained[-1]["lm"],
+            "tokens": trained[-1]["step"] * config.data.batch_size * config.data.seq_len,
+        }
+        | {
+            name: value
+            for line in validated
+            for name, value in line.items()
+            if name.startswith("validation_")
+        }
+    )
+
+
+def _rewards(trained: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns means over the first and the last tenth of the steps."""
+    tenth = max(len(trained) // 10, 1)
+    numbers = {}
+    for name in ("reward", "completion_length", "entropy", "logprob_gap_max"):
+        for when, lines in (("first", trained[:tenth]), ("last", trained[-tenth:])):
+            numbers[f"{name}_{when}"] = sum(line[name] for line in lines) / tenth
+    return numbers
+
+
+def quickstart_summary(
+    phases: Mapping[str, Config],
+    workdir: Path,
+    evaluations: Mapping[str, Mapping[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Returns summary.json of the quickstart.
+
+    Args:
+      phases: the config of each phase, whose directory in `workdir` has the same name.
+      evaluations: "sparse_evaluation", "before" and "after" reinforcement, each an evaluation.json.
+      seconds: that all of it took.
+    """
+    numbers: dict[str, Any] = {
+        name: phase_summary(config, workdir / name, _metrics_name(name))
+        for name, config in phases.items()
+    }
+    sparse = evaluations["sparse_evaluation"]
+    numbers["pretrain"] |= {
+        name: value
+        for name, value in sparse.items()
+        if name.startswith(("middle_loss", "infilling"))
+    }
+    numbers["indexer"] = {
+        "recall": sparse["indexer_recall"],
+        "recall_random": sparse["indexer_recall_random"],
+        "topk": phases["sparse"].model.indexer.topk,
+        "context": phases["sparse"].data.seq_len,
+    }
+    numbers["reinforce"] = (
+        {"algorithm": phases["reinforce"].reinforce.algorithm}
+        | numbers["reinforce"]
+        | _before_and_after(evaluations["before"], evaluations["after"])
+    )
+    return numbers | {
+        "seed": phases["pretrain"].seed,
+        "seconds": seconds,
+        "devices": [f"{device.platform}:{device.device_kind}" for device in jax.devices()],
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
+    }
+
+
+def _before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns pass@k and format of the two evaluations side by side."""
+    passes = {
+        when: {row["k"]: row for row in result["pass_at_k"]}
+        for when, result in (("before", before), ("after", after))
+    }
+    numbers: dict[str, Any] = {
+        f"pass@{k}_{when}": rows[k]["mean"]
+        for k in passes["before"]
+        for when, rows in passes.items()
+    }
+    numbers |= {f"pass_at_k_{when}": list(rows.values()) for when, rows in passes.items()}
+    return numbers | {
+        "problems": before["problems"],
+        "samples": before["samples"],
+        "format_before": before["format"],
+        "format_after": after["format"],
+    }
+
+
+def _metrics_name(phase: str) -> str:
+    """Returns the name under which a phase's command writes its metrics: copying, warm-up and
+    sparse training are pretraining.
+    """
+    return "pretrain" if phase in ("copying", "warmup", "sparse") else phase

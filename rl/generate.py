@@ -1,0 +1,99 @@
+"""From problems to completions: prompts, the sampler, and what it wrote as text."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from data.chat import encode_prompt
+from data.tasks.problem import Problem
+from data.tokenizer import Tokenizer
+from model.sharding import batch_sharding
+from rl.config import SamplingConfig
+from rl.rollout import Prompts, pad_prompts
+from rl.sampler import Completions, sample
+from train.setup import Setup, to_host
+
+
+class Generation(NamedTuple):
+    """Completions of P problems, G of each; row p * G + g is the g-th of problem p.
+
+    Attributes:
+      prompts_PT, segments_PT: left-padded prompts, on the devices.
+      completions: what was sampled, on the devices; B = P * G rows.
+      tokens_BC, mask_BC: its tokens and mask, whole on every host.
+      texts: the completions as text, B of them.
+    """
+
+    prompts_PT: Array
+    segments_PT: Array
+    completions: Completions
+    tokens_BC: np.ndarray
+    mask_BC: np.ndarray
+    texts: list[str]
+
+
+class Generator:
+    """Samples completions of problems, with whatever variables it is given.
+
+    Args:
+      template: how prompts are written, `data.chat_template`.
+      group_size: G, completions of each problem.
+    """
+
+    def __init__(self, setup: Setup, sampling: SamplingConfig, template: str, group_size: int):
+        self._setup, self._sampling, self._template = setup, sampling, template
+        stops, pad = setup.tokenizer.stops, setup.tokenizer.pad
+        self._sample = jax.jit(
+            functools.partial(sample, setup.model, sampling, stops, pad, group=group_size)
+        )
+
+    def __call__(self, variables: dict, problems: Sequence[Problem], key: Array) -> Generation:
+        """Samples the completions of P problems. Each new P is compiled anew.
+
+        Raises UserError for a prompt longer than sampling.max_prompt_tokens.
+        """
+        tokenizer, width = self._setup.tokenizer, self._sampling.max_prompt_tokens
+        prompts = encode_problems(problems, tokenizer, self._template, width)
+        sharding = batch_sharding(self._setup.mesh)
+        prompts_PT, segments_PT = (
+            jax.device_put(rows, sharding) for rows in (prompts.tokens_PT, prompts.segments_PT)
+        )
+        completions = self._sample(variables, prompts_PT, segments_PT, key)
+        tokens_BC, mask_BC = to_host(completions.tokens_BC), to_host(completions.mask_BC)
+        texts = completion_texts(tokens_BC, mask_BC, tokenizer, self._template)
+        return Generation(prompts_PT, segments_PT, completions, tokens_BC, mask_BC, texts)
+
+
+def encode_problems(
+    problems: Sequence[Problem], tokenizer: Tokenizer, template: str, width: int
+) -> Prompts:
+    """Writes each problem as a conversation that the assistant is to answer, padded on the left to
+    `width` tokens.
+    """
+    ids = [
+        encode_prompt([{"role": "user", "content": problem.question}], tokenizer, template)
+        for problem in problems
+    ]
+    return pad_prompts(ids, width, tokenizer.pad)
+
+
+def completion_texts(
+    tokens_BC: np.ndarray, mask_BC: np.ndarray, tokenizer: Tokenizer, template: str
+) -> list[str]:
+    """Decodes completions, with tags such as <think> and without the stop token.
+
+    Some checkpoints' templates put <think> at the end of the prompt: it then stands at the
+    beginning of each text, as if the model had written it.
+    """
+    cue = encode_prompt([{"role": "user", "content": "?"}], tokenizer, template)
+    thinks = tokenizer.decode(cue, skip_special_tokens=False).rstrip().endswith("<think>")
+    opening = "<think>" if thinks else ""
+    rows = (
+        [token for token in row[mask] if token not in tokenizer.stops]
+        for row, mask in zip(tokens_BC, mask_BC, strict=True)
+    )
+    return [opening + tokenizer.decode(row, skip_special_tokens=False) for row in rows]

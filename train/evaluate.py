@@ -1,0 +1,108 @@
+"""What a language model makes of held-out text: the training terms, infilling with the suffix shown
+against without, and how well the indexer selects.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import Array
+
+from data.config import DataConfig
+from data.shuffled_texts import infill_documents
+from model.sharding import batch_sharding, replicated
+from train.config import TrainConfig
+from train.infill import infill_rows, middle_losses, middle_nats
+from train.mean import Mean
+from train.objective import language_objective
+from train.setup import Setup, open_batches
+from train.step import make_evaluation
+
+# (variables, batch) -> the mean of each term
+Evaluation = Callable[[dict, dict[str, Array]], dict[str, Mean]]
+
+# A file is cut into texts of about this many bytes for each token of a row: most texts then fill a
+# good part of a row, and few are too long for one.
+INFILL_BYTES_PER_TOKEN = 2
+
+
+def validation_means(
+    setup: Setup,
+    evaluate_fn: Callable,
+    variables: dict,
+    data: DataConfig,
+    count: int,
+    *,
+    chat: bool,
+) -> dict[str, float]:
+    """Returns the mean of every term over the first `count` batches of the held-out documents.
+
+    The batches are the same each time.
+
+    Args:
+      evaluate_fn: `train.step.make_evaluation` of the objective, jitted.
+      chat: whether the documents are conversations.
+
+    Returns:
+      {"validation_lm": nats per token, ...}.
+    """
+    held_out = open_batches(setup, data, "validation", seed=0, chat=chat)
+    found = [evaluate_fn(variables, setup.on_devices(next(held_out))) for _ in range(count)]
+    sums = {name: functools.reduce(operator.add, [one[name] for one in found]) for name in found[0]}
+    return {f"validation_{name}": jax.tree.map(float, mean).value for name, mean in sums.items()}
+
+
+def infilling(
+    setup: Setup, variables: dict, data: DataConfig, *, stage: str, count: int, resamples: int
+) -> dict:
+    """Returns the losses of held-out middles with their suffix and without (train/infill.py).
+
+    Args:
+      stage: "dense" or "sparse" attention.
+      count: documents of each source; rounded up to whole batches.
+      resamples: bootstrap resamples of the documents.
+
+    Returns:
+      "middle_loss_...", each the mean over the sources that FIM applies to, and "infilling", the
+      losses of each of those sources.
+    """
+    tokenizer = setup.tokenizer
+    sharding = batch_sharding(setup.mesh)
+    count += -count % data.batch_size
+    # Every process has all the rows, and needs all the results.
+    nats_fn = jax.jit(
+        functools.partial(middle_nats, setup.model, stage, tokenizer.eos),
+        out_shardings=replicated(setup.mesh),
+    )
+    by_source = {}
+    longest = INFILL_BYTES_PER_TOKEN * data.seq_len
+    for source, held_out in infill_documents(data, "validation", longest).items():
+        texts = (text for _, text in held_out)
+        rows = infill_rows(texts, tokenizer, data.seq_len, count, spm=data.infills_spm)
+        by_source[source] = middle_losses(
+            rows,
+            lambda batch: nats_fn(variables, jax.device_put(batch, sharding)),
+            data.batch_size,
+            resamples,
+        )
+    names = [name for name in next(iter(by_source.values())) if name.startswith("middle_loss")]
+    means = {
+        name: float(np.mean([losses[name] for losses in by_source.values()])) for name in names
+    }
+    return means | {"infilling": by_source}
+
+
+def indexer_recall(
+    setup: Setup, variables: dict, train: TrainConfig, data: DataConfig
+) -> dict[str, float]:
+    """Returns how much of dense attention's probability mass falls on the keys that the indexer
+    would select, and on a random selection of as many, over held-out text.
+    """
+    warmup = dataclasses.replace(train, stage="warmup")
+    evaluate_fn = jax.jit(make_evaluation(language_objective(setup.model, warmup)))
+    found = validation_means(setup, evaluate_fn, variables, data, train.eval_batches, chat=False)
+    names = ("indexer_recall", "indexer_recall_random", "indexer_kl")
+    return {name: found[f"validation_{name}"] for name in names}

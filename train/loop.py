@@ -1,0 +1,121 @@
+"""The training loop of a language model, on text or on conversations: mesh, data, model, state,
+restore, step, loop.
+"""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import optax
+
+from checkpoints.training import Checkpoints
+from data.config import DataConfig
+from train.config import TrainConfig
+from train.evaluate import validation_means
+from train.interrupt import Interrupt
+from train.metrics import Metrics
+from train.monitor import Due, StepLog
+from train.objective import language_objective
+from train.optimizer import make_optimizer
+from train.progress import Progress
+from train.restore import restored_or_new
+from train.setup import Setup, open_batches
+from train.state import abstract_state
+from train.step import Step, abstract_batch, jit_step, make_evaluation, make_step
+
+
+def train_language_model(
+    setup: Setup,
+    train: TrainConfig,
+    data: DataConfig,
+    workdir: Path,
+    *,
+    phase: str,
+    chat: bool,
+    init_from: str,
+    seed: int,
+) -> bool:
+    """Trains until `train.steps` steps are done or the process is asked to stop.
+
+    Goes on from the newest checkpoint in `workdir`, with the data cursor where it was, to the bit.
+
+    Args:
+      workdir: where checkpoints/, metrics.jsonl and tensorboard/ are.
+      phase: "pretrain" or "finetune", the name of the metrics.
+      chat: whether the documents are conversations, of which only the assistant's words are
+        targets.
+      init_from: where a new run's parameters come from; "" draws them.
+      seed: of the parameters and of the order of the data.
+
+    Returns:
+      Whether all steps are done.
+
+    Raises:
+      UserError: the data or a checkpoint does not fit, or gradients stay without finite values.
+    """
+    stream = open_batches(setup, data, "train", seed=seed, chat=chat)
+    objective = language_objective(setup.model, train)
+    optimizer = make_optimizer(train)
+    with (
+        jax.set_mesh(setup.mesh),
+        Checkpoints(workdir / "checkpoints", train.max_to_keep) as checkpoints,
+        Interrupt() as interrupt,
+    ):
+        new = checkpoints.latest() is None and not init_from
+        step = make_step(setup.model, train, objective, optimizer)
+        compile_step = functools.partial(compiled_step, setup, data, step, optimizer)
+        with ThreadPoolExecutor(max_workers=1) as background:
+            # The step compiles while a new state is made: on two cores the first step comes
+            # seconds sooner.
+            program = background.submit(compile_step) if new else None
+            state = restored_or_new(
+                setup, optimizer, checkpoints, stream, init_from=init_from, seed=seed
+            )
+        done = int(state.step)
+        if done < train.steps:
+            step_fn = program.result() if program else compile_step()
+        evaluate_fn = jax.jit(make_evaluation(objective))
+        tokens = data.batch_size * data.seq_len
+        due = Due(train)
+        with (
+            Metrics(workdir, phase, resume_step=done) as metrics,
+            Progress(train.steps, workdir.resolve().name) as progress,
+        ):
+            log = StepLog(train, metrics, progress)
+            # (step, metrics) still on the device: reading them a step late never blocks
+            unread = None
+            for step in range(done + 1, train.steps + 1):
+                state, values = step_fn(state, setup.on_devices(next(stream)))
+                if unread:
+                    log.record(*unread, tokens)
+                unread = (step, values)
+                if due.evaluation(step):
+                    log.record(*unread, tokens)
+                    unread = None
+                    means = validation_means(
+                        setup, evaluate_fn, state.variables, data, train.eval_batches, chat=chat
+                    )
+                    metrics.write(step, means)
+                stopping = interrupt.stop_requested(step)
+                if due.save(step) or stopping:
+                    checkpoints.save(step, state, stream)
+                if stopping:
+                    break
+            if unread:
+                log.record(*unread, tokens)
+        return int(state.step) >= train.steps
+
+
+def compiled_step(
+    setup: Setup, data: DataConfig, step: Step, optimizer: optax.GradientTransformation
+) -> Callable:
+    """Compiles the step for this mesh and these shapes, and no others.
+
+    The state comes in, and goes out, as `abstract_state` lays it out.
+    """
+    with jax.set_mesh(setup.mesh):  # a thread does not inherit the mesh
+        state = abstract_state(setup.model, optimizer, setup.mesh)
+        batch = abstract_batch(data.batch_size, data.seq_len, setup.mesh)
+        return jit_step(step, state, setup.mesh).lower(state, batch).compile()

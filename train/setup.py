@@ -1,0 +1,73 @@
+"""What stays the same during a run: its model, its tokenizer and its mesh, and how arrays travel
+between a host and the devices of that mesh.
+"""
+
+import dataclasses
+
+import grain
+import jax
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from data.config import DataConfig
+from data.documents import Split
+from data.pipeline import batches
+from data.tokenizer import Tokenizer
+from model.config import ModelConfig
+from model.sharding import batch_sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The model, the tokenizer and the mesh that training, sampling and evaluation share.
+
+    Attributes:
+      model: its vocabulary is filled in, so it is never 0.
+      tokenizer: the tokenizer of the run's working directory.
+      mesh: the devices, by the axes of model/sharding.py.
+    """
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+    def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
+        """Makes the global batch of which this process holds the rows `batch`, [B / processes, ...]
+        each.
+        """
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, rows)
+            for name, rows in batch.items()
+        }
+
+
+def to_host(x: Array) -> np.ndarray:
+    """Returns all of an array on every host, however it is spread over them.
+
+    All processes must call it alike.
+    """
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def open_batches(
+    setup: Setup, data: DataConfig, split: Split, *, seed: int, chat: bool
+) -> grain.DatasetIterator:
+    """Opens the batches of `split` that this process reads, as an iterator whose place is saved
+    with a checkpoint. Each process reads other documents.
+    """
+    return iter(
+        batches(
+            data,
+            setup.tokenizer,
+            split=split,
+            seed=seed,
+            chat=chat,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    )
