@@ -1,9 +1,8 @@
 """From the rewards of a group of completions to the advantage of each.
 
 Every advantage is a function rewards_PG -> advantages_PG, float32: P prompts, G completions of
-each. A completion is compared with the others of its prompt,
-so a group whose rewards are all equal teaches nothing: its advantages are exactly 0, and a group of
-one is such a group.
+each. A completion is compared with the others of its prompt, so a group whose rewards are all equal
+teaches nothing: its advantages are exactly 0. A group of one is such a group.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ Advantage = Callable[[Array], Array]
 
 
 def group_centred(rewards_PG: Array) -> Array:
-    """The reward less the mean of its group (Dr. GRPO, arXiv 2503.20783, section 3.2).
+    """Returns the reward less the mean of its group (Dr. GRPO, arXiv 2503.20783, section 3.2).
 
     A[i] = r[i] - mean(r)
     """
@@ -28,8 +27,9 @@ def group_centred(rewards_PG: Array) -> Array:
 
 
 def group_zscore(*, ddof: int, eps: float) -> Advantage:
-    """The centred reward in standard deviations of its group (GRPO, arXiv 2402.03300, section
-    4.1.2).
+    """Divides the centred reward by the standard deviation of its group.
+
+    This is GRPO's advantage with outcome supervision (arXiv 2402.03300, section 4.1.2).
 
         A[i] = (r[i] - mean(r)) / (std(r) + eps)
 
@@ -40,9 +40,8 @@ def group_zscore(*, ddof: int, eps: float) -> Advantage:
 
     def advantage(rewards_PG: Array) -> Array:
         centred_PG = group_centred(rewards_PG)
-        degrees = max(
-            rewards_PG.shape[1] - ddof, 1
-        )  # a group of one has no spread: 0 / eps, not 0 / 0
+        # A group of one has no spread: its advantage is 0 / eps, not 0 / 0.
+        degrees = max(rewards_PG.shape[1] - ddof, 1)
         std_P1 = jnp.sqrt(jnp.sum(jnp.square(centred_PG), axis=1, keepdims=True) / degrees)
         return centred_PG / (std_P1 + eps)
 
@@ -50,10 +49,11 @@ def group_zscore(*, ddof: int, eps: float) -> Advantage:
 
 
 def leave_one_out(rewards_PG: Array) -> Array:
-    """The reward less the mean reward of the *other* completions of its prompt (RLOO, arXiv
-    2402.14740).
+    """Returns the reward less the mean of the *other* completions' of its prompt.
 
-    A[i] = r[i] - sum_{j != i} r[j] / (G - 1) = (r[i] - mean(r)) * G / (G - 1)
+    This is RLOO's advantage (arXiv 2402.14740).
+
+        A[i] = r[i] - sum_{j != i} r[j] / (G - 1) = (r[i] - mean(r)) * G / (G - 1)
     """
     group = rewards_PG.shape[1]
     return group_centred(rewards_PG) * (group / max(group - 1, 1))

@@ -1,5 +1,7 @@
-"""An algorithm is a row: how rewards become advantages, what is maximised, who counts how much, and
-how far the policy may go.
+"""The table of algorithms: one row for each paper.
+
+A row says how rewards become advantages, what is maximised, how much each token counts, and how far
+the policy may go:
 
     loss = - aggregate(surrogate(ratio, advantage)) + coefficient * aggregate(divergence)
 
@@ -20,27 +22,33 @@ from rl.surrogates import Ratio, Surrogate, clipped, token_ratio
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    advantage: Advantage  # rewards_PG -> advantages_PG
-    ratio: Ratio  # (logprobs_BT, old_logprobs_BT, mask_BT) -> ratio_BT
-    surrogate: Surrogate  # (ratio_BT, advantages_BT) -> (objective_BT, clipped_BT)
-    aggregate: Aggregation  # .total(values_BT, mask_BT), .weight(mask_BT)
-    divergence: (
-        Divergence | None
-        # .estimator(logprobs_BT, reference_logprobs_BT, ratio_BT), .coefficient; None needs no
-        # reference model
-    )
+    """A row of the table.
+
+    advantage: rewards_PG -> advantages_PG (rl/advantages.py).
+    ratio: (logprobs_BT, old_logprobs_BT, mask_BT) -> ratio_BT (rl/surrogates.py).
+    surrogate: (ratio_BT, advantages_BT) -> (objective_BT, clipped_BT) (rl/surrogates.py).
+    aggregate: total(values_BT, mask_BT) and weight(mask_BT) (rl/aggregations.py).
+    divergence: estimator(logprobs_BT, reference_logprobs_BT, ratio_BT) and coefficient
+      (rl/divergences.py); None needs no reference model.
+    """
+
+    advantage: Advantage
+    ratio: Ratio
+    surrogate: Surrogate
+    aggregate: Aggregation
+    divergence: Divergence | None
 
 
 def algorithms(max_completion: int) -> dict[str, Algorithm]:
-    """The table, for completions of at most `max_completion` tokens.
+    """Returns the table, for completions of at most `max_completion` tokens.
 
-    A row whose paper has no divergence has one with coefficient 0: what is used when a config asks
+    A row whose paper has no divergence has one with coefficient 0. It is used when a config asks
     for a KL all the same.
     """
-    no_divergence = Divergence(unbiased_k3, coefficient=0.0)
+    kl_off_by_default = Divergence(unbiased_k3, coefficient=0.0)
     return {
-        # arXiv 2402.03300, eq. 3 and 4. The paper leaves ddof and eps open; these are the ones in
-        # common use.
+        # GRPO, arXiv 2402.03300, eq. 3 and 4. The paper leaves ddof and eps open; these are the
+        # ones in common use.
         "grpo": Algorithm(
             advantage=group_zscore(ddof=1, eps=1e-6),
             ratio=token_ratio,
@@ -48,16 +56,16 @@ def algorithms(max_completion: int) -> dict[str, Algorithm]:
             aggregate=mean_of_sequence_means,
             divergence=Divergence(k3, coefficient=0.04),
         ),
-        # arXiv 2503.20783, section 3.2: no standard deviation, and a constant divisor instead of
-        # the length.
+        # Dr. GRPO, arXiv 2503.20783, section 3.2: no standard deviation, and instead of the length
+        # a constant divisor, the longest completion that can be sampled.
         "dr_grpo": Algorithm(
             advantage=group_centred,
             ratio=token_ratio,
             surrogate=clipped(low=0.2, high=0.2),
             aggregate=sum_over(max_completion),
-            divergence=no_divergence,
+            divergence=kl_off_by_default,
         ),
-        # arXiv 2503.14476, eq. 8 and 10: clip-higher, and every token counts the same. Eq. 8
+        # DAPO, arXiv 2503.14476, eq. 8 and 10: clip-higher, and every token counts the same. Eq. 8
         # divides by the tokens of one prompt; this row, like the authors' code, by those of the
         # batch.
         "dapo": Algorithm(
@@ -65,16 +73,16 @@ def algorithms(max_completion: int) -> dict[str, Algorithm]:
             ratio=token_ratio,
             surrogate=clipped(low=0.2, high=0.28),
             aggregate=token_mean,
-            divergence=no_divergence,
+            divergence=kl_off_by_default,
         ),
-        # arXiv 2402.14740, token by token: the log-probability of a completion is a sum, so the
-        # divisor is 1. On-policy, as in the paper, the clip never acts.
+        # RLOO, arXiv 2402.14740, token by token: the log-probability of a completion is a sum, so
+        # the divisor is 1. On-policy, as in the paper, the clip never acts.
         "rloo": Algorithm(
             advantage=leave_one_out,
             ratio=token_ratio,
             surrogate=clipped(low=0.2, high=0.2),
             aggregate=sum_over(1),
-            divergence=no_divergence,
+            divergence=kl_off_by_default,
         ),
     }
 
@@ -83,7 +91,7 @@ ALGORITHMS = tuple(algorithms(max_completion=1))
 
 
 def get_algorithm(name: str, *, max_completion: int, kl_weight: float = -1.0) -> Algorithm:
-    """The row `name`, with what a config decides filled in.
+    """Returns the row `name`, with what a config decides filled in.
 
     Args:
       max_completion: tokens of the longest completion (sampling.max_new_tokens).
@@ -96,15 +104,15 @@ def get_algorithm(name: str, *, max_completion: int, kl_weight: float = -1.0) ->
     if name not in ALGORITHMS:
         raise UserError(f"reinforce.algorithm = {name!r}: {_suggestion(name)}")
     row = algorithms(max_completion)[name]
-    coefficient = row.divergence.coefficient if kl_weight == -1 else kl_weight
-    divergence = (
-        dataclasses.replace(row.divergence, coefficient=coefficient) if coefficient else None
-    )
+    divergence = row.divergence
+    if divergence is not None and kl_weight != -1:
+        divergence = dataclasses.replace(divergence, coefficient=kl_weight)
+    if divergence is not None and divergence.coefficient == 0:
+        divergence = None
     return dataclasses.replace(row, divergence=divergence)
 
 
 def _suggestion(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), ALGORITHMS, n=1)
-    return (
-        f"did you mean {near[0]!r}? " if near else ""
-    ) + f"(rows of rl/algorithms.py: {', '.join(ALGORITHMS)})"
+    question = f"did you mean {near[0]!r}? " if near else ""
+    return f"{question}(rows of rl/algorithms.py: {', '.join(ALGORITHMS)})"

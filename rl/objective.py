@@ -1,12 +1,15 @@
-"""The loss of any row of the algorithm table, as an objective of the ordinary train step
-(train/objective.py).
+"""The loss of any row of the algorithm table, as an objective of the ordinary train step.
 
     loss = - aggregate(surrogate(ratio, advantage)) + coefficient * aggregate(divergence)
 
-The batch is `policy_batch`'s, with advantages, old_logprobs and, if there is a divergence,
-reference_logprobs [B, T] added; all at the token itself.
+The batch is `policy_batch`'s (rl/rollout.py) with advantages, old_logprobs and, if there is a
+divergence, reference_logprobs [B, T] added. Each stands at the token itself.
 """
 
+from collections.abc import Callable
+from typing import cast
+
+import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
@@ -16,96 +19,146 @@ from model.segments import shift_left
 from model.transformer import Output, Transformer
 from rl.algorithms import Algorithm
 from train.config import TrainConfig
-from train.objective import Objective, Totals, layer_coefficients, layer_totals, layer_weights
+from train.objective import Batch, Objective, Term, Totals, layer_terms, layer_totals
 
 
-def forward_logprobs(
-    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: dict[str, Array]
-) -> tuple[Array, Array, Output]:
-    """What the model makes of the next token at each position: log-probs and entropy [B, T] at the
-    sampling temperature, and the forward pass.
+@flax.struct.dataclass
+class PredictedTokens:
+    """What is known of the next token at each position, [B, T] each.
+
+    mask_BT: bool, whether the token was sampled; the rest is meaningful only there.
+    logprobs_BT, entropy_BT: of the policy, with a live gradient; log-probs are 0 outside the mask.
+    old_logprobs_BT: of the policy that the ratio is taken to.
+    sampler_logprobs_BT: as the sampler recorded them.
+    ratio_BT: of the policy to the old one, live.
+    clipped_BT: bool, whether the surrogate cut the gradient off.
     """
-    output: Output = Transformer(config).apply(
-        variables, batch["tokens"], batch["positions"], batch["segments"], stage=stage, mtp=False
-    )
-    logprobs_BT, entropy_BT = token_logprobs(
-        config,
-        variables["params"],
-        output.hidden_BTD,
-        shift_left(batch["tokens"], 1),
-        temperature or 1.0,
-    )
-    return logprobs_BT, entropy_BT, output
+
+    mask_BT: Array
+    logprobs_BT: Array
+    entropy_BT: Array
+    old_logprobs_BT: Array
+    sampler_logprobs_BT: Array
+    ratio_BT: Array
+    clipped_BT: Array
 
 
-def logprobs_at_tokens(
-    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: dict[str, Array]
-) -> Array:
-    """The log-prob of each token of the mask, at the token itself, 0 elsewhere: what
-    `sampler_logprobs` holds, recomputed. [B, T].
-    """
-    logprobs_BT, _, _ = forward_logprobs(config, stage, temperature, variables, batch)
-    at_token_BT = jnp.pad(logprobs_BT[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(batch["mask"], at_token_BT, 0.0)
+def kl_to_old(tokens: PredictedTokens) -> Array:
+    """Estimates KL(old | policy) by exp(d) - 1 - d, d = log policy - log old (k3), [B, T]."""
+    log_ratio_BT = tokens.logprobs_BT - tokens.old_logprobs_BT
+    return jnp.exp(log_ratio_BT) - 1 - log_ratio_BT
+
+
+def logprob_gap(tokens: PredictedTokens) -> Array:
+    """Returns |log policy - log sampler|, [B, T]: before an update, what two programs differ by."""
+    return jnp.abs(tokens.logprobs_BT - tokens.sampler_logprobs_BT)
+
+
+TOKEN_METRICS: dict[str, Callable[[PredictedTokens], Array]] = {
+    "entropy": lambda tokens: tokens.entropy_BT,
+    "clip_fraction": lambda tokens: tokens.clipped_BT,
+    "ratio": lambda tokens: tokens.ratio_BT,
+    "kl_to_old": kl_to_old,
+    "logprob_gap_mean": logprob_gap,
+}
+"""Metrics that are means over sampled tokens, by the name they are reported under."""
 
 
 def policy_objective(
     config: ModelConfig, train: TrainConfig, algorithm: Algorithm, temperature: float
 ) -> Objective:
-    """Terms: policy, kl (with a divergence), balance, indexer_kl (stage "sparse"). Metrics:
-    entropy, ratio, clip_fraction, approximate KL to the sampler (k3, as a value unbiased), and the
-    gap between the trainer's and the sampler's log-probs.
+    """Builds the objective of a row of the table.
+
+    Its terms are the layers' (balance, the indexer's KL), the policy's, the divergence if the row
+    has one, and `TOKEN_METRICS`.
+
+    Args:
+      temperature: of sampling, so that the policy is what was sampled from.
     """
-    token_metrics = ("entropy", "clip_fraction", "ratio", "kl_to_old", "logprob_gap_mean")
+    aggregate, divergence = algorithm.aggregate, algorithm.divergence
 
-    def weights(batch):
-        mask_BT = shift_left(batch["mask"], 1)
-        tokens = jnp.sum(mask_BT, dtype=jnp.float32)
-        own = {"policy": algorithm.aggregate.weight(mask_BT)} | dict.fromkeys(token_metrics, tokens)
-        if algorithm.divergence is not None:
-            own["kl"] = algorithm.aggregate.weight(mask_BT)
-        return own | layer_weights(config, train.stage, batch, mtp_depth=0)
+    def aggregate_weight(batch: Batch) -> Array:
+        return aggregate.weight(predicted(batch, "mask"))
 
-    def totals(variables, batch):
+    def token_count(batch: Batch) -> Array:
+        return jnp.sum(predicted(batch, "mask"), dtype=jnp.float32)
+
+    def totals(variables: dict, batch: Batch) -> Totals:
         logprobs_BT, entropy_BT, output = forward_logprobs(
             config, train.stage, temperature, variables, batch
         )
-        next_token = {
-            name: shift_left(batch[name], 1)
-            for name in ("mask", "advantages", "old_logprobs", "sampler_logprobs")
-        }
-        mask_BT = next_token["mask"]
-        logprobs_BT = jnp.where(mask_BT, logprobs_BT, 0.0)  # the ratio is 1 outside the mask
-        ratio_BT = algorithm.ratio(logprobs_BT, next_token["old_logprobs"], mask_BT)
-        surrogate_BT, clipped_BT = algorithm.surrogate(ratio_BT, next_token["advantages"])
-        own = {"policy": -algorithm.aggregate.total(surrogate_BT, mask_BT)}
-        if algorithm.divergence is not None:
-            reference_BT = shift_left(batch["reference_logprobs"], 1)
-            own["kl"] = algorithm.aggregate.total(
-                algorithm.divergence.estimator(logprobs_BT, reference_BT, ratio_BT), mask_BT
-            )
+        mask_BT = predicted(batch, "mask")
+        logprobs_BT = jnp.where(mask_BT, logprobs_BT, 0.0)
+        old_logprobs_BT = predicted(batch, "old_logprobs")
+        ratio_BT = algorithm.ratio(logprobs_BT, old_logprobs_BT, mask_BT)
+        surrogate_BT, clipped_BT = algorithm.surrogate(ratio_BT, predicted(batch, "advantages"))
+        terms = {"policy": -aggregate.total(surrogate_BT, mask_BT)}
+        if divergence is not None:
+            reference_BT = predicted(batch, "reference_logprobs")
+            divergence_BT = divergence.estimator(logprobs_BT, reference_BT, ratio_BT)
+            terms["kl"] = aggregate.total(divergence_BT, mask_BT)
 
-        def over_tokens(x_BT):
-            return jnp.sum(jnp.where(mask_BT, x_BT, 0.0))
-
-        log_ratio_BT = logprobs_BT - next_token["old_logprobs"]
-        gap_BT = jnp.abs(logprobs_BT - next_token["sampler_logprobs"])
-        metrics = (
-            entropy_BT,
-            clipped_BT,
-            ratio_BT,
-            jnp.exp(log_ratio_BT) - 1 - log_ratio_BT,
-            gap_BT,
+        tokens = PredictedTokens(
+            mask_BT=mask_BT,
+            logprobs_BT=logprobs_BT,
+            entropy_BT=entropy_BT,
+            old_logprobs_BT=old_logprobs_BT,
+            sampler_logprobs_BT=predicted(batch, "sampler_logprobs"),
+            ratio_BT=ratio_BT,
+            clipped_BT=clipped_BT,
         )
-        own |= {name: over_tokens(x_BT) for name, x_BT in zip(token_metrics, metrics, strict=True)}
-        own |= layer_totals(config, train.stage, output.reports)
-        return Totals(
-            own,
-            output.reports.router.counts_E,
-            {"logprob_gap_max": jnp.max(jnp.where(mask_BT, gap_BT, 0.0))},
-        )
+        for name, metric in TOKEN_METRICS.items():
+            terms[name] = jnp.sum(jnp.where(mask_BT, metric(tokens), 0.0))
+        terms |= layer_totals(config, train.stage, output.stats)
+        largest_gap = jnp.max(jnp.where(mask_BT, logprob_gap(tokens), 0.0))
+        return Totals(terms, output.stats.router.counts_E, {"logprob_gap_max": largest_gap})
 
-    coefficients = layer_coefficients(config, train) | {"policy": 1.0}
-    if algorithm.divergence is not None:
-        coefficients["kl"] = algorithm.divergence.coefficient
-    return Objective(weights, totals, coefficients)
+    terms = [
+        *layer_terms(config, train, mtp_depth=0),
+        Term("policy", aggregate_weight, coefficient=1.0),
+    ]
+    if divergence is not None:
+        terms.append(Term("kl", aggregate_weight, divergence.coefficient))
+    terms += [Term(name, token_count) for name in TOKEN_METRICS]
+    return Objective(tuple(terms), totals)
+
+
+def predicted(batch: Batch, name: str) -> Array:
+    """Returns an array of the batch, [B, T], moved to where its tokens are predicted.
+
+    Position t then has the value of token t + 1, and the last position has 0.
+    """
+    return shift_left(batch[name], 1)
+
+
+def forward_logprobs(
+    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: Batch
+) -> tuple[Array, Array, Output]:
+    """Runs the model and scores the next token at each position.
+
+    Args:
+      stage: "dense" or "sparse" attention.
+      temperature: of sampling; 0 (greedy) reads as 1, as the sampler's own log-probs do.
+
+    Returns:
+      Log-probs and entropy [B, T], float32 in nats, and the output of the forward pass.
+    """
+    inputs = batch["tokens"], batch["positions"], batch["segments"]
+    output = cast(Output, Transformer(config).apply(variables, *inputs, stage=stage, mtp=False))
+    next_tokens_BT = predicted(batch, "tokens")
+    logprobs_BT, entropy_BT = token_logprobs(
+        config, variables["params"], output.hidden_BTD, next_tokens_BT, temperature or 1.0
+    )
+    return logprobs_BT, entropy_BT, output
+
+
+def logprobs_at_tokens(
+    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: Batch
+) -> Array:
+    """Recomputes what `sampler_logprobs` holds, [B, T].
+
+    It is the log-prob of each token of the mask, at the token itself, and 0 elsewhere.
+    """
+    logprobs_BT, _, _ = forward_logprobs(config, stage, temperature, variables, batch)
+    at_token_BT = jnp.pad(logprobs_BT[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(batch["mask"], at_token_BT, 0.0)

@@ -1,6 +1,6 @@
-"""From prompts to a batch to learn from: completions, their rewards and advantages, with the
-log-probs they were sampled with. Tokens in, tokens out: what was sampled is what is trained on,
-never re-tokenised.
+"""From prompts and their completions to a batch to learn from.
+
+Tokens in, tokens out: what was sampled is what is trained on, and never tokenised again.
 """
 
 import dataclasses
@@ -9,39 +9,50 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from data.padding import pad_rows
 from errors import UserError
 from rl.sampler import Completions
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Left-padded prompts: tokens_PT and segments_PT int32 (0 is padding)."""
+    """P prompts, padded on the left so that each ends in the last column.
+
+    tokens_PT: int32 ids.
+    segments_PT: int32, 1 on tokens and 0 on padding.
+    """
 
     tokens_PT: np.ndarray
     segments_PT: np.ndarray
 
 
 def pad_prompts(prompts: list[list[int]], width: int, pad: int) -> Prompts:
-    """Raises UserError for a prompt longer than `width` (sampling.max_prompt_tokens)."""
-    tokens_PT = np.full((len(prompts), width), pad, np.int32)
-    segments_PT = np.zeros((len(prompts), width), np.int32)
-    for row, ids in enumerate(prompts):
-        if len(ids) > width:
-            raise UserError(
-                f"sampling.max_prompt_tokens = {width}: a prompt has {len(ids)} tokens; raise it to at least that"
-            )
-        tokens_PT[row, width - len(ids) :] = ids
-        segments_PT[row, width - len(ids) :] = 1
-    return Prompts(tokens_PT, segments_PT)
+    """Pads prompts on the left to `width` tokens.
+
+    Raises:
+      UserError: a prompt is longer than `width`, which is sampling.max_prompt_tokens.
+    """
+    longest = max(map(len, prompts), default=0)
+    if longest > width:
+        raise UserError(
+            f"sampling.max_prompt_tokens = {width}: a prompt has {longest} tokens; "
+            "raise it to at least that"
+        )
+    return Prompts(*pad_rows(prompts, width, pad, side="left"))
 
 
 def policy_batch(
     prompts_PT: Array, segments_PT: Array, completions: Completions, group: int
 ) -> dict[str, Array]:
-    """The rollout as a batch, prompt then completion, [B, T + C] each:
+    """Puts each completion behind its prompt, as a batch of B = P * group rows.
 
-    tokens, positions, segments, as in pretraining; mask (bool, true on completion tokens),
-    sampler_logprobs (0 elsewhere), both at the token itself.
+    Args:
+      prompts_PT, segments_PT: left-padded prompts.
+      completions: row p * group + g is the g-th completion of prompt p, C tokens long.
+
+    Returns:
+      Arrays [B, T + C]: tokens, positions and segments as in pretraining; mask, bool, true on
+      sampled tokens; sampler_logprobs, float32, 0 elsewhere. Each stands at the token itself.
     """
     tokens_BT = jnp.repeat(prompts_PT, group, axis=0)
     prompt_segments_BT = jnp.repeat(segments_PT, group, axis=0)

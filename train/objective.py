@@ -1,34 +1,40 @@
-"""What a step minimises: a sum of terms, each a total over a weight.
-
-The weights depend on the batch alone, so a step adds them up over the whole global batch before it
-differentiates anything:
+"""What a step minimises: a sum of terms, each a `Mean` with a coefficient.
 
     loss = sum_j  coefficient_j * total_j / weight_j
 
-and the gradient of a microbatch is that of its totals over the *global* weights. Cutting the batch
-differently, over microbatches or devices, changes nothing but the order of summation. The same type
-serves pretraining, fine-tuning (here) and every RL loss (rl/objective.py).
+The weights depend on the batch alone, so a step adds them up over the whole global batch before it
+differentiates anything, and the gradient of a microbatch is that of its totals over the *global*
+weights. Cutting the batch differently, over microbatches or devices, changes nothing but the order
+of summation. The same type serves pretraining and fine-tuning (`language_objective`, here) and
+every RL loss (`rl/objective.py`).
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from model.config import ModelConfig
-from model.stacks import LayerKind
 from model.heads import token_logprobs
 from model.segments import same_segment, shift_left
-from model.transformer import LayerReports, Output, Transformer
+from model.stacks import LayerKind
+from model.transformer import LayerStats, Output, Transformer
 from train.config import TrainConfig
+from train.mean import Mean
+
+Batch = dict[str, Array]
 
 
 class Totals(NamedTuple):
-    """What one microbatch adds: a total per term, tokens per expert [L', E], and quantities of
-    which the largest is wanted.
+    """What a microbatch adds to the step.
+
+    terms: the total of each term, a float32 scalar.
+    counts_LE: tokens per expert and layer, MTP modules last.
+    maxima: quantities of which the step reports the largest; none is negative.
     """
 
     terms: dict[str, Array]
@@ -36,153 +42,205 @@ class Totals(NamedTuple):
     maxima: dict[str, Array]
 
     def __add__(self, other: "Totals") -> "Totals":
-        terms = {name: value + other.terms[name] for name, value in self.terms.items()}
-        return Totals(
-            terms,
-            self.counts_LE + other.counts_LE,
-            jax.tree.map(jnp.maximum, self.maxima, other.maxima),
-        )
+        terms = {name: total + other.terms[name] for name, total in self.terms.items()}
+        maxima = jax.tree.map(jnp.maximum, self.maxima, other.maxima)
+        return Totals(terms, self.counts_LE + other.counts_LE, maxima)
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A named quantity that a step reports and, with a coefficient, minimises.
+
+    name: its key in `Totals.terms` and in metrics.jsonl.
+    weight: what its total is divided by, a float32 scalar from the batch alone.
+    coefficient: its factor in the loss; None for a metric.
+    """
+
+    name: str
+    weight: Callable[[Batch], Array]
+    coefficient: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
+    """Terms, and the function that adds up their totals over a batch.
+
+    terms: in the order in which the loss adds them.
+    totals: (variables, batch) -> Totals, with one total for each term.
     """
-    weights: batch -> {term: weight}, float32 scalars.
-    totals: (variables, batch) -> Totals. Terms without a coefficient are metrics only.
-    coefficients: of the terms that are minimised.
+
+    terms: tuple[Term, ...]
+    totals: Callable[[dict, Batch], Totals]
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        """Returns the weight of each term, over the whole of a batch."""
+        return {term.name: term.weight(batch) for term in self.terms}
+
+    def loss(self, means: Mapping[str, Mean]) -> Array:
+        """Returns sum_j coefficient_j * total_j / weight_j, a float32 scalar.
+
+        A term over nothing (weight 0) adds nothing.
+        """
+        minimised = [
+            (term.coefficient * means[term.name]).value
+            for term in self.terms
+            if term.coefficient is not None
+        ]
+        return sum(minimised, start=jnp.zeros((), jnp.float32))
+
+
+def means_of(totals: Totals, weights: Mapping[str, Array]) -> dict[str, Mean]:
+    """Pairs the total of each term with its weight."""
+    return {name: Mean(total, weights[name]) for name, total in totals.terms.items()}
+
+
+def language_objective(config: ModelConfig, train: TrainConfig) -> Objective:
+    """Builds the objective of pretraining and fine-tuning.
+
+    Its terms are next-token prediction, multi-token prediction lambda / D * sum_k L^k (arXiv
+    2412.19437, eq. 24 and 25), the indexer's KL and the balance loss. In stage "warmup" the KL
+    alone is minimised, and the rest is reported.
     """
+    mtp_depth = trained_mtp(config, train)
+    depths = range(1, mtp_depth + 1)
 
-    weights: Callable[[dict[str, Array]], dict[str, Array]]
-    totals: Callable[[dict, dict[str, Array]], Totals]
-    coefficients: dict[str, float]
+    def prediction(name: str, ahead: int, coefficient: float) -> Term:
+        minimised = train.stage != "warmup"
+        weight = functools.partial(prediction_weight, ahead=ahead)
+        return Term(name, weight, coefficient if minimised else None)
+
+    def totals(variables: dict, batch: Batch) -> Totals:
+        inputs = batch["tokens"], batch["positions"], batch["segments"]
+        applied = Transformer(config).apply(
+            variables, *inputs, stage=train.stage, mtp=mtp_depth > 0
+        )
+        output = cast(Output, applied)
+        predicted = functools.partial(prediction_total, config, variables["params"])
+        terms = {"lm": predicted(output.hidden_BTD, batch, ahead=1)}
+        for k, hidden_BTD in zip(depths, output.mtp_hidden, strict=True):
+            terms[f"mtp_{k}"] = predicted(hidden_BTD, batch, ahead=k + 1)
+        terms |= layer_totals(config, train.stage, output.stats)
+        return Totals(terms, output.stats.router.counts_E, maxima={})
+
+    terms = (
+        *layer_terms(config, train, mtp_depth),
+        prediction("lm", ahead=1, coefficient=1.0),
+        *(prediction(f"mtp_{k}", k + 1, train.mtp_weight / mtp_depth) for k in depths),
+    )
+    return Objective(terms, totals)
 
 
-def target_weights(batch: dict[str, Array], ahead: int) -> Array:
-    """How much position t's prediction of token t + ahead counts: that token's weight, if it lies
-    in the same segment. [B, T] float32.
+def trained_mtp(config: ModelConfig, train: TrainConfig) -> int:
+    """Returns how many MTP modules a step on text runs.
+
+    Without a weight in the loss they would cost time and teach nothing, so none runs.
+    """
+    return config.num_nextn_predict_layers if train.mtp_weight > 0 else 0
+
+
+def target_weights(batch: Batch, ahead: int) -> Array:
+    """Returns how much the prediction of token t + ahead at position t counts, [B, T] float32.
+
+    It counts as that token's loss weight if the token is in the same segment, else 0.
     """
     return shift_left(batch["weights"], ahead) * same_segment(batch["segments"], ahead)
 
 
+def prediction_weight(batch: Batch, ahead: int) -> Array:
+    """Sums `target_weights` over a batch, a float32 scalar."""
+    return jnp.sum(target_weights(batch, ahead))
+
+
 def prediction_total(
-    config: ModelConfig, params, hidden_BTD: Array, batch: dict[str, Array], ahead: int
+    config: ModelConfig, params: dict, hidden_BTD: Array, batch: Batch, ahead: int
 ) -> Array:
-    """Cross-entropy in nats, summed by `target_weights`."""
+    """Sums the cross-entropy of the tokens `ahead` places on, in nats, by `target_weights`."""
     logprobs_BT, _ = token_logprobs(config, params, hidden_BTD, shift_left(batch["tokens"], ahead))
     return -jnp.sum(logprobs_BT * target_weights(batch, ahead))
 
 
+def layer_terms(config: ModelConfig, train: TrainConfig, mtp_depth: int) -> list[Term]:
+    """Lists the terms that the layers report; their totals are `layer_totals`.
+
+    The warm-up stage minimises the indexer's KL alone, and reports how much of dense attention's
+    probability mass the selected keys have (indexer_recall), beside a random selection.
+
+    Args:
+      mtp_depth: how many MTP modules run.
+    """
+    terms = []
+    if config.moe_layers:
+        weight = functools.partial(layer_tokens, config, lambda kind: kind.moe, mtp_depth)
+        terms.append(
+            Term("balance", weight, train.balance_weight if train.stage != "warmup" else None)
+        )
+    if train.stage != "dense":
+        weight = functools.partial(layer_tokens, config, has_indexer, mtp_depth)
+        terms.append(Term("indexer_kl", weight, train.indexer_weight))
+    if train.stage == "warmup":
+        weight = functools.partial(selecting_tokens, config, mtp_depth)
+        terms += [Term("indexer_recall", weight), Term("indexer_recall_random", weight)]
+    return terms
+
+
 def has_indexer(kind: LayerKind) -> bool:
+    """Returns whether layers of this kind select keys by an indexer of their own."""
     return kind.attention == "mla"
 
 
-def layer_weights(
-    config: ModelConfig, stage: str, batch: dict[str, Array], mtp_depth: int
-) -> dict[str, Array]:
-    """Weights of the terms that the layers report: tokens, summed over layers and the MTP modules
-    that run. To a module those count whose next tokens it can read.
+def layer_tokens(
+    config: ModelConfig,
+    has: Callable[[LayerKind], bool],
+    mtp_depth: int,
+    batch: Batch,
+    counted_BT: Array | bool = True,
+) -> Array:
+    """Counts tokens, added over the layers of some kinds and the MTP modules that run, float32.
+
+    In the module of depth k those tokens count whose k next ones are in the same segment: it reads
+    no others.
+
+    Args:
+      has: says of a kind of layer whether it is one of those.
+      counted_BT: which tokens count.
     """
-
-    def over_layers(has: Callable[[LayerKind], bool], counts_BT: Array | bool) -> Array:
-        tokens = [
-            jnp.sum(same_segment(batch["segments"], k) & counts_BT, dtype=jnp.float32)
-            for k in range(mtp_depth + 1)
-        ]
-        return sum(map(has, config.kinds)) * tokens[0] + has(config.mtp_kind) * sum(tokens[1:])
-
-    weights = {}
-    if config.moe_layers:
-        weights["balance"] = over_layers(lambda kind: kind.moe, True)
-    if stage != "dense":
-        weights["indexer_kl"] = over_layers(has_indexer, True)
-    if stage == "warmup":
-        # Queries with more candidates than topk: the position inside the segment says how many
-        # there are.
-        recall = over_layers(has_indexer, batch["positions"] >= config.indexer.topk)
-        weights |= {"indexer_recall": recall, "indexer_recall_random": recall}
-    return weights
+    tokens = [
+        jnp.sum(same_segment(batch["segments"], k) & counted_BT, dtype=jnp.float32)
+        for k in range(mtp_depth + 1)
+    ]
+    return sum(map(has, config.kinds)) * tokens[0] + has(config.mtp_kind) * sum(tokens[1:])
 
 
-def layer_totals(config: ModelConfig, stage: str, reports: LayerReports) -> dict[str, Array]:
+def selecting_tokens(config: ModelConfig, mtp_depth: int, batch: Batch) -> Array:
+    """Counts the queries with more candidates than topk, over the layers with an indexer, float32.
+
+    The position inside the segment says how many candidates a query has.
+    """
+    counted_BT = batch["positions"] >= config.indexer.topk
+    return layer_tokens(config, has_indexer, mtp_depth, batch, counted_BT)
+
+
+def layer_totals(config: ModelConfig, stage: str, reports: LayerStats) -> dict[str, Array]:
+    """Sums what the layers report over the layers: the total of each of `layer_terms`."""
     totals = {}
     if config.moe_layers:
         totals["balance"] = jnp.sum(reports.router.balance)
     if stage != "dense":
         totals["indexer_kl"] = jnp.sum(reports.indexer.kl)
     if stage == "warmup":
-        totals |= {
-            "indexer_recall": jnp.sum(reports.indexer.recall),
-            "indexer_recall_random": jnp.sum(reports.indexer.recall_random),
-        }
+        totals["indexer_recall"] = jnp.sum(reports.indexer.recall)
+        totals["indexer_recall_random"] = jnp.sum(reports.indexer.recall_random)
     return totals
 
 
-def layer_coefficients(config: ModelConfig, train: TrainConfig) -> dict[str, float]:
-    coefficients = {}
-    if config.moe_layers and train.stage != "warmup":
-        coefficients["balance"] = train.balance_weight
-    if train.stage != "dense":
-        coefficients["indexer_kl"] = train.indexer_weight
-    return coefficients
+def split_microbatches(batch: Batch, microbatches: int) -> Batch:
+    """Cuts [B, ...] into [microbatches, B / microbatches, ...].
 
-
-def trained_mtp(config: ModelConfig, train: TrainConfig) -> int:
-    """How many MTP modules a step on text runs: without a weight they would cost time and teach
-    nothing.
+    Each microbatch takes every so many-th row, so that every device's rows are cut alike.
     """
-    return config.num_nextn_predict_layers if train.mtp_weight > 0 else 0
 
+    def cut(rows: Array) -> Array:
+        size = rows.shape[0] // microbatches
+        return jnp.moveaxis(rows.reshape(size, microbatches, *rows.shape[1:]), 1, 0)
 
-def language_objective(config: ModelConfig, train: TrainConfig) -> Objective:
-    """Next-token prediction, multi-token prediction, the indexer's KL and the balance loss. In
-    stage "warmup" the KL alone is minimised; the rest is reported.
-
-    The MTP term is lambda / D * sum_k L^k (arXiv 2412.19437, eq. 24 and 25).
-    """
-    mtp_depth = trained_mtp(config, train)
-    depths = range(1, mtp_depth + 1)
-
-    def weights(batch):
-        own = {"lm": jnp.sum(target_weights(batch, 1))} | {
-            f"mtp_{k}": jnp.sum(target_weights(batch, k + 1)) for k in depths
-        }
-        return own | layer_weights(config, train.stage, batch, mtp_depth)
-
-    def totals(variables, batch):
-        inputs = batch["tokens"], batch["positions"], batch["segments"]
-        output: Output = Transformer(config).apply(
-            variables, *inputs, stage=train.stage, mtp=mtp_depth > 0
-        )
-        own = {"lm": prediction_total(config, variables["params"], output.hidden_BTD, batch, 1)}
-        for k, hidden_BTD in zip(depths, output.mtp_hidden, strict=True):
-            own[f"mtp_{k}"] = prediction_total(
-                config, variables["params"], hidden_BTD, batch, k + 1
-            )
-        return Totals(
-            own | layer_totals(config, train.stage, output.reports),
-            output.reports.router.counts_E,
-            {},
-        )
-
-    coefficients = layer_coefficients(config, train)
-    if train.stage != "warmup":
-        coefficients |= {"lm": 1.0} | {f"mtp_{k}": train.mtp_weight / mtp_depth for k in depths}
-    return Objective(weights, totals, coefficients)
-
-
-def weighted_loss(
-    objective: Objective, totals: dict[str, Array], weights: dict[str, Array]
-) -> Array:
-    """sum_j coefficient_j * total_j / weight_j; a term that nothing weighs is 0."""
-    terms = [
-        c * totals[name] / jnp.where(weights[name] == 0, 1, weights[name])
-        for name, c in objective.coefficients.items()
-    ]
-    return sum(terms, start=jnp.zeros((), jnp.float32))
-
-
-def split_microbatches(batch: dict[str, Array], pieces: int) -> dict[str, Array]:
-    """[B, ...] to [pieces, B / pieces, ...], every device's rows cut alike."""
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0), batch
-    )
+    return jax.tree.map(cut, batch)

@@ -11,47 +11,14 @@ from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.sharding import batch_sharding, replicated
-from train.balance import expert_load, move_router
+from train.balance import expert_load, update_router
 from train.config import TrainConfig
-from train.objective import Objective, Totals, split_microbatches, weighted_loss
+from train.mean import Mean
+from train.objective import Batch, Objective, Totals, means_of, split_microbatches
 from train.optimizer import schedule, trainable
 from train.state import TrainState, state_shardings
 
-Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
-
-
-def loss_and_gradient(
-    objective: Objective, mask: dict, state: TrainState, batch: dict[str, Array], pieces: int
-) -> tuple[dict, Totals, dict[str, Array]]:
-    """Gradients of the loss over the global batch, taken `pieces` microbatches one after another.
-
-    Returns (gradients, totals, weights). Gradients of frozen parameters are zero, and their
-    backward pass is not computed.
-    """
-    weights = objective.weights(batch)
-
-    def loss(params, piece):
-        params = jax.tree.map(
-            lambda leaf, learns: leaf if learns else jax.lax.stop_gradient(leaf), params, mask
-        )
-        totals = objective.totals({"params": params, "router": state.router}, piece)
-        return weighted_loss(objective, totals.terms, weights), totals
-
-    gradient = jax.grad(loss, has_aux=True)
-    if pieces == 1:
-        return *gradient(state.params, batch), weights
-
-    def accumulate(so_far, piece):
-        gradients, totals = gradient(state.params, piece)
-        return (jax.tree.map(jnp.add, so_far[0], gradients), so_far[1] + totals), None
-
-    batches = split_microbatches(batch, pieces)
-    shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], batches))
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes
-    )  # maxima are of absolute values: 0 is their least
-    (gradients, totals), _ = jax.lax.scan(accumulate, zeros, batches)
-    return gradients, totals, weights
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def make_step(
@@ -60,68 +27,108 @@ def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
 ) -> Step:
-    """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
+    """Returns a function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     A step whose gradients are not finite changes nothing but its counters. Metrics are float32
-    scalars, and expert_load of the MoE layers [L', E].
+    scalars, and expert_load of the MoE layers [L, E].
     """
     learning_rate = schedule(train)
 
-    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         mask = trainable(train, state.params)
-        gradients, totals, weights = loss_and_gradient(
+        gradients, means, totals = loss_and_gradient(
             objective, mask, state, batch, train.microbatches
         )
-        counts_LE = totals.counts_LE
         with jax.named_scope("optimizer"):
             norm = optax.global_norm(gradients)
-            finite = jnp.isfinite(norm)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            router = (
-                move_router(config, state.router, counts_LE, train.router_bias_rate)
-                if train.stage != "warmup"
-                else state.router
-            )
-            kept = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
-                (params, router, opt_state),
-                (state.params, state.router, state.opt_state),
-            )
-        skipped = (~finite).astype(jnp.int32)
-        new_state = TrainState(
-            state.step + 1,
-            *kept,
-            skipped=state.skipped + skipped,
-            skipped_in_row=(state.skipped_in_row + 1) * skipped,
-        )
-        metrics = {
-            name: total / jnp.where(weights[name] == 0, 1, weights[name])
-            for name, total in totals.terms.items()
-        } | totals.maxima
+            router = state.router
+            if train.stage != "warmup":
+                router = update_router(config, router, totals.counts_LE, train.router_bias_rate)
+            new_state = advance(state, params, router, opt_state, finite=jnp.isfinite(norm))
+        metrics = {name: mean.value for name, mean in means.items()} | totals.maxima
         metrics |= {
-            "loss": weighted_loss(objective, totals.terms, weights),
+            "loss": objective.loss(means),
             "grad_norm": norm,
-            "learning_rate": learning_rate(
-                state.step - state.skipped
-            ),  # the optimizer's own count: it does not see skipped steps
+            # The optimizer's own count: it does not see skipped steps.
+            "learning_rate": learning_rate(state.step - state.skipped),
             "skipped": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
         }
-        if config.moe_layers:
-            kinds = (
-                *config.kinds,
-                *[config.mtp_kind] * (counts_LE.shape[0] - config.num_hidden_layers),
-            )
-            loads_LE = expert_load(counts_LE[np.asarray([kind.moe for kind in kinds])])
-            metrics |= {"expert_load_max": jnp.max(loads_LE), "expert_load": loads_LE}
-        return new_state, metrics
+        return new_state, metrics | load_metrics(config, totals.counts_LE)
 
     return step
 
 
+def loss_and_gradient(
+    objective: Objective, mask: dict, state: TrainState, batch: Batch, microbatches: int
+) -> tuple[dict, dict[str, Mean], Totals]:
+    """Differentiates the loss over the global batch, one microbatch after another.
+
+    Args:
+      mask: a tree of bools, which parameters learn. The gradients of the others are zero, and their
+        backward pass is not computed.
+
+    Returns:
+      (gradients, the terms as means over the global batch, their totals and the rest).
+    """
+    weights = objective.weights(batch)
+
+    def loss(params: dict, microbatch: Batch) -> tuple[Array, Totals]:
+        params = jax.tree.map(
+            lambda leaf, learns: leaf if learns else jax.lax.stop_gradient(leaf), params, mask
+        )
+        totals = objective.totals({"params": params, "router": state.router}, microbatch)
+        return objective.loss(means_of(totals, weights)), totals
+
+    gradient = jax.grad(loss, has_aux=True)
+    if microbatches == 1:
+        gradients, totals = gradient(state.params, batch)
+        return gradients, means_of(totals, weights), totals
+
+    def accumulate(sums: tuple[dict, Totals], microbatch: Batch) -> tuple:
+        gradients, totals = gradient(state.params, microbatch)
+        return (jax.tree.map(jnp.add, sums[0], gradients), sums[1] + totals), None
+
+    batches = split_microbatches(batch, microbatches)
+    shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], batches))
+    # Maxima start at 0 too: none of them is negative.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (gradients, totals), _ = jax.lax.scan(accumulate, zeros, batches)
+    return gradients, means_of(totals, weights), totals
+
+
+def advance(
+    state: TrainState, params: optax.Params, router: dict, opt_state: optax.OptState, finite: Array
+) -> TrainState:
+    """Returns the next state: the new trees if the gradients were finite, else the old ones."""
+    taken = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, router, opt_state),
+        (state.params, state.router, state.opt_state),
+    )
+    skipped = (~finite).astype(jnp.int32)
+    return TrainState(
+        state.step + 1,
+        *taken,
+        skipped=state.skipped + skipped,
+        skipped_in_row=(state.skipped_in_row + 1) * skipped,
+    )
+
+
+def load_metrics(config: ModelConfig, counts_LE: Array) -> dict[str, Array]:
+    """Returns the expert load of the MoE layers [L, E], MTP modules last, and its maximum."""
+    if not config.moe_layers:
+        return {}
+    mtp_modules = counts_LE.shape[0] - config.num_hidden_layers
+    kinds = (*config.kinds, *[config.mtp_kind] * mtp_modules)
+    load_LE = expert_load(counts_LE[np.asarray([kind.moe for kind in kinds])])
+    return {"expert_load_max": jnp.max(load_LE), "expert_load": load_LE}
+
+
 def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a training batch looks like (data/packing.py), on the devices."""
+    """Returns shapes, types and sharding of a training batch (data/packing.py), each [B, T]."""
     types = {
         "tokens": jnp.int32,
         "positions": jnp.int32,
@@ -134,19 +141,18 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDty
     }
 
 
-def jit_step(step: Step, state: TrainState, mesh: Mesh):
-    """The step to be run or only compiled: the state given away, and the next one laid out as
-    `state`, an abstract one, is.
+def jit_step(step: Step, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """Jits a step, to be run or only compiled.
+
+    The state is donated, and the next one is laid out as `state`, an abstract one, is.
     """
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(state), replicated(mesh)))
 
 
-def make_evaluation(
-    objective: Objective,
-) -> Callable[[dict, dict[str, Array]], tuple[dict[str, Array], dict[str, Array]]]:
-    """(variables, batch) -> (totals, weights): to be added over batches, then divided."""
+def make_evaluation(objective: Objective) -> Callable[[dict, Batch], dict[str, Mean]]:
+    """Returns a function (variables, batch) -> means: to be added over batches, then divided."""
 
-    def evaluate(variables, batch):
-        return objective.totals(variables, batch).terms, objective.weights(batch)
+    def evaluate(variables: dict, batch: Batch) -> dict[str, Mean]:
+        return means_of(objective.totals(variables, batch), objective.weights(batch))
 
     return evaluate

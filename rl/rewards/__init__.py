@@ -1,5 +1,8 @@
-"""Rewards by name: each takes a completion and the right answer of its problem, and returns a
-number.
+"""Rewards by name.
+
+Each takes the text of a completion and the right answer of its problem, and returns a number. A new
+reward is a function in a file here and an entry in `REWARDS`. It may import `data` (parsing) and
+nothing of the trainer. Start reading at `rl/rewards/answer.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +20,13 @@ REWARDS: dict[str, Reward] = {
 def total_reward(
     text: str, answer: str, weights: Mapping[str, float]
 ) -> tuple[float, dict[str, float]]:
-    """The reward of a completion: the weighted sum of the named rewards, and each of them
-    unweighted (for the metrics).
+    """Rewards a completion.
 
     Args:
       weights: reward name -> weight, for example {"answer": 1.0, "format": 0.1}.
+
+    Returns:
+      The weighted sum of the named rewards, and each of them unweighted, for the metrics.
     """
-    parts = {name: REWARDS[name](text, answer) for name in weights}
-    return sum(weights[name] * part for name, part in parts.items()), parts
+    by_name = {name: REWARDS[name](text, answer) for name in weights}
+    return sum(weights[name] * reward for name, reward in by_name.items()), by_name

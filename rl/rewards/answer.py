@@ -1,15 +1,15 @@
-"""Rule rewards on a finished completion: is it in the format, and is its answer right (DeepSeek-R1,
-arXiv 2501.12948, section 2.2.2).
+"""Rule rewards on a finished completion (DeepSeek-R1, arXiv 2501.12948, section 2.2.2).
 
-There is one parser, `data.chat.parse_completion`, and it is strict: one thought, one answer,
-nothing else. What it does not accept earns nothing, so an answer inside the thought, a second
-answer block or a nested tag cannot be paid for by accident.
+They say whether it is in the format, and whether its answer is right. There is one parser,
+`data.completions.parse_completion`, and it is strict: one thought, one answer, nothing else. What
+it does not accept earns nothing, so an answer inside the thought, a second answer block or a nested
+tag cannot be paid for by accident.
 """
 
 import re
 from decimal import Decimal
 
-from data.chat import parse_completion
+from data.completions import parse_completion
 
 # ASCII digits, with an optional sign, thousands in groups of three, and decimals. No exponents,
 # units, fractions or expressions: those compare as text.
@@ -17,29 +17,33 @@ _NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?|
 
 
 def format_reward(text: str) -> float:
-    """1 if the completion is exactly `<think>...</think><answer>...</answer>`, else 0. What stands
-    inside does not matter.
+    """Returns 1 if the completion is exactly `<think>...</think><answer>...</answer>`, else 0.
+
+    What stands inside does not matter.
     """
     return float(parse_completion(text).well_formed)
 
 
 def answer_reward(text: str, answer: str) -> float:
-    """1 if the completion is well formed and its answer equals `answer` after `normalise`, else 0.
-    An empty answer is never right.
+    """Returns 1 if the completion is well formed and its answer is the right one, else 0.
+
+    Answers are equal if `normalise` makes the same of them. An empty answer is never right.
 
     Args:
       text: the completion alone: without its prompt and the end of sequence, with its four tags.
       answer: the right answer of the problem.
     """
-    given = normalise(parse_completion(text).answer)  # "" unless well formed
-    return float(given != "" and given == normalise(answer))
+    found = normalise(parse_completion(text).answer)  # "" unless well formed
+    return float(found != "" and found == normalise(answer))
 
 
 def normalise(answer: str) -> Decimal | str:
-    """What an answer is compared by: a number by its value ("09", "9.0" and "+9" are 9, "1,000" is
-    1000), anything else by its text with runs of whitespace as one space. Strict beyond that: "9
-    apples", "x = 9", "9." and "1e3" are texts, and texts compare with case.
+    """Returns what an answer is compared by.
+
+    A number compares by its value ("09", "9.0" and "+9" are 9, "1,000" is 1000), anything else by
+    its text, with each stretch of whitespace as one space. It is strict beyond that: "9 apples", "x
+    = 9", "9." and "1e3" are texts, and texts compare with case.
     """
     words = " ".join(answer.split())
-    # Decimal holds as many digits as there are; a float would call 2**53 and 2**53 + 1 equal.
+    # Decimal keeps as many digits as there are; a float would call 2**53 and 2**53 + 1 equal.
     return Decimal(words.replace(",", "")) if _NUMBER.fullmatch(words) else words

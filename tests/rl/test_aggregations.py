@@ -1,3 +1,8 @@
+"""An aggregation is a mean that depends neither on how the batch is cut nor on padding."""
+
+import functools
+import operator
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -16,12 +21,16 @@ ROUNDING = 2e-6  # relative: float32 sums of some tens of numbers, in another or
 
 
 def ragged_batch(rows: int = 6, width: int = 8):
-    """Lengths 1, 2, ... : a per-piece mean differs from the global one by far more than
+    """Rows of lengths 1, 2, ...: a mean per microbatch differs from the global one by far more than
     rounding.
     """
     rng = np.random.default_rng(0)
     mask_BT = np.arange(width) < 1 + np.arange(rows)[:, None] % width
     return jnp.array(rng.normal(size=(rows, width)), jnp.float32), jnp.array(mask_BT)
+
+
+def mean(aggregation, values_BT, mask_BT) -> Mean:
+    return Mean(aggregation.total(values_BT, mask_BT), aggregation.weight(mask_BT))
 
 
 def gradient(aggregation, values_BT, mask_BT):
@@ -32,10 +41,8 @@ def gradient(aggregation, values_BT, mask_BT):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        (
-            "mean_of_sequence_means",
-            (2.0 + 10.0) / 2,
-        ),  # (1 + 2 + 3) / 3 and 10 / 1, over two sequences
+        # (1 + 2 + 3) / 3 and 10 / 1, over two sequences.
+        ("mean_of_sequence_means", (2.0 + 10.0) / 2),
         ("token_mean", 16 / 4),
         ("sum_over", (6 / 8 + 10 / 8) / 2),
     ],
@@ -43,18 +50,18 @@ def gradient(aggregation, values_BT, mask_BT):
 @pytest.mark.parametrize("dtype", [bool, jnp.float32, jnp.int32])
 def test_by_hand(name, expected, dtype):
     values_BT = jnp.array([[1.0, 2.0, 3.0], [10.0, -5.0, 7.0], [4.0, 4.0, 4.0]])
-    mask_BT = jnp.array(
-        [[1, 1, 1], [1, 0, 0], [0, 0, 0]], dtype
-    )  # the last row only fills the batch
-    assert float(AGGREGATIONS[name](values_BT, mask_BT).value) == pytest.approx(expected, rel=1e-6)
+    # The last row only fills the batch.
+    mask_BT = jnp.array([[1, 1, 1], [1, 0, 0], [0, 0, 0]], dtype)
+    found = mean(AGGREGATIONS[name], values_BT, mask_BT).value
+    assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
-@pytest.mark.parametrize("pieces", [2, 3, 6])
-def test_gradient_does_not_depend_on_microbatches(name, pieces):
+@pytest.mark.parametrize("microbatches", [2, 3, 6])
+def test_gradient_does_not_depend_on_microbatches(name, microbatches):
     aggregation, (values_BT, mask_BT) = AGGREGATIONS[name], ragged_batch()
     weight = aggregation.weight(mask_BT)
-    cut = [jnp.split(x, pieces) for x in (values_BT, mask_BT)]
+    cut = [jnp.split(x, microbatches) for x in (values_BT, mask_BT)]
     gradients = [
         jax.grad(lambda values, mask=mask: aggregation.total(values, mask) / weight)(values)
         for values, mask in zip(*cut, strict=True)
@@ -62,8 +69,9 @@ def test_gradient_does_not_depend_on_microbatches(name, pieces):
     chex.assert_trees_all_close(
         jnp.concatenate(gradients), gradient(aggregation, values_BT, mask_BT), rtol=ROUNDING
     )
-    added = sum((aggregation(values, mask) for values, mask in zip(*cut, strict=True)), Mean.zero())
-    chex.assert_trees_all_close(added, aggregation(values_BT, mask_BT), rtol=ROUNDING)
+    means = (mean(aggregation, values, mask) for values, mask in zip(*cut, strict=True))
+    added = functools.reduce(operator.add, means)
+    chex.assert_trees_all_close(added, mean(aggregation, values_BT, mask_BT), rtol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
@@ -82,7 +90,9 @@ def test_padding_counts_for_nothing(name, junk, dtype):
     )
     padded_mask_BT = jnp.pad(mask_BT, ((0, 2), (3, 5)))
     chex.assert_trees_all_close(
-        aggregation(padded_BT, padded_mask_BT), aggregation(values_BT, mask_BT), rtol=ROUNDING
+        mean(aggregation, padded_BT, padded_mask_BT),
+        mean(aggregation, values_BT, mask_BT),
+        rtol=ROUNDING,
     )
     expected_BT = jnp.pad(gradient(aggregation, values_BT, mask_BT), ((0, 2), (3, 5)))
     chex.assert_trees_all_close(
@@ -93,15 +103,15 @@ def test_padding_counts_for_nothing(name, junk, dtype):
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_a_batch_without_completion_tokens_is_zero(name):
     values_BT, mask_BT = jnp.full((2, 3), jnp.nan), jnp.zeros((2, 3), bool)
-    mean = AGGREGATIONS[name](values_BT, mask_BT)
-    assert mean.value == 0 and mean.weight == 0
-    slope_BT = jax.grad(lambda values: AGGREGATIONS[name](values, mask_BT).value)(values_BT)
+    nothing = mean(AGGREGATIONS[name], values_BT, mask_BT)
+    assert nothing.value == 0 and nothing.weight == 0
+    slope_BT = jax.grad(lambda values: mean(AGGREGATIONS[name], values, mask_BT).value)(values_BT)
     chex.assert_trees_all_equal(slope_BT, jnp.zeros((2, 3)))
 
 
 def test_length_bias():
-    """What Dr. GRPO is about: the gradient of one token under 1/|o| shrinks with the length of its
-    completion; under a constant divisor it does not.
+    """The gradient of one token under 1/|o| shrinks with the length of its completion; under Dr.
+    GRPO's constant divisor it does not.
     """
     values_BT, mask_BT = ragged_batch(rows=4)
     per_length = gradient(mean_of_sequence_means, values_BT, mask_BT)[:, 0]

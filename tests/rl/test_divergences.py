@@ -1,5 +1,5 @@
-"""One token of a vocabulary of five, so that every expectation is a sum of five terms: the facts in
-the table of rl/divergences.py.
+"""The facts in the table of rl/divergences.py, for one token of a vocabulary of five: every
+expectation is a sum of five terms.
 """
 
 import jax
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl.divergences import k1, k2, k3, unbiased_k3
+from rl.divergences import k3, unbiased_k3
 
 RNG = np.random.default_rng(3)
 LOGITS, OLD, REFERENCE = (jnp.array(RNG.normal(size=5), jnp.float32) for _ in range(3))
@@ -27,8 +27,9 @@ def forward_kl(logits):
 
 
 def expected(estimator, logits, old):
-    """E over tokens sampled from `old`, which has no gradient: what the average over many sampled
-    tokens converges to.
+    """Returns the expectation over tokens sampled from `old`, which has no gradient.
+
+    It is the limit of the average over many sampled tokens.
     """
     logprobs, old_logprobs = jax.nn.log_softmax(logits), jax.nn.log_softmax(old)
     per_token = estimator(logprobs, jax.nn.log_softmax(REFERENCE), jnp.exp(logprobs - old_logprobs))
@@ -40,8 +41,6 @@ def expected_gradient(estimator, old):
 
 
 @pytest.mark.parametrize("estimator, golden", [
-    (k1, [0.2, -0.2, 0.35, 0.6]),
-    (k2, [0.02, 0.02, 0.06125, 0.18]),
     (k3, [0.01873075, 0.02140276, 0.05468809, 0.14881164]),
     (unbiased_k3, [0.0207, 0.0159, 0.0702, 0.2453]),
 ])  # fmt: skip
@@ -55,26 +54,11 @@ def test_golden(estimator, golden):
     np.testing.assert_allclose(values, [golden], atol=5.1e-5 if estimator is unbiased_k3 else 1e-7)
 
 
-@pytest.mark.parametrize("estimator", [k1, k3, unbiased_k3])
+@pytest.mark.parametrize("estimator", [k3, unbiased_k3])
 def test_value_is_the_kl_on_policy(estimator):
     assert float(expected(estimator, LOGITS, LOGITS)) == pytest.approx(
         float(reverse_kl(LOGITS)), abs=EXACT
     )
-
-
-def test_value_of_k2_is_biased():
-    assert abs(float(expected(k2, LOGITS, LOGITS) - reverse_kl(LOGITS))) > 0.01
-
-
-def test_gradient_of_k1_is_nothing():
-    np.testing.assert_allclose(expected_gradient(k1, LOGITS), 0, atol=EXACT)
-
-
-def test_gradient_of_k2_is_that_of_the_kl_on_policy_only():
-    np.testing.assert_allclose(
-        expected_gradient(k2, LOGITS), jax.grad(reverse_kl)(LOGITS), atol=EXACT
-    )
-    assert np.abs(expected_gradient(k2, OLD) - jax.grad(reverse_kl)(LOGITS)).max() > 0.01
 
 
 def test_gradient_of_k3_is_that_of_the_forward_kl():

@@ -66,7 +66,7 @@ def score(batch):
 
 
 @functools.cache
-def compiled(algorithm: str, pieces: int):
+def compiled(algorithm: str, microbatches: int):
     objective = policy_objective(
         CONFIG, TRAIN, get_algorithm(algorithm, max_completion=16), TEMPERATURE
     )
@@ -74,14 +74,13 @@ def compiled(algorithm: str, pieces: int):
     @jax.jit
     def run(params, router, batch):
         state = TrainState(jnp.zeros((), jnp.int32), params, router, (), 0, 0)
-        gradients, totals, weights = loss_and_gradient(
-            objective, jax.tree.map(lambda _: True, params), state, batch, pieces
+        gradients, means, totals = loss_and_gradient(
+            objective, jax.tree.map(lambda _: True, params), state, batch, microbatches
         )
         return {
             "gradients": gradients,
-            "terms": totals.terms,
+            "means": means,
             "maxima": totals.maxima,
-            "weights": weights,
             "counts": totals.counts_LE,
         }
 
@@ -118,7 +117,7 @@ def test_rows_of_padding_change_nothing(algorithm):
         gradient(algorithm, rollout()),
         [gradient(algorithm, only([row])) for row in range(4)],
     )
-    for kind in ("terms", "weights", "counts"):
+    for kind in ("means", "counts"):
         tiny.assert_close(
             jax.tree.map(lambda *leaves: sum(leaves), *(part[kind] for part in parts)),
             whole[kind],
@@ -126,12 +125,7 @@ def test_rows_of_padding_change_nothing(algorithm):
             atol=2e-5,
         )
     nothing = gradient(algorithm, only([]))
-    assert (
-        tiny.tree_max(
-            (nothing["gradients"], nothing["terms"], nothing["weights"], nothing["counts"])
-        )
-        == 0
-    )
+    assert tiny.tree_max((nothing["gradients"], nothing["means"], nothing["counts"])) == 0
 
 
 def test_dividing_by_piece_would_be_seen():
@@ -174,9 +168,9 @@ def test_equations(algorithm):
         {"kl": kl} if algorithm == "grpo" else {}
     )
     for name, value in expected.items():
-        assert float(found["terms"][name]) == pytest.approx(value, rel=1e-4)
-    assert float(found["weights"]["policy"]) == 4
-    assert float(found["weights"]["entropy"]) == mask_BT.sum()
+        assert float(found["means"][name].total) == pytest.approx(value, rel=1e-4)
+    assert float(found["means"]["policy"].weight) == 4
+    assert float(found["means"]["entropy"].weight) == mask_BT.sum()
     assert float(found["maxima"]["logprob_gap_max"]) == pytest.approx(
         np.abs(logprobs_BT - old_BT).max(), rel=1e-4
     )

@@ -1,3 +1,7 @@
+"""Right answers are paid, and nothing else is: not another answer, and not a hack."""
+
+import itertools
+import math
 from decimal import Decimal
 
 import pytest
@@ -116,10 +120,19 @@ def test_normalise():
     assert normalise(" two  words ") == "two words"
 
 
-def test_score_weighs_the_named_rewards():
-    total, parts = total_reward(completion("9"), "9", {"answer": 1.0, "format": 0.1})
-    assert total == pytest.approx(1.1) and parts == {"answer": 1.0, "format": 1.0}
-    total, parts = total_reward(completion("8"), "9", {"answer": 1.0, "format": 0.1})
-    assert total == pytest.approx(0.1) and parts == {"answer": 0.0, "format": 1.0}
+def test_the_total_weighs_the_named_rewards():
+    total, by_name = total_reward(completion("9"), "9", {"answer": 1.0, "format": 0.1})
+    assert total == pytest.approx(1.1) and by_name == {"answer": 1.0, "format": 1.0}
+    total, by_name = total_reward(completion("8"), "9", {"answer": 1.0, "format": 0.1})
+    assert total == pytest.approx(0.1) and by_name == {"answer": 0.0, "format": 1.0}
     assert total_reward(completion("9"), "9", {"format": 0.5}) == (0.5, {"format": 1.0})
-    assert set(REWARDS) == {"answer", "format"}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_is_a_number_for_any_text(name):
+    """A completion must not be able to raise, whatever it says, and an answer neither."""
+    texts = [*HACKS.values(), completion("9"), completion("nan"), "\x00", "\ud800"]
+    for text, answer in itertools.product(texts, ("9", "", "New York")):
+        reward = REWARDS[name](text, answer)
+        assert isinstance(reward, float) and math.isfinite(reward)
+        assert total_reward(text, answer, {name: 2.0}) == (2 * reward, {name: reward})

@@ -25,10 +25,7 @@ def test_policy_batch_by_hand():
     prompts = pad_prompts([[4, 5], [6, 7, 8]], width=3, pad=1)
     mask_BC = jnp.asarray([[1, 1], [1, 0], [1, 1], [1, 0]], bool)
     completions = Completions(
-        jnp.asarray([[10, 11], [12, 1], [13, 14], [15, 1]]),
-        mask_BC,
-        -1.0 * mask_BC,
-        jnp.zeros((4, 2)),
+        jnp.asarray([[10, 11], [12, 1], [13, 14], [15, 1]]), mask_BC, -1.0 * mask_BC
     )
     batch = policy_batch(
         jnp.asarray(prompts.tokens_PT), jnp.asarray(prompts.segments_PT), completions, group=2

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests import tiny
-from train.balance import move_router, moved_bias
+from train.balance import update_router, updated_bias
 
 
 def test_overloaded_experts_fall_and_underloaded_rise():
@@ -14,7 +14,7 @@ def test_overloaded_experts_fall_and_underloaded_rise():
         [[9, 4, 0, 3], [0, 0, 0, 0]]
     )  # a layer that no real token reached stays
     np.testing.assert_allclose(
-        moved_bias(bias_LE, counts_LE, 0.1), [[-0.1, 0.5, 0.1, -0.4], [0, 0, 0, 0]], atol=1e-7
+        updated_bias(bias_LE, counts_LE, 0.1), [[-0.1, 0.5, 0.1, -0.4], [0, 0, 0, 0]], atol=1e-7
     )
 
 
@@ -25,7 +25,7 @@ def test_every_layer_reads_its_own_counts():
     config = tiny.model_config()
     router = tiny.variables(config)["router"]
     counts_LE = jnp.asarray([[0, 0, 0, 0], [8, 0, 2, 2], [0, 8, 2, 2], [2, 2, 8, 0]])
-    moved = move_router(config, router, counts_LE, 0.5)
+    moved = update_router(config, router, counts_LE, 0.5)
 
     def change(*path):
         new, old = moved, router
@@ -37,13 +37,13 @@ def test_every_layer_reads_its_own_counts():
         change("layers_1", "block_0"), [[-0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, 0.5]], atol=1e-6
     )
     np.testing.assert_allclose(change("mtp_0", "block"), [0.5, 0.5, -0.5, 0.5], atol=1e-6)
-    moved = move_router(config, router, counts_LE[:3], 0.5)
+    moved = update_router(config, router, counts_LE[:3], 0.5)
     np.testing.assert_array_equal(change("mtp_0", "block"), np.zeros(4))
 
 
 def test_a_model_without_experts_has_no_router():
     assert (
-        move_router(
+        update_router(
             tiny.model_config(first_k_dense_replace=3, num_nextn_predict_layers=0),
             {},
             jnp.zeros((3, 4)),

@@ -28,21 +28,16 @@ def train_config(stage):
 
 
 @functools.cache
-def compiled(stage: str, pieces: int, config=CONFIG, train=None):
+def compiled(stage: str, microbatches: int, config=CONFIG, train=None):
     objective = language_objective(config, train or train_config(stage))
 
     @jax.jit
     def run(params, router, batch):
         state = TrainState(jnp.zeros((), jnp.int32), params, router, (), 0, 0)
-        gradients, totals, weights = loss_and_gradient(
-            objective, jax.tree.map(lambda _: True, params), state, batch, pieces
+        gradients, means, totals = loss_and_gradient(
+            objective, jax.tree.map(lambda _: True, params), state, batch, microbatches
         )
-        return {
-            "gradients": gradients,
-            "terms": totals.terms,
-            "weights": weights,
-            "counts": totals.counts_LE,
-        }
+        return {"gradients": gradients, "means": means, "counts": totals.counts_LE}
 
     return run
 
@@ -89,10 +84,9 @@ def test_losses_by_hand():
             if segments_BT[b, t] and segments_BT[b, t] == segments_BT[b, t + ahead]:
                 weight += weights_BT[b, t + ahead]
                 total -= weights_BT[b, t + ahead] * logprobs_BTV[b, t, tokens_BT[b, t + ahead]]
-        assert float(found["weights"][name]) == weight
-        assert float(found["terms"][name]) == pytest.approx(
-            total, rel=1e-5
-        )  # a float32 sum of 100 terms
+        assert float(found["means"][name].weight) == weight
+        # A float32 sum of 100 terms.
+        assert float(found["means"][name].total) == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("pieces", [pytest.param(2, marks=pytest.mark.slow), 4])
@@ -132,14 +126,34 @@ def test_rows_and_columns_of_padding_change_nothing():
     tiny.assert_close(gradient(moved), gradient(BATCH), **ROUNDING)
 
 
-def test_every_stage_minimises_its_terms():
-    """Terms beyond these are reported only."""
-    coefficients = {
-        stage: language_objective(CONFIG, train_config(stage)).coefficients for stage in tiny.STAGES
-    }
-    assert coefficients["dense"] == {"lm": 1.0, "mtp_1": 0.3, "balance": 0.5}
-    assert coefficients["warmup"] == {"indexer_kl": 1.0}
-    assert coefficients["sparse"] == {"lm": 1.0, "mtp_1": 0.3, "balance": 0.5, "indexer_kl": 1.0}
+def minimised(stage: str, **changes) -> dict[str, float | None]:
+    """Returns the coefficients of the terms that the loss has."""
+    terms = language_objective(CONFIG, tiny.train_config(stage=stage, **changes)).terms
+    return {term.name: term.coefficient for term in terms if term.coefficient is not None}
+
+
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+def test_a_stage_that_trains_the_model_minimises_its_terms_by_their_weights(stage):
+    found = minimised(stage, balance_weight=0.5, mtp_weight=0.3, indexer_weight=0.25)
+    assert (found["lm"], found["mtp_1"], found["balance"]) == (1.0, 0.3, 0.5)
+    assert found.get("indexer_kl") == (0.25 if stage == "sparse" else None)
+
+
+def test_the_warmup_minimises_the_indexer_s_loss_alone():
+    """Everything else, the recall included, is reported only."""
+    assert minimised("warmup", indexer_weight=0.25) == {"indexer_kl": 0.25}
+
+
+def test_the_loss_is_the_sum_of_its_terms_by_their_coefficients():
+    objective = language_objective(CONFIG, train_config("sparse"))
+    means = gradient(BATCH)["means"]
+    assert set(means) == {term.name for term in objective.terms}
+    expected = sum(
+        term.coefficient * float(means[term.name].value)
+        for term in objective.terms
+        if term.coefficient is not None
+    )
+    assert float(objective.loss(means)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_mtp_modules_without_weight_are_not_there():
@@ -160,7 +174,7 @@ def test_mtp_modules_without_weight_are_not_there():
     for name in [name for name in unused["gradients"] if name.startswith("mtp_")]:
         assert tiny.tree_max(unused["gradients"].pop(name)) == 0
     tiny.assert_close(unused, expected, **ROUNDING)
-    assert "mtp_1" not in unused["terms"] and "mtp_1" in gradient(BATCH)["terms"]
+    assert "mtp_1" not in unused["means"] and "mtp_1" in gradient(BATCH)["means"]
 
 
 def test_reports_are_means():
@@ -168,7 +182,7 @@ def test_reports_are_means():
     what their totals do. In the warm-up, which alone has a recall.
     """
     found = gradient(BATCH, stage="warmup")
-    means = {name: float(total / found["weights"][name]) for name, total in found["terms"].items()}
+    means = {name: float(mean.value) for name, mean in found["means"].items()}
     assert 0.9 < means["balance"] < 2
     assert 0 < means["indexer_recall_random"] < 1 and 0 < means["indexer_recall"] < 1
     candidates = np.asarray(BATCH["positions"] + 1)[np.asarray(BATCH["segments"]) > 0]
@@ -178,7 +192,9 @@ def test_reports_are_means():
         (np.asarray(BATCH["positions"] + 1)[with_next], 1),
     ]  # main layers, and the MTP module
     over = [(c[c > 4], layers) for c, layers in counted]
-    assert float(found["weights"]["indexer_recall"]) == sum(len(c) * layers for c, layers in over)
-    assert float(found["terms"]["indexer_recall_random"]) == pytest.approx(
+    assert float(found["means"]["indexer_recall"].weight) == sum(
+        len(c) * layers for c, layers in over
+    )
+    assert float(found["means"]["indexer_recall_random"].total) == pytest.approx(
         sum((4 / c).sum() * layers for c, layers in over), rel=1e-5
     )

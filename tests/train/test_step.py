@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from train.objective import Objective, Totals
+from train.objective import Objective, Term, Totals
 from train.optimizer import make_optimizer
 from train.state import TrainState
 from train.step import make_evaluation, make_step
@@ -29,11 +29,11 @@ def totals(variables, batch):
     return Totals(terms, jnp.zeros((3, 4), jnp.int32), {"worst": jnp.max(jnp.abs(error_B))})
 
 
-OBJECTIVE = Objective(
-    lambda batch: dict.fromkeys(("square", "bias"), jnp.sum(batch["weight"])),
-    totals,
-    {"square": 2.0},
-)
+def weight(batch):
+    return jnp.sum(batch["weight"])
+
+
+OBJECTIVE = Objective((Term("square", weight, coefficient=2.0), Term("bias", weight)), totals)
 
 
 def fresh(train):
@@ -109,5 +109,5 @@ def test_evaluation_adds_up():
         evaluate({"params": {"w": jnp.asarray(1.0)}}, part)
         for part in (batch(0, 1, 2, 3), batch(5, 5))
     ]
-    sums, weights = jax.tree.map(lambda a, b: float(a + b), *found)
-    assert sums["square"] == 14 + 16 and weights["square"] == 7
+    square = found[0]["square"] + found[1]["square"]
+    assert float(square.total) == 14 + 16 and float(square.weight) == 7
