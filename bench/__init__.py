@@ -1,3 +1,8 @@
-"""What is measured, and how. Each script prints one JSON line; results worth keeping stand in
-bench/results/.
+"""Measures speed, memory and quality: of the model, of its kernels, and of rivals side by side.
+
+Each script prints one JSON line, and its docstring, which is its `--help`, says what it measures
+and how it is called; the results worth keeping stand in bench/results/, with a README. Scripts that
+time something read the shared workload and clock of `workload.py`, where to start; those named
+*_tiny.py run the same workload in another project and are run by that project's own Python. The
+package may import every other one, and none imports it but the tests.
 """

@@ -1,7 +1,8 @@
-"""One GRPO step on tiny-dsv3: 8 prompts of 32 tokens x 8 completions x 64 tokens, float32, after
-compilation, median of 10; sampling and update apart.
+"""Measures one GRPO step on tiny-dsv3: 8 prompts of 32 tokens x 8 completions x 64 tokens.
 
-python -m bench.reinforce
+    python -m bench.reinforce
+
+In float32, median of 10, sampling and update apart; compilation is not in the time.
 """
 
 import functools
@@ -14,76 +15,85 @@ import numpy as np
 
 from bench.workload import print_result, random_tokens, seconds, workload
 from experiment.command_line import command
+from experiment.schema import Config
 from model.sharding import make_mesh
 from rl.algorithms import get_algorithm
 from rl.objective import policy_objective
 from rl.rollout import policy_batch
 from rl.sampler import sample
 from train.optimizer import make_optimizer
-from train.state import fresh_state
+from train.state import TrainState, fresh_state
 from train.step import make_step
 
 
+class Steps:
+    """Takes GRPO steps on random prompts, and keeps the seconds of each half of a step.
+
+    The reward of a completion is the mean of its token ids over the size of the vocabulary.
+    """
+
+    def __init__(self, config: Config, state: TrainState):
+        self.config, self.state = config, state
+        self.sample_seconds: list[float] = []
+        self.update_seconds: list[float] = []
+        reinforce, sampling = config.reinforce, config.sampling
+        self.algorithm = get_algorithm(
+            reinforce.algorithm,
+            max_completion=sampling.max_new_tokens,
+            kl_weight=reinforce.kl_weight,
+        )
+        self._sample = jax.jit(
+            functools.partial(sample, config.model, sampling, (), 0, group=reinforce.group_size)
+        )
+        objective = policy_objective(config.model, config.train, self.algorithm, 1.0)
+        step = make_step(config.model, config.train, objective, make_optimizer(config.train))
+        self._step = jax.jit(step, donate_argnums=0)
+        prompts = reinforce.prompts_per_step
+        self._segments = jnp.ones((prompts, sampling.max_prompt_tokens), jnp.int32)
+
+    def take(self, repeat: int):
+        """Samples, updates, and returns the metrics. Calls before number 0 are not recorded."""
+        model, group = self.config.model, self.config.reinforce.group_size
+        prompts = self.config.reinforce.prompts_per_step
+        began = time.perf_counter()
+        length = self.config.sampling.max_prompt_tokens
+        tokens = jnp.asarray(random_tokens(repeat + 2, prompts, length, model.vocab_size))
+        completions = jax.block_until_ready(
+            self._sample(self.state.variables, tokens, self._segments, jax.random.key(repeat + 2))
+        )
+        sampled = time.perf_counter()
+        batch = policy_batch(tokens, self._segments, completions, group)
+        tokens_PGC = np.asarray(completions.tokens_BC).reshape(prompts, group, -1)
+        advantages_PG = self.algorithm.advantage(
+            jnp.asarray(tokens_PGC.mean(axis=-1) / model.vocab_size)
+        )
+        batch["advantages"] = jnp.where(batch["mask"], advantages_PG.reshape(-1)[:, None], 0.0)
+        batch["old_logprobs"] = batch["sampler_logprobs"]
+        self.state, metrics = self._step(self.state, batch)
+        jax.block_until_ready(metrics)
+        if repeat >= 0:
+            self.sample_seconds.append(sampled - began)
+            self.update_seconds.append(time.perf_counter() - sampled)
+        return metrics
+
+
 def main() -> None:
-    config = workload(sampling__max_new=64, train__mtp_weight=0.0)
-    r, new, prompt = (
-        config.reinforce,
-        config.sampling.max_new_tokens,
-        config.sampling.max_prompt_tokens,
-    )
-    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.train)
-    algorithm = get_algorithm(r.algorithm, max_completion=new, kl_weight=r.kl_weight)
+    """Takes the steps and prints their speed."""
+    config = workload("sampling.max_new_tokens=64", "train.mtp_weight=0.0")
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        state = fresh_state(config.model, optimizer, mesh, jax.random.key(0))
-        sample_fn = jax.jit(
-            functools.partial(sample, config.model, config.sampling, (), 0, group=r.group_size)
-        )
-        step_fn = jax.jit(
-            make_step(
-                config.model,
-                config.train,
-                policy_objective(config.model, config.train, algorithm, 1.0),
-                optimizer,
-            ),
-            donate_argnums=0,
-        )
-        segments = jnp.ones((r.prompts_per_step, prompt), jnp.int32)
-        sampling, updating = [], []
-
-        def action(repeat: int):
-            nonlocal state
-            began = time.perf_counter()
-            prompts = jnp.asarray(
-                random_tokens(repeat + 2, r.prompts_per_step, prompt, config.model.vocab_size)
-            )
-            completions = jax.block_until_ready(
-                sample_fn(state.variables, prompts, segments, jax.random.key(repeat + 2))
-            )
-            sampled = time.perf_counter()
-            batch = policy_batch(prompts, segments, completions, r.group_size)
-            rewards_PG = jnp.asarray(
-                np.asarray(completions.tokens_BC)
-                .reshape(r.prompts_per_step, r.group_size, new)
-                .mean(axis=-1)
-                / config.model.vocab_size
-            )
-            batch["advantages"] = jnp.where(
-                batch["mask"], algorithm.advantage(rewards_PG).reshape(-1)[:, None], 0.0
-            )
-            batch["old_logprobs"] = batch["sampler_logprobs"]
-            state, metrics = step_fn(state, batch)
-            jax.block_until_ready(metrics)
-            if repeat >= 0:
-                sampling.append(sampled - began)
-                updating.append(time.perf_counter() - sampled)
-            return metrics
-
-        times = seconds(action)
-        parts = {
-            "sample_seconds": round(statistics.median(sampling), 4),
-            "update_seconds": round(statistics.median(updating), 4),
-        }
-        print_result("reinforce", config, times, r.prompts_per_step * r.group_size * new, **parts)
+        optimizer = make_optimizer(config.train)
+        steps = Steps(config, fresh_state(config.model, optimizer, mesh, jax.random.key(0)))
+        times = seconds(steps.take)
+    completions = config.reinforce.prompts_per_step * config.reinforce.group_size
+    print_result(
+        "reinforce",
+        config,
+        times,
+        completions * config.sampling.max_new_tokens,
+        sample_seconds=round(statistics.median(steps.sample_seconds), 4),
+        update_seconds=round(statistics.median(steps.update_seconds), 4),
+    )
 
 
 if __name__ == "__main__":

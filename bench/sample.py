@@ -1,7 +1,8 @@
-"""Sampling speed on tiny-dsv3: 16 prompts of 32 tokens, 128 new ones each, float32, after
-compilation, median of 10. Prefill is in the time, not in the tokens.
+"""Measures sampling on tiny-dsv3: 16 prompts of 32 tokens, 128 new ones each, median of 10.
 
-python -m bench.sample
+    python -m bench.sample
+
+In float32; compilation is not in the time. Prefill is in the time, not in the tokens.
 """
 
 import functools
@@ -20,25 +21,21 @@ ROWS = 16
 
 
 def main() -> None:
+    """Samples from random prompts and prints the speed."""
     config = workload()
+    model, sampling = config.model, config.sampling
     mesh = make_mesh(config.mesh)
-    prompt, new = config.sampling.max_prompt_tokens, config.sampling.max_new_tokens
     with jax.set_mesh(mesh):
-        variables = fresh_state(config.model, optax.identity(), mesh, jax.random.key(0)).variables
-        sample_fn = jax.jit(
-            functools.partial(sample, config.model, config.sampling, (), 0)
-        )  # no stop token: every row goes to the end
-        segments = jnp.ones((ROWS, prompt), jnp.int32)
+        variables = fresh_state(model, optax.identity(), mesh, jax.random.key(0)).variables
+        # Without a stop token every row goes to the end.
+        sample_fn = jax.jit(functools.partial(sample, model, sampling, (), 0))
+        segments = jnp.ones((ROWS, sampling.max_prompt_tokens), jnp.int32)
 
         def action(repeat: int):
-            return sample_fn(
-                variables,
-                jnp.asarray(random_tokens(repeat + 2, ROWS, prompt, config.model.vocab_size)),
-                segments,
-                jax.random.key(repeat + 2),
-            )
+            tokens = random_tokens(repeat + 2, ROWS, sampling.max_prompt_tokens, model.vocab_size)
+            return sample_fn(variables, jnp.asarray(tokens), segments, jax.random.key(repeat + 2))
 
-        print_result("sample", config, seconds(action), ROWS * new)
+        print_result("sample", config, seconds(action), ROWS * sampling.max_new_tokens)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Two benchmarks by turns on one machine, so that what else it does hits both: the ratio of their
-tokens_per_s, by the median over rounds.
+r"""Runs two benchmarks by turns and prints the ratio of their tokens_per_s, by the median.
 
-    python -m bench.side_by_side --rounds=3 "python -m bench.train" "/path/to/torch/python
-    bench/transformers_tiny.py train"
+    python -m bench.side_by_side --rounds=3 "python -m bench.train" \
+        "/path/to/torch/python bench/transformers_tiny.py train"
 
-Each command prints one JSON line with tokens_per_s, as last line. Prints one JSON line.
+By turns on one machine, so that what else the machine does hits both. Each command prints one JSON
+line with tokens_per_s as its last line; so does this one.
 """
 
 import argparse
@@ -16,16 +16,17 @@ import sys
 
 
 def measure(command: str) -> dict:
+    """Runs a command and returns the JSON of its last line; exits if there is none."""
     done = subprocess.run(shlex.split(command), capture_output=True, text=True)
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
-        sys.exit(
-            f"{command}: no JSON line at its end (exit code {done.returncode}); {done.stderr.strip()[-300:]}"
-        )
+        error = done.stderr.strip()[-300:]
+        sys.exit(f"{command}: no JSON line at its end (exit code {done.returncode}); {error}")
 
 
 def main() -> None:
+    """Measures both by turns and prints the ratio."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,18 +36,17 @@ def main() -> None:
     given = parser.parse_args()
     rounds = [(measure(given.first), measure(given.second)) for _ in range(given.rounds)]
     ratios = [first["tokens_per_s"] / second["tokens_per_s"] for first, second in rounds]
-    runs = {
-        name: [one[at]["tokens_per_s"] for one in rounds]
-        for at, name in enumerate(("first", "second"))
+    speeds = {
+        "first": [first["tokens_per_s"] for first, _ in rounds],
+        "second": [second["tokens_per_s"] for _, second in rounds],
     }
     spread = {
         "ratio": round(statistics.median(ratios), 3),
         "ratio_least": round(min(ratios), 3),
         "ratio_most": round(max(ratios), 3),
     }
-    print(
-        json.dumps({"bench": "side_by_side"} | spread | {"tokens_per_s": runs, "about": rounds[0]})
-    )
+    result = {"bench": "side_by_side"} | spread | {"tokens_per_s": speeds, "about": rounds[0]}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

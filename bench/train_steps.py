@@ -1,12 +1,12 @@
-"""Whole train steps of DeepSeek-V3.2's shape through the TPU's compiler, with the kernels in them:
-what a device must hold. Static: nothing is run.
+r"""Compiles whole train steps of DeepSeek-V3.2's shape for TPUs: what a device must hold in memory.
 
-    .venv-compile/bin/python -m bench.train_steps --step=row --stage=sparse          (make
-    test-compile makes that environment) .venv-compile/bin/python -m bench.train_steps --step=pod
-    --stage=warmup --layers=61
+    .venv-compile/bin/python -m bench.train_steps --step=row --stage=sparse
+    .venv-compile/bin/python -m bench.train_steps --step=pod --stage=warmup --layers=61
 
-One JSON line a step; bench/results/train_steps_static.json has them all.
-tests/compile/test_tpu_train.py compiles the same steps.
+(make test-compile makes that environment.) The steps are compiled by the TPU's compiler, with the
+kernels in them. The figures are static: nothing is run. One JSON line a step;
+bench/results/train_steps_static.json has them all. tests/compile/test_tpu_train.py compiles the
+same steps.
 """
 
 import collections
@@ -21,179 +21,171 @@ import jax
 
 from errors import UserError
 from experiment.command_line import Flag, command
-from experiment.config_files import get_config
+from experiment.config_files import Source
 from experiment.schema import parse as parse_config
-from launch.plan import train_program
-from model.mesh import MESH_AXES
-from model.sharding import make_mesh
-from plan.hlo import FREE, Computation, parse, scheduled
+from model.sharding import MESH_AXES, make_mesh
+from plan.hlo import Computation, executions, parse
+from plan.programs import train_program
 from plan.topology import CHIPS, GIB, topology_devices
+from plan.traffic import FREE
 
 ROW = 131_072  # tokens
 
 
 class Step(NamedTuple):
+    """A train step to compile."""
+
     topology: str
     devices: int
-    changes: dict  # of configs/deepseek_v32.py, `section__field`
-    what: str
+    overrides: tuple[str, ...]  # of configs/deepseek_v32.py, FIELD=VALUE
+    description: str
 
 
-class Held(NamedTuple):
-    """A device's memory."""
+class StepMemory(NamedTuple):
+    """What a compiled step takes of one device's memory."""
 
     bytes: int
-    largest: int  # array that is written to it
-    square: str  # an array of so many elements as a row has pairs, if there is any
-    sets: int  # of a bit a pair of a whole row, that live at one time
+    largest: int  # bytes of the largest array that is written to HBM
+    square: str  # the shape of an array with as many elements as a row has pairs, "" without one
+    live_bitmasks: int  # with a bit for each pair of a whole row, at most at one time
     kernels: frozenset[str]
 
 
 def step_of(name: str, stage: str, layers: int) -> Step:
-    """ "row": one dense layer and one row of 128K, heads and FFN cut over eight v6e. "pod": 64 rows
-    of 4,096 on 512 v5p, a row to each group of eight.
+    """Returns one of the two steps that are compiled.
+
+    Args:
+      name: "row" is dense layers and one row of 128K, heads and FFN sharded over eight v6e; "pod"
+      is
+        64 rows of 4,096 on 512 v5p, a row to each group of eight.
+      stage: "warmup" or "sparse".
+      layers: of the model.
+
+    Raises:
+      UserError: there is no such step.
     """
-    shared = {"train__microbatches": 1, "train__stage": stage, "model__layers": layers}
+    shared = (
+        "train.microbatches=1",
+        f"train.stage={stage}",
+        f"model.num_hidden_layers={layers}",
+    )
     if name == "pod":
-        return Step(
-            "v5p:8x8x8",
-            512,
-            shared | {"data__batch": 64},
-            f"{layers} layers and MTP, 64 rows of 4096 on 512 chips of v5p",
-        )
+        description = f"{layers} layers and MTP, 64 rows of 4096 on 512 chips of v5p"
+        return Step("v5p:8x8x8", 512, (*shared, "data.batch_size=64"), description)
     if name != "row":
         raise UserError(f"--step={name}: must be row or pod")
-    mesh = {f"mesh__{axis}": 1 for axis in MESH_AXES} | {"mesh__tensor": 8}
-    row = {
-        "model__dense_layers": layers,
-        "model__mtp_depth": 0,
-        "model__vocab": 1_024,
-        "data__sequence": ROW,
-        "data__batch": 1,
-    }
-    return Step(
-        "v6e:2x4",
-        8,
-        shared | mesh | row,
-        f"{layers} dense layer(s), a row of 128K, 128 heads over eight chips of v6e",
+    row = (
+        *(f"mesh.{axis}={8 if axis == 'tensor' else 1}" for axis in MESH_AXES),
+        f"model.first_k_dense_replace={layers}",
+        "model.num_nextn_predict_layers=0",
+        "model.vocab_size=1024",
+        f"data.seq_len={ROW}",
+        "data.batch_size=1",
     )
+    description = f"{layers} dense layer(s), a row of 128K, 128 heads over eight chips of v6e"
+    return Step("v6e:2x4", 8, (*shared, *row), description)
 
 
-def compiled(made: Step):
-    """The train step, for the first devices of a topology."""
-    config = get_config("configs/deepseek_v32.py")
-    for name, value in made.changes.items():
-        *sections, field = name.split("__")
-        section = config
-        for one in sections:
-            section = section[one]
-        section[field] = value
-    config = parse_config(config)
-    mesh = make_mesh(config.mesh, topology_devices(made.topology)[: made.devices])
+def compile_step(step: Step) -> jax.stages.Compiled:
+    """Compiles a step for the first devices of its topology."""
+    overrides = tuple(f"--config.{override}" for override in step.overrides)
+    config = parse_config(Source("configs/deepseek_v32.py", overrides).read())
+    mesh = make_mesh(config.mesh, topology_devices(step.topology)[: step.devices])
     with jax.set_mesh(mesh):
-        program = train_program(config, config.model, mesh)
+        program = train_program(config.model, config.train, config.data, mesh)
         return program.jitted.lower(*program.arguments).compile()
 
 
-def held(program, length: int) -> Held:
-    """`length`: of a row."""
+def step_memory(program: jax.stages.Compiled, length: int) -> StepMemory:
+    """Reads the memory of a compiled step whose rows have `length` tokens."""
     memory, text = program.memory_analysis(), program.as_text()
+    assert memory is not None and text is not None
     computations, entry = parse(text)
-    found = [
-        (where, instruction)
-        for where, instruction, _, fused in scheduled(computations, entry, set())
-        if not fused
-    ]
-    arrays = {
-        dims: math.prod(map(int, dims.split(",")))
-        for dims in set(re.findall(r"\w+\[([\d,]+)\]", text))
-    }
-    two_sides = rf"(^|,){length},(.*,)?{length}(,|$)"
-    square = [
-        dims
-        for dims, size in arrays.items()
-        if size >= length**2 and (length >= ROW or re.search(two_sides, dims))
-    ]
-    return Held(
+    scheduled = [run for run in executions(computations, entry, set()) if not run.fused]
+    shapes = (shape for run in scheduled for shape in run.instruction.shapes)
+    return StepMemory(
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
+        max(shape.bytes for shape in shapes if shape.in_hbm),
+        _square_array(text, length),
         max(
-            shape.bytes for _, instruction in found for shape in instruction.shapes if shape.in_hbm
-        ),
-        next(iter(square), ""),
-        max(
-            live_sets(computations[where], text, length) for where in {where for where, _ in found}
+            live_bitmasks(computations[name], text, length)
+            for name in {run.computation for run in scheduled}
         ),
         frozenset(
             name.partition(".")[0]
-            for where in computations.values()
-            for name, made in where.items()
-            if "tpu_custom_call" in made.attributes
+            for computation in computations.values()
+            for name, instruction in computation.items()
+            if "tpu_custom_call" in instruction.attributes
         ),
     )
 
 
-def live_sets(computation: Computation, text: str, length: int) -> int:
-    """The most int32 arrays of a bit a pair of a row that live at one time, made in this
-    computation: each from where it is made to its last use.
+def _square_array(text: str, length: int) -> str:
+    """Returns the dimensions of an array with an element for each pair of a row's tokens, or ""."""
+    two_sides = rf"(^|,){length},(.*,)?{length}(,|$)"
+    for dims in set(re.findall(r"\w+\[([\d,]+)\]", text)):
+        large = math.prod(map(int, dims.split(","))) >= length**2
+        if large and (length >= ROW or re.search(two_sides, dims)):
+            return dims
+    return ""
+
+
+def live_bitmasks(computation: Computation, text: str, length: int) -> int:
+    """Counts the bitmasks of a row that are alive at one time, at most.
+
+    They are int32 arrays with a bit for each pair of a row's tokens, made in this computation. Each
+    lives from where it is made to its last use.
     """
-    sets = {
+    bitmasks = {
         name
         for name, dims in re.findall(r"%?([\w.\-]+) = s32\[([\d,]+)\]", text)
         if 32 * math.prod(map(int, dims.split(","))) >= length**2
     }
-    stands_for, made, last = {}, {}, {}
+    stands_for: dict[str, set[str]] = {}  # name -> the bitmasks that it is, or has in its tuple
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
     for at, (name, instruction) in enumerate(computation.items()):
-        used = set().union(*(stands_for.get(operand, set()) for operand in instruction.operands))
+        used = {mask for operand in instruction.operands for mask in stands_for.get(operand, ())}
         last |= dict.fromkeys(used, at)
+        free = instruction.opcode in FREE
         part_of_result = (
-            instruction.op == "get-tuple-element"
-            and computation[instruction.operands[0]].op not in FREE
+            instruction.opcode == "get-tuple-element"
+            and computation[instruction.operands[0]].opcode not in FREE
         )
-        if name in sets and (instruction.op not in FREE or part_of_result):
-            used, made[name], last[name] = {name}, at, at
-        stands_for[name] = used if instruction.op in FREE or name in made else set()
-    live = collections.Counter(at for name in made for at in range(made[name], last[name] + 1))
+        if name in bitmasks and (not free or part_of_result):
+            used, first[name], last[name] = {name}, at, at
+        stands_for[name] = used if free or name in first else set()
+    live = collections.Counter(at for name in first for at in range(first[name], last[name] + 1))
     return max(live.values(), default=0)
 
 
 def run(step: str, stage: str, layers: int) -> None:
-    made = step_of(step, stage, layers)
-    jax.config.update(
-        "jax_exec_time_optimization_effort", -1.0
-    )  # as in the tests: nothing to what memory holds
-    program = compiled(made)
-    found = held(program, 4_096 if step == "pod" else ROW)
-    hbm = CHIPS[topology_devices(made.topology)[0].device_kind].hbm
-    figures = {
-        "gib": found.bytes / GIB,
-        "of_gib": hbm / GIB,
-        "largest_array_gib": found.largest / GIB,
-    }
+    """Compiles a step and prints what a device must hold."""
+    chosen = step_of(step, stage, layers)
+    # As in the tests: the compiler's effort does nothing to what memory holds.
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    memory = step_memory(compile_step(chosen), 4_096 if step == "pod" else ROW)
+    hbm = CHIPS[topology_devices(chosen.topology)[0].device_kind].hbm
     line = {
         "bench": "train_steps",
         "static": True,
-        "what": made.what,
+        "what": chosen.description,
         "stage": stage,
-        "topology": made.topology,
-        "devices": made.devices,
+        "topology": chosen.topology,
+        "devices": chosen.devices,
+        "gib": round(memory.bytes / GIB, 2),
+        "of_gib": round(hbm / GIB, 2),
+        "largest_array_gib": round(memory.largest / GIB, 2),
+        "sets_of_a_row_at_once": memory.live_bitmasks,
+        "square": memory.square,
+        "jax": version("jax"),
+        "libtpu": version("libtpu"),
+        "command": "python -m bench.train_steps " + " ".join(sys.argv[1:]),
     }
-    line |= {name: round(value, 2) for name, value in figures.items()} | {
-        "sets_of_a_row_at_once": found.sets,
-        "square": found.square,
-    }
-    print(
-        json.dumps(
-            line
-            | {
-                "jax": version("jax"),
-                "libtpu": version("libtpu"),
-                "command": "python -m bench.train_steps " + " ".join(sys.argv[1:]),
-            }
-        )
-    )
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What the scripts share: a config read as the commands read it, a state, random batches, and how
-time is taken.
-"""
+"""What the scripts share: the config they run, random tokens, and how time is taken."""
 
 import json
 import os
@@ -11,9 +9,8 @@ from importlib.metadata import version
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from experiment.config_files import get_config
+from experiment.config_files import Source
 from experiment.schema import Config, parse
 from train.state import count_parameters
 
@@ -21,22 +18,22 @@ CONFIG = "configs/tiny_dsv3.py"
 REPEATS = 10
 
 
-def workload(**changes) -> Config:
-    """configs/tiny_dsv3.py, with `section__field=value` changed."""
-    config: ConfigDict = get_config(CONFIG)
-    for name, value in changes.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    return parse(config)
+def workload(*overrides: str) -> Config:
+    """Returns configs/tiny_dsv3.py with FIELD=VALUE overrides, such as "data.seq_len=64"."""
+    return parse(Source(CONFIG, tuple(f"--config.{override}" for override in overrides)).read())
 
 
-def random_tokens(seed: int, rows: int, columns: int, vocab: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, vocab, (rows, columns), dtype=np.int32)
+def random_tokens(seed: int, rows: int, columns: int, vocab_size: int) -> np.ndarray:
+    """Draws tokens [rows, columns], int32, uniform over the vocabulary."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (rows, columns), dtype=np.int32)
 
 
 def seconds(action: Callable[[int], object], repeats: int = REPEATS) -> list[float]:
-    """Time of each of so many calls, after two that compile and warm up. `action` gets the number
-    of the call.
+    """Times `repeats` calls of `action`, after two more that compile and warm up.
+
+    Args:
+      action: gets the number of the call, from -2 on; what it returns is waited for.
+      repeats: calls that are timed.
     """
     times = []
     for repeat in range(-2, repeats):
@@ -47,8 +44,16 @@ def seconds(action: Callable[[int], object], repeats: int = REPEATS) -> list[flo
     return times
 
 
-def print_result(name: str, config: Config, times: list[float], tokens: int, **more) -> None:
-    """One JSON line: tokens_per_s by the median, and what is needed to compare it."""
+def print_result(name: str, config: Config, times: list[float], tokens: int, **more: float) -> None:
+    """Prints one JSON line: tokens_per_s by the median, and what is needed to compare it.
+
+    Args:
+      name: the script's.
+      config: what it ran.
+      times: seconds of each repeat.
+      tokens: how many tokens each repeat took or made.
+      **more: further figures of the line.
+    """
     total, active = count_parameters(config.model)
     median = statistics.median(times)
     about = {

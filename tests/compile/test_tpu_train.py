@@ -4,7 +4,14 @@ a pod, and a layer of a row of 128K on eight chips.
 
 import pytest
 
-from bench.train_steps import ROW, Held, compiled, held, live_sets, step_of
+from bench.train_steps import (
+    ROW,
+    StepMemory,
+    compile_step,
+    live_bitmasks,
+    step_memory,
+    step_of,
+)
 from kernels.bitmask import words
 from plan.hlo import parse
 from plan.topology import GIB
@@ -16,7 +23,7 @@ KERNELS = {"warmup": {"select", "sparse_attention", "indexer_normaliser", "index
 KERNELS["sparse"] = KERNELS["warmup"] | {"sparse_attention_backward"}
 
 
-def assert_fits(found: Held, stage: str, hbm: int, largest: int) -> None:
+def assert_fits(found: StepMemory, stage: str, hbm: int, largest: int) -> None:
     print(found)
     assert found.kernels >= KERNELS[stage]
     assert found.bytes < hbm
@@ -31,9 +38,9 @@ def test_a_layer_of_128k_tokens_and_128_heads_on_eight_chips(stage):
     are hidden states in float32, then the set, a bit a key, of which the attention of a device's
     heads has the whole row's.
     """
-    found = held(compiled(step_of("row", stage, 1)), ROW)
+    found = step_memory(compile_step(step_of("row", stage, 1)), ROW)
     assert_fits(found, stage, 32 * GIB, largest=max(4 * ROW * 7_168, 4 * ROW * words(ROW)))
-    assert found.sets <= 1
+    assert found.live_bitmasks <= 1
 
 
 @pytest.mark.parametrize(
@@ -51,7 +58,7 @@ def test_the_whole_model_on_a_pod(stage, layers):
     rows: room for 8 choices of the tokens of 8 groups, and a block to each of a device's 32
     experts.
     """
-    found = held(compiled(step_of("pod", stage, layers)), 4_096)
+    found = step_memory(compile_step(step_of("pod", stage, layers)), 4_096)
     assert_fits(found, stage, 95 * GIB, largest=(8 * 4_096 * 8 + 32 * 512) * 7_168 * 2)
 
 
@@ -69,4 +76,4 @@ def test_sets_that_live_at_one_time_are_counted(last_use, sets):
 }}
 """
     computations, entry = parse(text)
-    assert live_sets(computations[entry], text, 1_024) == sets
+    assert live_bitmasks(computations[entry], text, 1_024) == sets
