@@ -1,30 +1,27 @@
-"""A checkpoint's own chat template: the Jinja program beside its tokenizer that writes a
-conversation as text.
+"""A checkpoint's own chat template: the Jinja program that writes a conversation as text.
 
-It is run as Hugging Face's `apply_chat_template(tokenize=False)` runs it, in the same sandbox with
-the same filters, functions and variables, so that the text is the same to the character.
+It stands beside the tokenizer, and runs as Hugging Face's `apply_chat_template(tokenize=False)`
+runs it (data/chat_jinja.py).
 """
 
-import datetime
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from data.chat_jinja import jinja_environment
 from data.documents import Messages, Tools
 from errors import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
 
-# The names a message's thought goes by; Hugging Face gives it to templates under the first two,
-# whichever it came under.
+# The fields in which a message may have the assistant's thought. Hugging Face gives a thought to
+# templates under the first two, whichever field it came in.
 _THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 # Tags of a thought, open, closed or both, at the end of a prompt: "<think>\n",
@@ -33,18 +30,21 @@ _THOUGHT_TAGS = re.compile(r"(?:[<\[]/?(?:\w+:)?think(?:ing)?[>\]]\s*)+\Z", re.I
 
 
 class AssistantSpan(NamedTuple):
-    """Characters start .. end - 1 of a rendering, which the assistant wrote as the message of this
-    number, counted from 1.
+    """Characters start .. end - 1 of a rendered conversation, which the assistant wrote.
+
+    `message` is the number of their message, from 1.
     """
 
-    number: int
+    message: int
     start: int
     end: int
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template that has yet to be compiled: whoever does not chat never meets its errors.
+    """A chat template, which is compiled when it is first used.
+
+    So whoever does not chat never meets its errors.
 
     Attributes:
       source: the Jinja program.
@@ -64,20 +64,22 @@ class ChatTemplate:
         tools: Tools | None = None,
         **variables: Any,
     ) -> str:
-        """The conversation as text.
+        """Writes a conversation as text.
 
         Args:
-          messages: with whatever fields the template reads.
+          messages: the conversation, with whatever fields the template reads.
           add_generation_prompt: whether the text goes on to where the assistant begins to write.
-          tools: JSON schemas of what the assistant may call.
+          tools: JSON schemas of the functions that the assistant may call.
           variables: the template's own switches, such as enable_thinking=False.
 
-        Raises UserError if the template is wrong, or refuses the conversation.
+        Raises:
+          UserError: the conversation is empty, the template is wrong, or it refuses the
+            conversation.
         """
         if not messages:
             raise UserError(f"{self.name}: the conversation is empty")
         program = self._program
-        given = {
+        context = {
             **self.special_tokens,
             **variables,
             "tools": tools,
@@ -85,27 +87,30 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return program.render(
-                messages=[_for_template(message) for message in messages], **given
-            )
-        except (
-            Exception
-        ) as error:  # the program is foreign, and may raise anything that Python does
+            return program.render(messages=_for_template(messages), **context)
+        except Exception as error:  # the program may raise anything that Python does
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{self.name}: {self._refused(messages, given)}{reason}") from error
+            place = self._refused_message(messages, context)
+            raise UserError(f"{self.name}: {place}{reason}") from error
 
-    def render_with_spans(self, messages: Messages, tools: Tools | None = None) -> tuple[str, list[AssistantSpan]]:
-        """The whole conversation as text, and what the assistant wrote of it just as it would have
-        been sampled.
+    def render_with_spans(
+        self, messages: Messages, tools: Tools | None = None
+    ) -> tuple[str, list[AssistantSpan]]:
+        """Writes a conversation as text, with the spans that are as the assistant sampled them.
 
-        A turn counts from where its prompt ends (the messages before it, with the generation
-        prompt) to where the rendering that ends with it does. It counts
-        only if the whole begins with both: a turn that the template rewrites once others follow,
-        dropping its thought, is context alone. The last turn may also lack the tags of a thought in
-        which its prompt ends ("<think>", or an empty thought); it then counts from before those.
+        A turn of the assistant spans from where its prompt ends (the rendering of the messages
+        before it, with the generation prompt) to where the rendering that ends with it does. It
+        counts only if the whole text begins with both: a turn that the template rewrites once
+        others follow, for example by dropping its thought, is context alone. The last turn may also
+        lack the tags of a thought with which its prompt ends ("<think>", or an empty thought); it
+        then spans from before those.
 
-        Raises UserError if the last turn does not go on from its prompt even so, no message is the
-        assistant's, or the template refuses the conversation.
+        Returns:
+          (text, the spans of the turns that count, in order).
+
+        Raises:
+          UserError: the last turn does not go on from its prompt even so, no message is the
+            assistant's, or the template refuses the conversation.
         """
         text = self.render(messages, add_generation_prompt=False, tools=tools)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -113,47 +118,48 @@ class ChatTemplate:
             raise UserError(
                 f'{self.name}: none of the {len(messages)} messages has role "assistant"'
             )
-        found = [
-            self._turn(index, text, messages, tools, last=index == turns[-1])
+        spans = [
+            self._assistant_span(index, text, messages, tools, is_last=index == turns[-1])
             for index in turns
-            if index > 0
-        ]  # a greeting answers no prompt
-        return text, [span for span in found if span is not None]
+            if index > 0  # a greeting answers no prompt
+        ]
+        return text, [span for span in spans if span is not None]
 
-    def _turn(
-        self, index: int, text: str, messages: Messages, tools: Tools | None, last: bool
+    def _assistant_span(
+        self, index: int, text: str, messages: Messages, tools: Tools | None, is_last: bool
     ) -> AssistantSpan | None:
-        turn = (
-            text
-            if index == len(messages) - 1
-            else self.render(messages[: index + 1], add_generation_prompt=False, tools=tools)
-        )
-        if not text.startswith(turn):
+        """Returns the span of one turn in `text`, or None if it is not as it was sampled."""
+        if index == len(messages) - 1:
+            up_to_turn = text
+        else:
+            up_to_turn = self.render(
+                messages[: index + 1], add_generation_prompt=False, tools=tools
+            )
+        if not text.startswith(up_to_turn):
             return None
         prompt = self.render(messages[:index], add_generation_prompt=True, tools=tools)
-        if last and not text.startswith(prompt):
+        if is_last and not text.startswith(prompt):
             untagged = _THOUGHT_TAGS.sub("", prompt)
             if untagged == prompt or not text.startswith(untagged):
                 end = json.dumps(prompt[-40:], ensure_ascii=False)
                 raise UserError(
-                    f"{self.name}: message {index + 1} of {len(messages)} is not written as its prompt would have it begin (which ends {end})"
+                    f"{self.name}: message {index + 1} of {len(messages)} is not written as its "
+                    f"prompt would have it begin (which ends {end})"
                 )
             prompt = untagged
-        return (
-            AssistantSpan(index + 1, len(prompt), len(turn))
-            if text.startswith(prompt) and len(prompt) <= len(turn)
-            else None
-        )
+        if not text.startswith(prompt) or len(prompt) > len(up_to_turn):
+            return None
+        return AssistantSpan(index + 1, len(prompt), len(up_to_turn))
 
-    def _refused(self, messages: Messages, given: Mapping[str, Any]) -> str:
-        """ "message 3 of 5: " for the one after the longest beginning that the template accepts; ""
-        if it accepts none.
+    def _refused_message(self, messages: Messages, context: Mapping[str, Any]) -> str:
+        """Names the message after the longest beginning that the template accepts.
+
+        Returns:
+          "message 3 of 5: ", or "" if the template accepts no beginning.
         """
         for count in range(len(messages) - 1, 0, -1):
             try:
-                self._program.render(
-                    messages=[_for_template(message) for message in messages[:count]], **given
-                )
+                self._program.render(messages=_for_template(messages[:count]), **context)
             except Exception:
                 continue
             return f"message {count + 1} of {len(messages)}: "
@@ -162,7 +168,7 @@ class ChatTemplate:
     @functools.cached_property
     def _program(self) -> jinja2.Template:
         try:
-            return _environment().from_string(self.source)
+            return jinja_environment().from_string(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"{self.name}: line {error.lineno} of the chat template: {error.message}"
@@ -172,13 +178,18 @@ class ChatTemplate:
 def find_chat_template(
     directory: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
 ) -> ChatTemplate | None:
-    """The template beside a tokenizer: chat_template.jinja, or else "chat_template" of its
-    tokenizer_config.json, of several the one named "default".
+    """Finds the chat template beside a tokenizer, or returns None if there is none.
+
+    It is chat_template.jinja, or else "chat_template" of the tokenizer_config.json; of several
+    there it is the one named "default".
 
     Args:
-      directory: where tokenizer.json is.
-      config: what its tokenizer_config.json says.
-      special_tokens: see `ChatTemplate`.
+      directory: the directory of the tokenizer.json.
+      config: the content of its tokenizer_config.json.
+      special_tokens: as in `ChatTemplate`.
+
+    Raises:
+      UserError: chat_template.jinja is not UTF-8.
     """
     path = directory / TEMPLATE_FILE
     if path.is_file():
@@ -189,61 +200,21 @@ def find_chat_template(
     source = config.get("chat_template")
     if isinstance(source, list):
         source = {named["name"]: named["template"] for named in source}.get("default")
-    return (
-        ChatTemplate(source, str(directory / "tokenizer_config.json"), special_tokens)
-        if isinstance(source, str)
-        else None
-    )
+    if not isinstance(source, str):
+        return None
+    return ChatTemplate(source, str(directory / "tokenizer_config.json"), special_tokens)
 
 
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as Hugging Face hands it to a template: no field without a value, and the thought
-    under each of the names that templates read.
+def _for_template(messages: Messages) -> Messages:
+    """Returns messages as Hugging Face hands them to a template.
+
+    A message has no field without a value, and its thought under each name that templates read.
     """
-    given = {field: value for field, value in message.items() if value is not None}
-    thought = next((given[field] for field in _THOUGHT_FIELDS if field in given), None)
-    return (
-        given if thought is None else {"thinking": thought} | given | {"reasoning_content": thought}
-    )
-
-
-class _Generation(Extension):
-    """{% generation %}: marks what the assistant writes, for whoever asks; here it is a scope of
-    its own, no more.
-    """
-
-    tags = {"generation"}  # noqa: RUF012 jinja's own declaration
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(
-            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-        )
-
-
-@functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: Sequence[str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own would escape <, > and & for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(reason: str) -> None:
-    raise jinja2.TemplateError(reason)
+    prepared = []
+    for message in messages:
+        fields = {name: value for name, value in message.items() if value is not None}
+        thought = next((fields[name] for name in _THOUGHT_FIELDS if name in fields), None)
+        if thought is not None:
+            fields = {"thinking": thought} | fields | {"reasoning_content": thought}
+        prepared.append(fields)
+    return prepared

@@ -1,5 +1,7 @@
-"""What every source gives: documents by index, each with a name that decides, by hash, whether it
-is trained on or held out.
+"""Documents, the sources that give them, and the split into training and validation.
+
+A source names each of its documents by a key; the hash of the key decides the split. So a document
+is in the same split in every run, on every machine, whatever else is trained on.
 """
 
 import hashlib
@@ -12,24 +14,25 @@ import numpy as np
 from errors import UserError
 
 Split = Literal["train", "validation"]
-Messages = list[
-    dict[str, Any]
-    # each with a "role", and whatever else its template reads: "content", "reasoning_content",
-    # "tool_calls" ...
-]
-Tools = list[dict[str, Any]]  # JSON schemas of what the assistant may call
+
+# A conversation: each message has a "role", and whatever else its chat template reads, such as
+# "content", "reasoning_content" or "tool_calls".
+Messages = list[dict[str, Any]]
+
+# JSON schemas of the functions that the assistant may call.
+Tools = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document, or a piece of one that is too long.
+    """One document, or a chunk of one that is too long.
 
     Attributes:
-      name: where it is from, for people.
+      name: its file and place in it, for error messages.
       body: text, or the messages of a conversation.
-      begins: whether its first character is the document's first.
-      ends: whether its last is the document's last.
-      tools: what the assistant of a conversation may call, if anything.
+      begins: true unless `body` is a chunk that begins inside the document.
+      ends: true unless `body` is a chunk that ends inside the document.
+      tools: functions that the assistant of a conversation may call, or None.
     """
 
     name: str
@@ -44,20 +47,29 @@ class Source(Protocol):
 
     Attributes:
       spec: the string it was opened from.
-      kind: the part before the colon.
-      validation_share: share held out whatever the config says, or None to take the config's.
+      kind: the part of `spec` before the colon.
+      validation_share: share of the documents that is for validation whatever the config says, or
+        None to take the config's.
     """
 
     spec: str
-    kind: str
-    validation_share: float | None
+
+    @property
+    def kind(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def validation_share(self) -> float | None:
+        """See the class."""
+        ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document: ...
 
     def key(self, index: int) -> str:
-        """What is hashed to decide the split: pieces with the same key stay together."""
+        """Returns the text whose hash decides the split; chunks of one document share it."""
         ...
 
 
@@ -66,9 +78,8 @@ class Subset(Sequence[Document]):
 
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source = source
-        self._indices = np.asarray(
-            indices, np.int64
-        )  # a list of Python integers would weigh four times as much
+        # A list of Python integers would take four times as much memory.
+        self._indices = np.asarray(indices, np.int64)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -79,25 +90,31 @@ class Subset(Sequence[Document]):
     def __iter__(self) -> Iterator[Document]:
         return (self[index] for index in range(len(self)))
 
-    def __repr__(
-        self,
-    ) -> str:  # grain prints it; short, and without an address, so that it is the same in every run
+    def __repr__(self) -> str:
+        # grain prints it: short, and without an address, so that it is the same in every run.
         return f"Subset({self.source.spec!r}, {len(self)} documents)"
 
 
 def uniform_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: not on the process, the machine or the
-    Python version.
+    """Returns a number in [0, 1) that depends on the text alone.
+
+    It is the same in every process, on every machine and for every version of Python.
     """
-    return (
-        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
-    )  # 48 bits: exact in a float
+    digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48  # 48 bits are exact in a float
 
 
 def select_split(source: Source, split: Split, validation: float) -> Subset:
-    """The documents of `source` whose key hashes into `split`.
+    """Selects the documents of a source whose key hashes into `split`.
 
-    Raises UserError if there is none.
+    Args:
+      source: the source to select from.
+      split: "train" or "validation".
+      validation: share of the documents that is for validation, unless the source fixes its own.
+
+    Raises:
+      UserError: no document is in the split.
+      ValueError: there is no such split.
     """
     if split not in get_args(Split):
         raise ValueError(f"split = {split!r}: must be one of {get_args(Split)}")
@@ -108,12 +125,13 @@ def select_split(source: Source, split: Split, validation: float) -> Subset:
         if (uniform_hash(source.key(index)) < share) == (split == "validation")
     ]
     if not indices:
-        held = (
+        reason = (
             f"data.validation = {share}"
             if source.validation_share is None
-            else f"its held-out share of {share}"
+            else f"its validation share of {share}"
         )
         raise UserError(
-            f'data.sources: "{source.spec}" has {len(source)} documents, and {held} leaves none for {split}'
+            f'data.sources: "{source.spec}" has {len(source)} documents, and {reason} leaves none '
+            f"for {split}"
         )
     return Subset(source, indices)

@@ -28,7 +28,7 @@ from checkpoints.hf.safetensors import SHARD_BYTES, TensorWriter
 from checkpoints.hf.tensors import Tensor, fused, tensors
 from checkpoints.locations import HF, RECORD, hf_directory, run_directory
 from checkpoints.streamed import StreamedReader, StreamedWriter
-from data.tokenizer import load_tokenizer
+from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.command_line import Flag, command
 from experiment.config_files import base_config_from, with_checkpoint_fields

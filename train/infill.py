@@ -1,9 +1,10 @@
-"""Can the model use a suffix? The loss of the middle of held-out documents, with the suffix shown
-against without it.
+"""Infilling as a measurement: how much a model uses the suffix that it is shown.
+
+It is the loss of the middle of held-out documents, with the suffix shown against without it.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from data.fim import fim_prompt
+from data.padding import pad_rows
 from data.tokenizer import Tokenizer
 from errors import UserError
 from model.config import ModelConfig
@@ -20,79 +22,114 @@ from model.transformer import Transformer
 
 Batch = dict[str, np.ndarray]
 VARIANTS = ("with_suffix", "without_suffix", "empty_suffix")
+MIN_WORDS = 8
 WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
 def infill_rows(
-    texts: Iterable[str], tokenizer: Tokenizer, sequence: int, count: int, *, spm: bool
+    texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, count: int, *, spm: bool
 ) -> dict[str, Batch]:
-    """Held-out middles, three ways, as batches [count, sequence] whose weights are 1 on the middle
-    and 0 elsewhere.
+    """Writes held-out documents in three ways, as batches of `count` rows of `seq_len` tokens.
 
     A document is cut at two of its word ends, drawn uniformly, into prefix, middle and suffix:
-    byte-level BPE joins white space to the word after it, so no token is broken in any of the
-    variants.
+    byte-level BPE joins white space to the word after it, so no token is broken in any variant.
+    `VARIANTS` are
 
-        with_suffix      [pre] prefix [suf] suffix [mid] middle    or, with `spm`, [pre] [suf]
-        suffix [mid] prefix middle without_suffix   prefix middle                             left
-        to right, as the model reads ordinary text empty_suffix     [pre] prefix [suf] [mid] middle
-        the same format, the suffix withheld; with `spm`, [pre] [suf] [mid] prefix middle
+        with_suffix      [pre] prefix [suf] suffix [mid] middle
+        without_suffix   prefix middle
+        empty_suffix     [pre] prefix [suf] [mid] middle
 
-    The middle's tokens are the same in all three. Documents of fewer than 8 words, or that do not
-    fit in a row, are passed over. Raises UserError when fewer than `count` are left.
+    and with `spm`
+
+        with_suffix      [pre] [suf] suffix [mid] prefix middle
+        without_suffix   prefix middle
+        empty_suffix     [pre] [suf] [mid] prefix middle
+
+    where "without_suffix" is left to right, as the model reads ordinary text, and "empty_suffix"
+    is the format of infilling with the suffix withheld. The tokens of the middle are the same in
+    all three, and alone have weight 1.
+
+    Args:
+      texts: documents. Those of fewer than `MIN_WORDS` words, or that do not fit in a row in all
+        variants, are passed over.
+      tokenizer: encodes them; it must have fill-in-the-middle sentinels.
+      seq_len: tokens of a row.
+      count: number of documents.
+      spm: writes suffix, prefix, middle instead of prefix, suffix, middle.
+
+    Raises:
+      UserError: fewer than `count` documents are left, or the tokenizer has no sentinels.
     """
     rows = {name: [] for name in VARIANTS}
+    num_rows = 0
     rng = np.random.default_rng(0)
     for text in texts:
-        ends = [found.start() for found in WORD_END.finditer(text)]
-        if len(ends) < 8:
+        parts = _cut_at_words(text, rng)
+        if parts is None:
             continue
-        first, second = np.sort(rng.choice(ends, 2, replace=False))
-        prefix, middle, suffix = text[:first], text[first:second], text[second:]
+        prefix, middle, suffix = parts
         target = tokenizer.encode(middle)
-        prompts = (
-            fim_prompt(prefix, suffix, tokenizer, spm=spm),
-            tokenizer.encode(prefix),
-            fim_prompt(prefix, "", tokenizer, spm=spm),
-        )
-        if max(map(len, prompts)) + len(target) > sequence:
+        prompts = {
+            "with_suffix": fim_prompt(prefix, suffix, tokenizer, spm=spm),
+            "without_suffix": tokenizer.encode(prefix),
+            "empty_suffix": fim_prompt(prefix, "", tokenizer, spm=spm),
+        }
+        if max(map(len, prompts.values())) + len(target) > seq_len:
             continue
-        for name, prompt in zip(VARIANTS, prompts, strict=True):
+        for name, prompt in prompts.items():
             rows[name].append((prompt, target))
-        if len(rows[VARIANTS[0]]) == count:
-            return {name: to_batch(pairs, sequence, tokenizer.pad) for name, pairs in rows.items()}
-    found = f"only {len(rows[VARIANTS[0]])} held-out documents of 8 or more words fit in data.seq_len = {sequence} tokens"
-    raise UserError(f"evaluate.infill_documents = {count}: {found}")
-
-
-def to_batch(
-    pairs: list[tuple[list[int], list[int]]], sequence: int, pad: int
-) -> dict[str, np.ndarray]:
-    tokens_BT = np.full((len(pairs), sequence), pad, np.int32)
-    segments_BT, weights_BT = np.zeros_like(tokens_BT), np.zeros(tokens_BT.shape, np.float32)
-    for row, (prompt, target) in enumerate(pairs):
-        end = len(prompt) + len(target)
-        tokens_BT[row, :end] = prompt + target
-        segments_BT[row, :end] = 1
-        weights_BT[row, len(prompt) : end] = 1
-    positions_BT = (
-        np.broadcast_to(np.arange(sequence, dtype=np.int32), tokens_BT.shape) * segments_BT
+        num_rows += 1
+        if num_rows == count:
+            return {name: infill_batch(rows[name], seq_len, tokenizer.pad) for name in VARIANTS}
+    raise UserError(
+        f"evaluate.infill_documents = {count}: only {num_rows} held-out documents of {MIN_WORDS} "
+        f"or more words fit in data.seq_len = {seq_len} tokens"
     )
+
+
+def _cut_at_words(text: str, rng: np.random.Generator) -> tuple[str, str, str] | None:
+    """Returns (prefix, middle, suffix), or None if the text has too few words to cut."""
+    ends = [match.start() for match in WORD_END.finditer(text)]
+    if len(ends) < MIN_WORDS:
+        return None
+    first, second = np.sort(rng.choice(ends, 2, replace=False))
+    return text[:first], text[first:second], text[second:]
+
+
+def infill_batch(rows: Sequence[tuple[list[int], list[int]]], seq_len: int, pad: int) -> Batch:
+    """Makes a batch [B, seq_len] of (prompt, target) rows, as data/packing.py describes batches.
+
+    Each row is one segment, padded on the right with `pad`; the targets have weight 1.
+    """
+    tokens_BT, segments_BT = pad_rows([prompt + target for prompt, target in rows], seq_len, pad)
+    at_T = np.arange(seq_len, dtype=np.int32)
+    begins_B1 = np.array([[len(prompt)] for prompt, _ in rows])
     return {
         "tokens": tokens_BT,
-        "positions": positions_BT,
+        "positions": at_T * segments_BT,
         "segments": segments_BT,
-        "weights": weights_BT,
+        "weights": ((at_T >= begins_B1) & (segments_BT > 0)).astype(np.float32),
     }
 
 
 def middle_nats(
     config: ModelConfig, stage: str, eos: int, variables: dict, batch: dict[str, Array]
 ) -> tuple[Array, Array]:
-    """(nats, tokens) of each row's middle, [B]: -log p(token) + log(1 - p(eos)).
+    """Computes the loss of each row's middle, -log p(token) + log(1 - p(eos)) summed over it.
 
-    Where the middle ends is given, so what a model puts on ending is not held against it: a model
-    that was taught to infill expects an end after every token of the middle, and only there.
+    Where the middle ends is given, so the probability that a model gives to an end does not count
+    against it: a model that was taught to infill expects an end after every token of the middle,
+    and only there.
+
+    Args:
+      config: the model.
+      stage: "dense" or "sparse" attention.
+      eos: id that ends a document.
+      variables: the model's variables.
+      batch: a batch of `infill_rows`.
+
+    Returns:
+      (nats_B, tokens_B): the sum, and the number of tokens in it.
     """
     output = Transformer(config).apply(
         variables, batch["tokens"], batch["positions"], batch["segments"], stage=stage, mtp=False
@@ -102,44 +139,56 @@ def middle_nats(
     eos_BT, _ = token_logprobs(
         config, variables["params"], output.hidden_BTD, jnp.full_like(targets_BT, eos)
     )
-    goes_on_BT = jnp.log1p(-jnp.exp(eos_BT))
-    return jnp.sum(jnp.where(weights_BT > 0, goes_on_BT - logprobs_BT, 0.0), axis=1), jnp.sum(
-        weights_BT, axis=1
-    )
+    log_not_eos_BT = jnp.log1p(-jnp.exp(eos_BT))
+    nats_BT = jnp.where(weights_BT > 0, log_not_eos_BT - logprobs_BT, 0.0)
+    return jnp.sum(nats_BT, axis=1), jnp.sum(weights_BT, axis=1)
 
 
 def middle_losses(
     rows: dict[str, Batch],
-    nats: Callable[[Batch], tuple[Array, Array]],
-    at_once: int,
+    nats_fn: Callable[[Batch], tuple[Array, Array]],
+    batch_size: int,
     resamples: int,
 ) -> dict:
-    """Nats per token of the middle: middle_loss_with_suffix and the others, and what the suffix
-    saves of each, with its interval.
+    """Computes the loss of the middle in each variant, and what the suffix saves of it.
 
     Args:
-      nats: `middle_nats` of a batch.
-      at_once: documents a batch; their number must divide by it.
-      resamples: of the documents, for the 95 % bootstrap interval of a saving. All variants are
-        resampled alike, so what makes a document hard cancels.
-    """
-    count = len(rows[VARIANTS[0]]["tokens"])
-    found = {}
-    for name, batch in rows.items():
-        parts = [
-            nats({key: rows_BT[first : first + at_once] for key, rows_BT in batch.items()})
-            for first in range(0, count, at_once)
-        ]
-        found[name] = np.concatenate(jax.device_get(parts), axis=1, dtype=np.float64)
+      rows: the batches of `infill_rows`.
+      nats_fn: computes `middle_nats` of a batch.
+      batch_size: documents in a call of `nats_fn`; it must divide their number.
+      resamples: resamples of the documents for the 95 % bootstrap interval of a saving. All
+        variants are resampled alike, so that what makes a document hard cancels.
 
-    def loss(name, documents):
-        nats, tokens = found[name][:, documents].sum(axis=-1)
+    Returns:
+      "middle_loss_VARIANT" for each variant, in nats per token of the middle, and for the two
+      without the suffix "suffix_saves_over_VARIANT", {"mean", "low", "high"} in the same unit.
+    """
+    num_documents = len(rows["with_suffix"]["tokens"])
+    # For each variant, [2, documents]: nats and tokens of each document's middle.
+    totals = {name: _document_totals(batch, nats_fn, batch_size) for name, batch in rows.items()}
+
+    def loss(name: str, documents: np.ndarray) -> np.ndarray:
+        nats, tokens = totals[name][:, documents].sum(axis=-1)
         return nats / tokens
 
-    drawn_RN = np.random.default_rng(0).integers(0, count, (resamples, count))
-    result = {f"middle_loss_{name}": float(loss(name, np.arange(count))) for name in VARIANTS}
-    for name in VARIANTS[1:]:
-        low, high = np.quantile(loss(name, drawn_RN) - loss(VARIANTS[0], drawn_RN), (0.025, 0.975))
-        mean = result[f"middle_loss_{name}"] - result[f"middle_loss_{VARIANTS[0]}"]
+    everything = np.arange(num_documents)
+    result: dict = {f"middle_loss_{name}": float(loss(name, everything)) for name in VARIANTS}
+    # [resamples, documents]
+    resampled = np.random.default_rng(0).integers(0, num_documents, (resamples, num_documents))
+    for name in ("without_suffix", "empty_suffix"):
+        savings = loss(name, resampled) - loss("with_suffix", resampled)
+        low, high = np.quantile(savings, (0.025, 0.975))
+        mean = result[f"middle_loss_{name}"] - result["middle_loss_with_suffix"]
         result[f"suffix_saves_over_{name}"] = {"mean": mean, "low": float(low), "high": float(high)}
     return result
+
+
+def _document_totals(
+    batch: Batch, nats_fn: Callable[[Batch], tuple[Array, Array]], batch_size: int
+) -> np.ndarray:
+    """Computes the nats and tokens of each document's middle, float64 [2, documents]."""
+    parts = [
+        nats_fn({key: rows_BT[first : first + batch_size] for key, rows_BT in batch.items()})
+        for first in range(0, len(batch["tokens"]), batch_size)
+    ]
+    return np.concatenate(jax.device_get(parts), axis=1, dtype=np.float64)

@@ -109,7 +109,7 @@ def write_beside(
     """Everything of a checkpoint but its tensors: config.json last. Without a record, a run's own
     tokenizer.
     """
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer_files import load_tokenizer
 
     if record is not None:
         for file in _beside(record):

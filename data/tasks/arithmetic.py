@@ -1,8 +1,10 @@
-"""Short word problems of addition, subtraction and, on request, multiplication: simple enough for a
-model that trains in minutes on one CPU.
+"""Short word problems of addition, subtraction and, on request, multiplication.
 
-A zoo has 7 birds. 5 more arrive. 3 leave. How many birds now?        trace 7+5=12;12-3=9
-answer 9
+They are simple enough for a model that trains in minutes on one CPU:
+
+    question   A zoo has 7 birds. 5 more arrive. 3 leave. How many birds now?
+    trace      7+5=12;12-3=9
+    answer     9
 """
 
 import random
@@ -14,13 +16,23 @@ from errors import UserError
 
 
 class Context(NamedTuple):
-    """A place where things come and go. {who} is a name, {what} the things, {n} the number."""
+    """A place where things come and go.
+
+    In its sentences {who} stands for a name, {what} for the things and {n} for a number.
+
+    Attributes:
+      start: the first sentence, with the number there is at the beginning.
+      what: names of the things, in the plural.
+      more: sentences that add a number of things.
+      fewer: sentences that take a number of things away.
+      aside: a sentence whose number does not matter to the question.
+    """
 
     start: str
     what: tuple[str, ...]
     more: tuple[str, ...]
     fewer: tuple[str, ...]
-    aside: str  # a number that has nothing to do with the question
+    aside: str
 
 
 NAMES = ("Ann", "Ben", "Eva", "Ian", "Kim", "Leo", "Mia", "Ned", "Sam", "Tom")
@@ -82,11 +94,12 @@ CONTEXTS = (
         aside="It has {n} fields.",
     ),
 )
+# Sentences of a multiplication, by factor.
 TIMES = {2: "Then the number doubles.", 3: "Then the number triples."}
 
 
 class Step(NamedTuple):
-    """left operator right = result."""
+    """One line of a trace: left operator right = result."""
 
     left: int
     operator: str
@@ -99,14 +112,18 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Parameters of the task.
+    """The task "arithmetic"; its fields are its parameters.
 
     Attributes:
-      min_ops, max_ops: steps of a problem, both included.
-      max_value: every number and every intermediate result is between 0 and this.
-      contexts: how many of the contexts to use, the first ones; 0 for all.
-      distractors: sentences with a number that does not matter.
-      multiply: 1 to let numbers double and triple, where they may.
+      min_ops: fewest steps of a problem.
+      max_ops: most steps of a problem.
+      max_value: upper bound of every number and every intermediate result; the lower one is 0.
+      contexts: number of `CONTEXTS` to use, from the first on; 0 uses all.
+      distractors: number of sentences in a problem whose number does not matter.
+      multiply: 1 lets numbers double and triple where `max_value` allows it, 0 does not.
+
+    Raises:
+      UserError: a field is out of its range.
     """
 
     name: ClassVar[str] = "arithmetic"
@@ -121,7 +138,8 @@ class Arithmetic:
     def __post_init__(self):
         if not 1 <= self.min_ops <= self.max_ops:
             raise UserError(
-                f"min_ops = {self.min_ops}, max_ops = {self.max_ops}: must be 1 <= min_ops <= max_ops"
+                f"min_ops = {self.min_ops}, max_ops = {self.max_ops}: "
+                "must be 1 <= min_ops <= max_ops"
             )
         if self.max_value < 4:
             raise UserError(f"max_value = {self.max_value}: must be at least 4")
@@ -135,6 +153,7 @@ class Arithmetic:
             raise UserError(f"multiply = {self.multiply}: must be 0 or 1")
 
     def problem(self, rng: random.Random) -> Problem:
+        """Makes one problem, decided by `rng` alone."""
         steps = self._steps(rng, rng.randint(self.min_ops, self.max_ops))
         context = rng.choice(CONTEXTS[: self.contexts or None])
         words = {"who": rng.choice(NAMES), "what": rng.choice(context.what)}
@@ -155,26 +174,28 @@ class Arithmetic:
         return Problem(" ".join(sentences), str(steps[-1].result), write_trace(steps), len(steps))
 
     def _steps(self, rng: random.Random, ops: int) -> list[Step]:
-        """A chain of steps. What is named in the text is 2 or more, so that it is always a
-        plural.
+        """Draws a chain of steps.
+
+        Every number that the question names is 2 or more, so that its noun is always a plural.
         """
         value = rng.randint(2, self.max_value)
         steps = []
         for _ in range(ops):
-            most = {"+": self.max_value - value, "-": value}
+            bounds = {"+": self.max_value - value, "-": value}
             if self.multiply and value > 0:
-                most["*"] = min(max(TIMES), self.max_value // value)
-            operator = rng.choice([operator for operator, bound in most.items() if bound >= 2])
-            right = rng.randint(2, most[operator])
+                bounds["*"] = min(max(TIMES), self.max_value // value)
+            operator = rng.choice([operator for operator, bound in bounds.items() if bound >= 2])
+            right = rng.randint(2, bounds[operator])
             steps.append(Step(value, operator, right, apply(value, operator, right)))
             value = steps[-1].result
         return steps
 
 
 def apply(left: int, operator: str, right: int) -> int:
+    """Computes one step; the operator is "+", "-" or "*"."""
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
 
 def write_trace(steps: list[Step]) -> str:
-    """Steps as a trace: 7+5=12;12-3=9"""
+    """Writes steps as a trace, such as "7+5=12;12-3=9"."""
     return ";".join(str(step) for step in steps)

@@ -1,4 +1,4 @@
-"""What a task is: problems whose answers can be checked."""
+"""The interface of a task: it makes problems whose answers can be checked."""
 
 import random
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import ClassVar, Protocol
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, the answer it has, and one way to get there.
+    """A question, its answer, and one way to get there.
 
     Attributes:
-      question: what is asked, in natural language.
+      question: the question in natural language.
       answer: the one right answer, as it should be written.
-      trace: the steps that lead to it, in the notation of the task; empty where they are left out.
+      trace: the steps that lead to it, in the notation of the task; empty to leave them out.
       ops: number of steps.
     """
 
@@ -23,12 +23,14 @@ class Problem:
 
 
 class Task(Protocol):
-    """A family of problems. A frozen dataclass whose fields are the parameters of a "task:NAME?..."
-    string, validated when it is made.
+    """A family of problems.
+
+    It is a frozen dataclass whose fields are the parameters of its source string. They are checked
+    when it is made, with a UserError that names the field.
     """
 
     name: ClassVar[str]
 
     def problem(self, rng: random.Random) -> Problem:
-        """One problem, decided by `rng` alone."""
+        """Makes one problem, decided by `rng` alone."""
         ...

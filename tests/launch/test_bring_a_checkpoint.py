@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from checkpoints.hf.safetensors import TensorFiles
 from configs import base
-from data.tokenizer import load_tokenizer
+from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.command_line import command
 from experiment.config_files import base_config_from, with_checkpoint_fields

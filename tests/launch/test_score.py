@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from data.tokenizer import bytes_tokenizer
+from data.tokenizer_training import bytes_tokenizer
 from errors import UserError
 from experiment.config_files import base_config_from, with_checkpoint_fields
 from experiment.schema import parse

@@ -52,7 +52,7 @@ def tiny(**changes) -> Config:
 
 
 def final_variables(config: Config, workdir: Path) -> dict:
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer_files import load_tokenizer
 
     model = with_vocab_size(config.model, load_tokenizer(workdir / "tokenizer.json"))
     return jax.device_get(load_variables(model, make_mesh(config.mesh), workdir))

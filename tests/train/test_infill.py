@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.tokenizer import bytes_tokenizer, train_bpe
+from data.tokenizer_training import bytes_tokenizer, train_bpe
 from errors import UserError
 from model.heads import logits_of
 from model.transformer import Transformer

@@ -1,0 +1,144 @@
+"""Documents to token ids, each by itself, before packing: plain, infilling, copying, or chat."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.chat import encode_chat
+from data.config import DataConfig
+from data.copies import copy_exercises
+from data.documents import Document
+from data.fim import fim_tokens
+from data.tokenizer import Tokenizer
+from errors import UserError
+
+# A document is made into fill-in-the-middle documents of between this share of a row and a whole
+# row: a model can only learn to infill what it sees at once.
+MIN_FIM_SHARE = 0.25
+
+# Tokens that a fill-in-the-middle document has beyond those of its text: three sentinels, [eos],
+# and the two more that cuts inside tokens may add.
+FIM_EXTRA_TOKENS = 6
+
+
+class DocumentEncoder:
+    """Encodes documents to pretrain on, each as one sequence of ids or as several."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+        """Raises UserError if the config asks for infilling and the tokenizer has no sentinels."""
+        self._config, self._tokenizer = config, tokenizer
+        if config.fim_rate > 0:
+            _ = tokenizer.fim
+
+    def __call__(
+        self, element: tuple[str, Document], rng: np.random.Generator
+    ) -> list[dict[str, np.ndarray]]:
+        """Encodes one document.
+
+        Args:
+          element: (kind of its source, document).
+          rng: decides whether the document becomes copying exercises, infilling or neither, and how
+            it is cut.
+
+        Returns:
+          One {"tokens": int32 [n]} for each sequence; with packing "fit" none is longer than a row.
+        """
+        kind, document = element
+        config = self._config
+        ids = self._encode_body(document)
+        if config.copy_rate > 0 and rng.random() < config.copy_rate:
+            sequences = copy_exercises(ids, rng, config.seq_len)
+        elif not isinstance(document.body, str):
+            sequences = [ids]
+        elif kind in config.fim_sources and rng.random() < config.fim_rate:
+            sequences = self._encode_infilling(document.body, len(ids), rng)
+        else:
+            sequences = [self._with_ends(ids, document)]
+        max_length = config.seq_len if config.packing == "fit" else None
+        return [
+            {"tokens": np.asarray(chunk, np.int32)}
+            for sequence in sequences
+            for chunk in _chunks(sequence, max_length)
+        ]
+
+    def _encode_body(self, document: Document) -> list[int]:
+        if isinstance(document.body, str):
+            return self._tokenizer.encode(document.body)
+        template = self._config.chat_template
+        return encode_chat(document.body, self._tokenizer, template, document.tools)[0]
+
+    def _with_ends(self, ids: list[int], document: Document) -> list[int]:
+        """Adds [bos] and [eos] where the document begins and ends, unless it is cut there."""
+        bos, eos = self._tokenizer.bos, self._tokenizer.eos
+        opening = [bos] if document.begins and bos is not None else []
+        return opening + ids + ([eos] if document.ends else [])
+
+    def _encode_infilling(
+        self, text: str, num_tokens: int, rng: np.random.Generator
+    ) -> list[list[int]]:
+        """Cuts a text into chunks and encodes each as a fill-in-the-middle document.
+
+        Every chunk fits in a row: this is the "context-level" FIM of arXiv 2207.14255.
+        """
+        max_tokens = self._config.seq_len - FIM_EXTRA_TOKENS
+        sequences = []
+        start = 0
+        while start < len(text):
+            share = rng.uniform(MIN_FIM_SHARE, 1)
+            length = int(max_tokens * share * len(text) / num_tokens)
+            chunk = text[start : start + max(length, 1)]
+            start += len(chunk)
+            ids = fim_tokens(chunk, self._tokenizer, rng, spm=self._config.fim_spm)
+            # A chunk with more tokens a character than the rest of the document may not fit in a
+            # row: it stays plain text.
+            fits = len(ids) <= self._config.seq_len
+            sequences.append(ids if fits else self._tokenizer.encode(chunk))
+        return sequences
+
+
+class ConversationEncoder:
+    """Encodes conversations to fine-tune on, with the weight of each token as a target."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+        self._config, self._tokenizer = config, tokenizer
+
+    def __call__(
+        self, element: tuple[str, Document], rng: np.random.Generator
+    ) -> list[dict[str, np.ndarray]]:
+        """Encodes one conversation, cut at the end of a row; nothing about it is random.
+
+        Args:
+          element: (kind of its source, document).
+          rng: not used; a `DocumentEncoder` takes it.
+
+        Returns:
+          A list of one {"tokens": int32 [n], "weights": float32 [n]}.
+
+        Raises:
+          UserError: the document is a text, or its template cannot write it.
+        """
+        _, document = element
+        if isinstance(document.body, str):
+            raise UserError(
+                f"{document.name}: a text, where chat needs a list of messages; name the field "
+                "that has them in data.sources"
+            )
+        template = self._config.chat_template
+        try:
+            ids, weights = encode_chat(document.body, self._tokenizer, template, document.tools)
+        except UserError as error:
+            raise UserError(f"{document.name}: {error}") from error
+        row = slice(self._config.seq_len)
+        return [
+            {
+                "tokens": np.asarray(ids[row], np.int32),
+                "weights": np.asarray(weights[row], np.float32),
+            }
+        ]
+
+
+def _chunks(ids: list[int], max_length: int | None) -> Iterator[list[int]]:
+    """Cuts ids every `max_length`, or not at all; no ids give no chunk."""
+    size = max_length or len(ids) or 1
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]

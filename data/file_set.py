@@ -1,0 +1,97 @@
+"""Files that a source reads, under names that stay the same when the whole folder moves."""
+
+import glob
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+
+# Folders of the standard library that are left out: its tests and vendored copies are many, long
+# and odd, and installed packages are not part of it.
+_NOT_STDLIB = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+}
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """A folder and the names of files in it.
+
+    The names decide the split of documents, so that a copy of a corpus elsewhere keeps its
+    validation files.
+
+    Attributes:
+      root: the folder.
+      names: sorted paths relative to `root`, with forward slashes.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+
+    def path(self, name: str) -> Path:
+        """Returns the path of the file of this name."""
+        return self.root / name
+
+
+def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Finds the file that holds an element of a list of files.
+
+    Args:
+      ends: for each file, the number of elements in it and in all files before it.
+      index: index of the element among those of all files.
+
+    Returns:
+      (file, index of the element in that file).
+    """
+    file = int(np.searchsorted(ends, index, side="right"))
+    return file, index - (int(ends[file - 1]) if file else 0)
+
+
+def match_files(spec: str, pattern: str) -> FileSet:
+    """Lists the files that match a glob pattern, in which ** crosses folders.
+
+    Args:
+      spec: the source string that has the pattern, for the error.
+      pattern: relative to the working directory. The root is the folder before its first wildcard.
+
+    Raises:
+      UserError: no file matches.
+    """
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise UserError(f'data.sources: no file matches "{spec}" (looked from {Path.cwd()})')
+    fixed = []
+    for part in Path(pattern).parent.parts:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    root = Path(*fixed)
+    return FileSet(root, tuple(path.relative_to(root).as_posix() for path in paths))
+
+
+def stdlib_files() -> FileSet:
+    """Lists the Python files of the running Python's standard library.
+
+    Its tests and installed packages are left out.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_STDLIB]
+        names += [
+            os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+            for name in files
+            if name.endswith(".py")
+        ]
+    return FileSet(root, tuple(sorted(names)))

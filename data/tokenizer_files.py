@@ -1,0 +1,110 @@
+"""Loads a Hugging Face tokenizer.json, with roles, stops and chat template from beside it."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from data.chat_template import TEMPLATE_FILE, find_chat_template
+from data.special_tokens import is_control_token
+from data.tokenizer import Tokenizer
+from errors import UserError
+from files import read_json
+
+# All files that `Tokenizer.save` may write and `load_tokenizer` reads of what it wrote.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TEMPLATE_FILE,
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a tokenizer with all that the files beside it say.
+
+    The files are those of a Hugging Face checkpoint: tokenizer_config.json and
+    special_tokens_map.json say which tokens begin and end a document, generation_config.json or
+    config.json what else ends one, chat_template.jinja or tokenizer_config.json how to chat.
+
+    Args:
+      path: a tokenizer.json, or the directory that it is in.
+
+    Raises:
+      UserError: there is no such file, it is not a tokenizer, or a file beside it is broken.
+    """
+    path = Path(path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer file")
+    config = _read_optional(path.with_name("tokenizer_config.json"))
+    roles = _special_token_roles(config, path.parent)
+    return Tokenizer(
+        _load_backend(path, roles.values()),
+        str(path),
+        roles,
+        _stops(path.parent),
+        find_chat_template(path.parent, config, roles),
+    )
+
+
+def _load_backend(path: Path, named: Collection[str]) -> tokenizers.Tokenizer:
+    """Loads a tokenizer.json and flags every control token, and those `named`, as special."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for token in saved["added_tokens"]:
+            token["special"] = token["special"] or is_control_token(token["content"], named)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(saved))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a Hugging Face tokenizer.json ({error})") from error
+    backend.no_padding()
+    backend.no_truncation()
+    # A token with a role may be in the vocabulary only. As a special one it must be found in text
+    # before that is cut into others.
+    added = {token["content"] for token in saved["added_tokens"]}
+    backend.add_special_tokens(
+        [
+            AddedToken(text, special=True)
+            for text in named
+            if text not in added and backend.token_to_id(text) is not None
+        ]
+    )
+    return backend
+
+
+def _special_token_roles(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    """Returns the texts of the tokens with a role, by role: {"bos_token": "<s>"}.
+
+    The older special_tokens_map.json counts where the config does not list the added tokens.
+    """
+    tokens = (
+        config
+        if "added_tokens_decoder" in config
+        else {**config, **_read_optional(directory / "special_tokens_map.json")}
+    )
+    texts = {
+        role: token.get("content") if isinstance(token, dict) else token
+        for role, token in tokens.items()
+        if role.endswith("_token")
+    }
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
+def _stops(directory: Path) -> list[int]:
+    """Returns the ids that end a text by generation_config.json, or else by config.json."""
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        stops = _read_optional(path).get("eos_token_id")
+        if stops is not None:
+            stops = stops if isinstance(stops, list) else [stops]
+            if not all(type(stop) is int and stop >= 0 for stop in stops):
+                raise UserError(f"{path}: eos_token_id = {stops}: must be an id, or a list of ids")
+            return stops
+    return []
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; it is empty if there is no such file."""
+    return read_json(path) if path.is_file() else {}
