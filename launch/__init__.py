@@ -1,3 +1,23 @@
-"""The commands a person types: parse, validate, build, run. Every file with a `__main__` line is
-one command; `--help` shows its examples.
+"""The commands that a person types, each thin: it parses, builds and calls; the packages below work.
+
+In comes a command line, out go a run's files or a few lines of text. Every module but `__main__` is
+one command, `python -m launch.NAME` or `athanor NAME`; its docstring is its `--help`. The package
+may import every other one; no command imports another. Start at `pretrain.py`.
 """
+
+# name -> what the command does, in the order in which a newcomer meets them
+COMMANDS = {
+    "quickstart": "run everything once: pretrain, select keys, fine-tune, reinforce, evaluate",
+    "pretrain": "pretrain with fill-in-the-middle, or train the sparse indexer",
+    "finetune": "fine-tune on conversations",
+    "reinforce": "reinforcement learning on verifiable tasks",
+    "evaluate": "pass@k on held-out problems, infilling, the indexer's recall",
+    "sample": "write on from a prompt, answer in a chat, fill a gap",
+    "score": "logits, hidden states, routes and log-probabilities of given tokens or texts",
+    "convert": "turn a Hugging Face checkpoint into a workdir, and back",
+    "report": "show a run's numbers, curves and samples on one page",
+    "sweep": "run every experiment of a config's sweep() and print one table",
+    "plan": "tell whether a config fits a TPU topology, and how fast it can be at most",
+    "pod": "start a command on every host of a TPU slice, a GKE or a Slurm cluster",
+    "fields": "print the fields of a config",
+}
