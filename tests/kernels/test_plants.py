@@ -60,7 +60,7 @@ def losses(interpret):
         (
             sparse_attention,
             "_forward_kernel",
-            "largest_ref[...] = jnp.full(largest_ref.shape, INITIAL_MAX, F32)",
+            "max_ref[...] = jnp.full(max_ref.shape, INITIAL_MAX, F32)",
             "pass",
         ),
         (
@@ -92,8 +92,8 @@ def test_memory_used_before_it_is_written_is_seen(monkeypatch, module, kernel, r
 @pytest.mark.parametrize(
     ("module", "kernel", "right"),
     [
-        (sparse_attention, "_backward_kernel", "fetch(i, turn).wait()"),
-        (sparse_attention, "_backward_kernel", "put(i, turn_ref[0] - 1).wait()"),
+        (sparse_attention, "_backward_kernel", "dq.fetch(i, visit).wait()"),
+        (sparse_attention, "_backward_kernel", "dq.write_back(i, visits_ref[0] - 1).wait()"),
         (indexer_kl, "_kl_kernel", "fetched.wait()"),
         (indexer_kl, "_kl_kernel", "put.wait()"),
         (indexer_kl, "_kl_kernel", "fetched_row.wait()"),
@@ -150,7 +150,11 @@ def test_a_latent_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog):
 )
 def test_a_tile_computed_in_vain_is_seen(monkeypatch, at, kernel, place):
     planted(
-        monkeypatch, sparse_attention, kernel, f"held_ref[{place}] != 0", f"held_ref[{place}] >= 0"
+        monkeypatch,
+        sparse_attention,
+        kernel,
+        f"nonempty_ref[{place}] != 0",
+        f"nonempty_ref[{place}] >= 0",
     )
     *qkv, bits_BTW = with_holes()
     assert len(computed_tiles(monkeypatch, *qkv, bits_BTW)[at]) > np.sum(
