@@ -7,11 +7,12 @@ templates, so that a template renders the same text here to the character.
 import datetime
 import functools
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node, Scope
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -35,17 +36,17 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012 jinja's own declaration
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: Parser) -> Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        return Scope(body, lineno=line)
 
 
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
-    separators: Sequence[str] | None = None,
+    separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """Writes JSON as it is; Jinja's own filter would escape <, > and & for HTML."""

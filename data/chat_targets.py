@@ -6,19 +6,19 @@ from errors import UserError
 
 
 def target_tokens(turn: AssistantSpan, encoding: Encoding, tokenizer: Tokenizer) -> range:
-    """Returns the indices of the tokens that the assistant sampled to write one turn.
+    r"""Returns the indices of the tokens that the assistant sampled to write one turn.
 
     They begin with the turn's first token and end where sampling would have ended. A template may
     render more than that behind a turn, such as an end of line. The first case that applies decides
     ("|" marks the end of the targets):
 
-        case                                  example               why
-        1 a stop token in the turn            4<|im_end|>|\\n        sampling ends at the first stop
-        2 a stop token right after the turn   4<|user|>|            the next speaker's marker is a
-                                                                    stop, which the assistant writes
-        3 a special token, then white space   4<|im_end|>|\\n        it ends the turn though it is
-                                                                    no stop, as for a base model
-        4 none of these                       4|                    all of the turn is sampled
+        case                                 example             why
+        1 a stop token in the turn           4<|im_end|>|\n      sampling ends at the first stop
+        2 a stop token right after the turn  4<|user|>|          the next speaker's marker is a
+                                                                 stop, which the assistant samples
+        3 a special token, then white space  4<|im_end|>|\n      it ends the turn though it is no
+                                                                 stop, as for a base model
+        4 none of these                      4|                  all of the turn is sampled
 
     A token whose characters are only partly the turn's is no target: the assistant cannot have
     sampled it.

@@ -1,9 +1,9 @@
-"""Documents to rows of a fixed length, by grain's packers, and packed rows to batches.
+"""Token sequences to rows of a fixed length, by grain's packers, and packed rows to batches.
 
 A batch is a dict of arrays [B, T] (docs/architecture.md):
-  tokens     int32     padding is the tokenizer's pad
-  positions  int32     0, 1, ... inside each segment
-  segments   int32     1, 2, ... inside a row; 0 is padding
+  tokens     int32     the tokenizer's pad where there is no token
+  positions  int32     0, 1, ... inside each segment; 0 for padding
+  segments   int32     1, 2, ... inside a row; 0 for padding
   weights    float32   how much predicting this token counts; 0 for padding
 """
 
@@ -13,60 +13,69 @@ import grain
 import numpy as np
 
 # Rows that first-fit fills at the same time, at least: the more, the less padding.
-FIT_ROWS = 32
+MIN_OPEN_ROWS = 32
 
 
-def split_rows(documents: grain.IterDataset, sequence: int) -> grain.IterDataset:
-    """Documents {"tokens": [n]} one behind the other, cut every `sequence` tokens; the rest of a
-    document opens the next row, as a segment of its own.
+def split_rows(sequences: grain.IterDataset, seq_len: int) -> grain.IterDataset:
+    """Concatenates sequences {"tokens": [n]} and cuts them every `seq_len` tokens.
+
+    The rest of a sequence opens the next row, as a segment of its own.
     """
-    return _ConcatThenSplit(
-        grain.experimental.ConcatThenSplitIterDataset(documents, length_struct={"tokens": sequence})
+    packer = grain.experimental.ConcatThenSplitIterDataset(
+        sequences, length_struct={"tokens": seq_len}
     )
+    return _ConcatThenSplit(packer)
 
 
 def fit_rows(
-    documents: grain.IterDataset, sequence: int, rows: int, seed: int, *, weighted: bool
+    sequences: grain.IterDataset, seq_len: int, rows: int, seed: int, *, weighted: bool
 ) -> grain.IterDataset:
-    """Documents {"tokens": [n], and "weights": [n] if weighted}, none longer than `sequence`, each
-    whole, in the first of the open rows that has room.
+    """Puts each sequence, whole, in the first of the open rows that has room for it.
+
+    Args:
+      sequences: {"tokens": [n]}, and {"weights": [n]} if `weighted`, with n at most `seq_len`.
+      seq_len: tokens of a row.
+      rows: rows of a batch; at least as many are open at the same time.
+      seed: decides the order in which full rows come out.
+      weighted: whether the sequences have weights.
     """
-    length = {"tokens": sequence, "weights": sequence} if weighted else {"tokens": sequence}
+    length = {"tokens": seq_len, "weights": seq_len} if weighted else {"tokens": seq_len}
     return grain.experimental.FirstFitPackIterDataset(
-        documents, length_struct=length, num_packing_bins=max(rows, FIT_ROWS), seed=seed
+        sequences, length_struct=length, num_packing_bins=max(rows, MIN_OPEN_ROWS), seed=seed
     )
 
 
 def to_batch(
     packed: dict[str, np.ndarray], pad: int, *, cross_document_attention: bool
 ) -> dict[str, np.ndarray]:
-    """Rows of a packer, already stacked, as a batch.
+    """Makes a batch of rows that a packer made.
 
     Args:
-      packed: "tokens", "tokens_segment_ids", "tokens_positions" and perhaps "weights", [B, T].
-      pad: id for the positions of segment 0.
-      cross_document_attention: the row becomes one segment, positions 0 .. T - 1; padding stays
-        segment 0.
+      packed: the stacked rows: "tokens", "tokens_segment_ids", "tokens_positions" and perhaps
+        "weights", [B, T] each. Without weights every token has weight 1.
+      pad: id to write where there is no token.
+      cross_document_attention: makes the tokens of a row one segment, with positions 0 .. T - 1;
+        padding stays segment 0.
     """
     segments = packed["tokens_segment_ids"].astype(np.int32)
     positions = packed["tokens_positions"].astype(np.int32)
-    real = segments > 0
+    is_token = segments > 0
     if cross_document_attention:
-        segments = real.astype(np.int32)
-        positions = np.broadcast_to(np.arange(real.shape[1], dtype=np.int32), real.shape) * segments
+        segments = is_token.astype(np.int32)
+        positions = np.arange(is_token.shape[1], dtype=np.int32) * segments
     return {
-        "tokens": np.where(real, packed["tokens"], pad).astype(np.int32),
+        "tokens": np.where(is_token, packed["tokens"], pad).astype(np.int32),
         "positions": positions,
         "segments": segments,
-        "weights": packed.get("weights", real).astype(np.float32),
+        "weights": packed.get("weights", is_token).astype(np.float32),
     }
 
 
 class _ConcatThenSplit(grain.IterDataset):
     """Lets the state of grain's concat-then-split survive JSON.
 
-    Its state marks "no rest of a document" by the tuple (-1, -1); read back from JSON that is a
-    list, which grain takes for a rest, and one document is lost.
+    Its state marks that no rest of a sequence is left by the tuple (-1, -1). Read back from JSON
+    that is a list, which grain takes for a rest, and one sequence is lost.
     """
 
     def __iter__(self) -> grain.DatasetIterator:

@@ -7,11 +7,13 @@ import grain
 
 
 class Prefetch(grain.IterDataset):
-    """A background thread that keeps `size` elements ready. The iterator's state is that of the
-    last element taken, however far ahead the thread is.
+    """A dataset whose iterator has a background thread that keeps elements ready.
+
+    The state of the iterator is that of the last element taken, however far ahead the thread is.
     """
 
     def __init__(self, parent: grain.IterDataset, size: int):
+        """Keeps `size` elements of `parent` ready."""
         super().__init__(parent)
         self._size = size
 
@@ -22,15 +24,17 @@ class Prefetch(grain.IterDataset):
 
 
 class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Closes once, and before Python ends: grain's own closes when it is collected, which may be in
-    a half-dismantled interpreter, and prints a traceback.
+    """Closes once, and before Python ends.
+
+    grain's own iterator closes when it is collected. That may be in a half-dismantled interpreter,
+    which then prints a traceback.
     """
 
-    _done = False
+    _is_closed = False
 
     def close(self) -> None:
-        if not self._done:
-            self._done = True
+        if not self._is_closed:
+            self._is_closed = True
             super().close()
 
 

@@ -5,6 +5,7 @@ It is the loss of the middle of held-out documents, with the suffix shown agains
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from errors import UserError
 from model.config import ModelConfig
 from model.heads import token_logprobs
 from model.segments import shift_left
-from model.transformer import Transformer
+from model.transformer import Output, Transformer
 
 Batch = dict[str, np.ndarray]
 VARIANTS = ("with_suffix", "without_suffix", "empty_suffix")
@@ -131,9 +132,8 @@ def middle_nats(
     Returns:
       (nats_B, tokens_B): the sum, and the number of tokens in it.
     """
-    output = Transformer(config).apply(
-        variables, batch["tokens"], batch["positions"], batch["segments"], stage=stage, mtp=False
-    )
+    inputs = (batch["tokens"], batch["positions"], batch["segments"])
+    output = cast(Output, Transformer(config).apply(variables, *inputs, stage=stage, mtp=False))
     targets_BT, weights_BT = shift_left(batch["tokens"], 1), shift_left(batch["weights"], 1)
     logprobs_BT, _ = token_logprobs(config, variables["params"], output.hidden_BTD, targets_BT)
     eos_BT, _ = token_logprobs(
