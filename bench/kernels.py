@@ -172,7 +172,8 @@ def selection_figures(parts: list[Stretch], L: int, totals, rate: float, peak: f
     """
     from bench.kernel_programs import C, I, causal_tiles, stored
     from kernels.bitmask import KEYS, words
-    from kernels.selection import ROWS, most_keys, most_queries, places
+    from kernels.selection import ROWS, most_keys, most_queries
+    from kernels.threshold import position_bits
 
     queries = most_queries(L)
     keys = most_keys(queries)
@@ -197,7 +198,7 @@ def selection_figures(parts: list[Stretch], L: int, totals, rate: float, peak: f
         return (
             rows
             / ROWS
-            * (once + ends + loops(search, passes) + (loops(ties, places(L)) if tied else 0))
+            * (once + ends + loops(search, passes) + (loops(ties, position_bits(L)) if tied else 0))
         )
 
     tiles, flops = causal_tiles(L, queries, keys), 2 * queries * keys * I * C

@@ -18,7 +18,8 @@ import numpy as np
 from jax import Array
 
 from experiment.command_line import command
-from kernels.selection import ROWS, find_threshold, normal_quantile
+from kernels.selection import ROWS
+from kernels.threshold import find_threshold, normal_quantile
 
 LENGTHS = (8_192, 32_768, 131_072)
 TOPK, HEADS, SEEDS = 2_048, 64, 16
@@ -65,9 +66,9 @@ _tried = []  # an element for each count
 
 @functools.partial(jax.jit, static_argnums=1)
 def _search(scores_RS: Array, topk: int) -> tuple[Array, Array]:
-    def count(chosen):
+    def count(level):
         jax.debug.callback(lambda: _tried.append(1))
-        return jnp.sum(chosen(scores_RS, 0), axis=1, keepdims=True, dtype=jnp.int32)
+        return jnp.sum(scores_RS >= level, axis=1, keepdims=True, dtype=jnp.int32)
 
     allowed = jnp.full((len(scores_RS), 1), scores_RS.shape[1], jnp.int32)
     total, squares = (jnp.sum(x, axis=1, keepdims=True) for x in (scores_RS, scores_RS**2))

@@ -1,11 +1,14 @@
-"""Which keys each query attends to, a bit a key: what selection hands to attention and to the
-indexer's loss.
+"""A block-sparse bitmask: the keys that each query attends to, 32 keys in a word of int32.
+
+Selection hands it to attention and to the indexer's loss.
 
     key s is bit (s // 128) % 32 of word (s // 4096) * 128 + s % 128
 
-so that 128 keys side by side are one bit of 128 words side by side: a kernel unpacks them without
-moving anything between lanes. A row of S keys is W = 128 * ceil(S / 4096) words of int32; at 128K
-keys a sequence's whole set is 2 GiB, where a mask of bytes would be 16.
+128 neighbouring keys are one bit of 128 neighbouring words, so a kernel unpacks them without moving
+anything between lanes. A row of S keys takes W = 128 * ceil(S / 4096) words; at 128K keys the mask
+of a sequence is 2 GiB, where one of bytes would be 16.
+
+Letters: W words, L the 128 words of a block of 4096 keys, n blocks of queries, m tiles of keys.
 """
 
 import jax.numpy as jnp
@@ -14,16 +17,16 @@ from jax import Array, lax
 from kernels.reference import MASKED
 
 LANES, BITS = 128, 32
-KEYS = LANES * BITS  # in LANES words side by side
+KEYS = LANES * BITS  # the keys of 128 neighbouring words
 
 
 def words(keys: int) -> int:
-    """W of a row of so many keys."""
+    """Returns W, the words of a row of so many keys."""
     return -(-keys // KEYS) * LANES
 
 
 def pack(among_BTS: Array) -> Array:
-    """bits_BTW of a set given as bool."""
+    """Packs a bool mask into bits_BTW."""
     *rows, S = among_BTS.shape
     padded = jnp.pad(among_BTS, [(0, 0)] * len(rows) + [(0, -S % KEYS)]).reshape(
         *rows, -1, BITS, LANES
@@ -33,28 +36,31 @@ def pack(among_BTS: Array) -> Array:
 
 
 def unpack(bits_BTW: Array, keys: int) -> Array:
-    """The set as bool [B, T, keys]."""
+    """Unpacks the first `keys` keys into a bool mask [B, T, keys]."""
     *rows, W = bits_BTW.shape
     place_b1 = jnp.arange(BITS, dtype=jnp.int32)[:, None]
-    return (jnp.right_shift(bits_BTW.reshape(*rows, W // LANES, 1, LANES), place_b1) & 1).reshape(
-        *rows, -1
-    )[..., :keys] == 1
+    bits_BTwbL = jnp.right_shift(bits_BTW.reshape(*rows, W // LANES, 1, LANES), place_b1) & 1
+    return bits_BTwbL.reshape(*rows, -1)[..., :keys] == 1
 
 
 def causal(segments_BT: Array, key_segments_BS: Array, place_T: Array) -> Array:
-    """bits_BTW of every key a query may attend to: those of its own segment up to itself, none for
-    a query of segment 0. `place_T`: where queries stand.
+    """Makes the bitmask of causal attention inside segments.
+
+    Args:
+      segments_BT: the segments of the queries. A query of segment 0, padding, attends to nothing.
+      key_segments_BS: the segments of the keys.
+      place_T: the position of each query in the sequence.
+
+    Returns: bits_BTW of the keys of each query's own segment up to itself.
     """
     B, S = key_segments_BS.shape
     segment_BwbL = jnp.pad(key_segments_BS, [(0, 0), (0, -S % KEYS)]).reshape(B, -1, BITS, LANES)
     word_W, own_BT1 = jnp.arange(words(S), dtype=jnp.int32), segments_BT[..., None]
-    first_W = word_W // LANES * KEYS + word_W % LANES
+    first_W = word_W // LANES * KEYS + word_W % LANES  # the key of each word's lowest bit
     bits_BTW = jnp.zeros((*segments_BT.shape, words(S)), jnp.int32)
-    for place in range(
-        BITS
-        # a sum over an axis of places would be as short, and its result be written twice: once in that
-        # axis' layout
-    ):
+    # A sum over an axis of bits would be as short, but its result would be written twice: once in
+    # that axis' layout.
+    for place in range(BITS):
         allowed_BTW = (
             (first_W + place * LANES <= place_T[:, None])
             & (own_BT1 == segment_BwbL[:, :, place].reshape(B, 1, -1))
@@ -65,13 +71,15 @@ def causal(segments_BT: Array, key_segments_BS: Array, place_T: Array) -> Array:
 
 
 def counts(bits_BTW: Array) -> Array:
-    """How many keys are in each query's set: [B, T] int32."""
+    """Counts the keys of each query: [B, T] int32."""
     return jnp.sum(lax.population_count(bits_BTW), axis=-1)
 
 
 def transpose_bits(x: Array, axis: int) -> Array:
-    """Of int32 with 32 elements along an axis: bit i of element p is what was bit p of element i.
-    Halves change places, then quarters, then eighths ...
+    """Transposes 32 words of 32 bits along an axis.
+
+    Bit i of element p becomes what was bit p of element i: halves change places, then quarters,
+    then eighths and so on.
     """
     x = jnp.moveaxis(x, axis, -1)
     for half, mask in (
@@ -89,19 +97,23 @@ def transpose_bits(x: Array, axis: int) -> Array:
 
 
 def along_keys(bits_BTW: Array) -> Array:
-    """The set with 32 keys in a word and the queries last: key s of query t is bit s % 32 of [b, s
-    / 32, t]. int32 [B, W, T].
+    """Rearranges a bitmask so that a word has 32 neighbouring keys, and queries come last.
+
+    Returns: int32 [B, W, T]; key s of query t is bit s % 32 of [b, s / 32, t].
     """
     B, T, W = bits_BTW.shape
-    keys_BTGQp = transpose_bits(
-        bits_BTW.reshape(B, T, W // LANES, LANES // BITS, BITS), -1
-    )  # before: a place p for 32 words, now a word for each place
+    # [.., 4, 32] words, bit p of each: transposed, word p of each 32 has the bits of 32 keys.
+    keys_BTGQp = transpose_bits(bits_BTW.reshape(B, T, W // LANES, LANES // BITS, BITS), -1)
     return jnp.transpose(keys_BTGQp, (0, 2, 4, 3, 1)).reshape(B, W, T)
 
 
 def along_queries(bits_BTW: Array) -> Array:
-    """The set with 32 queries in a word and the keys last: key s of query t is bit t % 32 of [b, t
-    / 32, s]. T a multiple of 32; int32 [B, T / 32, W * 32].
+    """Rearranges a bitmask so that a word has 32 neighbouring queries, and keys come last.
+
+    Args:
+      bits_BTW: T is a multiple of 32.
+
+    Returns: int32 [B, T / 32, W * 32]; key s of query t is bit t % 32 of [b, t / 32, s].
     """
     B, T, W = bits_BTW.shape
     queries_BtpGL = transpose_bits(bits_BTW.reshape(B, T // BITS, BITS, W // LANES, LANES), 2)
@@ -109,49 +121,60 @@ def along_queries(bits_BTW: Array) -> Array:
 
 
 def nonempty_tiles(bits_BTW: Array, queries: int, keys: int) -> Array:
-    """Whether any query of a block has a key in a tile: bool [B, T / queries, 32 W / keys].
-    `queries` divides T; `keys` is 128, 256, ..., or 4096.
+    """Finds the tiles in which any query attends to any key: bool [B, T / queries, 32 W / keys].
+
+    Args:
+      bits_BTW: the bitmask.
+      queries: the queries of a tile, a divisor of T.
+      keys: the keys of a tile: 128, 256, ..., or 4096.
     """
     B, T, W = bits_BTW.shape
-    per = keys // LANES
+    places = keys // LANES  # bits of a word that lie in one tile
     any_BnwL = lax.reduce_or(bits_BTW.reshape(B, T // queries, queries, W), (2,)).reshape(
         B, T // queries, W // LANES, LANES
     )
     any_Bnw = lax.reduce_or(any_BnwL, (3,))
-    tile_p = jnp.arange(BITS // per, dtype=jnp.int32) * per
+    first_p = jnp.arange(BITS // places, dtype=jnp.int32) * places
     shifted_Bnwp = lax.shift_right_logical(
-        any_Bnw[..., None], jnp.broadcast_to(tile_p, (*any_Bnw.shape, BITS // per))
+        any_Bnw[..., None], jnp.broadcast_to(first_p, (*any_Bnw.shape, BITS // places))
     )
-    return ((shifted_Bnwp & jnp.int32(-1 if per == BITS else (1 << per) - 1)) != 0).reshape(
-        B, T // queries, -1
-    )
+    own_bits = jnp.int32(-1 if places == BITS else (1 << places) - 1)
+    return ((shifted_Bnwp & own_bits) != 0).reshape(B, T // queries, -1)
 
 
-def next_nonempty(held_Bnm: Array) -> Array:
-    """For each tile the first held one from it on, and behind the last held one that again, int32:
-    what a pipeline fetches, none in vain.
+def next_nonempty(nonempty_Bnm: Array) -> Array:
+    """Says which tile a pipeline fetches at each tile, so that it fetches none in vain.
+
+    Returns: int32 [B, n, m], the first nonempty tile from each one on; behind the last nonempty
+      tile, that one again.
     """
-    tiles = held_Bnm.shape[-1]
-    place_Bnm = jnp.where(held_Bnm, jnp.arange(tiles, dtype=jnp.int32), tiles)
+    tiles = nonempty_Bnm.shape[-1]
+    place_Bnm = jnp.where(nonempty_Bnm, jnp.arange(tiles, dtype=jnp.int32), tiles)
     after_Bnm = lax.cummin(place_Bnm, axis=2, reverse=True)
     last_Bn1 = jnp.max(
-        jnp.where(held_Bnm, jnp.arange(tiles, dtype=jnp.int32), 0), axis=2, keepdims=True
+        jnp.where(nonempty_Bnm, jnp.arange(tiles, dtype=jnp.int32), 0), axis=2, keepdims=True
     )
     return jnp.where(after_Bnm == tiles, last_Bn1, after_Bnm)
 
 
 def bit(place: int) -> Array:
-    """int32 with that bit alone: the last one is the sign."""
+    """Returns an int32 with one bit set; bit 31 is the sign."""
     return jnp.int32(-(2**31) if place == BITS - 1 else 1 << place)
 
 
 def tile_bias(bits_QL: Array, tile: Array, keys: int) -> Array:
-    """In a kernel: 0 for the keys of a tile that are in the set, MASKED for the others, float32 [Q,
-    keys]. bits_QL: the 128 words the tile is in.
+    """Unpacks a tile inside a kernel: 0 for the keys in the mask, MASKED for the others.
+
+    Args:
+      bits_QL: for each query the 128 words that the tile lies in.
+      tile: the tile's number in the sequence.
+      keys: the keys of a tile.
+
+    Returns: float32 [Q, keys].
     """
-    per = keys // LANES
-    first = lax.rem(tile, BITS // per) * per
+    places = keys // LANES
+    first = lax.rem(tile, BITS // places) * places
     shifted_QL = lax.shift_right_logical(bits_QL, jnp.full(bits_QL.shape, first, jnp.int32))
     return jnp.concatenate(
-        [jnp.where((shifted_QL & bit(place)) != 0, 0.0, MASKED) for place in range(per)], axis=1
+        [jnp.where((shifted_QL & bit(place)) != 0, 0.0, MASKED) for place in range(places)], axis=1
     )

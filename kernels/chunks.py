@@ -1,5 +1,6 @@
-"""Works through one axis of many arrays a chunk at a time, so that no intermediate has its full
-length.
+"""Works through one axis of many arrays, a chunk at a time.
+
+So no intermediate has the axis' full length.
 
     map_chunks(attend, (q_BTNH, segments_BT), 512)    attend sees [B, 512, N, H] and [B, 512]
 

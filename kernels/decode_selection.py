@@ -1,22 +1,27 @@
-"""Which tokens one new query a row shall read, as a list: the indexer's best, and of those, on
-request, the fewest that hold a share of its softmax.
+"""Lists the tokens that one new query a row reads.
 
-    scores -> the k best (arXiv 2512.02556) -> the fewest with `mass` (Twilight, arXiv 2502.02770;
-    the indexer is trained to be this softmax) -> their positions
+They are the indexer's best and, on request, of those the fewest that reach a share of its softmax:
+
+    scores -> the k best (arXiv 2512.02556, eq. 2) -> the fewest with a share `top_p` of the softmax
+    (Twilight, arXiv 2502.02770; the indexer is trained to be this softmax) -> their positions
 
 Nothing is sorted. On TPU it is one kernel: a row's keys come past once, its scores stay on the
-chip, and both thresholds are found there by counting. Then the
-list is made by products with ones: from how many tokens are selected before each block of 128, a
-slot's block is known; a product with the one-hot blocks brings it that block's mask, one with a
-triangle ranks the tokens in it, and the slot's is the one whose rank it is.
+chip, and both thresholds are found there by counting. Then the list is made by products with ones.
+From how many tokens are selected before each block of 128, a slot's block is known; a product with
+the one-hot blocks brings the slot that block's mask; one with a triangle ranks the tokens in it,
+and the slot's token is the one whose rank is the slot's.
 
 | implementation | how |
 |---|---|
-| reference | the scores in full, `select_topk`, `keep_mass`, a running count |
+| reference | all scores in memory, `select_topk`, `top_p_keys`, a running count |
 | tpu | Pallas |
+
+Letters: k slots of the list, b blocks of 128 tokens, L the 128 tokens of a block.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +31,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bitmask import LANES
 from kernels.reference import WEIGHT_BITS, indexer_scores, select_topk, top_p_keys
-from kernels.selection import find_threshold, places, unordered
+from kernels.threshold import find_threshold, from_ordered_int, last_of_first, position_bits
 from kernels.tiles import F32, dot, fold_pairwise, padded, to_column
 
 GROUP = LANES * LANES  # tokens that are folded, and listed, at a time: 128 blocks of 128
-LISTED = 256  # slots of the list that are filled at a time
+LISTED = 256  # slots of the list that are filled at a time: a chunk of it
 SCORED = 1_024  # tokens that are scored at a time: a register's sublanes and lanes
 
 
 def select_reference(
     q_BIC: Array, k_BSC: Array, w_BI: Array, allowed_BS: Array, topk: int, top_p: float = 1.0
 ) -> tuple[Array, Array]:
-    """See `select_tpu`."""
+    """Computes what `select_tpu` does, in plain JAX."""
     scores_BS = indexer_scores(q_BIC[:, None], k_BSC, w_BI[:, None])[:, 0]
     return list_positions(
         top_p_keys(scores_BS, select_topk(scores_BS, allowed_BS, topk), top_p),
@@ -46,8 +51,14 @@ def select_reference(
 
 
 def list_positions(among_BS: Array, slots: int) -> tuple[Array, Array]:
-    """The positions of a set's members in order, and how many there are: (index_Bk, count_B) int32.
-    Slots behind the list hold their own numbers.
+    """Lists the positions that are true.
+
+    Args:
+      among_BS: bool, at most `slots` of a row true.
+      slots: the length of the list.
+
+    Returns: index_Bk int32, the positions in order, a slot behind them with the slot's own number;
+      and count_B int32, how many positions there are.
     """
     count_BS = jnp.cumsum(among_BS, axis=1, dtype=jnp.int32)
     slot_k = jnp.arange(slots, dtype=jnp.int32)
@@ -68,39 +79,42 @@ def select_tpu(
     keys: int = 2_048,
     interpret=False,
 ) -> tuple[Array, Array]:
-    """The kernel.
+    """Lists the tokens that each row's query reads, in a TPU kernel.
 
     Args:
       q_BIC, k_BSC, w_BI: the indexer's queries of one token a row, the cache of its keys, and the
         weights of its heads.
       allowed_BS: bool, the tokens a row may read. Keys behind the last of them are not fetched.
-      topk, mass: see `select_topk`, `keep_mass`.
-      keys: of a tile, a multiple of SCORED.
+      topk: how many tokens to select, see `select_topk`.
+      top_p: which share of the softmax over those to keep, see `top_p_keys`.
+      keys: the tokens of a tile, a multiple of SCORED.
+      interpret: as in `pallas_call`.
 
-    Returns: index_Bk of min(topk, S) slots, in order of position, see `listed`; and count_B.
+    Returns: index_Bk of min(topk, S) slots, in order of position, and count_B, see
+      `list_positions`.
     """
     B, I, C = q_BIC.shape
     S = k_BSC.shape[1]
     slots, tiles = min(topk, S), -(-S // keys)
     size, room = -(-tiles * keys // GROUP) * GROUP, -(-slots // LISTED) * LISTED
     allowed_BbL = padded(allowed_BS.astype(jnp.int32), 1, tiles * keys).reshape(B, -1, LANES)
-    live_B = jnp.max(jnp.where(allowed_BS, jnp.arange(1, S + 1, dtype=jnp.int32), 0), axis=1)
+    stop_B = jnp.max(jnp.where(allowed_BS, jnp.arange(1, S + 1, dtype=jnp.int32), 0), axis=1)
 
-    def fetched(b, j, live_ref):
-        return jnp.minimum(j, jnp.maximum(lax.div(live_ref[b] + keys - 1, keys) - 1, 0))
+    def fetched(b, j, stop_ref):
+        """Returns tile j, or the last one with an allowed token."""
+        return jnp.minimum(j, jnp.maximum(lax.div(stop_ref[b] + keys - 1, keys) - 1, 0))
 
     index_B1k, count_B1L = pl.pallas_call(
-        functools.partial(_kernel, topk=topk, mass=top_p),
+        functools.partial(_kernel, topk=topk, top_p=top_p),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, tiles),
             in_specs=[
                 pl.BlockSpec((1, I, C), lambda b, j, _: (b, 0, 0)),
                 pl.BlockSpec((1, 1, I), lambda b, j, _: (b, 0, 0)),
-                pl.BlockSpec((1, keys, C), lambda b, j, live_ref: (b, fetched(b, j, live_ref), 0)),
+                pl.BlockSpec((1, keys, C), lambda b, j, stop: (b, fetched(b, j, stop), 0)),
                 pl.BlockSpec(
-                    (1, keys // LANES, LANES),
-                    lambda b, j, live_ref: (b, fetched(b, j, live_ref), 0),
+                    (1, keys // LANES, LANES), lambda b, j, stop: (b, fetched(b, j, stop), 0)
                 ),
             ],
             out_specs=[
@@ -118,201 +132,279 @@ def select_tpu(
         ),
         interpret=interpret,
         name="decode_select",
-    )(live_B, q_BIC, w_BI.astype(F32)[:, None], k_BSC, allowed_BbL)
+    )(stop_B, q_BIC, w_BI.astype(F32)[:, None], k_BSC, allowed_BbL)
     return index_B1k[:, 0, :slots], count_B1L[:, 0, 0]
 
 
+class _Bound(NamedTuple):
+    """A set of tokens: those with a value above `level`, and those at it up to position `last`.
+
+    Both are [1, 1].
+    """
+
+    level: Array
+    last: Array
+
+    def contains(self, x: Array, position: Array) -> Array:
+        """Says which of some values, at these positions, are in the set."""
+        return (x > self.level) | ((x == self.level) & (position <= self.last))
+
+
+class _ListRefs(NamedTuple):
+    """Scratch for the list, [chunks of the list, ..., LISTED]; a number or a column for each slot.
+
+    Attributes:
+      mask [chunks, 128, LISTED]: the mask of the block that the slot's token is in.
+      block [chunks, 1, LISTED]: that block's number.
+      before [chunks, 1, LISTED]: how many tokens are selected before that block.
+    """
+
+    mask: Array
+    block: Array
+    before: Array
+
+
 def _kernel(
-    live_ref,
+    stop_ref,
     q_ref,
     w_ref,
     k_ref,
     allowed_ref,
     index_ref,
     count_ref,
-    scores_ref,
+    values_ref,
     *list_refs,
     topk: int,
-    mass: float,
+    top_p: float,
 ):
-    """scores_ref [blocks, 128]: a row's scores, -inf where not allowed."""
+    """Scores a tile of keys; behind the last tile, selects and lists.
+
+    Args:
+      stop_ref [B]: the position behind each row's last allowed token.
+      q_ref [1, I, C], w_ref [1, 1, I], k_ref [1, K, C], allowed_ref [1, K / 128, 128]: operands.
+      index_ref [1, 1, slots], count_ref [1, 1, 128]: the results.
+      values_ref [blocks, 128]: the row's scores, -inf where not allowed; for top-p its weights take
+        their place.
+      list_refs: see `_ListRefs`.
+      topk, top_p: see `select_tpu`.
+    """
     b, j = pl.program_id(0), pl.program_id(1)
-    keys, live = k_ref.shape[1], live_ref[b]
+    keys, stop = k_ref.shape[1], stop_ref[b]
 
     @pl.when(j == 0)
     def _():
-        scores_ref[...] = jnp.full(scores_ref.shape, -jnp.inf, F32)
+        values_ref[...] = jnp.full(values_ref.shape, -jnp.inf, F32)
 
-    @pl.when(j * keys < live)
+    @pl.when(j * keys < stop)
     def _():
-        w_I1 = to_column(w_ref[0])
-        for part in range(keys // SCORED):
-            heads_IK = dot(q_ref[0], k_ref[0, pl.ds(part * SCORED, SCORED)], (1, 1))
-            score_1K = jnp.sum(jnp.maximum(heads_IK, 0.0) * w_I1, axis=0, keepdims=True)
-            score_bL = jnp.concatenate(jnp.split(score_1K, SCORED // LANES, axis=1), axis=0)
-            blocks = SCORED // LANES
-            allowed_bL = allowed_ref[0, part * blocks : (part + 1) * blocks] != 0
-            at = pl.multiple_of((j * (keys // SCORED) + part) * blocks, blocks)
-            scores_ref[pl.ds(at, blocks)] = jnp.where(allowed_bL, score_bL, -jnp.inf)
+        _score_tile(q_ref, w_ref, k_ref, allowed_ref, values_ref, j)
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
-        groups = lax.div(live + GROUP - 1, GROUP)
-        level, last = _bounds(scores_ref, groups, topk, mass)
-        _list(scores_ref, groups, level, last, index_ref, count_ref, *list_refs)
+        groups = lax.div(stop + GROUP - 1, GROUP)
+        bound, largest = _best_k(values_ref, groups, topk)
+        if top_p < 1:
+            _scores_to_weights(values_ref, groups, bound, largest)
+            bound = _fewest_with_share(values_ref, groups, top_p)
+        _list_tokens(values_ref, groups, bound, index_ref, count_ref, _ListRefs(*list_refs))
 
 
-def _bounds(scores_ref, groups, topk: int, mass: float) -> tuple[Array, Array]:
-    """The set, as (level, last): the scores above the level, and those at it up to the position
-    `last`. Both [1, 1].
+def _score_tile(q_ref, w_ref, k_ref, allowed_ref, scores_ref, tile) -> None:
+    """Writes a tile's scores (arXiv 2512.02556, eq. 1), SCORED tokens at a time."""
+    keys, blocks = k_ref.shape[1], SCORED // LANES
+    w_I1 = to_column(w_ref[0])
+    for part in range(keys // SCORED):
+        heads_IK = dot(q_ref[0], k_ref[0, pl.ds(part * SCORED, SCORED)], (1, 1))
+        score_1K = jnp.sum(jnp.maximum(heads_IK, 0.0) * w_I1, axis=0, keepdims=True)
+        score_bL = jnp.concatenate(jnp.split(score_1K, SCORED // LANES, axis=1), axis=0)
+        allowed_bL = allowed_ref[0, part * blocks : (part + 1) * blocks] != 0
+        at = pl.multiple_of((tile * (keys // SCORED) + part) * blocks, blocks)
+        scores_ref[pl.ds(at, blocks)] = jnp.where(allowed_bL, score_bL, -jnp.inf)
+
+
+def _best_k(scores_ref, groups, topk: int) -> tuple[_Bound, Array]:
+    """Selects the k best-scored tokens of a row. Of equal scores the earlier goes first.
+
+    Returns: the set, with level float32's least where all allowed tokens are selected; and the
+      largest score [1, 1].
     """
-
-    def fold(value, start, combine, reduce) -> Array:
-        """Of `value(scores, positions)` of all tokens, [1, 1]."""
-
-        def one(group, found):
-            x, place = _group(scores_ref, group)
-            return combine(
-                found, fold_pairwise(combine, jnp.split(value(x, place), LANES // 8, axis=0))
-            )
-
-        return reduce(
-            lax.fori_loop(0, groups, one, jnp.full((8, LANES), start)), axis=(0, 1), keepdims=True
-        )
-
-    def count(chosen) -> Array:
-        return fold(
-            lambda x, place: jnp.where(chosen(x, place), 1, 0), jnp.int32(0), jnp.add, jnp.sum
-        )
-
-    def last_tied(chosen, wanted) -> Array:
-        """The position of the last of the `wanted` first tokens that are chosen."""
-
-        def settle(step, found):
-            bound = found + (jnp.int32(1) << (places(scores_ref.size) - 1 - step))
-            return jnp.where(
-                count(lambda x, place: chosen(x, place) & (place < bound)) < wanted, bound, found
-            )
-
-        return lax.fori_loop(0, places(scores_ref.size), settle, jnp.zeros_like(wanted))
-
+    count = functools.partial(_count, scores_ref, groups)
+    fold = functools.partial(_fold, scores_ref, groups)
     allowed = count(lambda x, _: x > -jnp.inf)
     few = allowed <= topk
     largest = fold(lambda x, _: x, -jnp.inf, jnp.maximum, jnp.max)
     least = fold(lambda x, _: jnp.where(x > -jnp.inf, x, jnp.inf), jnp.inf, jnp.minimum, jnp.min)
     low, high = jnp.where(few, 0.0, least), jnp.where(few, 0.0, largest)
-    level, at, above = find_threshold(
-        lambda chosen: count(lambda x, place: chosen(x, 0)),
-        allowed,
-        few,
-        low,
-        high,
-        0.5 * (low + high),
-        topk,
+    middle = 0.5 * (low + high)
+    threshold, at_threshold, above = find_threshold(
+        lambda level: count(lambda x, _: x >= level), allowed, few, low, high, middle, topk
     )
-    level = jnp.where(few, jnp.finfo(F32).min, level)
-    crowded = ~few & (at > topk)
+    level = jnp.where(few, jnp.finfo(F32).min, threshold)
+    crowded = ~few & (at_threshold > topk)  # scores tie at the threshold
     everywhere = jnp.full_like(allowed, scores_ref.size)
-    last = _where_any(crowded, lambda: last_tied(lambda x, _: x == level, topk - above), everywhere)
-    if mass == 1:
-        return level, last
+    last = _if_any(crowded, lambda: _last_tied(scores_ref, groups, level, topk - above), everywhere)
+    return _Bound(level, last), largest
 
-    # From here on weights stand in the scores' place, 0 outside the set.
+
+def _scores_to_weights(values_ref, groups, bound: _Bound, largest: Array) -> None:
+    """Overwrites a row's scores with exp(score - largest), and with 0 outside the set."""
+
     @pl.loop(0, groups)
     def _(group):
-        x, place = _group(scores_ref, group)
-        scores_ref[pl.ds(pl.multiple_of(group * LANES, LANES), LANES)] = jnp.where(
-            _in_set(x, place, level, last), jnp.exp(x - largest), 0.0
+        x, position = _group_of(values_ref, group)
+        values_ref[pl.ds(pl.multiple_of(group * LANES, LANES), LANES)] = jnp.where(
+            bound.contains(x, position), jnp.exp(x - largest), 0.0
         )
 
-    def weigh(chosen) -> Array:
-        return fold(lambda x, _: jnp.where(chosen(x), x, 0.0), 0.0, jnp.add, jnp.sum)
 
-    wanted = mass * weigh(lambda x: x > 0)
+def _fewest_with_share(weights_ref, groups, top_p: float) -> _Bound:
+    """Selects the heaviest tokens, as few as have `top_p` of all weights (arXiv 2502.02770).
+
+    The bound's bits are settled one a pass. Of equal weights the earlier token goes first.
+    """
+    total = functools.partial(_total, weights_ref, groups)
+    wanted = top_p * total(lambda x: x > 0)
 
     def settle(step, found):
-        bound = found + (jnp.int32(1) << (WEIGHT_BITS - 1 - step))
-        least_weight = unordered(bound)
-        return jnp.where(weigh(lambda x: x >= least_weight) >= wanted, bound, found)
+        bits = found + (jnp.int32(1) << (WEIGHT_BITS - 1 - step))
+        least_weight = from_ordered_int(bits)
+        return jnp.where(total(lambda x: x >= least_weight) >= wanted, bits, found)
 
-    level = unordered(lax.fori_loop(0, WEIGHT_BITS, settle, jnp.zeros(wanted.shape, jnp.int32)))
-    tied = count(lambda x, _: x == level)
-    ties = jnp.maximum(jnp.ceil((wanted - weigh(lambda x: x > level)) / level), 1.0).astype(
-        jnp.int32
+    bits = lax.fori_loop(0, WEIGHT_BITS, settle, jnp.zeros(wanted.shape, jnp.int32))
+    level = from_ordered_int(bits)
+    tied = _count(weights_ref, groups, lambda x, _: x == level)
+    missing = wanted - total(lambda x: x > level)
+    ties = jnp.maximum(jnp.ceil(missing / level), 1.0).astype(jnp.int32)
+    everywhere = jnp.full_like(ties, weights_ref.size)
+    last = _if_any(tied > ties, lambda: _last_tied(weights_ref, groups, level, ties), everywhere)
+    return _Bound(level, last)
+
+
+def _if_any(condition: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
+    """Returns `compute()` where the [1, 1] condition is true, which it seldom is."""
+    return lax.cond(jnp.max(condition.astype(jnp.int32)) > 0, compute, lambda: otherwise)
+
+
+def _last_tied(values_ref, groups, level: Array, wanted: Array) -> Array:
+    """Returns the position of the last of the first `wanted` tokens at the level: [1, 1]."""
+
+    def tied_before(bound):
+        return _count(values_ref, groups, lambda x, position: (x == level) & (position < bound))
+
+    return last_of_first(tied_before, wanted, position_bits(values_ref.size))
+
+
+def _fold(
+    values_ref,
+    groups,
+    value: Callable[[Array, Array], Array],
+    start,
+    combine: Callable[[Array, Array], Array],
+    reduce: Callable[..., Array],
+) -> Array:
+    """Folds `value(values, positions)` of all tokens of a row to [1, 1].
+
+    Args:
+      values_ref: see `_kernel`.
+      groups: how many groups of GROUP tokens to read.
+      value: what to fold.
+      start: where the fold begins.
+      combine: folds two arrays element by element.
+      reduce: folds one over its axes.
+    """
+
+    def add_group(group, found):
+        x, position = _group_of(values_ref, group)
+        parts = jnp.split(value(x, position), LANES // 8, axis=0)
+        return combine(found, fold_pairwise(combine, parts))
+
+    found = lax.fori_loop(0, groups, add_group, jnp.full((8, LANES), start))
+    return reduce(found, axis=(0, 1), keepdims=True)
+
+
+def _count(values_ref, groups, test: Callable[[Array, Array], Array]) -> Array:
+    """Counts the tokens that pass `test(values, positions)`: [1, 1] int32."""
+    return _fold(
+        values_ref,
+        groups,
+        lambda x, position: jnp.where(test(x, position), 1, 0),
+        jnp.int32(0),
+        jnp.add,
+        jnp.sum,
     )
-    return level, _where_any(
-        tied > ties, lambda: last_tied(lambda x, _: x == level, ties), everywhere
+
+
+def _total(weights_ref, groups, test: Callable[[Array], Array]) -> Array:
+    """Adds up the weights that pass `test(weights)`: [1, 1]."""
+    return _fold(
+        weights_ref, groups, lambda x, _: jnp.where(test(x), x, 0.0), 0.0, jnp.add, jnp.sum
     )
 
 
-def _where_any(condition: Array, found, otherwise: Array) -> Array:
-    """`found()` where the [1, 1] condition holds, which is not often."""
-    return lax.cond(jnp.max(condition.astype(jnp.int32)) > 0, found, lambda: otherwise)
-
-
-def _group(scores_ref, group) -> tuple[Array, Array]:
-    """128 blocks of scores, and their positions."""
-    x = scores_ref[pl.ds(pl.multiple_of(group * LANES, LANES), LANES)]
+def _group_of(values_ref, group) -> tuple[Array, Array]:
+    """Returns the values of a group, 128 blocks of 128 tokens, and their positions."""
+    x = values_ref[pl.ds(pl.multiple_of(group * LANES, LANES), LANES)]
     return x, group * GROUP + lax.broadcasted_iota(
         jnp.int32, x.shape, 0
     ) * LANES + lax.broadcasted_iota(jnp.int32, x.shape, 1)
 
 
-def _in_set(x: Array, place: Array, level: Array, last: Array) -> Array:
-    return (x > level) | ((x == level) & (place <= last))
+def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: _ListRefs) -> None:
+    """Writes the positions of a set of tokens, in order, and how many there are.
 
-
-def _list(scores_ref, groups, level, last, index_ref, count_ref, mask_ref, block_ref, before_ref):
-    """Writes the positions of the set, in order.
-
-    mask_ref [pieces, 128, LISTED]: of each slot the mask of the block its token is in. block_ref,
-    before_ref [pieces, 1, LISTED]: that block's number, and how many tokens are selected before it.
+    Args:
+      values_ref, index_ref, count_ref: see `_kernel`.
+      groups: how many groups of GROUP tokens to read.
+      bound: the set.
+      refs: scratch.
     """
     row, lane = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
-    for ref in (mask_ref, block_ref, before_ref):
+    for ref in refs:
         ref[...] = jnp.zeros(ref.shape, F32)
 
-    def slots_of(piece):
-        return (piece * LISTED + lax.broadcasted_iota(jnp.int32, (1, LISTED), 1)).astype(F32)
-
-    def gather(group, total):
+    def list_group(group, total):
         """Fills the slots of a group's tokens, which follow the `total` of the groups before."""
-        mask_bL = jnp.where(_in_set(*_group(scores_ref, group), level, last), 1.0, 0.0)
+        mask_bL = jnp.where(bound.contains(*_group_of(values_ref, group)), 1.0, 0.0)
         found = total + jnp.sum(mask_bL).astype(jnp.int32)
-        held_bL = jnp.broadcast_to(jnp.sum(mask_bL, axis=1, keepdims=True), mask_bL.shape)
+        count_bL = jnp.broadcast_to(jnp.sum(mask_bL, axis=1, keepdims=True), mask_bL.shape)
         # Ones, and counts up to 128, are exact in bfloat16, and their sums are in float32.
         first_b1 = (
             total.astype(F32)
-            + dot((lane < row).astype(jnp.bfloat16), held_bL.astype(jnp.bfloat16), (1, 0))[:, :1]
+            + dot((lane < row).astype(jnp.bfloat16), count_bL.astype(jnp.bfloat16), (1, 0))[:, :1]
         )
         mask_Lb = mask_bL.T.astype(jnp.bfloat16)
 
         @pl.loop(lax.div(total, LISTED), lax.div(found + LISTED - 1, LISTED))
-        def _(piece):
-            slot_1k = slots_of(piece)
-            over_bk = jnp.where(first_b1 + held_bL[:, :1] <= slot_1k, 1.0, 0.0)
-            here_bk = jnp.where(first_b1 <= slot_1k, 1.0, 0.0) - over_bk
+        def _(chunk):
+            slot_1k = _slots_of(chunk)
+            over_bk = jnp.where(first_b1 + count_bL[:, :1] <= slot_1k, 1.0, 0.0)
+            here_bk = jnp.where(first_b1 <= slot_1k, 1.0, 0.0) - over_bk  # the slot's block: 1
             block_1k = (group * LANES).astype(F32) + jnp.sum(over_bk, axis=0, keepdims=True)
-            block_ref[piece] += jnp.where(
+            refs.block[chunk] += jnp.where(
                 jnp.sum(here_bk, axis=0, keepdims=True) > 0, block_1k, 0.0
             )
-            before_ref[piece] += jnp.sum(here_bk * first_b1, axis=0, keepdims=True)
-            mask_ref[piece] += dot(mask_Lb, here_bk.astype(jnp.bfloat16), (1, 0))
+            refs.before[chunk] += jnp.sum(here_bk * first_b1, axis=0, keepdims=True)
+            refs.mask[chunk] += dot(mask_Lb, here_bk.astype(jnp.bfloat16), (1, 0))
 
         return found
 
-    total = lax.fori_loop(0, groups, gather, jnp.int32(0))
-    for piece in range(mask_ref.shape[0]):
-        slot_1k, mask_Lk = slots_of(piece), mask_ref[piece]
+    total = lax.fori_loop(0, groups, list_group, jnp.int32(0))
+    for chunk in range(refs.mask.shape[0]):
+        slot_1k, mask_Lk = _slots_of(chunk), refs.mask[chunk]
         rank_Lk = dot((lane <= row).astype(jnp.bfloat16), mask_Lk.astype(jnp.bfloat16), (1, 0))
         lane_L1 = lax.broadcasted_iota(jnp.int32, (LANES, 1), 0).astype(F32)
         lane_1k = jnp.sum(
-            jnp.where(rank_Lk == slot_1k - before_ref[piece] + 1.0, mask_Lk * lane_L1, 0.0),
+            jnp.where(rank_Lk == slot_1k - refs.before[chunk] + 1.0, mask_Lk * lane_L1, 0.0),
             axis=0,
             keepdims=True,
         )
         index_1k = jnp.where(
-            slot_1k < total.astype(F32), block_ref[piece] * LANES + lane_1k, slot_1k
+            slot_1k < total.astype(F32), refs.block[chunk] * LANES + lane_1k, slot_1k
         )
-        index_ref[0, :, piece * LISTED : (piece + 1) * LISTED] = index_1k.astype(jnp.int32)
+        index_ref[0, :, chunk * LISTED : (chunk + 1) * LISTED] = index_1k.astype(jnp.int32)
     count_ref[0] = jnp.full((1, LANES), total)
+
+
+def _slots_of(chunk) -> Array:
+    """Returns the numbers of a chunk's slots, [1, LISTED] float32."""
+    return (chunk * LISTED + lax.broadcasted_iota(jnp.int32, (1, LISTED), 1)).astype(F32)

@@ -1,15 +1,33 @@
-"""What a program is compiled for."""
+"""Names the device that a program is compiled for."""
+
+from typing import Protocol
 
 import jax
 
 
-def ambient_device() -> jax.Device | jax.sharding.AbstractDevice:
-    """What this program is compiled for. Of one compiled ahead of time the devices are the ambient
-    mesh's, and this process does not have them.
+class Device(Protocol):
+    """What a program must know of a device, present or only described."""
+
+    @property
+    def platform(self) -> str:
+        """The platform: "cpu", "gpu" or "tpu"."""
+        ...
+
+    @property
+    def device_kind(self) -> str:
+        """The kind, such as "TPU v5"."""
+        ...
+
+
+def ambient_device() -> Device:
+    """Returns the device that this program is compiled for.
+
+    For a program compiled ahead of time that is the abstract device of the ambient mesh, which this
+    process need not have.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of what this program is compiled for."""
+    """Returns the platform that this program is compiled for: "cpu", "gpu" or "tpu"."""
     return ambient_device().platform

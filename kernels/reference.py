@@ -1,5 +1,8 @@
-"""The plain references of the hot operations: the lightning indexer's scores, selection and loss,
-and nucleus selection of keys.
+"""The equations of the lightning indexer in plain JAX: scores, selection of keys, KL loss.
+
+The indexer is DeepSeek-V3.2's (arXiv 2512.02556); top-p selection of keys is Twilight's (arXiv
+2502.02770).
+The model calls these where no kernel pays off; every kernel is tested against them.
 """
 
 from collections.abc import Callable
@@ -9,12 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-MASKED = -1e30  # finite, so that a row without any key gives no NaN
+MASKED = -1e30  # a masked logit: finite, so that a row without any key gives no NaN
+WEIGHT_BITS = 30  # bits of a float32 in [0, 1] that can be set: neither the sign nor the next one
 
 
 class IndexerQuery(NamedTuple):
-    """What a query brings: heads' queries [B, T, I, C] and their weights [B, T, I], already scaled
-    by (I * C) ** -0.5.
+    """What an indexer computes for each query.
+
+    Attributes:
+      q_BTIC: the queries of the I indexer heads, each C wide.
+      w_BTI: the heads' weights, already scaled by (I * C) ** -0.5.
     """
 
     q_BTIC: Array
@@ -22,11 +29,16 @@ class IndexerQuery(NamedTuple):
 
 
 def indexer_scores(q_BTIC: Array, k_BSC: Array, w_BTI: Array) -> Array:
-    """How much each query wants each key (arXiv 2512.02556, eq. 1).
+    """Scores how much each query wants each key (arXiv 2512.02556, eq. 1).
 
         I[t, s] = sum_i  w[t, i] * relu(q[t, i] . k[s])
 
-    Returns scores_BTS, float32. Not causal: the caller masks.
+    Args:
+      q_BTIC: queries of the I indexer heads, each C wide.
+      k_BSC: one key per token, shared by all heads.
+      w_BTI: the heads' weights, already scaled by (I * C) ** -0.5.
+
+    Returns: scores_BTS, float32. Not causal: the caller masks.
     """
     with jax.named_scope("indexer_scores"):
         dot_BITS = jnp.einsum("BTIC,BSC->BITS", q_BTIC, k_BSC, preferred_element_type=jnp.float32)
@@ -34,19 +46,26 @@ def indexer_scores(q_BTIC: Array, k_BSC: Array, w_BTI: Array) -> Array:
 
 
 def masked_scores(scores_BTS: Array, allowed_BTS: Array) -> Array:
-    """Scores as `top_k` shall see them: -inf where not allowed, and one zero only, since it puts -0
-    (a negative weight times relu's 0) below 0. No gradient.
+    """Prepares scores for `top_k`: -inf where a key is not allowed, and one zero only.
+
+    A negative weight times relu's 0 is -0, which `top_k` puts below 0. No gradient.
     """
     scores_BTS = jax.lax.stop_gradient(scores_BTS)
     return jnp.where(allowed_BTS, jnp.where(scores_BTS == 0, 0.0, scores_BTS), -jnp.inf)
 
 
 def select_topk(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
-    """The min(topk, allowed) best-scored allowed keys of each query, as a mask. Of equal scores the
-    earlier key goes first. No gradient.
+    """Selects the best-scored allowed keys of each query (arXiv 2512.02556, eq. 2).
 
-    The threshold is found by counting, one bit a pass: no sort, which `jax.lax.top_k` is on GPU and
-    TPU.
+    The threshold is found by counting, one bit a pass, without the sort that `jax.lax.top_k` is on
+    GPU and TPU. Of equal scores the earlier key goes first. No gradient.
+
+    Args:
+      scores_BTS: the indexer's scores.
+      allowed_BTS: bool, the keys that a query may attend to.
+      topk: how many keys to select.
+
+    Returns: bool [B, T, S], min(topk, allowed) keys a query.
     """
     with jax.named_scope("select_topk"):
         if topk >= scores_BTS.shape[-1]:
@@ -60,49 +79,54 @@ def select_topk(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
         above_BTS, tied_BTS = rank_BTS > threshold_BT1, rank_BTS == threshold_BT1
         wanted_BT1 = topk - jnp.sum(above_BTS, axis=-1, keepdims=True)
         place_S = jnp.arange(scores_BTS.shape[-1], dtype=jnp.uint32)
-        bits = int(scores_BTS.shape[-1] - 1).bit_length()
-        # The last tied key that is wanted stands at the largest place with fewer than the wanted
-        # ones before it.
+        # The last tied key to be selected stands at the largest position that has fewer tied keys
+        # before it than are wanted.
         last_BT1 = bisect_bits(
             lambda bound: (
                 jnp.sum(tied_BTS & (place_S < bound), axis=-1, keepdims=True) < wanted_BT1
             ),
             threshold_BT1.shape,
-            bits,
+            bits=int(scores_BTS.shape[-1] - 1).bit_length(),
         )
         return (above_BTS | (tied_BTS & (place_S <= last_BT1))) & allowed_BTS
 
 
 def ordered_bits(x: Array) -> Array:
-    """float32 as uint32 in the same order (NaN apart)."""
+    """Maps float32 to uint32 in the same order (NaN apart)."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def bisect_bits(holds: Callable[[Array], Array], shape: tuple[int, ...], bits: int) -> Array:
-    """The largest uint32 of `bits` bits for which `holds`, element by element, settled bit by bit.
-    `holds` is true of 0, and never again once false.
+def bisect_bits(condition: Callable[[Array], Array], shape: tuple[int, ...], bits: int) -> Array:
+    """Finds, element by element, the largest uint32 that meets a condition, bit by bit.
+
+    Args:
+      condition: bounds of `shape` -> bool. True for 0, and once false never true again.
+      shape: the shape of the result.
+      bits: how many bits the result may have.
     """
 
     def settle(step, found):
         bound = found | (jnp.uint32(1) << (bits - 1 - step).astype(jnp.uint32))
-        return jnp.where(holds(bound), bound, found)
+        return jnp.where(condition(bound), bound, found)
 
     return jax.lax.fori_loop(0, bits, settle, jnp.zeros(shape, jnp.uint32))
 
 
 def indexer_kl(target_BTS: Array, scores_BTS: Array, among_BTS: Array) -> Array:
-    """KL(target || softmax of the scores over `among`), a value per query (arXiv 2512.02556, eq. 3
-    dense and eq. 4 sparse).
+    """Computes the indexer's KL loss of each query (arXiv 2512.02556, eq. 3 dense, eq. 4 sparse).
+
+        KL(p[t] || softmax(I[t]))  =  sum_s  p[t, s] (log p[t, s] - log softmax(I[t])[s])
 
     Args:
-      target_BTS: the main attention's probabilities, mean over heads: L1-normalised over `among`.
-      scores_BTS: the indexer's scores.
-      among_BTS: the keys compared: all allowed ones in the dense warm-up, the selected ones in the
-        sparse stage.
+      target_BTS: p, the main attention's probabilities, mean over heads; they sum to 1 over
+        `among_BTS`.
+      scores_BTS: I, the indexer's scores.
+      among_BTS: bool, the keys that p and the softmax range over: all allowed keys in the dense
+        warm-up stage (eq. 3), the selected ones in the sparse stage (eq. 4).
 
-    Returns:
-      kl_BT float32, 0 where `among` is empty. The gradient reaches the scores alone.
+    Returns: kl_BT float32 in nats, 0 for a query without keys. The gradient reaches the scores
+      alone.
     """
     with jax.named_scope("indexer_kl"):
         target_BTS = jax.lax.stop_gradient(target_BTS)
@@ -113,42 +137,42 @@ def indexer_kl(target_BTS: Array, scores_BTS: Array, among_BTS: Array) -> Array:
         )
 
 
-WEIGHT_BITS = 30  # of a float32 up to 1, without its sign: from the largest down to 0
-
-
 def top_p_keys(scores_BS: Array, among_BS: Array, top_p: float) -> Array:
-    """Of the keys in `among` the fewest whose softmax weights add up to `mass` of theirs all. Of
-    equal weights the earlier key goes first. No gradient.
+    """Keeps the fewest keys whose softmax weights reach a share (Twilight, arXiv 2502.02770).
+
+    The weight of the last key kept is found bit by bit, without a sort. Of equal weights the
+    earlier key goes first. No gradient.
 
     Args:
       scores_BS: float32 logits, of any leading axes.
-      mass: in (0, 1]; at 1 all are kept.
+      among_BS: bool, the keys that the softmax ranges over.
+      top_p: the share of the softmax to keep, in (0, 1]; at 1 all keys are kept.
 
-    Returns: bool, no key outside `among`. A row that has any keeps at least one.
+    Returns: bool [B, S], no key outside `among_BS`. A row that has any key keeps at least one.
     """
     if top_p == 1:
         return among_BS
-    with jax.named_scope("keep_mass"):
+    with jax.named_scope("top_p_keys"):
         scores_BS = jnp.where(among_BS, jax.lax.stop_gradient(scores_BS), MASKED)
         weight_BS = jnp.where(
             among_BS, jnp.exp(scores_BS - jnp.max(scores_BS, axis=-1, keepdims=True)), 0.0
         )
-        rank_BS = jax.lax.bitcast_convert_type(
-            weight_BS, jnp.uint32
-        )  # of floats that are not negative the bits are in order
+        # The bits of floats that are not negative are in the floats' order.
+        rank_BS = jax.lax.bitcast_convert_type(weight_BS, jnp.uint32)
 
-        def weigh(chosen_BS: Array) -> Array:
-            return jnp.sum(jnp.where(chosen_BS, weight_BS, 0.0), axis=-1, keepdims=True)
+        def total_weight(keys_BS: Array) -> Array:
+            return jnp.sum(jnp.where(keys_BS, weight_BS, 0.0), axis=-1, keepdims=True)
 
-        wanted_B1 = top_p * weigh(among_BS)
+        wanted_B1 = top_p * total_weight(among_BS)
         level_B1 = bisect_bits(
-            lambda bound_B1: weigh(rank_BS >= bound_B1) >= wanted_B1,
+            lambda bound_B1: total_weight(rank_BS >= bound_B1) >= wanted_B1,
             wanted_B1.shape,
             bits=WEIGHT_BITS,
         )
         tied_BS = (rank_BS == level_B1) & among_BS
         each_B1 = jax.lax.bitcast_convert_type(level_B1, jnp.float32)
-        ties_B1 = jnp.maximum(jnp.ceil((wanted_B1 - weigh(rank_BS > level_B1)) / each_B1), 1.0)
+        missing_B1 = wanted_B1 - total_weight(rank_BS > level_B1)
+        ties_B1 = jnp.maximum(jnp.ceil(missing_B1 / each_B1), 1.0)
         return among_BS & (
             (rank_BS > level_B1) | (tied_BS & (jnp.cumsum(tied_BS, axis=-1) <= ties_B1))
         )

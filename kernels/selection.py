@@ -1,17 +1,18 @@
-"""The best-scored keys of each query, found exactly and without a sort: the threshold of the k
-best, by counting.
+"""Selects the best-scored keys of each query, exactly and without a sort (arXiv 2512.02556, eq. 2).
 
 The indexer's scores [T, S] never leave the chip. A block of queries scores every key before it into
-VMEM; then, eight queries at a time, a bound is moved until exactly k scores are at or above it. One
-pass over a row counts; the counts so far tell where the next bound goes (regula falsi on their
-logarithms, in its Illinois variant, begun at the quantile of a normal distribution), so a dozen
-passes do, where settling a float bit by bit takes 32. It ends whatever the scores
-are: after GUESSES bounds the float's bits are halved. Of equal scores the earlier key goes first,
-as in the reference, model/layers/indexer.py: select_topk.
+VMEM; then, eight queries at a time, `threshold.find_threshold` moves a bound until exactly k scores
+are at or above it. Of equal scores the earlier key goes first, as in `reference.select_topk`.
+
+| implementation | how |
+|---|---|
+| reference | a chunk of queries at a time, all their scores in memory |
+| tpu | Pallas |
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +21,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bitmask import BITS, KEYS, LANES, bit, pack, words
+from kernels.chunks import map_chunks
 from kernels.reference import indexer_scores, select_topk
+from kernels.threshold import find_threshold, last_of_first, normal_quantile, position_bits
 from kernels.tiles import F32, dot, fold_lanes, fold_pairwise, padded
 
-BLOCK = 128  # queries that stand side by side, wherever the next ones stand
+BLOCK = 128  # neighbouring queries, wherever the next ones stand
 ROWS = 8  # queries whose bounds move together: the sublanes of a register
-GUESSES = 24  # bounds put where the counts lead, before bits are halved
-ZERO = 3  # bounds before the one that asks whether the threshold is a relu's zero
-# the bits of the least float above zero: what would lie between, a TPU takes for zero
-TINY = 0x00800000
 SCORES_BYTES = 32 * 2**20  # of VMEM for a block's scores: half of what the smallest chips have
 TILE = 2**16  # pairs of a query and a key that are scored at a time
-# queries, of one head or several, that the matrix units multiply with a tile's keys once those are
-# loaded
+# Queries, of one head or several, that the matrix units multiply with a tile's keys once those are
+# loaded.
 PRODUCT = 512
+
+LARGEST, LEAST, TOTAL, SQUARES = range(4)  # what is known of a row's scores before the search
 
 
 def select_reference(
@@ -47,34 +48,27 @@ def select_reference(
     *,
     queries: int = 512,
 ) -> tuple[Array, Array]:
-    """See `select_tpu`. So many queries at a time; the threshold is read off the selection."""
-    (B, T), S = segments_BT.shape, k_BSC.shape[1]
-    chunk = min(queries, T)
+    """Computes what `select_tpu` does, in plain JAX, so many `queries` at a time."""
+    S = k_BSC.shape[1]
 
-    def cut(x_BT, axis=1):
-        x_BT = padded(x_BT, axis, -(-T // chunk) * chunk)
-        return jnp.moveaxis(
-            x_BT.reshape(*x_BT.shape[:axis], -1, chunk, *x_BT.shape[axis + 1 :]), axis, 0
+    def select(q_BTIC, w_BTI, segments_BT, place_T):
+        own_BT1, place_T1 = segments_BT[..., None], place_T[..., None]
+        allowed_BTS = (
+            (jnp.arange(S) <= place_T1) & (own_BT1 == key_segments_BS[:, None]) & (own_BT1 > 0)
+        )
+        scores_BTS = indexer_scores(q_BTIC, k_BSC, w_BTI)
+        among_BTS = select_topk(scores_BTS, allowed_BTS, topk)
+        all_BT = jnp.sum(allowed_BTS, axis=-1) <= topk
+        return pack(among_BTS), jnp.where(
+            all_BT, -jnp.inf, jnp.min(jnp.where(among_BTS, scores_BTS, jnp.inf), axis=-1)
         )
 
-    def step(piece):
-        q_BCIC, w_BCI, own_BC1, place_C1 = *piece[:2], *(x[..., None] for x in piece[2:])
-        allowed_BCS = (
-            (jnp.arange(S) <= place_C1) & (own_BC1 == key_segments_BS[:, None]) & (own_BC1 > 0)
-        )
-        scores_BCS = indexer_scores(q_BCIC, k_BSC, w_BCI)
-        among_BCS = select_topk(scores_BCS, allowed_BCS, topk)
-        all_BC = jnp.sum(allowed_BCS, axis=-1) <= topk
-        return pack(among_BCS), jnp.where(
-            all_BC, -jnp.inf, jnp.min(jnp.where(among_BCS, scores_BCS, jnp.inf), axis=-1)
-        )
-
-    bits_nBCW, threshold_nBC = lax.map(
-        step, (cut(q_BTIC), cut(w_BTI), cut(segments_BT), cut(place_T, axis=0))
+    return map_chunks(
+        select,
+        (q_BTIC, w_BTI, segments_BT, place_T),
+        min(queries, segments_BT.shape[1]),
+        axes=(1, 1, 1, 0),
     )
-    return jnp.moveaxis(bits_nBCW, 0, 1).reshape(B, -1, words(S))[:, :T], jnp.moveaxis(
-        threshold_nBC, 0, 1
-    ).reshape(B, -1)[:, :T]
 
 
 def select_tpu(
@@ -90,25 +84,25 @@ def select_tpu(
     keys: int = 0,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
-    """The kernel.
+    """Selects each query's keys, in a TPU kernel.
 
     Args:
       q_BTIC, w_BTI: the indexer's queries and the weights of their heads, see `indexer_scores`.
       k_BSC: its keys, of the whole sequence.
-      segments_BT, key_segments_BS: a query may choose keys of its own segment up to itself; a query
+      segments_BT, key_segments_BS: a query may select keys of its own segment up to itself; a query
         of segment 0 none.
-      place_T: where in the sequence each query stands. BLOCK by BLOCK they stand side by side.
-      queries: of a block: a divisor of BLOCK and a multiple of 8, or, for one block, of any size; 0
-        for as many as SCORES_BYTES allow, at most BLOCK.
-      keys: of a tile: 128, 256, ..., 4096; 0 for as many as TILE allows.
+      place_T: the position of each query in the sequence. Within a BLOCK they are neighbours.
+      topk: how many keys to select.
+      queries: the queries of a block: a divisor of BLOCK and a multiple of 8, or any size if there
+        is one block; 0 for as many as SCORES_BYTES allow, at most BLOCK.
+      keys: the keys of a tile: 128, 256, ..., 4096; 0 for as many as TILE allows.
+      interpret: as in `pallas_call`.
 
     Returns:
-      bits_BTW: the min(topk, allowed) best-scored allowed keys of each query. Of equal scores the
-        earlier key goes first.
-      threshold_BT: float32; every allowed key of a higher score is chosen, none of a lower one.
+      bits_BTW: the min(topk, allowed) best-scored allowed keys of each query, a bitmask. Of equal
+        scores the earlier key goes first. `bitmask.counts` counts them.
+      threshold_BT: float32; every allowed key of a higher score is selected, none of a lower one.
         -inf where all allowed keys are.
-    How many they are, `keyset.sizes` counts; a list of them is `decode_selection.listed` of
-    `keyset.unpack`.
     """
     (B, T, I, C), S = q_BTIC.shape, k_BSC.shape[1]
     W = words(S)
@@ -120,9 +114,9 @@ def select_tpu(
     w_BTJ = jnp.concatenate([w_BTI.astype(F32), segments_BT[..., None].astype(F32)], axis=-1)
 
     def fetched(i, j, first_ref):
-        return jnp.minimum(
-            jnp.minimum(j, lax.div(first_ref[i] + queries - 1, keys)), nk - 1
-        )  # not what no query of the block may see
+        """Returns tile j, or the last one that any query of block i may see."""
+        last = lax.div(first_ref[i] + queries - 1, keys)
+        return jnp.minimum(jnp.minimum(j, last), nk - 1)
 
     bits_BTW, threshold_Bn1Q = pl.pallas_call(
         functools.partial(_kernel, heads=I, topk=topk, tiles=nk),
@@ -132,12 +126,8 @@ def select_tpu(
             in_specs=[
                 pl.BlockSpec((1, I, queries, C), lambda b, i, j, _: (b, 0, i, 0)),
                 pl.BlockSpec((1, queries, I + 1), lambda b, i, j, _: (b, i, 0)),
-                pl.BlockSpec(
-                    (1, keys, C), lambda b, i, j, first_ref: (b, fetched(i, j, first_ref), 0)
-                ),
-                pl.BlockSpec(
-                    (1, 1, keys), lambda b, i, j, first_ref: (b, 0, fetched(i, j, first_ref))
-                ),
+                pl.BlockSpec((1, keys, C), lambda b, i, j, first: (b, fetched(i, j, first), 0)),
+                pl.BlockSpec((1, 1, keys), lambda b, i, j, first: (b, 0, fetched(i, j, first))),
             ],
             out_specs=[
                 pl.BlockSpec((1, queries, W), lambda b, i, j, _: (b, i, 0)),
@@ -168,17 +158,17 @@ def select_tpu(
 
 
 def most_queries(S: int) -> int:
-    """Of a block, before a row of so many keys: the power of two that SCORES_BYTES allow."""
+    """Returns the queries of a block: the power of two that SCORES_BYTES allow with S keys."""
     return min(BLOCK, max(_power_of_two(SCORES_BYTES // (4 * BITS * words(S))), ROWS))
 
 
 def most_keys(queries: int) -> int:
-    """Of a tile of so many queries: the power of two that TILE allows."""
+    """Returns the keys of a tile of so many queries: the power of two that TILE allows."""
     return min(KEYS, max(_power_of_two(TILE // queries), LANES))
 
 
 def _power_of_two(most: int) -> int:
-    """The largest up to `most`."""
+    """Returns the largest power of two up to `most`."""
     return 1 << most.bit_length() >> 1
 
 
@@ -197,21 +187,29 @@ def _kernel(
     topk: int,
     tiles: int,
 ):
-    """
-    first_ref [blocks]: where in the sequence each block's first query stands.
-    scores_ref [words, queries, KEYS]: a block's scores, -inf where not allowed.
-    seen_ref [4, queries, 128]: their largest, least, sum and sum of squares, lane by lane.
+    """Scores a tile of keys; behind the last tile, selects.
+
+    Args:
+      first_ref [blocks]: the position of each block's first query in the sequence.
+      q_ref [1, I, Q, C], k_ref [1, K, C]: the indexer's queries and keys.
+      w_ref [1, Q, I + 1]: the weights of the heads, and the queries' segments.
+      segments_ref [1, 1, K]: the keys' segments.
+      bits_ref [1, Q, W], threshold_ref [1, 1, 1, Q]: the results.
+      scores_ref [blocks of words, Q, KEYS]: the block's scores, -inf where not allowed.
+      seen_ref [4, Q, 128]: their LARGEST, LEAST, TOTAL and SQUARES, lane by lane.
+      heads: I.
+      topk: how many keys to select.
+      tiles: how many tiles a sequence has.
     """
     j, first = pl.program_id(2), first_ref[pl.program_id(1)]
     queries, keys = scores_ref.shape[1], k_ref.shape[1]
-    live = jnp.minimum(
-        lax.div(first + queries - 1, keys) + 1, tiles
-    )  # tiles that any of these queries may see
+    # Tiles that any of these queries may see.
+    live = jnp.minimum(lax.div(first + queries - 1, keys) + 1, tiles)
 
     @pl.when(j == 0)
     def _():
-        for which, first in enumerate((-jnp.inf, jnp.inf, 0.0, 0.0)):
-            seen_ref[which] = jnp.full((queries, LANES), first, F32)
+        for which, start in ((LARGEST, -jnp.inf), (LEAST, jnp.inf), (TOTAL, 0.0), (SQUARES, 0.0)):
+            seen_ref[which] = jnp.full((queries, LANES), start, F32)
 
     @pl.when(j < live)
     def _():
@@ -220,114 +218,101 @@ def _kernel(
         key = j * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         own = w_ref[0, :, heads : heads + 1]
         allowed = (key <= query) & (own == segments_ref[0]) & (own > 0)
-        per = KEYS // keys
-        scores_ref[
-            lax.div(j, per), :, pl.ds(pl.multiple_of(lax.rem(j, per) * keys, LANES), keys)
-        ] = jnp.where(allowed, scores, -jnp.inf)
-        kept = jnp.where(allowed, scores, 0.0)
-        seen_ref[0] = jnp.maximum(
-            seen_ref[0], fold_lanes(jnp.maximum, jnp.where(allowed, scores, -jnp.inf))
-        )
-        seen_ref[1] = jnp.minimum(
-            seen_ref[1], fold_lanes(jnp.minimum, jnp.where(allowed, scores, jnp.inf))
-        )
-        seen_ref[2] += fold_lanes(jnp.add, kept)
-        seen_ref[3] += fold_lanes(jnp.add, kept * kept)
+        scores_ref[_place_of(j, keys, slice(None))] = jnp.where(allowed, scores, -jnp.inf)
+        _note_scores(seen_ref, scores, allowed)
 
     @pl.when(j == tiles - 1)
     def _():
         @pl.loop(0, queries // ROWS)
         def _(group):
             rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
-            seen_ref[0, rows] = jnp.broadcast_to(
+            # What was seen of these rows' scores has been read: their thresholds take its place.
+            seen_ref[LARGEST, rows] = jnp.broadcast_to(
                 _select_rows(scores_ref, seen_ref, bits_ref, rows, live * keys, keys, topk),
                 (ROWS, LANES),
             )
 
-        threshold_ref[0, 0] = seen_ref[0].T[:1]
+        threshold_ref[0, 0] = seen_ref[LARGEST].T[:1]
+
+
+def _place_of(tile, keys: int, rows) -> tuple[Any, ...]:
+    """Returns the index of some rows of a tile in scores_ref."""
+    per = KEYS // keys
+    return lax.div(tile, per), rows, pl.ds(pl.multiple_of(lax.rem(tile, per) * keys, LANES), keys)
+
+
+def _note_scores(seen_ref, scores_QK: Array, allowed_QK: Array) -> None:
+    """Adds a tile's allowed scores to what is known of each row."""
+    kept = jnp.where(allowed_QK, scores_QK, 0.0)
+    seen_ref[LARGEST] = jnp.maximum(
+        seen_ref[LARGEST], fold_lanes(jnp.maximum, jnp.where(allowed_QK, scores_QK, -jnp.inf))
+    )
+    seen_ref[LEAST] = jnp.minimum(
+        seen_ref[LEAST], fold_lanes(jnp.minimum, jnp.where(allowed_QK, scores_QK, jnp.inf))
+    )
+    seen_ref[TOTAL] += fold_lanes(jnp.add, kept)
+    seen_ref[SQUARES] += fold_lanes(jnp.add, kept * kept)
 
 
 def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array) -> Array:
-    """sum over heads of w * relu(q . k): [Q, K] float32 (arXiv 2512.02556, eq. 1). Of w the first
-    columns are the heads'.
+    """Scores a tile, sum over heads of w * relu(q . k) (arXiv 2512.02556, eq. 1).
 
-    The heads of a few queries take part in one product: a tile's keys are loaded for each product
-    anew, which for 64 rows lasts as long as the product itself.
-    Unrolled: a product overlaps the sums of the one before.
+    The heads of a few queries share one product: a tile's keys are loaded for each product anew,
+    which for 64 rows lasts as long as the product itself. The loop is unrolled, so that a product
+    overlaps the sums of the one before.
+
+    Args:
+      q_IQC: the queries of all heads.
+      k_KC: the keys.
+      w_QI: the heads' weights; further columns are ignored.
+
+    Returns: scores_QK, float32.
     """
     I, Q, C = q_IQC.shape
-    together = max(
-        count
-        for count in range(1, I + 1)
-        if count == 1 or (I % count == 0 and count * Q <= PRODUCT)
-    )
+    divisors = (count for count in range(1, I + 1) if I % count == 0)
+    shared = max(count for count in divisors if count == 1 or count * Q <= PRODUCT)
     total_QK = jnp.zeros((Q, k_KC.shape[0]), F32)
-    for first in range(0, I, together):
-        relu_RK = jnp.maximum(
-            dot(q_IQC[first : first + together].reshape(-1, C), k_KC, (1, 1)), 0.0
-        )
-        for at, head in enumerate(range(first, first + together)):
+    for first in range(0, I, shared):
+        relu_RK = jnp.maximum(dot(q_IQC[first : first + shared].reshape(-1, C), k_KC, (1, 1)), 0.0)
+        for at, head in enumerate(range(first, first + shared)):
             total_QK += relu_RK[at * Q : (at + 1) * Q] * w_QI[:, head : head + 1]
     return total_QK
 
 
 def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: int) -> Array:
-    """Writes the bits of ROWS queries, whose keys end before `stop`; returns their thresholds
-    [ROWS, 1].
+    """Writes the bits of ROWS queries.
+
+    Args:
+      scores_ref, seen_ref, bits_ref: see `_kernel`.
+      rows: which of the block's queries.
+      stop: the key behind the last one that they may see.
+      keys: the keys of a tile.
+      topk: how many keys to select.
+
+    Returns: their thresholds [ROWS, 1].
     """
-    words = lax.div(stop + KEYS - 1, KEYS)  # blocks of KEYS
+    blocks = lax.div(stop + KEYS - 1, KEYS)  # of KEYS keys
 
-    @pl.loop(lax.div(stop, keys), words * (KEYS // keys))  # what no tile has filled
-    def _(tile):
-        per = KEYS // keys
-        scores_ref[
-            lax.div(tile, per), rows, pl.ds(pl.multiple_of(lax.rem(tile, per) * keys, LANES), keys)
-        ] = jnp.full((ROWS, keys), -jnp.inf)
+    @pl.loop(lax.div(stop, keys), blocks * (KEYS // keys))
+    def _(tile):  # which nothing was scored for
+        scores_ref[_place_of(tile, keys, rows)] = jnp.full((ROWS, keys), -jnp.inf)
 
-    def count(chosen) -> Array:
-        """How many scores of each row are `chosen(scores, first key)`: [ROWS, 1]. KEYS at a time: a
-        shorter loop would be mostly its own overhead.
-        """
-
-        def one(word, found):
-            pieces = jnp.split(scores_ref[word, rows], BITS, axis=1)
-            parts = [
-                jnp.where(chosen(x, word * KEYS + place * LANES), 1, 0)
-                for place, x in enumerate(pieces)
-            ]
-            return found + fold_pairwise(jnp.add, parts)
-
-        return jnp.sum(
-            lax.fori_loop(0, words, one, jnp.zeros((ROWS, LANES), jnp.int32)), axis=1, keepdims=True
-        )
-
+    count = functools.partial(_count, scores_ref, rows, blocks)
     allowed = count(lambda x, _: x > -jnp.inf)
     few = allowed <= topk
-    low = jnp.where(few, 0.0, jnp.min(seen_ref[1, rows], axis=1, keepdims=True))
-    high = jnp.where(few, 0.0, jnp.max(seen_ref[0, rows], axis=1, keepdims=True))
-    total, squares = (jnp.sum(seen_ref[which, rows], axis=1, keepdims=True) for which in (2, 3))
-    low, at_low, above = find_threshold(
-        count, allowed, few, low, high, normal_quantile(total, squares, allowed, topk), topk
+    low = jnp.where(few, 0.0, jnp.min(seen_ref[LEAST, rows], axis=1, keepdims=True))
+    high = jnp.where(few, 0.0, jnp.max(seen_ref[LARGEST, rows], axis=1, keepdims=True))
+    total, squares = (
+        jnp.sum(seen_ref[which, rows], axis=1, keepdims=True) for which in (TOTAL, SQUARES)
     )
-    level = jnp.where(few, jnp.finfo(F32).min, low)
-    crowded = ~few & (at_low > topk)  # where more are at or above, these tie
+    guess = normal_quantile(total, squares, allowed, topk)
+    threshold, at_threshold, above = find_threshold(
+        lambda level: count(lambda x, _: x >= level), allowed, few, low, high, guess, topk
+    )
+    level = jnp.where(few, jnp.finfo(F32).min, threshold)
+    crowded = ~few & (at_threshold > topk)  # rows whose scores tie at the threshold
     some_crowded = jnp.max(crowded.astype(jnp.int32)) > 0
-
-    def write(chosen):
-        @pl.loop(0, bits_ref.shape[2] // LANES)
-        def _(word):
-            where = pl.ds(pl.multiple_of(word * LANES, LANES), LANES)
-
-            @pl.when(word < words)
-            def _():
-                bits = jnp.zeros((ROWS, LANES), jnp.int32)
-                for place, x in enumerate(jnp.split(scores_ref[word, rows], BITS, axis=1)):
-                    bits |= jnp.where(chosen(x, word * KEYS + place * LANES), bit(place), 0)
-                bits_ref[0, rows, where] = bits
-
-            @pl.when(word >= words)
-            def _():
-                bits_ref[0, rows, where] = jnp.zeros((ROWS, LANES), jnp.int32)
+    write = functools.partial(_write_bits, scores_ref, bits_ref, rows, blocks)
 
     @pl.when(~some_crowded)
     def _():
@@ -335,148 +320,52 @@ def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: in
 
     @pl.when(some_crowded)
     def _():
-        last = jnp.where(
-            crowded, _last_tied(count, level, topk - above, places(BITS * bits_ref.shape[2])), stop
-        )
-        write(
-            lambda x, first: (
-                (x > level)
-                | ((x == level) & (first + lax.broadcasted_iota(jnp.int32, x.shape, 1) <= last))
-            )
-        )
+        def tied_before(position):
+            return count(lambda x, first: (x == level) & (_positions(x, first) < position))
+
+        bits = position_bits(BITS * bits_ref.shape[2])
+        last = jnp.where(crowded, last_of_first(tied_before, topk - above, bits), stop)
+        write(lambda x, first: (x > level) | ((x == level) & (_positions(x, first) <= last)))
 
     return jnp.where(few, -jnp.inf, level)
 
 
-class _Search(NamedTuple):
-    """Of each row; all [ROWS, 1] int32 but the scalar `step` and the float32 `over` and `under`."""
-
-    step: Array
-    low: Array  # the bound known to have topk scores at or above it, or more, as ordered bits
-    high: Array  # and one with fewer
-    at_low: Array  # how many there are
-    at_high: Array
-    over: Array  # the logarithms of these shares of topk: what the next bound is weighed by
-    under: Array
-    side: Array  # which of the two moved last
-    done: Array
+def _positions(x: Array, first: Array) -> Array:
+    """Returns the positions of neighbouring keys, of which the first stands at `first`."""
+    return first + lax.broadcasted_iota(jnp.int32, x.shape, 1)
 
 
-def find_threshold(
-    count, allowed: Array, done: Array, low: Array, high: Array, guess: Array, topk: int
-) -> tuple[Array, Array, Array]:
-    """Moves a bound for each row until `topk` scores are at or above it, or no float lies between
-    one that has more and one that has fewer.
+def _count(scores_ref, rows, blocks, test: Callable[[Array, Array], Array]) -> Array:
+    """Counts the scores of each row that pass `test(scores, position of the first)`: [ROWS, 1].
 
-    Args: all [ROWS, 1].
-      count: bounds test -> how many scores pass.
-      allowed: scores there are; `done` where they are not more than topk.
-      low, high: the least and the largest of them.
-      guess: the first bound to try.
-
-    Returns: the threshold, how many scores are at or above it, and how many are above where that is
-    too many.
-    """
-    zero = jnp.zeros_like(allowed)
-
-    def share(found: Array) -> Array:
-        """Tails are near to exponential, so their logarithm to a line."""
-        return jnp.log(jnp.maximum(found.astype(F32), 0.5) / topk)
-
-    state = _Search(
-        step=jnp.int32(0),
-        low=ordered(low),
-        high=ordered(high) + 1,
-        at_low=allowed,
-        at_high=zero,
-        over=share(allowed),
-        under=share(zero),
-        side=zero,
-        done=done.astype(jnp.int32),
-    )
-
-    def going(state: _Search) -> Array:
-        return jnp.min(state.done) == 0
-
-    def move(s: _Search) -> _Search:
-        low, high = unordered(s.low), unordered(s.high)
-        bound = ordered(
-            jnp.where(s.step == 0, guess, low + (high - low) * (s.over / (s.over - s.under)))
-        )
-        halved = (s.low >> 1) + (s.high >> 1) + (s.low & s.high & 1)
-        bound = jnp.where((bound <= s.low) | (bound >= s.high) | (s.step >= GUESSES), halved, bound)
-        bound = jnp.where((s.step >= ZERO) & (s.low <= 0) & (s.high > TINY), TINY, bound)
-        bound = jnp.where((s.low < 0) & (s.high == TINY), 0, bound)
-        level = unordered(bound)
-        found = count(lambda x, _: x >= level)
-        up, down = (s.done == 0) & (found >= topk), (s.done == 0) & (found < topk)
-        new_low, new_high = jnp.where(up, bound, s.low), jnp.where(down, bound, s.high)
-        at_low = jnp.where(up, found, s.at_low)
-        settled = (
-            (at_low == topk) | (new_high - 1 <= new_low) | ((new_low == 0) & (new_high == TINY))
-        )
-        return _Search(
-            step=s.step + 1,
-            low=new_low,
-            high=new_high,
-            at_low=at_low,
-            at_high=jnp.where(down, found, s.at_high),
-            # Illinois: the side that stays twice counts half, else one side would crawl.
-            over=jnp.where(up, share(found), jnp.where(down & (s.side < 0), 0.5 * s.over, s.over)),
-            under=jnp.where(
-                down, share(found), jnp.where(up & (s.side > 0), 0.5 * s.under, s.under)
-            ),
-            side=jnp.where(up, 1, jnp.where(down, -1, s.side)),
-            done=jnp.where(settled, 1, s.done),
-        )
-
-    end = lax.while_loop(going, move, state)
-    return unordered(end.low), end.at_low, end.at_high
-
-
-def places(S: int) -> int:
-    """Bits of the largest place in a row of so many keys."""
-    return (S - 1).bit_length()
-
-
-def _last_tied(count, level: Array, wanted: Array, places: int) -> Array:
-    """The place, of so many bits, of the last of the `wanted` first keys whose score is the
-    level.
+    A step takes KEYS of them: a shorter loop would be mostly its own overhead.
     """
 
-    def settle(step, found):
-        bound = found + (jnp.int32(1) << (places - 1 - step))
-        before = count(
-            lambda x, first: (
-                (x == level) & (first + lax.broadcasted_iota(jnp.int32, x.shape, 1) < bound)
-            )
-        )
-        return jnp.where(before < wanted, bound, found)
+    def add_block(block, found):
+        parts = [
+            jnp.where(test(x, block * KEYS + place * LANES), 1, 0)
+            for place, x in enumerate(jnp.split(scores_ref[block, rows], BITS, axis=1))
+        ]
+        return found + fold_pairwise(jnp.add, parts)
 
-    return lax.fori_loop(0, places, settle, jnp.zeros_like(wanted))
-
-
-def normal_quantile(total: Array, squares: Array, allowed: Array, topk: int) -> Array:
-    """Where topk of the scores, of which these are the sum, the sum of squares and the number,
-    would be above if they were of a normal distribution (Abramowitz and Stegun, 26.2.23).
-    """
-    n = jnp.maximum(allowed, 1).astype(F32)
-    mean = total / n
-    variance = squares / n - mean * mean
-    share = topk / n
-    t = jnp.sqrt(-2 * jnp.log(jnp.clip(jnp.minimum(share, 1 - share), 1e-9, 0.5)))
-    z = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (
-        1 + t * (1.432788 + t * (0.189269 + t * 0.001308))
-    )
-    return mean + jnp.sqrt(jnp.maximum(variance, 0.0)) * jnp.where(share < 0.5, z, -z)
+    found = lax.fori_loop(0, blocks, add_block, jnp.zeros((ROWS, LANES), jnp.int32))
+    return jnp.sum(found, axis=1, keepdims=True)
 
 
-def ordered(x: Array) -> Array:
-    """float32 as int32 in the same order."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+def _write_bits(scores_ref, bits_ref, rows, blocks, test: Callable[[Array, Array], Array]) -> None:
+    """Writes the bits of the keys whose scores pass `test(scores, position of the first)`."""
 
+    @pl.loop(0, bits_ref.shape[2] // LANES)
+    def _(block):
+        where = pl.ds(pl.multiple_of(block * LANES, LANES), LANES)
 
-def unordered(bits: Array) -> Array:
-    """The float32 of `ordered`."""
-    return lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), F32)
+        @pl.when(block < blocks)
+        def _():
+            bits = jnp.zeros((ROWS, LANES), jnp.int32)
+            for place, x in enumerate(jnp.split(scores_ref[block, rows], BITS, axis=1)):
+                bits |= jnp.where(test(x, block * KEYS + place * LANES), bit(place), 0)
+            bits_ref[0, rows, where] = bits
+
+        @pl.when(block >= blocks)
+        def _():
+            bits_ref[0, rows, where] = jnp.zeros((ROWS, LANES), jnp.int32)
