@@ -1,7 +1,7 @@
-"""Shared memory of a program on an NVIDIA Hopper GPU (Mosaic GPU): resident rows, rings of tiles,
-and the barriers that say when a copy has landed and when a slot is free again.
+"""The shared memory of a program on an NVIDIA Hopper GPU (Mosaic GPU).
 
-kernels/hopper_pipeline.py draws how a program uses them.
+It holds resident rows, rings of tiles, and barriers that say when a copy has landed and when a slot
+is free again. kernels/hopper_pipeline.py draws how a program uses them.
 """
 
 import math

@@ -1,5 +1,4 @@
-"""A pipeline over tiles for Pallas kernels on an NVIDIA Hopper GPU (Mosaic GPU): one warpgroup
-copies, two compute.
+"""A pipeline over tiles for kernels on an NVIDIA Hopper GPU: one warpgroup copies, two compute.
 
 A program computes BLOCK rows of its results, ROWS rows in each computing warpgroup. It reads two
 kinds of operands: resident ones, of its own rows, which it loads once and keeps; and streamed ones,
@@ -15,9 +14,10 @@ computing warpgroups arrive. Only those tiles are copied in which some row of th
 At the end `write_back` copies the results out through the shared memory of the operands, which is
 free by then.
 
-kernels/sparse_attention_gpu.py has the kernels that run on this pipeline; `run_pipeline` is the
-place to start. Interpreted on a CPU everything is as on the device except wgmma itself, in whose
-place `dot_transposed` and `add_dot` compute the same product plainly (docs/gpu.md).
+kernels/sparse_attention_gpu.py has the kernels that run on this pipeline, written in Pallas with
+Mosaic GPU; `run_pipeline` is the place to start. Interpreted on a CPU everything is as on the
+device except wgmma itself, in whose place `dot_transposed` and `add_dot` compute the same product
+plainly (docs/gpu.md).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,8 @@
-"""Attention over selected keys as flash attention, masked by a bit for each key: a tile without any
-selected key is neither fetched nor computed, forward or backward.
+"""Flash attention over selected keys, masked by a bit for each pair of a query and a key.
 
     out = softmax(q k^T over the selected keys) v            lse = log of its denominator
+
+A tile without any selected key is neither fetched nor computed, forward or backward.
 
 The backward pass needs one number of the softmax for each query and head, `lse`: it computes the
 probabilities again from it, tile by tile (arXiv 2205.14135). All heads select the same keys
@@ -67,8 +68,7 @@ def attend_reference(
 
     Args:
       q_BNTH, k_BKSH, v_BKSV, bits_BTW: see `attend_tpu`.
-      queries: of a chunk. Its logits [B, N, queries, S] are the largest array, in the backward pass
-        too.
+      queries: of a chunk; its logits [B, N, queries, S] are the largest array, backward too.
 
     Returns: out_BNTV of v's dtype, and lse_BNT float32; both 0 for a query without keys.
     """
@@ -181,8 +181,8 @@ def _backward(tiles: Tiles, saved: tuple[Array, ...], cotangents: tuple[Array, A
     programs = N // heads * key_heads // k_BKSH.shape[1]
 
     def summed(x: Operand) -> Operand:
-        shape, dtype = (B, N // heads * key_heads, *x.array.shape[2:]), x.array.dtype
-        array = jax.ShapeDtypeStruct(shape, F32 if programs > 1 else dtype)
+        shape = B, N // heads * key_heads, *x.array.shape[2:]
+        array = jax.ShapeDtypeStruct(shape, F32 if programs > 1 else x.array.dtype)
         return Operand(array, x.block, lambda b, n, i, j: (b, n, j, 0))
 
     scratch = [
@@ -287,8 +287,7 @@ def _call(
       scratch: memory and semaphores of a program.
       interpret: an interpreter's parameters, or False.
       by_key: turns tiles of queries and keys round; both run in order then.
-      updated: an array that the kernel reads and updates in HBM; the last operand and the last
-        result.
+      updated: an array that the kernel updates in HBM: the last operand and the last result.
 
     Returns: an array for each result, and `updated`.
     """
@@ -345,9 +344,8 @@ def _forward_kernel(
 
     The running maximum [heads, Q, 128] is equal in all lanes, and the running total is a sum for
     each lane, added up behind the last tile: no column is spread over lanes, and only the maximum
-    is looked for across them.
+    is looked for across them. Only the fetches need `next_ref`.
     """
-    del next_ref  # only the fetches need it
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     heads, keys = q_ref.shape[1], k_ref.shape[2]
 

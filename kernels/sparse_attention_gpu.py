@@ -1,6 +1,6 @@
-"""Attention over selected keys on an NVIDIA Hopper GPU, forward and backward: the "gpu" row of the
-table in kernels/sparse_attention.py, which defines the operation.
+"""Attention over selected keys on an NVIDIA Hopper GPU, forward and backward.
 
+This is the row "gpu" of the table in kernels/sparse_attention.py, which defines the operation.
 Three kernels run on the pipeline of kernels/hopper_pipeline.py, each over blocks of 128 rows:
 
     kernel                  resident               streamed               sums over

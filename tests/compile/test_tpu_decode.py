@@ -63,7 +63,7 @@ def test_sparse_decode(heads, parts, S, topology):
     B = 3 - parts
     program = compiled(
         topology,
-        lambda q, tiles, index, count: decode_tpu(q, tiles, V, index, count, parts=parts),
+        lambda q, tiles, index, count: decode_tpu(q, tiles, V, index, count, num_splits=parts),
         ((B, heads, R), BF16),
         ((B, S, 3, 2, 128), BF16),
         ((B, TOPK), jnp.int32),

@@ -1,6 +1,7 @@
-"""The decode kernel in Pallas' interpreters against the reference: the watchful one fills memory
-with NaN and reports races, the plain one takes latents out of their tiles as the compiled kernel
-does.
+"""The decode kernel in Pallas' interpreters equals the reference.
+
+The watchful interpreter fills memory with NaN and reports races; the plain one reads latents from
+their tiles as the compiled kernel does.
 """
 
 import functools
@@ -18,7 +19,7 @@ F32, BF16 = jnp.float32, jnp.bfloat16
 
 
 def inputs(counts: tuple[int, ...], heads: int, rank: int, k: int = 40, S: int = 90, dtype=F32):
-    """Lists of k different tokens, in no order, of which so many count a row."""
+    """Makes (q, latents, lists of k different tokens in no order, how many of each list count)."""
     rng = np.random.default_rng(0)
     B = len(counts)
     q_BNR, latent_BSR = (
@@ -34,7 +35,7 @@ def inputs(counts: tuple[int, ...], heads: int, rank: int, k: int = 40, S: int =
 
 
 def by_hand(q_BNR, latent_BSR, value_rank, index_Bk, count_B) -> np.ndarray:
-    """In float64, row by row."""
+    """Attends in float64, row by row."""
     q_BNR, latent_BSR = np.asarray(q_BNR, np.float64), np.asarray(latent_BSR, np.float64)
     out_BNV = np.zeros((*q_BNR.shape[:2], value_rank))
     for b, count in enumerate(count_B):
@@ -54,16 +55,23 @@ CASES = {  # counts, heads, rank, value rank, more
 }
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("num_splits", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernel_is_the_reference(case, parts):
-    """float32, sums in another order."""
+def test_the_kernel_is_the_reference(case, num_splits):
+    """In float32: the tolerance is for sums in another order."""
     counts, heads, rank, value_rank, more = CASES[case]
     q, latent, index, count = inputs(counts, heads, rank, **more)
     expected = decode_reference(q, latent, value_rank, index, count)
     np.testing.assert_allclose(expected, by_hand(q, latent, value_rank, index, count), atol=2e-6)
     found = decode_tpu(
-        q, to_tiles(latent), value_rank, index, count, keys=CHUNK, parts=parts, interpret=STRICT
+        q,
+        to_tiles(latent),
+        value_rank,
+        index,
+        count,
+        keys=CHUNK,
+        num_splits=num_splits,
+        interpret=STRICT,
     )
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
@@ -71,8 +79,8 @@ def test_the_kernel_is_the_reference(case, parts):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("interpret", [STRICT, True], ids=["whole", "as compiled"])
 def test_latents_come_out_of_their_tiles(interpret, dtype):
-    """bfloat16: the products are of rounded probabilities, of size 1, so an output is off by a last
-    place or two (2 ** -8 each).
+    """In bfloat16 the products are of rounded probabilities, of size 1, so an output is off by a
+    last place or two (2 ** -8 each).
     """
     q, latent, index, count = inputs((0, 23), 3, 300, dtype=dtype)
     found = decode_tpu(q, to_tiles(latent), 280, index, count, keys=CHUNK, interpret=interpret)
@@ -87,11 +95,11 @@ def test_latents_come_out_of_their_tiles(interpret, dtype):
 def test_tokens_behind_the_count_change_nothing():
     q, latent, index, count = inputs((23,), 2, 24)
     other = index.at[:, 23:].set((index[:, 23:] + 1) % latent.shape[1])
-    run = functools.partial(
+    decode = functools.partial(
         decode_tpu, q, to_tiles(latent), 16, count_B=count, keys=CHUNK, interpret=True
     )
-    np.testing.assert_array_equal(run(index_Bk=index), run(index_Bk=other))
-    assert np.any(run(index_Bk=index) != run(index_Bk=other, count_B=count + 1))
+    np.testing.assert_array_equal(decode(index_Bk=index), decode(index_Bk=other))
+    assert np.any(decode(index_Bk=index) != decode(index_Bk=other, count_B=count + 1))
 
 
 def test_tiles_hold_the_latents():

@@ -54,7 +54,7 @@ def decode(interpret):
         index,
         count,
         keys=test_sparse_decode.CHUNK,
-        parts=2,
+        num_splits=2,
         interpret=interpret,
     )
 
