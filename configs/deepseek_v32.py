@@ -1,12 +1,12 @@
-"""A model of DeepSeek-V3.2's shape (arXiv 2512.02556; 2412.19437 for all but the indexer): 671B
-parameters, 37B a token, and an MTP module. For a pod.
+r"""A model of DeepSeek-V3.2's shape, for a pod: 671B parameters, 37B a token, and an MTP module.
 
     .venv-compile/bin/python -m launch.plan --config=configs/deepseek_v32.py --topology=v5p:8x8x8
-    python -m launch.pod --on=tpu --name=my-slice --zone=us-east5-a -- python -m launch.pretrain
-    --config=configs/deepseek_v32.py --workdir=/mnt/runs/v32 \
+    python -m launch.pod --on=tpu --name=my-slice --zone=us-east5-a -- \
+        python -m launch.pretrain --config=configs/deepseek_v32.py --workdir=/mnt/runs/v32 \
         --config.data.sources="('parquet:/mnt/corpus/*.parquet#text',)"
 
-It has been compiled and planned (docs/plan.md), not trained.
+The shape is that of arXiv 2412.19437, the indexer that of arXiv 2512.02556. The config is compiled
+and planned (docs/plan.md), and not trained.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +15,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
+    """Returns the config."""
     c = base.get_config()
     c.tokenizer.kind = "file"
     c.tokenizer.path = "deepseek_v32/tokenizer.json"  # the model's own, to be fetched

@@ -1,8 +1,10 @@
 """Does the attention gate help at a higher learning rate? Six short runs of a small model.
 
 python -m launch.sweep --config=configs/gate_sweep.py --command=pretrain --workdir=runs/gates
---parallel=1
 """
+
+from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -10,14 +12,15 @@ from configs import quickstart
 
 
 def get_config() -> ConfigDict:
+    """Returns the config that the sweep changes."""
     c = quickstart.pretrain()
-    c.init_from = ""  # what `copying` leaves has a gate per element
+    c.init_from = ""  # the checkpoint that `copying` leaves has a gate per element
     c.train.steps = 100
     return c
 
 
-def sweep(add) -> None:
-    """Does the attention gate help at a higher learning rate?"""
+def sweep(add: Callable[[dict[str, Any]], None]) -> None:
+    """Adds a run for each learning rate and gate."""
     for learning_rate in (2e-3, 8e-3):
         for gate in ("none", "head", "element"):
             add({"train.learning_rate": learning_rate, "model.mla.gate": gate})

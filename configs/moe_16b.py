@@ -1,12 +1,12 @@
-"""A model of DeepSeek-V2-Lite's shape (arXiv 2405.04434, appendix B; Moonlight, arXiv 2502.16982,
-has the same), with this codebase's router, gate and indexer: 16B parameters, 3B a token. For 16
-chips.
+r"""A model of DeepSeek-V2-Lite's shape, for 16 chips: 16B parameters, 3B a token.
 
-    .venv-compile/bin/python -m launch.plan --config=configs/moe_16b.py --topology=v5p:2x2x4 python
-    -m launch.pretrain --config=configs/moe_16b.py --workdir=runs/moe_16b
-    --config.data.sources="('parquet:corpus/*.parquet#text',)"
+    .venv-compile/bin/python -m launch.plan --config=configs/moe_16b.py --topology=v5p:2x2x4
+    python -m launch.pretrain --config=configs/moe_16b.py --workdir=runs/moe_16b \
+        --config.data.sources="('parquet:corpus/*.parquet#text',)"
 
-It has been compiled and planned (docs/plan.md), not trained.
+The shape is that of arXiv 2405.04434, appendix B (Moonlight, arXiv 2502.16982, has it too), with
+this codebase's router, gate and indexer. The config is compiled and planned (docs/plan.md), and
+not trained.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +15,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
+    """Returns the config."""
     c = base.get_config()
     c.tokenizer.vocab_size = 102_400
     c.model.hidden_size = 2_048

@@ -1,10 +1,11 @@
-"""The whole road on a laptop: learning to copy, FIM pretraining on the standard library and word
-problems, the sparse indexer, cold start, Dr.GRPO.
+"""The whole pipeline on a laptop, from pretraining to reinforcement.
 
     python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
 
-One stage alone: --config=configs/quickstart.py:STAGE with copying, pretrain, warmup, sparse,
-finetune or reinforce.
+The phases: exercises in copying, pretraining with fill-in-the-middle on the standard library and
+word problems, warm-up of the sparse indexer, sparse training, fine-tuning on conversations, and
+Dr.GRPO. One phase alone is --config=configs/quickstart.py:PHASE, with copying, pretrain, warmup,
+sparse, finetune or reinforce. README.md has the results of seeds 0, 1 and 2.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ TASK = "task:arithmetic?min_ops=2&max_ops=3&max_value=10"
 
 
 def common() -> ConfigDict:
+    """Returns what all phases share: the model, the data and the evaluation."""
     c = base.get_config()
     c.tokenizer.vocab_size = 1024
     c.model.hidden_size = 128
@@ -22,8 +24,8 @@ def common() -> ConfigDict:
     c.model.first_k_dense_replace = 1
     c.model.intermediate_size = 384
     c.model.causal_parts = 2  # rows are short: more parts cost compile time and save none
-    # after 150 steps of `copying` the held-out loss is 3.44 nats/token with it, 4.88 without (seed
-    # 0)
+    # After 150 steps of `copying` the held-out loss is 3.44 nats a token with the convolution, and
+    # 4.88 without (seed 0).
     c.model.canon_kernel_size = 4
     c.model.mla.num_attention_heads = 4
     c.model.mla.q_lora_rank = 96
@@ -36,28 +38,24 @@ def common() -> ConfigDict:
     c.model.indexer.head_dim = 32
     c.model.indexer.topk = 32
     c.model.tie_word_embeddings = True
-    # a narrow model: after 150 steps the problems' held-out loss was 0.67 nats/token, against 0.86
-    # at 0.02 (one seed)
+    # The model is narrow: after 150 steps the problems' held-out loss is 0.67 nats a token, and
+    # 0.86 with the usual 0.02 (one seed).
     c.model.initializer_range = 0.06
     # Code, problems as text, and problems as conversations. In some solutions the answer stands
-    # without any working: the model learns both habits. In its head it is right one time in eight,
-    # so working pays; imitation does not know that, rewards find it out, and completions grow
-    # longer.
+    # without any working, so the model learns both habits. Without working it is right one time in
+    # eight, so working pays; imitation does not know that, rewards find it out, and completions
+    # grow longer.
     c.data.sources = ("stdlib", f"{TASK}&direct=0.3", f"{TASK}&direct=0.3&style=chat")
-    c.data.mixture = (
-        0.04,
-        0.46,
-        0.5,
-        # of documents: a piece of code has some 30 times the tokens of a problem, so half of the tokens
-        # are code
-    )
+    # Shares of documents. A piece of code has some 30 times the tokens of a problem, so half of the
+    # tokens are code.
+    c.data.mixture = (0.04, 0.46, 0.5)
     c.data.seq_len = 256
     c.data.batch_size = 8
     c.data.fim_rate = 0.9
     c.data.fim_spm = 1.0
     c.data.fim_sources = ("stdlib", "task")
     c.data.packing = "fit"
-    # a problem is 60 tokens: a row holds several, and they have nothing to say to each other
+    # A problem is 60 tokens long: a row holds several that have nothing to do with each other.
     c.data.cross_document_attention = False
     c.reinforce.task = TASK
     c.evaluate.infill_documents = 256
@@ -65,12 +63,12 @@ def common() -> ConfigDict:
 
 
 def copying() -> ConfigDict:
-    """Looking back before anything else: straight on code, copying had not formed after 800 steps,
-    and a suffix was worth 0.00 nats/token (seed 0). Without the
-    MTP modules the first step of all comes sooner, and it takes more of them: after 150 and 1,000
-    of pretraining the suffix of code saved 0.02 nats/token in seed 0, its interval over 0, and
-    after 250 it saved 0.05 (0.03 to 0.07). With MTP and 150 steps at half the rate copying was not
-    finished.
+    """Returns the first phase: the model learns to look back.
+
+    Trained on code from the start, a model does not copy after 800 steps, and a suffix is worth
+    0.00 nats a token to it (seed 0). With 1,000 steps of pretraining after 150 steps of this, the
+    suffix of code saves 0.02 nats a token in seed 0, and after 250 steps 0.05 (0.03 to 0.07).
+    Without the MTP modules the first step comes sooner, and copying takes more steps.
     """
     c = common()
     c.data.copy_rate = 1.0
@@ -84,11 +82,12 @@ def copying() -> ConfigDict:
 
 
 def pretrain() -> ConfigDict:
+    """Returns the second phase: pretraining with dense attention."""
     c = common()
     c.init_from = "runs/quickstart/copying"
     c.train.stage = "dense"
-    # after 1,300 seed 0 had not yet learnt the problems: half of what it worked out was right,
-    # after 1,500 eight tenths
+    # Seed 0 learns the problems late: after 1,300 steps half of what it works out is right, after
+    # 1,500 eight tenths.
     c.train.steps = 1_500
     c.train.optimizer = "muon"
     c.train.learning_rate = 5e-3
@@ -96,8 +95,10 @@ def pretrain() -> ConfigDict:
 
 
 def warmup() -> ConfigDict:
-    """With 30 steps here and 40 of `sparse` the held-out loss stayed 0.06 to 0.13 nats/token above
-    dense attention's; with 100 of both, within 0.01.
+    """Returns the third phase: the indexer alone learns, from dense attention.
+
+    With 30 steps here and 40 of `sparse` the held-out loss stays 0.06 to 0.13 nats a token above
+    that of dense attention; with 100 of both it is within 0.01.
     """
     c = common()
     c.init_from = "runs/quickstart/pretrain"
@@ -109,6 +110,7 @@ def warmup() -> ConfigDict:
 
 
 def sparse() -> ConfigDict:
+    """Returns the fourth phase: training with the keys that the indexer selects."""
     c = common()
     c.init_from = "runs/quickstart/warmup"
     c.train.stage = "sparse"
@@ -119,11 +121,10 @@ def sparse() -> ConfigDict:
 
 
 def finetune() -> ConfigDict:
+    """Returns the fifth phase: conversations, more than half of which jump to the answer."""
     c = common()
     c.init_from = "runs/quickstart/sparse"
-    c.data.sources = (
-        f"{TASK}&count=400&style=chat&direct=0.6",
-    )  # traces as found: more than half of them jump to the answer
+    c.data.sources = (f"{TASK}&count=400&style=chat&direct=0.6",)
     c.data.mixture = (1.0,)
     c.train.stage = "sparse"
     c.train.steps = 40
@@ -134,6 +135,7 @@ def finetune() -> ConfigDict:
 
 
 def reinforce() -> ConfigDict:
+    """Returns the last phase: Dr.GRPO on problems like those of pretraining."""
     c = common()
     c.init_from = "runs/quickstart/finetune"
     c.train.stage = "sparse"
@@ -144,8 +146,8 @@ def reinforce() -> ConfigDict:
     c.train.warmup_steps = 5
     c.train.log_every = 1
     c.train.weight_decay = 0.0
-    # routing stays as pretraining left it; whether moving it would hurt was not separated from
-    # noise
+    # Routing stays as pretraining left it. Whether moving it would hurt is not known: the
+    # difference is within noise.
     c.train.balance_weight = 0.0
     c.train.router_bias_rate = 0.0
     c.reinforce.prompts_per_step = 16
@@ -155,13 +157,13 @@ def reinforce() -> ConfigDict:
     return c
 
 
-STAGES = {
-    stage.__name__: stage for stage in (copying, pretrain, warmup, sparse, finetune, reinforce)
+PHASES = {
+    phase.__name__: phase for phase in (copying, pretrain, warmup, sparse, finetune, reinforce)
 }
 
 
-def get_config(stage: str = "") -> ConfigDict:
-    """One stage's config; without a name all of them, by name, for launch.quickstart."""
-    if stage:
-        return STAGES[stage]()
-    return ConfigDict({name: make() for name, make in STAGES.items()})
+def get_config(phase: str = "") -> ConfigDict:
+    """Returns the config of one phase, or of all by name, as launch.quickstart wants them."""
+    if phase:
+        return PHASES[phase]()
+    return ConfigDict({name: make() for name, make in PHASES.items()})

@@ -1,12 +1,11 @@
-"""tiny-dsv3, the workload of bench/: small enough for a CPU, with every part of DeepSeek-V3's
-block.
+"""tiny-dsv3, the workload of bench/: small enough for a CPU, with each part of DeepSeek-V3's block.
 
     python -m bench.train        8 x 256 tokens a step
     python -m bench.sample       16 prompts of 32 tokens, 128 new ones each
     python -m bench.reinforce    one GRPO step: 8 prompts x 8 completions x 64 tokens
 
-Gate, indexer and MTP are off, as the implementations it is compared with have none. Results and
-versions: bench/results/.
+Gate, indexer and MTP are off, as the implementations that it is compared with have none. Results
+and versions: bench/results/.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +14,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
+    """Returns the config."""
     c = base.get_config()
     c.model.vocab_size = 512
     c.model.hidden_size = 256
