@@ -145,8 +145,8 @@ def test_text_in_windows(tmp_path, capsys):
 
 
 WRONG = {
-    "no such file": (None, "No such file"),
-    "not JSON": ("{", "not JSON"),
+    "no such file": (None, "no such file"),
+    "not JSON": ("{", "cannot be read as JSON"),
     "no rows": ('{"input_ids": []}', "must be {"),
     "an empty row": ('{"input_ids": [[1], []]}', "row 1 is empty"),
     "a token too large": ('{"input_ids": [[1, 96]]}', "row 0 has token 96; the model has 0 to 95"),

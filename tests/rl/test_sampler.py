@@ -13,7 +13,7 @@ from rl import sampler
 from rl.config import SamplingConfig
 from rl.objective import logprobs_at_tokens
 from rl.rollout import pad_prompts, policy_batch
-from rl.sampler import draw, keep_likely, sample
+from rl.sampler import draw, keep_likely, sample, stream
 from tests import tiny
 
 CONFIG = tiny.model_config(num_nextn_predict_layers=0, initializer_range=0.15)
@@ -118,6 +118,29 @@ def test_greedy_takes_the_likeliest_token():
     chex.assert_trees_all_equal(found.tokens_BC[::2], found.tokens_BC[1::2])
 
 
+def test_a_stream_yields_the_tokens_that_are_sampled():
+    """Greedily, so that keys do not matter; it too ends with the last row."""
+    settings = SETTINGS["greedy"]
+    padded, found = sampled(settings)
+    prompts = jnp.asarray(padded.tokens_PT), jnp.asarray(padded.segments_PT)
+    model = CONFIG, settings, STOP, PAD, tiny.variables(CONFIG)
+    columns = list(stream(*model, *prompts, jax.random.key(0)))
+    assert len(columns) == np.asarray(found.mask_BC).sum(axis=1).max()
+    chex.assert_trees_all_equal(
+        jnp.stack(columns, axis=1), found.tokens_BC[::GROUP, : len(columns)]
+    )
+
+
+def test_rows_of_a_stream_draw_alike():
+    """So the devices that rows are spread over all write the same."""
+    settings = SETTINGS["dense"]
+    padded = pad_prompts([PROMPTS[0]] * 2, WIDTH, PAD)
+    prompts = jnp.asarray(padded.tokens_PT), jnp.asarray(padded.segments_PT)
+    model = CONFIG, settings, STOP, PAD, tiny.variables(CONFIG)
+    for tokens_B in stream(*model, *prompts, jax.random.key(0)):
+        assert tokens_B[0] == tokens_B[1]
+
+
 @pytest.mark.parametrize("name", ["sparse", "dense"])
 def test_what_a_row_samples_does_not_depend_on_the_others(name):
     _, found = sampled(SETTINGS[name])
@@ -174,8 +197,8 @@ class KeepLikely(chex.TestCase):
 
 
 def test_draws_follow_the_truncated_distribution():
-    """50,000 draws of one row. The log-probs recorded are those of the whole vocabulary, and what is
-    drawn from is their distribution over the tokens kept.
+    """50,000 draws of one row. Log-probs are those of the whole vocabulary; what is drawn from is
+    their distribution over the tokens kept.
     """
     logits_V = jnp.asarray([2.0, 1.5, 1.0, 0.0, -1.0])
     settings = sampling(temperature=0.5, top_k=4, top_p=0.9)
