@@ -1,4 +1,4 @@
-"""The commands that a person types, each thin: it parses, builds and calls; the packages below work.
+"""The commands that a person types: each parses, builds and calls what the packages below do.
 
 In comes a command line, out go a run's files or a few lines of text. Every module but `__main__` is
 one command, `python -m launch.NAME` or `athanor NAME`; its docstring is its `--help`. The package

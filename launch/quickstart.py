@@ -21,7 +21,8 @@ from experiment.command_line import Flag, command
 from experiment.config_files import Source
 from experiment.schema import Config, parse
 from experiment.summary import quickstart_summary, write_summary
-from launch.report import print_table, write_report
+from report.page import write_report
+from report.table import print_table
 
 # Phases in order; each starts from the checkpoint of the one before.
 PHASES = {

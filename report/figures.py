@@ -1,5 +1,6 @@
-"""Charts for a page: matplotlib draws them, as SVG whose colours are the page's own and follow its
-light or dark theme.
+"""Draws charts for a page with matplotlib, as SVG with the page's own colours.
+
+They follow its light or dark theme.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ import html
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Name -> (light, dark). In an SVG a light value becomes var(--name), so no two may be the same.
 COLORS = {
@@ -28,7 +30,7 @@ COLORS = {
 }
 INK, MUTED, GRID, SURFACE, BLUE, ORANGE, GREEN, PURPLE = (light for light, _ in COLORS.values())
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "athanor",  # the same data give the same bytes
     "font.size": 8,
@@ -59,12 +61,13 @@ STYLE = {
 
 
 def svg(draw: Callable[[Axes], None], width: float, height: float, label: str) -> str:
-    """One chart as an inline <svg>, as wide as its place on the page.
+    """Returns one chart as an inline <svg>, as wide as its place on the page.
 
     Args:
       draw: fills the axes.
-      width, height: inches; text is 8 points, so a wider chart has smaller text on the page.
-      label: what it shows, for who cannot see it.
+      width: inches; text is 8 points, so a wider chart has smaller text on the page.
+      height: inches.
+      label: what it shows, for a reader who cannot see it.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -85,14 +88,11 @@ def svg(draw: Callable[[Axes], None], width: float, height: float, label: str) -
 
 
 def _inline(text: str, label: str) -> str:
+    """Makes a part of a page from an SVG file: without a size, with the page's colours."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
-        count=1,
-    )
+    for attribute in ("height", "width"):
+        text = re.sub(rf'(<svg[^>]*?) {attribute}="[^"]*"', r"\1", text, count=1)
     for name, (light, _) in COLORS.items():
         text = text.replace(light, f"var(--{name})")
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
@@ -106,46 +106,44 @@ def line(
     label: str | None = None,
     starts: Sequence[float] = (),
 ) -> None:
-    """A curve; where it has many points, what was measured is faint behind a running mean, which
-    begins anew at `starts`.
+    """Draws a curve.
+
+    Where it has many points, the measured ones are faint behind a running mean, which begins anew
+    at each of `starts`.
     """
     if len(x) > 60:
         axes.plot(x, y, color=color, linewidth=0.7, alpha=0.25)
-        y = np.concatenate(
-            [
-                running_mean(stage, len(x) // 40)
-                for stage in np.split(y, np.searchsorted(x, starts, side="right"))
-            ]
-        )
+        phases = np.split(y, np.searchsorted(x, starts, side="right"))
+        y = np.concatenate([running_mean(phase, len(x) // 40) for phase in phases])
     axes.plot(x, y, color=color, label=label, marker="o" if len(x) == 1 else None, markersize=3)
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Of `reach` values to either side; of fewer near an end, as many on each, so that it does not
-    lag.
+    """Returns the mean over `reach` values to either side of each.
+
+    Near an end it is over fewer, as many on each side, so that the mean does not lag.
     """
     total = np.concatenate([[0.0], np.cumsum(values)])
-    place = np.arange(len(values))
-    near = np.minimum(reach, np.minimum(place, len(values) - 1 - place))
-    return (total[place + near + 1] - total[place - near]) / (2 * near + 1)
+    index = np.arange(len(values))
+    near = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
+    return (total[index + near + 1] - total[index - near]) / (2 * near + 1)
 
 
-def stage_marks(axes: Axes, marks: Sequence[tuple[float, str]]) -> None:
-    """A thin line where a stage begins, its name above, higher where the one before is in its way;
-    nothing if there is but one stage.
+def phase_marks(axes: Axes, marks: Sequence[tuple[float, str]]) -> None:
+    """Draws a thin line where each phase begins, with its name above.
+
+    The name is higher where the one before is in its way. A single phase is not marked.
     """
     if len(marks) < 2:
         return
     left, right = axes.get_xlim()
-    points = (
-        72 * 0.8 * axes.figure.get_figwidth() / (right - left)
-    )  # of a unit of x; the axes take some four fifths of the figure
+    # Points of a unit of x; the axes take some four fifths of the figure.
+    points = 72 * 0.8 * cast("Figure", axes.figure).get_figwidth() / (right - left)
     ends = []  # of the last name on each row, in units of x
     for x, name in marks:
         row = next((row for row, end in enumerate(ends) if end < x), len(ends))
-        ends[row : row + 1] = [
-            x + 4.2 * len(name) / points
-        ]  # a letter of size 7 is about 4 points wide
+        # A letter of size 7 is about 4 points wide.
+        ends[row : row + 1] = [x + 4.2 * len(name) / points]
         axes.axvline(x, color=GRID, linewidth=0.8, zorder=0)
         axes.annotate(
             name,
@@ -159,14 +157,15 @@ def stage_marks(axes: Axes, marks: Sequence[tuple[float, str]]) -> None:
 
 
 def heat_map(axes: Axes, values: np.ndarray) -> None:
-    """Cells of load over the mean load, [rows, columns]: orange above 1, blue below, the stronger
-    the farther; no colour at 1.
+    """Draws cells of load over the mean load, [layers, experts].
+
+    They are orange above 1 and blue below, the stronger the farther, without colour at 1.
     """
     from matplotlib.colors import to_rgba
 
     colors = np.empty((*values.shape, 4))
-    for place, value in np.ndenumerate(values):
-        colors[place] = to_rgba(ORANGE if value > 1 else BLUE, alpha=min(abs(value - 1), 1.0))
+    for cell, value in np.ndenumerate(values):
+        colors[cell] = to_rgba(ORANGE if value > 1 else BLUE, alpha=min(abs(value - 1), 1.0))
     rows, columns = values.shape
     small = values.size <= 144
     axes.pcolormesh(

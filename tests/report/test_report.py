@@ -16,41 +16,75 @@ import pytest
 from rich.console import Console
 
 from errors import UserError
-from launch.report import print_table, read_runs, write_report
 from report.figures import line
+from report.page import write_report
+from report.results import read_phases
+from report.table import print_table
 from train.metrics import Metrics
+
+
+def pass_at_k(means: dict[int, float]) -> list[dict[str, float]]:
+    return [{"k": k, "mean": m, "low": m - 0.05, "high": m + 0.05} for k, m in means.items()]
+
 
 SUMMARY = {
     "pretrain": {
-        "loss_first": 6.239, "loss_last": 2.412, "tokens": 1_228_800, "tokens_per_s": 9_204.7,
-        "middle_loss_with_suffix": 2.18, "middle_loss_without_suffix": 2.74, "middle_loss_empty_suffix": 2.69,
-        "infilling": {"text:*.py": {
-            "suffix_saves_over_without_suffix": {"mean": 0.56, "low": 0.41, "high": 0.7},
-            "suffix_saves_over_empty_suffix": {"mean": 0.51, "low": 0.37, "high": 0.66},
-        }},
+        "loss_first": 6.239,
+        "loss_last": 2.412,
+        "tokens": 1_228_800,
+        "tokens_per_s": 9_204.7,
+        "middle_loss_with_suffix": 2.18,
+        "middle_loss_without_suffix": 2.74,
+        "middle_loss_empty_suffix": 2.69,
+        "infilling": {
+            "text:*.py": {
+                "suffix_saves_over_without_suffix": {"mean": 0.56, "low": 0.41, "high": 0.7},
+                "suffix_saves_over_empty_suffix": {"mean": 0.51, "low": 0.37, "high": 0.66},
+            }
+        },
     },
     "indexer": {"recall": 0.912, "recall_random": 0.264, "topk": 64, "context": 256},
     "reinforce": {
-        "algorithm": "dr_grpo", "pass@1_before": 0.213, "pass@1_after": 0.671, "pass@8_before": 0.604, "pass@8_after": 0.893, "problems": 128, "samples": 8,
-        "pass_at_k_before": [{"k": k, "mean": m, "low": m - 0.05, "high": m + 0.05} for k, m in ((1, 0.213), (2, 0.34), (4, 0.48), (8, 0.604))],
-        "pass_at_k_after": [{"k": k, "mean": m, "low": m - 0.05, "high": m + 0.05} for k, m in ((1, 0.671), (2, 0.76), (4, 0.84), (8, 0.893))],
+        "algorithm": "dr_grpo",
+        "pass@1_before": 0.213,
+        "pass@1_after": 0.671,
+        "pass@8_before": 0.604,
+        "pass@8_after": 0.893,
+        "problems": 128,
+        "samples": 8,
+        "pass_at_k_before": pass_at_k({1: 0.213, 2: 0.34, 4: 0.48, 8: 0.604}),
+        "pass_at_k_after": pass_at_k({1: 0.671, 2: 0.76, 4: 0.84, 8: 0.893}),
     },
-    "seconds": 843.2, "devices": "2 CPU cores", "versions": {"jax": "0.12.0.1", "flax": "0.12.12", "python": "3.13"},
-}  # fmt: skip
+    "seconds": 843.2,
+    "devices": "2 CPU cores",
+    "versions": {"jax": "0.12.0.1", "flax": "0.12.12", "python": "3.13"},
+}
 
 TITLES = (
-    "Loss", "Infilling", "Indexer divergence", "Attention kept", "Load of the experts", "Busiest expert", "Fine-tuning loss", "pass@k", "Reward",
-    "Completion length", "Entropy", "Sampler and trainer apart", "Clipped tokens", "Groups without a signal",
-)  # fmt: skip
+    "Loss",
+    "Infilling",
+    "Indexer divergence",
+    "Attention kept",
+    "Load of the experts",
+    "Busiest expert",
+    "Fine-tuning loss",
+    "pass@k",
+    "Reward",
+    "Completion length",
+    "Entropy",
+    "Sampler and trainer apart",
+    "Clipped tokens",
+    "Groups without a signal",
+)
 
 
-def write_stage(workdir: Path, stage: str, steps: int, values) -> None:
-    with Metrics(workdir / stage, stage) as metrics:
+def write_phase(workdir: Path, phase: str, steps: int, values) -> None:
+    with Metrics(workdir / phase, phase) as metrics:
         for step in range(1, steps + 1):
             line = values(step, step / steps)
             if step == steps:
                 line["expert_load"] = [
-                    [random.gauss(1, 0.5 if stage == "pretrain" else 0.25) % 3 for _ in range(8)]
+                    [random.gauss(1, 0.5 if phase == "pretrain" else 0.25) % 3 for _ in range(8)]
                     for _ in range(5)
                 ]
             metrics.write(step, line)
@@ -79,24 +113,30 @@ def write_quickstart(workdir: Path) -> None:
     def reward(step, done):
         solved = 0.2 + 0.55 / (1 + math.exp(6 - 12 * done)) + random.gauss(0, 0.04)
         return {
-            "reward": solved + 0.09, "answer_reward": solved, "format_reward": 0.09, "completion_length": 34 - 10 * done + random.gauss(0, 1),
-            "entropy": 0.3 + 0.5 * math.exp(-3 * done), "clip_fraction": 0.01 + 0.02 * random.random(), "kl": math.nan,
+            "reward": solved + 0.09,
+            "answer_reward": solved,
+            "format_reward": 0.09,
+            "completion_length": 34 - 10 * done + random.gauss(0, 1),
+            "entropy": 0.3 + 0.5 * math.exp(-3 * done),
+            "clip_fraction": 0.01 + 0.02 * random.random(),
+            "kl": math.nan,
             "zero_variance_groups": 0.2 + 0.4 * done,
-            "logprob_gap_max": 2e-5 * (1 + random.random()), "logprob_gap_mean": 4e-7 * (1 + random.random()),
-        }  # fmt: skip
+            "logprob_gap_max": 2e-5 * (1 + random.random()),
+            "logprob_gap_mean": 4e-7 * (1 + random.random()),
+        }
 
     recall = {
         "indexer_recall": lambda done: 0.3 + 0.6 * (1 - math.exp(-4 * done)),
         "indexer_recall_random": lambda done: 0.26 + random.gauss(0, 0.01),
     }
-    write_stage(workdir, "pretrain", 300, language(6.2, 2.4))
-    write_stage(
+    write_phase(workdir, "pretrain", 300, language(6.2, 2.4))
+    write_phase(
         workdir,
         "warmup",
         80,
         language(2.4, 2.4, indexer_kl=lambda done: 1.4 * math.exp(-3 * done) + 0.1, **recall),
     )
-    write_stage(
+    write_phase(
         workdir,
         "sparse",
         120,
@@ -107,8 +147,8 @@ def write_quickstart(workdir: Path) -> None:
             indexer_recall=lambda done: 0.9 + 0.01 * done,
         ),
     )
-    write_stage(workdir, "finetune", 150, language(3.1, 0.4))
-    write_stage(workdir, "reinforce", 100, reward)
+    write_phase(workdir, "finetune", 150, language(3.1, 0.4))
+    write_phase(workdir, "reinforce", 100, reward)
     (workdir / "summary.json").write_text(json.dumps(SUMMARY))
     for when, right in (("before", 0.2), ("after", 0.8)):
         (workdir / when).mkdir()
@@ -117,13 +157,11 @@ def write_quickstart(workdir: Path) -> None:
                 a, b = 13 * problem % 40, 7 * problem % 30
                 for _ in range(2):
                     good = random.random() < right
-                    said = a + b if good else a - b
-                    thought = f"<think>{a} + {b}: {a} and {b} make {said}{'' if good else ', or is it less < more?'}</think>"
-                    completion = (
-                        f"{thought}<answer>{said}</answer>"
-                        if right > 0.5 or problem % 3
-                        else thought[:-8]
-                    )
+                    result = a + b if good else a - b
+                    doubt = "" if good else ", or is it less < more?"
+                    thought = f"<think>{a} + {b}: {a} and {b} make {result}{doubt}</think>"
+                    cut = right <= 0.5 and problem % 3 == 0
+                    completion = thought[:-8] if cut else f"{thought}<answer>{result}</answer>"
                     prompt = f"<|user|>What is {a} + {b}?<|assistant|>"
                     sample = {
                         "prompt": prompt,
@@ -160,7 +198,7 @@ class WellFormed(HTMLParser):
             value
             for name, value in attrs
             if name in ("src", "href", "xlink:href", "action")
-            and not value.startswith(("#", "data:"))
+            and not (value or "").startswith(("#", "data:"))
         ]
         self.fetched += [tag] * (tag in ("script", "link", "iframe", "object"))
         if tag not in self.VOID:
@@ -219,17 +257,18 @@ def test_samples_are_escaped_and_coloured(page):
         and '<span class="answer">&lt;answer&gt;' in page
     )
     assert "less &lt; more?" in page and '<span class="marker">&lt;|user|&gt;</span>' in page
-    assert page.count('<article class="trace">') == 6
+    assert page.count('<article class="sample">') == 6
 
 
 def test_same_data_same_page(quickstart, page):
     assert write_report(quickstart).read_text() == page
-    assert not (quickstart / "report.html.tmp").exists()
+    left = [path.name for path in quickstart.iterdir() if "report.html" in path.name]
+    assert left == ["report.html"], "no temporary file is left"
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sparse", "reinforce"])
-def test_workdir_of_one_stage(quickstart, stage):
-    page = write_report(quickstart / stage).read_text()
+@pytest.mark.parametrize("phase", ["pretrain", "sparse", "reinforce"])
+def test_workdir_of_one_phase(quickstart, phase):
+    page = write_report(quickstart / phase).read_text()
     shown = [title for title in TITLES if f"<h3>{title}</h3><svg" in page]
     expected = {
         "pretrain": ["Loss", "Load of the experts", "Busiest expert"],
@@ -249,7 +288,7 @@ def test_workdir_of_one_stage(quickstart, stage):
             "Groups without a signal",
         ],
     }
-    assert shown == expected[stage]
+    assert shown == expected[phase]
     noted = [title for title in TITLES if f"<b>{title}</b>" in page]
     assert sorted(shown + noted) == sorted(TITLES)
     assert "<b>Numbers</b> no summary.json" in page and "<b>Samples</b>" in page
@@ -283,16 +322,16 @@ def test_large_model_keeps_the_page_small(tmp_path):
     assert "<h3>Load of the experts</h3><svg" in page and len(page) < 100_000
 
 
-def test_running_mean_keeps_to_its_stage():
-    """A jump between stages stays a jump, and a straight line a straight line: no lag, no smear."""
+def test_running_mean_keeps_to_its_phase():
+    """A jump between phases stays a jump, and a straight line a straight line: no lag, no smear."""
     y = np.concatenate([np.arange(50.0), 1000 + np.arange(50.0)])
     axes = matplotlib.figure.Figure().add_subplot()
     line(axes, np.arange(1, 101), y, "black", starts=[0, 50])
-    np.testing.assert_allclose(axes.lines[-1].get_ydata(), y)
+    np.testing.assert_allclose(np.asarray(axes.lines[-1].get_ydata(), float), y)
 
 
 def test_matplotlib_is_loaded_only_to_draw():
-    code = "import sys, launch.report; assert 'matplotlib' not in sys.modules"
+    code = "import sys, launch.report, report.page; assert 'matplotlib' not in sys.modules"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
     )
@@ -320,8 +359,14 @@ def test_a_broken_file_is_named(tmp_path, name, text):
         write_report(tmp_path)
 
 
-def test_stages_in_the_order_they_ran(quickstart):
-    assert list(read_runs(quickstart)) == ["pretrain", "warmup", "sparse", "finetune", "reinforce"]
+def test_phases_in_the_order_they_ran(quickstart):
+    assert list(read_phases(quickstart)) == [
+        "pretrain",
+        "warmup",
+        "sparse",
+        "finetune",
+        "reinforce",
+    ]
 
 
 def test_table_on_the_terminal():

@@ -1,0 +1,117 @@
+"""The numbers of summary.json as a person reads them, and as a table on the terminal."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from report.results import Summary
+
+Row = tuple[str, str]  # name, value
+
+# What the suffix saves of a source's held-out middles -> over which baseline.
+SAVINGS = {
+    "suffix_saves_over_without_suffix": "of left to right",
+    "suffix_saves_over_empty_suffix": "of the same format, withheld",
+}
+
+
+def print_table(summary: Summary, console: Console | None = None) -> None:
+    """Prints the numbers of summary.json on the terminal; nothing if there are none."""
+    groups = number_groups(summary)
+    if not groups:
+        return
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, (title, rows) in enumerate(groups):
+        if index:
+            table.add_row()
+        table.add_row(f"[bold]{title}")
+        for name, value in rows:
+            table.add_row(f"  {name}", value)
+    (console or Console()).print(table)
+
+
+def number_groups(summary: Summary) -> list[tuple[str, list[Row]]]:
+    """Returns the numbers as a person reads them, [(title, rows)], without the missing ones."""
+    groups = {
+        "Pretraining": _pretraining(summary.get("pretrain") or {}),
+        "Sparse attention": _sparse_attention(summary.get("indexer") or {}),
+        "Reinforcement learning": _reinforcement(summary.get("reinforce") or {}),
+        "Run": _run(summary),
+    }
+    shown = [(title, [row for row in rows if row]) for title, rows in groups.items()]
+    return [(title, rows) for title, rows in shown if rows]
+
+
+def _pretraining(numbers: Mapping[str, Any]) -> list[Row | None]:
+    savings = [
+        _row(
+            f"suffix saves, {source.partition('?')[0]}",
+            "{:.3f} of left to right, {:.3f} of withheld",
+            {name: losses[name]["mean"] for name in SAVINGS},
+            *SAVINGS,
+        )
+        for source, losses in (numbers.get("infilling") or {}).items()
+    ]
+    return [
+        _row(
+            "loss, first → last",
+            "{:.2f} → {:.2f} nats/token",
+            numbers,
+            "loss_first",
+            "loss_last",
+        ),
+        _row("tokens", "{:,}", numbers, "tokens"),
+        _row("speed", "{:,.0f} tokens/s", numbers, "tokens_per_s"),
+        _row(
+            "loss of a held-out middle",
+            "{:.3f} with the suffix, {:.3f} without",
+            numbers,
+            "middle_loss_with_suffix",
+            "middle_loss_without_suffix",
+        ),
+        *savings,
+    ]
+
+
+def _sparse_attention(numbers: Mapping[str, Any]) -> list[Row | None]:
+    recall = ("recall", "recall_random")
+    return [
+        _row("attention mass kept", "{:.0%} (at random {:.0%})", numbers, *recall),
+        _row("keys per query", "{} of {}", numbers, "topk", "context"),
+    ]
+
+
+def _reinforcement(numbers: Mapping[str, Any]) -> list[Row | None]:
+    def before_and_after(metric: str) -> Row | None:
+        keys = (f"{metric}_before", f"{metric}_after")
+        return _row(f"{metric}, before → after", "{:.1%} → {:.1%}", numbers, *keys)
+
+    measured = "{} held-out problems × {} samples"
+    return [
+        _row("algorithm", "{}", numbers, "algorithm"),
+        before_and_after("pass@1"),
+        before_and_after("pass@8"),
+        _row("measured on", measured, numbers, "problems", "samples"),
+    ]
+
+
+def _run(summary: Summary) -> list[Row | None]:
+    seconds = summary.get("seconds")
+    time = {"time": seconds and timedelta(seconds=round(seconds))}
+    lists = {name: _as_line(summary.get(name)) for name in ("devices", "versions")}
+    return [_row("time", "{}", time, "time"), *(_row(name, "{}", lists, name) for name in lists)]
+
+
+def _row(name: str, form: str, numbers: Mapping[str, Any], *keys: str) -> Row | None:
+    values = [numbers.get(key) for key in keys]
+    return None if None in values else (name, form.format(*values))
+
+
+def _as_line(value: Any) -> str | None:
+    """Returns a value, a list or a mapping of versions on one line; None if there is none."""
+    if isinstance(value, Mapping):
+        value = [f"{name} {version}" for name, version in value.items()]
+    return value and (", ".join(map(str, value)) if isinstance(value, list) else str(value))
