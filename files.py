@@ -13,12 +13,17 @@ from errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the caller writes there takes the name `path`.
 
     The caller may write a file or make a directory. If the body raises, the temporary is removed
     and `path` stays as it was. Several processes may write the same path at once: each has a
     temporary of its own, and the last rename wins.
+
+    Args:
+      path: the file or directory.
+      durable: the name appears only after the contents of the file are on the disk, so that a
+        machine that fails leaves no empty file of that name.
 
     Raises:
       UserError: the operating system refuses to write there.
@@ -29,25 +34,35 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        (publish if durable else os.replace)(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
+def publish(temporary: Path, path: Path) -> None:
+    """Gives a file its own name, once what was written under its temporary name is on the disk.
+    Raises OSError.
+    """
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
     """Writes a UTF-8 text file, whole or not at all. Raises UserError as `replacing` does."""
-    with replacing(path) as temporary:
+    with replacing(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any, indent: int = 2) -> None:
+def write_json(path: Path, value: Any, indent: int = 2, durable: bool = False) -> None:
     """Writes `value` as JSON, whole or not at all. Raises UserError as `replacing` does."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
+    write_text(path, json.dumps(value, indent=indent) + "\n", durable)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,8 +71,18 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: must be a JSON object, not a {type(found).__name__}")
     return found
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,18 +1,20 @@
-"""Where a model comes from: a workdir of a run, or `hf:DIR`."""
+"""Where a model comes from: the workdir of a run, or `hf:DIR`, a Hugging Face checkpoint."""
 
 from pathlib import Path
 
 from errors import UserError
 
-HF = "hf:"
-
-
-# of a workdir: what a Hugging Face checkpoint has besides tensors, see checkpoints/hf/metadata.py
+HF = "hf:"  # the beginning of the name of a Hugging Face checkpoint
+# The part of a workdir with what a Hugging Face checkpoint has besides tensors, see hf/metadata.py.
 RECORD = "hf"
 
 
 def hf_directory(path: str | Path) -> Path | None:
-    """DIR of `hf:DIR`; None for anything else. Raises UserError if there is no such directory."""
+    """Returns DIR of `hf:DIR`, or None for anything else.
+
+    Raises:
+      UserError: there is no such directory.
+    """
     if not str(path).startswith(HF):
         return None
     directory = Path(str(path)[len(HF) :])
@@ -21,8 +23,8 @@ def hf_directory(path: str | Path) -> Path | None:
     return directory
 
 
-def run_directory(path: str) -> Path:
-    """The workdir that a path to a workdir, its checkpoints or one of them belongs to."""
+def run_directory(path: str | Path) -> Path:
+    """Returns the workdir that a path to a workdir, its checkpoints or one of them belongs to."""
     directory = Path(path)
     if directory.name.isdigit():
         directory = directory.parent

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.hf.describe import config_json
-from checkpoints.hf.safetensors import TensorWriter
+from checkpoints.hf.config import config_json
+from checkpoints.hf.safetensors_writer import TensorWriter
 from checkpoints.hf.tensors import tensors
 from model.config import ModelConfig
 from tests import tiny

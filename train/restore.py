@@ -1,5 +1,6 @@
-"""Where the parameters of a run come from: its own newest checkpoint, another run, a Hugging Face
-checkpoint, or a random key.
+"""Where the parameters of a run come from.
+
+That is its own newest checkpoint, another run, a Hugging Face checkpoint, or a random key.
 """
 
 import itertools
@@ -9,7 +10,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from checkpoints.hf.load import HFCheckpoint, load_checkpoint
+from checkpoints.hf.checkpoint import HFCheckpoint
+from checkpoints.hf.load import load_checkpoint
 from checkpoints.locations import hf_directory
 from checkpoints.training import Checkpoints, Cursor, restore_parameters
 from model.config import ModelConfig

@@ -1,149 +1,138 @@
-"""What a Hugging Face checkpoint has besides tensors, kept in a workdir's hf/ from the day it is
-loaded until it is written back: its config.json, tokenizer, template, licence; and of its tensors
-which there were, and of what type.
+"""What a Hugging Face checkpoint has besides tensors: config.json, tokenizer, template, licence.
+
+A workdir keeps it in its hf/ from the day the checkpoint is loaded until it is written back, with a
+record of which tensors there were, and of which type.
 """
 
-import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints.hf.architecture import model_fields, read_json
-from checkpoints.hf.describe import config_json
-from checkpoints.hf.safetensors import DTYPES
+from checkpoints.hf.config import config_json, model_fields
+from checkpoints.hf.config_keys import field_of
+from checkpoints.hf.safetensors import DTYPE_NAMES, DTYPES, TensorFiles
 from checkpoints.locations import RECORD, hf_directory, run_directory
+from data.tokenizer_files import load_tokenizer
+from files import read_json, replacing, write_json
 from model.config import ModelConfig
 
-NOTED = "noted.json"  # beside them, by us
-WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".npz",
-    ".tmp",
-    ".index.json",
+TENSOR_RECORD = "noted.json"  # in hf/: where the checkpoint was, and the types of its tensors
+TENSOR_FILES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"),
+    *(".tmp", ".index.json"),
 )
-LARGEST = 64 * 2**20  # bytes of a file that is not weights
+LARGEST_FILE = 64 * 2**20  # bytes of a file that may be something other than tensors
 
 
-def keep_record(directory: Path, workdir: Path, types: dict[str, np.dtype]) -> None:
-    """Copies into workdir/hf what `directory` has besides weights, and notes the type of each
-    tensor and where it all came from.
+def keep_record(directory: Path, workdir: Path, dtypes: Mapping[str, np.dtype]) -> None:
+    """Copies what a checkpoint has besides tensors into workdir/hf.
+
+    Args:
+      directory: the checkpoint.
+      workdir: the workdir of a run.
+      dtypes: the type of each tensor, which is recorded with the files.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    noted = {
+    record = {
         "from": str(directory.resolve()),
-        "tensors": {name: names[dtype] for name, dtype in types.items()},
+        "tensors": {name: DTYPE_NAMES[dtype] for name, dtype in dtypes.items()},
     }
-    _replace(workdir / RECORD, _beside(directory), {NOTED: json.dumps(noted, indent=1) + "\n"})
-
-
-def comes_from(workdir: Path) -> str:
-    """The directory whose record a workdir has; "" if it has none."""
-    return (
-        read_json(workdir / RECORD / NOTED)["from"] if (workdir / RECORD / NOTED).exists() else ""
-    )
+    with replacing(workdir / RECORD) as target:
+        _copy(_other_files(directory), target)
+        write_json(target / TENSOR_RECORD, record, indent=1)
 
 
 def inherit_record(origin: str, workdir: Path) -> None:
-    """A run that starts from hf:DIR, or from a run that has a record, has it too."""
-    directory = hf_directory(origin)
+    """Gives a run that starts from hf:DIR, or from a run with a record, that record too."""
     if (workdir / RECORD).exists():
         return
+    directory = hf_directory(origin)
     if directory is not None:
-        from checkpoints.hf.safetensors import TensorFiles
-
-        keep_record(
-            directory,
-            workdir,
-            {name: info.dtype for name, info in TensorFiles(directory).tensors.items()},
-        )
-    elif (run_directory(origin) / RECORD).exists():
-        _replace(workdir / RECORD, sorted((run_directory(origin) / RECORD).iterdir()), {})
+        keep_record(directory, workdir, TensorFiles(directory).dtypes)
+        return
+    record = run_directory(origin) / RECORD
+    if record.exists():
+        with replacing(workdir / RECORD) as target:
+            _copy(sorted(record.iterdir()), target)
 
 
-def tensor_types(workdir: Path) -> dict[str, np.dtype]:
-    """Of each tensor of the checkpoint that a run comes from; empty if it comes from none."""
-    noted = workdir / RECORD / NOTED
-    return (
-        {name: DTYPES[dtype] for name, dtype in read_json(noted)["tensors"].items()}
-        if noted.exists()
-        else {}
-    )
+def recorded_origin(workdir: Path) -> str:
+    """Returns the directory whose record a workdir has, or "" if it has none."""
+    return _tensor_record(workdir).get("from", "")
+
+
+def recorded_dtypes(workdir: Path) -> dict[str, np.dtype]:
+    """Returns the type of each tensor of the checkpoint that a run comes from; nothing if it comes
+    from none.
+    """
+    tensors = _tensor_record(workdir).get("tensors", {})
+    return {name: DTYPES[dtype] for name, dtype in tensors.items()}
 
 
 def config_for(
-    model: ModelConfig, record: Path | None, names: Iterable[str], types: set[str]
+    model: ModelConfig, record: Path | None, tensor_names: Iterable[str], dtypes: set[str]
 ) -> dict[str, Any]:
-    """The config.json of a model: the one it came with if that still describes it, and a new one if
-    not.
+    """Returns the config.json of a model: the one that it came with, if that still describes it,
+    and otherwise a new one.
 
     Args:
-      record: the directory of the one it came with.
-      names: of the tensors that it came with.
-      types: of those that are written; the widest is noted.
+      model: the model, with its vocabulary filled in.
+      record: the directory of the config.json that it came with.
+      tensor_names: the tensors that it came with.
+      dtypes: the types of the tensors that are written; the widest of them is noted.
+
+    Raises:
+      UserError: a new config.json is needed, and no architecture can express the model.
     """
-    dtype = "float32" if "float32" in types else sorted(types)[0]
+    dtype = "float32" if "float32" in dtypes else sorted(dtypes)[0]
     if record is None or not (record / "config.json").exists():
         return config_json(model, dtype)
-    config, fields = read_json(record / "config.json"), model_fields(record, names)
-    if any(_field(model, name) != value for name, value in fields.items() if name != "dtype"):
+    fields = model_fields(record, tensor_names)
+    if any(field_of(model, name) != value for name, value in fields.items() if name != "dtype"):
         return config_json(model, dtype)
+    config = read_json(record / "config.json")
     config.pop("quantization_config", None)  # float8 is read here, and not written
     return config | {name: dtype for name in ("dtype", "torch_dtype") if name in config}
 
 
-def write_beside(
-    directory: Path, record: Path | None, workdir: Path | None, config: dict[str, Any]
+def write_other_files(
+    directory: Path, record: Path | None, workdir: Path | None, config: Mapping[str, Any]
 ) -> None:
-    """Everything of a checkpoint but its tensors: config.json last. Without a record, a run's own
-    tokenizer.
-    """
-    from data.tokenizer_files import load_tokenizer
+    """Writes everything of a checkpoint but its tensors, config.json last.
 
+    Args:
+      directory: the checkpoint.
+      record: a directory with the files that the model came with.
+      workdir: the run whose tokenizer is written if there is no record.
+      config: the keys of config.json.
+    """
     if record is not None:
-        for file in _beside(record):
-            if file.name not in ("config.json", NOTED):
-                shutil.copyfile(file, directory / file.name)
+        written = ("config.json", TENSOR_RECORD)
+        _copy([file for file in _other_files(record) if file.name not in written], directory)
     elif workdir is not None and (workdir / "tokenizer.json").exists():
         load_tokenizer(workdir / "tokenizer.json").save(directory / "tokenizer.json")
-    unfinished = directory / f".config.json.{uuid.uuid4().hex}"
-    unfinished.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(unfinished, directory / "config.json")
+    write_json(directory / "config.json", config)
 
 
-def _field(model: ModelConfig, name: str) -> Any:
-    value: Any = model
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+def _tensor_record(workdir: Path) -> dict[str, Any]:
+    record = workdir / RECORD / TENSOR_RECORD
+    return read_json(record) if record.exists() else {}
 
 
-def _beside(directory: Path) -> list[Path]:
+def _other_files(directory: Path) -> list[Path]:
+    """Returns the files of a checkpoint that are not tensors."""
     return [
         file
         for file in sorted(directory.iterdir())
-        if file.is_file() and not file.name.endswith(WEIGHTS) and file.stat().st_size <= LARGEST
+        if file.is_file()
+        and not file.name.endswith(TENSOR_FILES)
+        and file.stat().st_size <= LARGEST_FILE
     ]
 
 
-def _replace(target: Path, files: list[Path], written: dict[str, str]) -> None:
-    """A directory with these files in it, whole or not there."""
-    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    unfinished.mkdir(parents=True)
+def _copy(files: Iterable[Path], directory: Path) -> None:
+    directory.mkdir(exist_ok=True)
     for file in files:
-        shutil.copyfile(file, unfinished / file.name)
-    for name, text in written.items():
-        (unfinished / name).write_text(text)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(unfinished, target)
+        shutil.copyfile(file, directory / file.name)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from checkpoints.hf.architecture import model_fields
+from checkpoints.hf.config import model_fields
 from checkpoints.hf.safetensors import TensorFiles
 from errors import UserError
 from tests.model.test_golden import GOLDEN
@@ -97,7 +97,7 @@ OTHER = {
     "every second layer": (
         "qwen3_next",
         lambda keys: (interval(keys), keys.update(full_attention_interval=2)),
-        "attention_kinds",
+        "layer_types",
         ("delta", "gqa"),
     ),
     "the default head of Qwen3": ("qwen3", lambda keys: keys.pop("head_dim"), "gqa.head_dim", 128),
@@ -134,7 +134,7 @@ OTHER = {
     "dense by kind": (
         "deepseek_v32",
         lambda keys: keys.update(mlp_layer_types=["sparse", "dense", "sparse"]),
-        "dense_also",
+        "mlp_only_layers",
         (1,),
     ),
     "gates not normed by default in Qwen3-MoE": (
@@ -152,7 +152,7 @@ OTHER = {
     "a step over layers": (
         "qwen3_moe",
         lambda keys: keys.update(decoder_sparse_step=3),
-        "dense_also",
+        "mlp_only_layers",
         (3,),
     ),
 }

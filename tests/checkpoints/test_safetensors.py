@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoints.hf.safetensors import DTYPES, INDEX, SINGLE, TensorFiles, TensorWriter
+from checkpoints.hf.safetensors import DTYPES, INDEX, SINGLE, TensorFiles
+from checkpoints.hf.safetensors_writer import TensorWriter
 from errors import UserError
 
 

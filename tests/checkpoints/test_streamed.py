@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from checkpoints import streamed, training
+from checkpoints import chunking, streamed, trees
 from checkpoints.streamed import StreamedReader, StreamedWriter
 from checkpoints.training import Checkpoints, restore_parameters
 from errors import UserError
@@ -70,7 +70,7 @@ def pieces(state: State) -> list[tuple[str, list[tuple[str, tuple, np.ndarray]]]
         (f"w {layer} {rows.start}", [(w, (layer, rows), state.params["blocks"]["w"][layer, rows])])
         for layer, rows in halves
     ]
-    rest = [(name, (), leaf) for name, leaf in training.by_path(state).items() if name != w]
+    rest = [(name, (), leaf) for name, leaf in trees.by_path(state).items() if name != w]
     return [*cut, ("rest", rest)]
 
 
@@ -89,7 +89,7 @@ def write(
     if stop is None:
         writer.finish()
     else:
-        writer._advance(0)
+        writer._wait_until_pending(0)
     return [name for name, _ in todo]
 
 
@@ -166,9 +166,8 @@ def test_killed(tmp_path):
     code = f"""
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, "tests/train")
 import checkpoints.streamed
-from test_pieces import make_state, write
+from tests.checkpoints.test_streamed import make_state, write
 record, count = checkpoints.streamed.StreamedWriter._record, iter(range(2))
 def die_at_the_third(*args):
     next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)
@@ -189,7 +188,7 @@ write(Path({str(tmp_path)!r}), make_state())
     )
 
 
-@pytest.mark.parametrize("left", ["frame/0/state", "journal"])
+@pytest.mark.parametrize("left", ["skeleton/0/state", "journal"])
 def test_what_a_killed_process_left_at_its_beginning_or_end(tmp_path, left):
     """A frame half made; a journal whose checkpoint is finished, and then deleted."""
     write(tmp_path, make_state(), stop=1)
@@ -300,7 +299,7 @@ def test_reads_slices_as_numpy_does(tmp_path, where, sharding):
             checkpoints.save(3, placed)
     reader = StreamedReader(tmp_path)
     assert reader.checkpoint == tmp_path / "3"
-    leaves = training.by_path(state)
+    leaves = trees.by_path(state)
     assert reader.leaves == abstract(leaves)
     for name, leaf in leaves.items():
         assert_identical(reader.read(name), leaf)
@@ -339,8 +338,8 @@ def test_no_checkpoint(tmp_path):
 
 def test_large_arrays_are_saved_in_chunks(tmp_path, monkeypatch):
     """Stacked matrices one from another; small arrays as they are."""
-    monkeypatch.setattr(training, "CHUNK_BYTES", 512)
-    monkeypatch.setattr(training, "LEAST_CHUNK_BYTES", 64)
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(chunking, "LEAST_CHUNK_BYTES", 64)
     state = {
         "w": jnp.arange(4 * 3 * 8 * 16.0).reshape(4, 3, 8, 16),
         "small": jnp.ones((2, 8, 8)),
@@ -360,7 +359,7 @@ def test_large_arrays_are_saved_in_chunks(tmp_path, monkeypatch):
 
 def test_waits_when_much_is_under_way(tmp_path, monkeypatch):
     """Two pieces of w are 192 bytes; a third does not go beside them."""
-    monkeypatch.setattr(streamed, "UNDER_WAY_BYTES", 200)
+    monkeypatch.setattr(streamed, "MAX_PENDING_BYTES", 200)
     state = make_state()
     writer = StreamedWriter(tmp_path, 3, abstract(state), "here")
     for before, (name, [arguments]) in enumerate(pieces(state)[:8]):
@@ -380,7 +379,7 @@ from pathlib import Path
 import checkpoints.streamed
 def peak(): return int(re.search("VmHWM:(.*)kB", Path("/proc/self/status").read_text())[1]) / 2**10  # ru_maxrss begins with that of the process that started it
 leaf = jax.ShapeDtypeStruct((16, 1024, 2048), np.float32)
-checkpoints.streamed.UNDER_WAY_BYTES = 8 * 2**20
+checkpoints.streamed.MAX_PENDING_BYTES = 8 * 2**20
 value = np.random.default_rng(0).standard_normal((1024, 2048), dtype=np.float32)
 start = peak()
 if sys.argv[1] == "write":

@@ -360,7 +360,7 @@ def test_killed_while_saving_leaves_nothing_to_see(tmp_path):
     code = f"""
 import os, jax.numpy as jnp
 from pathlib import Path
-from train.checkpoint import Checkpoints
+from checkpoints.training import Checkpoints
 checkpoints = Checkpoints(Path({str(tmp_path)!r}), keep=2)
 checkpoints.save(1, {{"w": jnp.ones(3)}}); checkpoints.wait()
 checkpoints._manager._checkpointer._handler.finalize = lambda *a: os._exit(9)

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from checkpoints.hf.architecture import model_fields
-from checkpoints.hf.describe import config_json
-from checkpoints.hf.load import HFCheckpoint
-from checkpoints.hf.safetensors import TensorFiles, TensorWriter
+from checkpoints.hf.checkpoint import HFCheckpoint
+from checkpoints.hf.config import config_json, model_fields
+from checkpoints.hf.safetensors import TensorFiles
+from checkpoints.hf.safetensors_writer import TensorWriter
 from checkpoints.streamed import StreamedWriter
 from errors import UserError
 from experiment.config_files import base_config_from, with_checkpoint_fields

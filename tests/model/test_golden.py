@@ -17,15 +17,16 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from checkpoints.hf.load import HFCheckpoint, load_checkpoint
+from checkpoints.hf.checkpoint import HFCheckpoint
+from checkpoints.hf.load import load_checkpoint
 from configs import base
 from experiment.model_source import with_hf_fields
 from experiment.schema import parse
 from model.config import ModelConfig
 from model.decode import decode_step, decode_weights, prefill
 from model.heads import logits_of, token_logprobs
-from model.record import recorded_forward
 from model.mesh import MeshConfig
+from model.record import recorded_forward
 from model.sharding import make_mesh, shardings
 from model.transformer import Transformer
 from train.state import abstract_state, boxed_shapes
@@ -201,9 +202,9 @@ def test_loss_and_gradients(case):
     }
     norms = {}
     for tensor in checkpoint(case).tensors:
-        if not tensor.copy_of and not tensor.parts[0].leaf.startswith("router/"):
+        if not tensor.copy_of and not tensor.slices[0].leaf.startswith("router/"):
             norms[tensor.name] = np.linalg.norm(
-                tensor.encode([leaves[part.leaf][part.index] for part in tensor.parts])
+                tensor.encode([leaves[part.leaf][part.index] for part in tensor.slices])
             )
     for name, expected in zip(golden(case)["grad_names"], golden(case)["grad_norms"], strict=True):
         np.testing.assert_allclose(norms.pop(name), expected, rtol=1e-4, err_msg=name)
@@ -219,7 +220,7 @@ def test_tensors_read_in_pieces_are_the_tensors(case, monkeypatch):
     """Pieces of 700 elements, where these checkpoints' tensors are smaller than a piece otherwise:
     several a tensor, the last of them short.
     """
-    monkeypatch.setattr("checkpoints.hf.load.BLOCK", 700)
+    monkeypatch.setattr("checkpoints.hf.checkpoint.BLOCK", 700)
     one = SingleDeviceSharding(jax.devices()[0])
     found = load_checkpoint(
         checkpoint(case), abstract(case, lambda shapes: jax.tree.map(lambda _: one, shapes))

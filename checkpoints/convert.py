@@ -1,0 +1,248 @@
+"""Hugging Face checkpoints become workdirs, and workdirs become Hugging Face checkpoints.
+
+Both ways handle a few rows of a tensor at a time: memory does not grow with the checkpoint. Both
+can be stopped, and go on where they were when they are called again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from checkpoints.hf.checkpoint import HFCheckpoint
+from checkpoints.hf.layouts import Tensor
+from checkpoints.hf.metadata import (
+    config_for,
+    keep_record,
+    recorded_dtypes,
+    recorded_origin,
+    write_other_files,
+)
+from checkpoints.hf.safetensors_writer import SHARD_BYTES, TensorWriter
+from checkpoints.hf.tensors import experts_are_fused, tensors
+from checkpoints.locations import RECORD, run_directory
+from checkpoints.streamed import StreamedReader, StreamedWriter
+from checkpoints.trees import by_path
+from data.tokenizer_files import load_tokenizer
+from model.config import ModelConfig
+
+BLOCK = 8 * 2**20  # elements of a tensor that are in memory at a time
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+Block = tuple[Tensor, int, int]  # a tensor, and the rows of it from a start to a stop
+Track = Callable[
+    [Sequence[Block]], Iterable[Block]
+]  # yields the blocks, and shows how many are done
+
+
+def import_checkpoint(
+    checkpoint: HFCheckpoint,
+    shapes: Mapping[str, Any],
+    workdir: Path,
+    dtype: str,
+    track: Track = iter,
+) -> int | None:
+    """Writes a Hugging Face checkpoint into a workdir, as its checkpoint of step 0.
+
+    The workdir also gets the tokenizer, and in hf/ what else the checkpoint came with.
+
+    Args:
+      checkpoint: where the values come from.
+      shapes: the variables {"params", "router"} of its model as jax.ShapeDtypeStruct.
+      workdir: the workdir; its config is recorded by the caller.
+      dtype: of the parameters, "float32" or "bfloat16". The router's biases are float32 whatever it
+        is, since steps move them by a thousandth.
+      track: yields the blocks that it is given, and may show progress.
+
+    Returns:
+      The number of parameters, or None if the workdir has this checkpoint already.
+
+    Raises:
+      UserError: the workdir cannot be written, or has another checkpoint; a tensor that should be a
+        copy of another differs from it.
+    """
+    directory = checkpoint.directory
+    origin = str(directory.resolve())
+    if (workdir / "checkpoints" / "0").exists() and recorded_origin(workdir) == origin:
+        return None
+    keep_record(directory, workdir, checkpoint.files.dtypes)
+    if (directory / "tokenizer.json").exists():
+        load_tokenizer(directory / "tokenizer.json").save(workdir / "tokenizer.json")
+    checkpoint.check_copies()
+    own = [tensor for tensor in checkpoint.tensors if not tensor.copy_of]
+    state = _with_dtype(shapes, DTYPES[dtype])
+    leaves = by_path(state)
+    writer = StreamedWriter(
+        workdir / "checkpoints", 0, state, source=f"{origin}, {dtype}", chunks=_chunks(own)
+    )
+    for tensor, start, stop in track(_blocks(own)):
+        name = f"{tensor.name}:{start}"
+        if name in writer.done:
+            continue
+        for part, values in tensor.decode(checkpoint.rows(tensor.name, start, stop), start):
+            values = np.ascontiguousarray(values, leaves[part.leaf].dtype)
+            writer.write(part.leaf, part.index, values)
+        writer.mark(name)
+    writer.finish()
+    return sum(leaf.size for leaf in leaves.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSource:
+    """A model whose tensors can be written as a Hugging Face checkpoint.
+
+    Attributes:
+      model: the model, with its vocabulary filled in.
+      rows: returns rows of a tensor, from a start to a stop.
+      dtypes: the type of each tensor that it had as a Hugging Face checkpoint; empty if it never
+        was one.
+      record: a directory with what else that checkpoint had.
+      workdir: the run, if it is one.
+      name: where the values come from.
+    """
+
+    model: ModelConfig
+    rows: Callable[[Tensor, int, int], np.ndarray]
+    dtypes: Mapping[str, np.dtype]
+    record: Path | None
+    workdir: Path | None
+    name: str
+
+
+def source_of_checkpoint(checkpoint: HFCheckpoint) -> ExportSource:
+    """Returns a Hugging Face checkpoint as the source of another one."""
+
+    def rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+        return checkpoint.rows(tensor.name, start, stop)
+
+    directory = checkpoint.directory
+    return ExportSource(
+        model=checkpoint.model,
+        rows=rows,
+        dtypes=checkpoint.files.dtypes,
+        record=directory,
+        workdir=None,
+        name=str(directory.resolve()),
+    )
+
+
+def source_of_run(path: Path, model: ModelConfig) -> ExportSource:
+    """Returns the newest checkpoint of a run as the source of a Hugging Face checkpoint.
+
+    Args:
+      path: a workdir, its directory of checkpoints, or one checkpoint in it.
+      model: the run's model, with its vocabulary filled in.
+
+    Raises:
+      UserError: no checkpoint there.
+    """
+    reader, workdir = StreamedReader(path), run_directory(path)
+
+    def rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+        parts = tensor.slices_of(start, stop)
+        return tensor.encode([reader.read(part.leaf, part.index) for part in parts])
+
+    record = workdir / RECORD
+    return ExportSource(
+        model=model,
+        rows=rows,
+        dtypes=recorded_dtypes(workdir),
+        record=record if record.exists() else None,
+        workdir=workdir,
+        name=str(reader.checkpoint.resolve()),
+    )
+
+
+def export_checkpoint(
+    source: ExportSource, directory: Path, dtype: str, track: Track = iter
+) -> int:
+    """Writes a model as a Hugging Face checkpoint.
+
+    Args:
+      source: the model.
+      directory: where the checkpoint goes.
+      dtype: of the tensors, a name of DTYPES; "" keeps the types that they had.
+      track: yields the blocks that it is given, and may show progress.
+
+    Returns:
+      The number of tensors.
+
+    Raises:
+      UserError: the directory cannot be written or has another checkpoint, or no architecture can
+        express the model.
+    """
+    written = _written_tensors(source)
+    dtypes = {tensor.name: _export_dtype(tensor.name, source.dtypes, dtype) for tensor in written}
+    projections = {str(dtypes[name]) for name in dtypes if name.endswith("proj.weight")}
+    config = config_for(source.model, source.record, source.dtypes, projections)
+    plan = [(tensor.name, dtypes[tensor.name], tensor.shape) for tensor in written]
+    described = f"{source.name}, {dtype or 'the types it had'}"
+    with TensorWriter(directory, plan, described, SHARD_BYTES) as writer:
+        for tensor, start, stop in track(_blocks(written)):
+            if tensor.name not in writer.done:
+                rows = source.rows(tensor, start, stop)
+                writer.write(tensor.name, np.ascontiguousarray(rows, dtypes[tensor.name]))
+    write_other_files(directory, source.record, source.workdir, config)
+    return len(written)
+
+
+def _written_tensors(source: ExportSource) -> list[Tensor]:
+    """Returns the tensors that an export has.
+
+    Copies are those that the checkpoint had. A model that comes from no checkpoint is written as
+    the releases are, where an MTP module has its copies.
+    """
+    all_copies = not source.dtypes and not source.model.tie_word_embeddings
+    return [
+        tensor
+        for tensor in tensors(source.model, experts_are_fused(source.dtypes))
+        if not tensor.copy_of or tensor.name in source.dtypes or all_copies
+    ]
+
+
+def _export_dtype(name: str, dtypes: Mapping[str, np.dtype], wanted: str) -> np.dtype:
+    """Returns the type that a tensor is written in.
+
+    Float8 is read and not written: its products with their scales are float32's. The router's
+    biases are sums of thousandths, and float32 as released.
+    """
+    float32 = DTYPES["float32"]
+    if wanted:
+        return float32 if name.endswith("e_score_correction_bias") else DTYPES[wanted]
+    before = dtypes.get(name, float32)
+    return float32 if before.itemsize == 1 else before
+
+
+def _with_dtype(shapes: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """Returns the variables with parameters in `dtype` and the router's biases in float32."""
+    return {
+        collection: jax.tree.map(
+            lambda leaf, to=to: jax.ShapeDtypeStruct(leaf.shape, to), shapes[collection]
+        )
+        for collection, to in (("params", dtype), ("router", DTYPES["float32"]))
+    }
+
+
+def _chunks(written: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+    """Returns the chunks of each leaf.
+
+    A chunk is what one block of a tensor's rows writes of the leaf, so that no chunk is written
+    twice.
+    """
+    return {
+        part.leaf: part.shape
+        for tensor in written
+        for part in tensor.slices_of(*next(tensor.blocks(BLOCK)))
+    }
+
+
+def _blocks(written: Sequence[Tensor]) -> list[Block]:
+    return [(tensor, start, stop) for tensor in written for start, stop in tensor.blocks(BLOCK)]

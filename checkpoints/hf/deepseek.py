@@ -1,0 +1,161 @@
+"""DeepSeek-V3 and its kin (R1, Kimi-K2, Moonlight), and V3.2, in config.json."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from checkpoints.hf.config_keys import REQUIRED, ConfigReader, ConfigWriter, Key, dense_layers
+from checkpoints.hf.rope import magnitude, mscale_of, read_rope, write_rope
+
+KEYS = (
+    Key("mla.num_attention_heads", "num_attention_heads"),
+    Key("mla.kv_lora_rank", "kv_lora_rank"),
+    Key("mla.qk_nope_head_dim", "qk_nope_head_dim"),
+    Key("mla.qk_rope_head_dim", "qk_rope_head_dim"),
+    Key("mla.v_head_dim", "v_head_dim"),
+    Key("moe.num_experts", "n_routed_experts", REQUIRED, ("num_local_experts", "num_experts")),
+    Key("moe.num_experts_per_tok", "num_experts_per_tok"),
+    Key("moe.n_shared_experts", "n_shared_experts", 0),
+    Key("moe.intermediate_size", "moe_intermediate_size"),
+    Key("moe.norm_topk_prob", "norm_topk_prob", True),
+    Key("moe.n_group", "n_group", 1),
+    Key("moe.routed_scaling_factor", "routed_scaling_factor", 1.0),
+)
+INDEXER_KEYS = (
+    Key("indexer.n_heads", "index_n_heads"),
+    Key("indexer.head_dim", "index_head_dim"),
+    Key("indexer.topk", "index_topk"),
+)
+# What the architecture fixes. The latents' norms have this epsilon whatever rms_norm_eps is, in
+# every implementation.
+FIXED = {"norm": "scale", "mla.gate": "none", "mla.norm_eps": 1e-6}
+FIXED_MOE = {
+    "moe.scoring_func": "sigmoid",
+    "moe.router_bias": True,
+    "moe.shared_expert_gate": False,
+}
+
+
+def read_v3(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any]:
+    """Returns the fields of a DeepSeek-V3; see `config.model_fields` for the arguments."""
+    reader.must_be("scoring_func", "sigmoid")
+    reader.must_be("topk_method", "noaux_tc")
+    reader.must_be("moe_layer_freq", 1)
+    reader.must_be("mlp_bias", False)
+    reader.must_be("num_key_value_heads", reader.take("num_attention_heads"))
+    reader.ignore("head_dim")  # transformers 5 writes the rotated width there
+    rope_fields, rope = read_rope(reader)
+    fields = reader.take_fields(KEYS) | FIXED | FIXED_MOE | rope_fields
+    factor, logit_scale = fields["rope.factor"], 1.0
+    if factor > 1 and rope.get("mscale_all_dim"):
+        logit_scale = magnitude(factor, rope["mscale_all_dim"]) ** 2
+    return (
+        fields
+        | _dense_layers(reader)
+        | {
+            "layer_types": ("mla",),
+            "num_nextn_predict_layers": _mtp_modules(reader, tensor_names),
+            "mtp_input": "normed",
+            "rope.rope_interleave": reader.take("rope_interleave", True),
+            "rope.indexer_rope_interleave": False,
+            "mla.q_lora_rank": reader.take("q_lora_rank", 0),  # null: queries have no latent
+            "mla.logit_scale": logit_scale,
+            "indexer.n_heads": 0,
+            "moe.shared_expert_intermediate_size": 0,
+            "moe.topk_group": reader.take("topk_group", fields["moe.n_group"]),
+            "moe.group_topk": 2,
+        }
+    )
+
+
+def read_v32(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any]:
+    """Returns the fields of a DeepSeek-V3.2: a V3 with an indexer in every layer."""
+    fields = read_v3(reader, tensor_names)
+    reader.must_be("rope_interleave", True)
+    reader.must_be("indexer_rope_interleave", False)
+    reader.must_be("layer_types", ["indexed_attention"] * reader.take("num_hidden_layers"))
+    if fields["mla.q_lora_rank"] == 0:
+        why = "the indexer reads the query latent, and there is none"
+        raise reader.unsupported("q_lora_rank", None, why)
+    indexer = reader.take_fields(INDEXER_KEYS)
+    rotated = {"indexer.rope_head_dim": fields["mla.qk_rope_head_dim"], "indexer.norm_eps": 1e-6}
+    return fields | indexer | rotated
+
+
+def write_v3(writer: ConfigWriter) -> dict[str, Any]:
+    """Returns the keys that are DeepSeek-V3's own. Raises UserError if they cannot express the
+    model.
+    """
+    return _write(writer) | {"rope_interleave": writer.model.rope.rope_interleave}
+
+
+def write_v32(writer: ConfigWriter) -> dict[str, Any]:
+    """Returns the keys that are DeepSeek-V3.2's own. Raises UserError if they cannot express the
+    model.
+    """
+    keys = _write(writer)
+    a, i = writer.model.mla, writer.model.indexer
+    writer.require(a.q_lora_rank > 0, "mla.q_lora_rank", "the indexer reads the query latent")
+    writer.require_fields({"rope.rope_interleave": True, "rope.indexer_rope_interleave": False})
+    writer.require(
+        i.rope_head_dim == a.qk_rope_head_dim,
+        "indexer.rope_head_dim",
+        f"that of attention, {a.qk_rope_head_dim}",
+    )
+    writer.require_fields({"indexer.norm_eps": 1e-6})
+    return keys | writer.keys(INDEXER_KEYS)
+
+
+def _write(writer: ConfigWriter) -> dict[str, Any]:
+    model, a, m = writer.model, writer.model.mla, writer.model.moe
+    writer.require_fields(FIXED)
+    writer.require(not model.mlp_only_layers, "mlp_only_layers", "only the first layers are dense")
+    writer.require(
+        model.num_nextn_predict_layers == 0 or not model.tie_word_embeddings,
+        "tie_word_embeddings",
+        "False with an MTP module",
+    )
+    rope = write_rope(writer)
+    if a.logit_scale != 1:
+        stretched = model.rope.factor > 1 and a.logit_scale > 1
+        writer.require(stretched, "mla.logit_scale", "1 without rope.factor")
+        rope["mscale_all_dim"] = mscale_of(model.rope.factor, math.sqrt(a.logit_scale))
+    if model.moe_layers or model.mtp_kind.moe:
+        _require_experts(writer)
+    return writer.keys(KEYS) | {
+        "num_key_value_heads": a.num_attention_heads,
+        "q_lora_rank": a.q_lora_rank or None,
+        "rope_parameters": rope,
+        "first_k_dense_replace": model.first_k_dense_replace,
+        "num_nextn_predict_layers": model.num_nextn_predict_layers,
+        "topk_group": m.topk_group,
+    }
+
+
+def _require_experts(writer: ConfigWriter) -> None:
+    m = writer.model.moe
+    writer.require_fields(FIXED_MOE)
+    writer.require(
+        m.shared_expert_intermediate_size in (0, m.intermediate_size),
+        "moe.shared_expert_intermediate_size",
+        "that of the other experts",
+    )
+    best = m.group_topk or max(1, m.num_experts_per_tok // m.topk_group)
+    writer.require(best == 2 or m.topk_group == m.n_group, "moe.group_topk", "2")
+
+
+def _dense_layers(reader: ConfigReader) -> dict[str, Any]:
+    layers = reader.take("num_hidden_layers")
+    first = min(reader.take("first_k_dense_replace", 0), layers)
+    kinds = reader.take("mlp_layer_types", ["dense"] * first + ["sparse"] * (layers - first))
+    if len(kinds) != layers:
+        why = f"names {len(kinds)} layers of {layers}"
+        raise reader.unsupported("mlp_layer_types", kinds, why)
+    return dense_layers([kind != "sparse" for kind in kinds])
+
+
+def _mtp_modules(reader: ConfigReader, tensor_names: Iterable[str]) -> int:
+    """Returns the number of MTP modules; they are there if their tensors are."""
+    modules = reader.take("num_nextn_predict_layers", reader.take("num_mtp_layers", 0))
+    prefix = f"model.layers.{reader.take('num_hidden_layers')}."
+    return modules if any(name.startswith(prefix) for name in tensor_names) else 0
