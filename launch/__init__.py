@@ -1,8 +1,11 @@
-"""The commands that a person types: each parses, builds and calls what the packages below do.
+"""The commands a person types, each a file, and nothing else.
 
-In comes a command line, out go a run's files or a few lines of text. Every module but `__main__` is
-one command, `python -m launch.NAME` or `athanor NAME`; its docstring is its `--help`. The package
-may import every other one; no command imports another. Start at `pretrain.py`.
+A command line comes in; a command parses it (experiment/command_line.py), calls what it is for in
+experiment/, report/ or plan/, and prints. Each file's docstring is its `--help`. No command imports
+another: what two of them share lies below.
+
+`python -m launch.pretrain ...` and `athanor pretrain ...` are the same. Start reading in
+pretrain.py.
 """
 
 # name -> what the command does, in the order in which a newcomer meets them
