@@ -1,5 +1,6 @@
-"""A config file and the overrides of a command line become one ConfigDict. Whatever a person can
-get wrong there is one line.
+"""Config files and the overrides of a command line, read into one ConfigDict.
+
+Whatever a person can get wrong there is one line.
 """
 
 import contextlib
@@ -7,9 +8,10 @@ import importlib.util
 import re
 import traceback
 import types
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
@@ -17,46 +19,64 @@ from ml_collections import ConfigDict, config_flags
 from checkpoints.locations import RECORD, hf_directory, run_directory
 from errors import UserError
 from experiment.model_source import with_hf_fields, with_recorded_model
-from experiment.schema import default_config, must_be, no_such_field
+from experiment.renamed import new_name, new_name_in
+from experiment.schema import default_config, must_be, no_such_field, renamed_field
 from experiment.workdir import recorded_config
 
+REPOSITORY = Path(__file__).parents[1]
 
-class Source(NamedTuple):
-    """A config as the command line gives it: PATH[:ARGUMENT], and the words
-    `--config.a.b=VALUE`.
+
+class ConfigSource(NamedTuple):
+    """A config as the command line gives it.
+
+    Attributes:
+      path: PATH or PATH:ARGUMENT, the config file and what its get_config() is called with.
+      overrides: the words `--config.a.b=VALUE`.
     """
 
     path: str
     overrides: tuple[str, ...]
 
     def read(self) -> ConfigDict:
-        return with_checkpoint_fields(
-            with_overrides(get_config(self.path), self.overrides), self.overrides
-        )
+        """Returns the config with the overrides and with what a checkpoint decides."""
+        config = with_overrides(get_config(self.path), self.overrides)
+        return with_checkpoint_fields(config, self.overrides)
 
 
 def with_checkpoint_fields(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """With what the checkpoint that `init_from` names decides, if that is a Hugging Face one or
-    comes from one; the command line has the last word.
+    """Returns the config with what the checkpoint that `init_from` names decides.
+
+    That is nothing, unless it is a Hugging Face checkpoint or a run that comes from one. The
+    command line has the last word.
     """
-    origin = config.get("init_from", "")
+    origin = str(config.get("init_from", ""))
     directory = hf_directory(origin)
     if directory is not None:
         return with_overrides(with_hf_fields(config, directory), overrides)
     if origin and (run_directory(origin) / RECORD).exists():
-        return with_overrides(
-            with_recorded_model(config, recorded_config(run_directory(origin))), overrides
-        )
+        recorded = recorded_config(run_directory(origin))
+        return with_overrides(with_recorded_model(config, recorded), overrides)
+    return config
+
+
+def base_config_from(origin: str) -> ConfigDict:
+    """Returns the defaults of every field, with `origin` to start from.
+
+    `with_checkpoint_fields` adds what the checkpoint decides.
+    """
+    config = default_config()
+    config.init_from = origin
     return config
 
 
 def get_config(source: str) -> ConfigDict:
-    """What `get_config()` of the config file `PATH[:ARGUMENT]` returns. Raises UserError for
-    whatever is wrong with it, with the file and line.
+    """Returns what `get_config()` of the config file `PATH[:ARGUMENT]` returns.
+
+    Raises UserError for whatever is wrong with it, with the file and line.
     """
     module = load_config_module(source)
-    _, colon, argument = source.partition(":")
-    with errors_in(source.partition(":")[0]):
+    path, colon, argument = source.partition(":")
+    with errors_in(path):
         config = module.get_config(*[argument] if colon else [])
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -65,27 +85,22 @@ def get_config(source: str) -> ConfigDict:
     return config
 
 
-def base_config_from(origin: str) -> ConfigDict:
-    """Returns the defaults with `init_from` set; `with_checkpoint_fields` does the rest."""
-    config = default_config()
-    config.init_from = origin
-    return config
-
-
 def load_config_module(source: str) -> types.ModuleType:
-    """The module of the config file `PATH[:ARGUMENT]`. Raises UserError if there is none, it fails,
-    or it has no get_config().
+    """Runs the config file `PATH[:ARGUMENT]` and returns its module.
+
+    Raises UserError if there is no such file, it fails, or it has no get_config().
     """
     path = source.partition(":")[0]
-    if not Path(path).is_file():
-        nearest = [
-            name for name in experiments() if Path(name).stem in path or Path(path).stem in name
-        ] or experiments()
+    if not config_path(path).is_file():
+        stem = Path(path).stem
+        known = experiments()
+        nearest = [name for name in known if Path(name).stem in path or stem in name] or known
         raise UserError(
-            f"--config={path}: no such file (there is {', '.join(nearest) or 'nothing in configs/'})"
+            f"--config={path}: no such file "
+            f"(there is {', '.join(nearest) or 'nothing in configs/'})"
         )
-    spec = importlib.util.spec_from_file_location("config", path)
-    if spec is None:
+    spec = importlib.util.spec_from_file_location("config", config_path(path))
+    if spec is None or spec.loader is None:
         raise UserError(f"--config={path}: must be a Python file")
     module = importlib.util.module_from_spec(spec)
     with errors_in(path):
@@ -95,12 +110,21 @@ def load_config_module(source: str) -> types.ModuleType:
     return module
 
 
+def config_path(path: str) -> Path:
+    """Returns where a config file is: in the working directory, or else in the repository.
+
+    So configs/x.py is found from any directory.
+    """
+    here = Path(path)
+    return here if here.is_file() else REPOSITORY / path
+
+
 def experiments() -> list[str]:
-    return [
-        str(path)
-        for path in sorted(Path("configs").glob("*.py"))
-        if path.stem not in ("__init__", "base")
-    ]
+    """Returns the config files in configs/ of the working directory, or else of the repository."""
+    here = Path("configs")
+    directory = here if here.is_dir() else REPOSITORY / "configs"
+    names = sorted(path.stem for path in directory.glob("*.py"))
+    return [f"configs/{name}.py" for name in names if name not in ("__init__", "base")]
 
 
 @contextlib.contextmanager
@@ -111,41 +135,47 @@ def errors_in(path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        file = config_path(path).absolute()
         frames = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename).absolute() == Path(path).absolute()
+            if Path(frame.filename).absolute() == file
         ]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else 1
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+        words = _renamed_attribute(error) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}:{line}: {words}") from error
+
+
+def _renamed_attribute(error: Exception) -> str | None:
+    """Returns the answer to a config file that reads a field by its old name."""
+    if isinstance(error, AttributeError) and isinstance(error.obj, ConfigDict):
+        now = new_name_in(error.obj, error.name or "")
+        if now is not None:
+            return f"{error.name}: no such field (it is now {now})"
+    return None
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts `--config.a.b=VALUE` from the other words before `--`."""
+    """Parts the words `--config.a.b=VALUE` from the others; after `--` all words are others."""
     end = argv.index("--") if "--" in argv else len(argv)
     overrides = [word for word in argv[:end] if re.match(r"--?(no)?config\.", word)]
     return overrides, [word for word in argv[:end] if word not in overrides] + list(argv[end:])
 
 
 def with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """The config with `--config.a.b=VALUE` applied, each read by the type of the value it replaces.
-    Raises UserError for a field or value that does not fit.
+    """Returns the config with `--config.a.b=VALUE` applied.
+
+    Each value is read by the type of the value that it replaces. Raises UserError for a field or
+    value that does not fit.
     """
     replaced = {}
     for word in overrides:
         name, equals, value = word.partition("=")
-        there, path = config, "config"
-        for part in name[name.index(".") + 1 :].split("."):
-            if not isinstance(there, ConfigDict):
-                raise UserError(
-                    f"{path}.{part}: no such field ({path} is {there!r}, not a section)"
-                )
-            if part not in there:
-                raise no_such_field(path, part, there)
-            there, path = there[part], f"{path}.{part}"
-        if not equals and not isinstance(there, bool):
-            raise UserError(f"{word} needs a value: --{path}=VALUE")
-        replaced[path] = (value, there)
+        dotted = name[name.index(".") + 1 :]
+        present = _present_value(config, dotted)
+        if not equals and not isinstance(present, bool):
+            raise UserError(f"{word} needs a value: --config.{dotted}=VALUE")
+        replaced[f"config.{dotted}"] = (value, present)
     values = absl_flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict(
@@ -153,8 +183,33 @@ def with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         )
         values(["command", *overrides])
     except (absl_flags.Error, ValueError, TypeError, KeyError) as error:
-        for path, (value, there) in replaced.items():
+        for path, (value, present) in replaced.items():
             if f"--{path}=" in str(error):
-                raise must_be(type(there), value, path) from error
+                raise must_be(type(present), value, path) from error
         raise UserError(str(error)) from error
-    return values["config"].value
+    return typing.cast(ConfigDict, values["config"].value)
+
+
+def _present_value(config: ConfigDict, dotted: str) -> Any:
+    """Returns the value of a field or section. Raises UserError if there is none."""
+    present: Any = config
+    path = "config"
+    for part in dotted.split("."):
+        if not isinstance(present, ConfigDict):
+            raise UserError(f"{path}.{part}: no such field ({path} is {present!r}, not a section)")
+        if part not in present:
+            now = new_name(dotted)
+            if now is not None and _has(config, now):
+                raise renamed_field(f"config.{dotted}", now)
+            raise no_such_field(path, part, present)
+        present, path = present[part], f"{path}.{part}"
+    return present
+
+
+def _has(config: ConfigDict, dotted: str) -> bool:
+    section: Any = config
+    for part in dotted.split("."):
+        if not isinstance(section, ConfigDict) or part not in section:
+            return False
+        section = section[part]
+    return True

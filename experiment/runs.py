@@ -1,5 +1,7 @@
-"""The runs that a person starts, each `(config, workdir) -> result`: the loops of train/ and rl/
-with the sections of the config that they need, in a working directory of their own.
+"""The runs that a person starts, each `(config, workdir) -> result`.
+
+They are the loops of train/ and rl/, with the sections of the config that these need, in a working
+directory of their own.
 """
 
 import json

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from data.config import DataConfig, TokenizerConfig
 from errors import FieldChecks, UserError
+from experiment.renamed import RENAMED_VALUES, new_name
 from model.config import ModelConfig
 from model.mesh import MeshConfig
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
@@ -71,8 +72,8 @@ def parse(config: ConfigDict) -> Config:
     return build(Config, config, "config")
 
 
-def build(cls: type, config: Mapping[str, Any], path: str) -> Any:
-    """A frozen dataclass from the section of a config that has exactly its fields.
+def build(cls: type, config: Mapping[str, Any] | ConfigDict, path: str) -> Any:
+    """Returns a frozen dataclass made of the section of a config that has exactly its fields.
 
     Args:
       cls: fields annotated int, float (an int will do), bool, str, tuple[X, ...] (a list will do),
@@ -88,6 +89,7 @@ def build(cls: type, config: Mapping[str, Any], path: str) -> Any:
 
 
 def _values(fields: Mapping[str, Any], config: Any, path: str) -> dict[str, Any]:
+    """Returns the value of each field of a section, as the annotations in `fields` want them."""
     if not isinstance(config, Mapping | ConfigDict):
         raise UserError(
             f"{path} = {config!r}: must be a section with the fields {', '.join(fields)}"
@@ -102,9 +104,9 @@ def _values(fields: Mapping[str, Any], config: Any, path: str) -> dict[str, Any]
 
 
 def _value(kind: Any, value: Any, path: str) -> Any:
-    """`value` as the annotation `kind` wants it; UserError if it does not fit."""
+    """Returns `value` as the annotation `kind` wants it. Raises UserError if it does not fit."""
     if dataclasses.is_dataclass(kind):
-        return build(kind, value, path)
+        return build(typing.cast(type, kind), value, path)
     if isinstance(kind, types.UnionType):
         (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
         return None if value is None else _value(kind, value, path)
@@ -118,17 +120,31 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         return float(value)
     if type(value) is not kind:  # not isinstance: True is no int
         raise must_be(kind, value, path)
+    now = RENAMED_VALUES.get(path.removeprefix("config."), {})
+    if kind is str and value in now:
+        raise UserError(f"{path} = {value!r}: is now {now[value]!r}")
     return value
 
 
 def must_be(kind: type, value: Any, path: str) -> UserError:
-    """The error about a value of the wrong type."""
+    """Returns the error about a value of the wrong type."""
     words = {int: "an int", tuple: """a tuple, such as "('a', 'b')\""""}
     return UserError(f"{path} = {value!r}: must be {words.get(kind, f'a {kind.__name__}')}")
 
 
 def no_such_field(path: str, name: str, fields: Iterable[str]) -> UserError:
-    """The error about a field that does not exist, with the nearest that does."""
+    """Returns the error about a field that does not exist.
+
+    It names the field's new name, or else the nearest field that does exist.
+    """
+    now = new_name(f"{path}.{name}".removeprefix("config."))
+    if now is not None:
+        return renamed_field(f"{path}.{name}", now)
     nearest = difflib.get_close_matches(name, list(fields), n=1, cutoff=0.5)
     hint = f'did you mean "{nearest[0]}"?' if nearest else f"has: {', '.join(fields)}"
     return UserError(f"{path}.{name}: no such field ({hint})")
+
+
+def renamed_field(path: str, now: str) -> UserError:
+    """Returns the error about a field by its old name, with the new one."""
+    return UserError(f"{path}: no such field (it is now {now})")

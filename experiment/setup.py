@@ -1,5 +1,6 @@
-"""How every run begins: the compilation cache, the mesh, the tokenizer, the model's vocabulary, and
-a few lines that say what is about to run.
+"""The beginning of every run: compilation cache, mesh, tokenizer and the model's vocabulary.
+
+A few lines then say what is about to run.
 """
 
 import dataclasses
@@ -53,7 +54,9 @@ def set_up(config: Config, workdir: Path, rows: int, *, trains: bool) -> Setup:
 
 
 def compile_cache() -> None:
-    """Keeps compiled programs between runs, in .jax_cache beside the code or in the directory that
+    """Keeps compiled programs between runs.
+
+    They are in .jax_cache beside the code, or in the directory that
     JAX_COMPILATION_CACHE_DIR names.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
@@ -78,8 +81,10 @@ def with_vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def workdir_tokenizer(config: Config, workdir: Path) -> Tokenizer:
-    """Returns the workdir's own tokenizer; else that of the run or checkpoint that the parameters
-    come from; else a new one. The workdir keeps it from then on.
+    """Returns the tokenizer of a run, which its workdir keeps from then on.
+
+    That is the workdir's own; else that of the run or checkpoint that the parameters come from;
+    else a new one.
     """
     own = workdir / "tokenizer.json"
     if own.exists():
@@ -108,8 +113,10 @@ def _inherited_tokenizer(init_from: str) -> Path | None:
 
 
 def run_variables(setup: Setup, init_from: str, workdir: Path) -> dict:
-    """Reads {"params", "router"} of a run: its own newest checkpoint, or `init_from` where the
-    workdir has none, being a place for results alone.
+    """Reads {"params", "router"} of a run's newest checkpoint.
+
+    Where the workdir has no checkpoints, being a place for results alone, those of `init_from` are
+    read.
 
     Raises:
       UserError: the workdir has checkpoints, and `init_from` is not where that run started from.

@@ -131,7 +131,8 @@ def _before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> di
 
 
 def _metrics_name(phase: str) -> str:
-    """Returns the name under which a phase's command writes its metrics: copying, warm-up and
-    sparse training are pretraining.
+    """Returns the name under which a phase's command writes its metrics.
+
+    Copying, warm-up and sparse training are pretraining.
     """
     return "pretrain" if phase in ("copying", "warmup", "sparse") else phase

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import json
 import os
-import uuid
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from checkpoints.locations import hf_directory
+from data.tokenizer_files import TOKENIZER_FILES
 from errors import UserError
+from experiment.renamed import with_new_names
 from experiment.schema import Config
+from files import write_json
 
-# What may differ when a run goes on: how long, how often it speaks and saves, and what it runs on.
-# The devices, the microbatches and what is kept for the backward pass change no equation, only
-# rounding. More steps do stretch the cosine where train.cosine_steps = -1 takes what is left.
+# The fields that may differ when a run goes on: how long, how often it logs and saves, and what it
+# runs on. The devices, the microbatches and what is kept for the backward pass change no equation,
+# only rounding. More steps do stretch the cosine where train.cosine_steps = -1 takes what is left.
 MAY_CHANGE = (
     "train.steps",
     "train.log_every",
@@ -36,48 +42,48 @@ MAY_CHANGE = (
 
 
 def record_config(workdir: Path, config: Config, command: str) -> None:
-    """Makes `workdir` this run's own: writes config.json on first use, and refuses another run's
-    directory ever after.
+    """Makes `workdir` this run's own.
 
-    Only the fields of MAY_CHANGE may differ when a run goes on; the newest are recorded.
+    Writes config.json on first use, and refuses another run's directory ever after. Only the fields
+    of MAY_CHANGE may differ when a run goes on; the newest are recorded.
 
     Raises:
       UserError: the directory belongs to another command, or to a config that differs; names the
         first field that does.
     """
     record = workdir / "config.json"
-    ours = json.loads(
-        json.dumps(dataclasses.asdict(config))
-    )  # tuples become lists, as they are when read back
+    # Tuples become lists, as they are when read back.
+    ours = {"command": command, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
     if record.exists():
-        there = _read(record)
-        if there["command"] != command:
-            raise UserError(
-                f"{workdir} belongs to launch.{there['command']}; choose another --workdir for launch.{command}"
-            )
-        old, new = _flat(there["config"]), _flat(ours)
-        for name in [*new, *(name for name in old if name not in new)]:
-            if name not in MAY_CHANGE and old.get(name, "nothing") != new.get(name, "nothing"):
-                change = (
-                    f"{name}: {old.get(name, 'nothing')} there, {new.get(name, 'nothing')} here"
-                )
-                raise UserError(
-                    f"{workdir} belongs to another config ({change}); choose another --workdir"
-                )
-        if old == new:
+        written = _read(record)
+        if written == ours:
             return
-    workdir.mkdir(parents=True, exist_ok=True)
-    # Every process of a pod may come here at once, with the same words: each writes its own file,
-    # and the last rename wins.
-    unfinished = workdir / f".config.json.{uuid.uuid4().hex}"
-    unfinished.write_text(json.dumps({"command": command, "config": ours}, indent=2) + "\n")
-    os.replace(unfinished, record)
+        _refuse_another_run(workdir, written, ours)
+    # Every process of a pod may come here at once, with the same words: the last rename wins.
+    write_json(record, ours)
+
+
+def _refuse_another_run(workdir: Path, written: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    if written["command"] != ours["command"]:
+        raise UserError(
+            f"{workdir} belongs to launch.{written['command']}; choose another --workdir for "
+            f"launch.{ours['command']}"
+        )
+    old, new = _flat(with_new_names(written["config"])), _flat(ours["config"])
+    for name in [*new, *(name for name in old if name not in new)]:
+        if name not in MAY_CHANGE and old.get(name, "nothing") != new.get(name, "nothing"):
+            change = f"{name}: {old.get(name, 'nothing')} there, {new.get(name, 'nothing')} here"
+            raise UserError(
+                f"{workdir} belongs to another config ({change}); choose another --workdir"
+            )
 
 
 @contextlib.contextmanager
 def open_workdir(workdir: Path, config: Config, command: str) -> Iterator[None]:
-    """Claims `workdir` for what is done inside. A person's error before the first step leaves a new
-    directory free, so that the next try may have another config.
+    """Records the config in `workdir` for what is done inside.
+
+    A person's error before the first step leaves a new directory free, so that the next try may
+    have another config.
     """
     new = not (workdir / "config.json").exists()
     record_config(workdir, config, command)
@@ -86,45 +92,83 @@ def open_workdir(workdir: Path, config: Config, command: str) -> Iterator[None]:
     except UserError:
         metrics = workdir / "metrics.jsonl"
         if new and not (metrics.exists() and metrics.stat().st_size):
-            from data.tokenizer_files import TOKENIZER_FILES
-
             for name in ("config.json", *TOKENIZER_FILES):
                 (workdir / name).unlink(missing_ok=True)
         raise
 
 
 def recorded_config(workdir: Path) -> ConfigDict:
-    """The config a run was claimed with, as a ConfigDict that may still be overridden; `parse` it.
+    """Returns the config recorded in a run's workdir, which may still be overridden; `parse` it.
+
     Raises UserError if there is none.
     """
     record = workdir / "config.json"
     if not record.exists():
         raise UserError(f"{workdir}: no config.json, so not the --workdir of a run")
-    return ConfigDict(_tuples(_read(record)["config"]))
+    return ConfigDict(_with_tuples(with_new_names(_read(record)["config"])))
+
+
+def checked_workdir(value: str, *, reads: bool) -> Path:
+    """Returns the directory that --workdir names. It may not exist yet.
+
+    Args:
+      value: the flag's value.
+      reads: whether the command reads a model there. It may then be a Hugging Face checkpoint as it
+        is, hf:DIR, to which nothing is written: a temporary directory takes the results.
+
+    Raises:
+      UserError: the value is missing, no directory, or one that may not be written to.
+    """
+    if not value:
+        raise UserError(
+            "--workdir is missing: say where this run keeps what it writes, such as "
+            "--workdir=runs/first"
+        )
+    if hf_directory(value):
+        if not reads:
+            raise UserError(
+                f"--workdir={value}: this command writes there; to start from a checkpoint give "
+                f"--config.init_from={value} and another --workdir"
+            )
+        temporary = tempfile.mkdtemp(prefix="athanor-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return Path(temporary)
+    if "://" in value:
+        raise UserError(
+            f"--workdir={value}: must be a directory; mount the bucket on every host (gcsfuse) and "
+            "give the mount point"
+        )
+    path = Path(value)
+    above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not above.is_dir():
+        raise UserError(f"--workdir={value}: {above} is a file, not a directory")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"--workdir={value}: {above} may not be written to")
+    return path
 
 
 def _read(record: Path) -> dict[str, Any]:
+    """Reads {"command", "config"} as they are in the file."""
     try:
-        there = json.loads(record.read_text())
-        return {"command": there["command"], "config": dict(there["config"])}
+        written = json.loads(record.read_text())
+        return {"command": written["command"], "config": dict(written["config"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{record}: not the record of a run; remove it or choose another --workdir"
         ) from error
 
 
-def _tuples(value: Any) -> Any:
+def _with_tuples(value: Any) -> Any:
+    """Returns the value with tuples where JSON has lists."""
     if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the fields of a config by dotted name."""
     flat = {}
     for name, value in config.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{name}": value}
-        )
+        path = f"{prefix}{name}"
+        flat |= _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
     return flat

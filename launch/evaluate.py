@@ -1,10 +1,10 @@
-"""Evaluates a run: unbiased pass@k on held-out problems with bootstrap intervals, infilling with
-the suffix shown against without, and the indexer's recall.
+r"""Evaluates a run: pass@k on held-out problems, infilling, and the indexer's recall.
 
-The newest checkpoint of a run, and one run with the config of another:
+pass@k is unbiased, with bootstrap intervals; infilling compares the loss with the suffix shown to
+that without. The newest checkpoint of a run, and one run with the config of another:
 
     python -m launch.evaluate --workdir=runs/rl
-    python -m launch.evaluate --workdir=runs/rl/eval --config=configs/quickstart.py:reinforce \\
+    python -m launch.evaluate --workdir=runs/rl/eval --config=configs/quickstart.py:reinforce \
         --config.init_from=runs/rl --config.evaluate.samples=64
 
 Writes evaluation.json and samples.jsonl (every prompt, completion and reward) to the workdir.

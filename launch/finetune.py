@@ -1,13 +1,12 @@
-"""Fine-tunes on conversations: only what the assistant writes is a target, and no conversation sees
-another.
+r"""Fine-tunes on conversations, of which only what the assistant writes is a target.
 
-    python -m launch.finetune --config=configs/quickstart.py:finetune --workdir=runs/chat \\
+    python -m launch.finetune --config=configs/quickstart.py:finetune --workdir=runs/chat \
         --config.init_from=runs/mine
-    python -m launch.finetune --config=configs/base.py --workdir=runs/chat \\
+    python -m launch.finetune --config=configs/base.py --workdir=runs/chat \
         --config.init_from=runs/mine --config.data.sources="('jsonl:chats.jsonl#messages',)"
 
 A source's field has a list of messages, [{"role": "user", "content": "..."},
-{"role": "assistant", "content": "..."}].
+{"role": "assistant", "content": "..."}]. No conversation sees another.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Pretrains with fill-in-the-middle, trains the sparse indexer, or goes on from another run.
+r"""Pretrains with fill-in-the-middle, trains the sparse indexer, or goes on from another run.
 
     python -m launch.pretrain --config=configs/quickstart.py:pretrain --workdir=runs/mine
-    python -m launch.pretrain --config=configs/base.py --workdir=runs/mine \\
+    python -m launch.pretrain --config=configs/base.py --workdir=runs/mine \
         --config.data.sources="('text:src/**/*.py',)" --config.train.steps=5000
-    python -m launch.pretrain --config=configs/base.py --workdir=runs/indexer \\
+    python -m launch.pretrain --config=configs/base.py --workdir=runs/indexer \
         --config.init_from=runs/mine --config.train.stage=warmup
 
 The same command again goes on where the run stopped. SIGTERM or Ctrl-C saves and ends it.

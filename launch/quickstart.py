@@ -1,9 +1,11 @@
-"""Runs everything once, on a laptop: learning to copy, pretraining with FIM, the sparse indexer,
-cold start, reinforcement, and an evaluation of each.
+r"""Runs every phase once, on a laptop, and evaluates what came of it.
+
+The phases are learning to copy, pretraining with FIM, the sparse indexer's warm-up and sparse
+training, a cold start on conversations, and reinforcement.
 
     python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
     python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/seed1 --seed=1
-    python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/longer \\
+    python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/longer \
         --config.pretrain.train.steps=5000
 
 It composes what launch.pretrain, launch.finetune, launch.reinforce and launch.evaluate run; the
@@ -18,7 +20,7 @@ from typing import Any
 from errors import UserError
 from experiment import runs
 from experiment.command_line import Flag, command
-from experiment.config_files import Source
+from experiment.config_files import ConfigSource
 from experiment.schema import Config, parse
 from experiment.summary import quickstart_summary, write_summary
 from report.page import write_report
@@ -41,7 +43,7 @@ EVALUATIONS = {
 }
 
 
-def run(config: Source, workdir: Path, seed: int) -> None:
+def run(config: ConfigSource, workdir: Path, seed: int) -> None:
     """Runs all phases and evaluations, and writes what they came to."""
     began = time.time()
     written: Any = config.read()  # a ConfigDict for each phase

@@ -1,8 +1,10 @@
-"""Reinforcement learning on verifiable tasks: GRPO, Dr.GRPO and the other rows of rl/algorithms.py.
+r"""Reinforcement learning on verifiable tasks: GRPO, Dr.GRPO and their relatives.
 
-    python -m launch.reinforce --config=configs/quickstart.py:reinforce --workdir=runs/rl \\
+The algorithms are the rows of rl/algorithms.py.
+
+    python -m launch.reinforce --config=configs/quickstart.py:reinforce --workdir=runs/rl \
         --config.init_from=runs/chat
-    python -m launch.reinforce ... --config.reinforce.algorithm=grpo \\
+    python -m launch.reinforce ... --config.reinforce.algorithm=grpo \
         --config.reinforce.kl_weight=0.01
 
 A step samples `reinforce.group_size` completions of `reinforce.prompts_per_step` prompts, rewards

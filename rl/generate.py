@@ -71,8 +71,9 @@ class Generator:
 def encode_problems(
     problems: Sequence[Problem], tokenizer: Tokenizer, template: str, width: int
 ) -> Prompts:
-    """Writes each problem as a conversation that the assistant is to answer, padded on the left to
-    `width` tokens.
+    """Writes each problem as a conversation that the assistant is to answer.
+
+    The prompts are padded on the left to `width` tokens.
     """
     ids = [
         encode_prompt([{"role": "user", "content": problem.question}], tokenizer, template)

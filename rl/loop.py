@@ -123,8 +123,9 @@ def train_policy(
 
 
 def per_update(train: TrainConfig, updates: int) -> TrainConfig:
-    """Returns the config of the optimizer, which counts `updates` updates where `train` counts one
-    step. The MTP modules take no part in reinforcement, so nothing may decay them.
+    """Returns the config of the optimizer, which counts updates where `train` counts steps.
+
+    The MTP modules take no part in reinforcement, so nothing may decay them.
     """
     cosine = train.cosine_steps if train.cosine_steps == -1 else train.cosine_steps * updates
     return dataclasses.replace(
@@ -140,8 +141,10 @@ def per_update(train: TrainConfig, updates: int) -> TrainConfig:
 def reference_variables(
     setup: Setup, algorithm: Algorithm, state: TrainState, init_from: str
 ) -> dict | None:
-    """Returns the policy that the divergence compares with: that of `init_from`, or a copy of the
-    parameters in `state`. None where the algorithm has no divergence.
+    """Returns the parameters that the divergence compares with.
+
+    They are those of `init_from`, or a copy of those in `state`; None where the algorithm has no
+    divergence.
     """
     if algorithm.divergence is None:
         return None
@@ -217,9 +220,10 @@ def compared_logprobs(
     batch: dict[str, Array],
     old_logprobs: str,
 ) -> dict[str, Array]:
-    """Returns the log-probs [B, T] that the loss compares the policy's with: "old_logprobs" as the
-    sampler recorded them or as the trainer computes them, and "reference_logprobs" where there is
-    a reference.
+    """Returns the log-probs [B, T] that the loss compares the policy's with.
+
+    "old_logprobs" are those the sampler recorded or those the trainer computes;
+    "reference_logprobs" are there where there is a reference.
     """
     recorded = old_logprobs == "sampler"
     compared = {
@@ -233,8 +237,9 @@ def compared_logprobs(
 def minibatches(
     setup: Setup, batch: dict[str, Array], config: ReinforceConfig, *, seed: int, step: int
 ) -> Iterator[dict[str, Array]]:
-    """Yields epochs x minibatches parts of the batch, each epoch in its own order; the batch as it
-    is where one part is all of it.
+    """Yields epochs x minibatches parts of the batch, each epoch in its own order.
+
+    Where one part is all of the batch, it comes as it is.
     """
     rows = batch["tokens"].shape[0]
     sharding = batch_sharding(setup.mesh)

@@ -1,6 +1,4 @@
-"""What a language model makes of held-out text: the training terms, infilling with the suffix shown
-against without, and how well the indexer selects.
-"""
+"""A language model on held-out text: the training terms, infilling, and the indexer's recall."""
 
 import dataclasses
 import functools
@@ -98,8 +96,10 @@ def infilling(
 def indexer_recall(
     setup: Setup, variables: dict, train: TrainConfig, data: DataConfig
 ) -> dict[str, float]:
-    """Returns how much of dense attention's probability mass falls on the keys that the indexer
-    would select, and on a random selection of as many, over held-out text.
+    """Returns how well the indexer selects, over held-out text.
+
+    The recall is the share of dense attention's probability mass that falls on the keys that the
+    indexer would select; beside it stands that of a random selection of as many.
     """
     warmup = dataclasses.replace(train, stage="warmup")
     evaluate_fn = jax.jit(make_evaluation(language_objective(setup.model, warmup)))

@@ -1,5 +1,6 @@
-"""The training loop of a language model, on text or on conversations: mesh, data, model, state,
-restore, step, loop.
+"""The training loop of a language model, on text or on conversations.
+
+It reads from top to bottom: data, objective, state and restore, step, loop.
 """
 
 import functools

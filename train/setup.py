@@ -1,5 +1,6 @@
-"""What stays the same during a run: its model, its tokenizer and its mesh, and how arrays travel
-between a host and the devices of that mesh.
+"""What stays the same during a run: its model, its tokenizer and its mesh.
+
+With them goes how arrays and batches travel between a host and the devices of that mesh.
 """
 
 import dataclasses
@@ -34,8 +35,13 @@ class Setup:
     mesh: Mesh
 
     def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
-        """Makes the global batch of which this process holds the rows `batch`, [B / processes, ...]
-        each.
+        """Makes the global batch of which this process has the rows `batch`.
+
+        Args:
+          batch: arrays [B / processes, ...].
+
+        Returns:
+          Arrays [B, ...], over the devices of the mesh.
         """
         sharding = batch_sharding(self.mesh)
         return {
@@ -57,8 +63,9 @@ def to_host(x: Array) -> np.ndarray:
 def open_batches(
     setup: Setup, data: DataConfig, split: Split, *, seed: int, chat: bool
 ) -> grain.DatasetIterator:
-    """Opens the batches of `split` that this process reads, as an iterator whose place is saved
-    with a checkpoint. Each process reads other documents.
+    """Opens the batches of `split` that this process reads; each process reads other documents.
+
+    The iterator's place is saved with a checkpoint.
     """
     return iter(
         batches(

@@ -1,5 +1,6 @@
-"""A sweep runs each experiment once, whatever happens in between, and says what came out. The
-experiments are a few lines of Python, not training.
+"""A sweep runs each experiment once, whatever happens in between, and shows what came out.
+
+The experiments are a few lines of Python, not training.
 """
 
 import csv
@@ -14,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
-from experiment.config_files import Source
-from launch import sweep
+from experiment.config_files import ConfigSource
+from experiment.sweep import processes
+from experiment.sweep.runs import SweepRun, plan_runs, run_name
+from launch import COMMANDS, sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +64,7 @@ def place(tmp_path, monkeypatch):
 
 def write(place, rates, body=CONFIG):
     (place / "x.py").write_text(body.replace("RATES", repr(rates)))
-    return Source("x.py", ("--config.train.steps=7",))
+    return ConfigSource("x.py", ("--config.train.steps=7",))
 
 
 def go(source, parallel=2, show=()):
@@ -103,9 +106,9 @@ def test_finished_runs_are_kept_and_failed_ones_go_again(place, capsys):
     source = write(place, (1.0, 2.0))
     with pytest.raises(UserError) as error:
         go(source)
-    assert (
-        str(error.value)
-        == "1 of 2 runs failed or were stopped: train.learning_rate=2.0 (exit 1, log runs/train.learning_rate=2.0/sweep.log)"
+    assert str(error.value) == (
+        "1 of 2 runs failed or were stopped: train.learning_rate=2.0 "
+        "(exit 1, log runs/train.learning_rate=2.0/sweep.log)"
     )
     failed = next(
         line
@@ -143,19 +146,19 @@ def test_a_run_finished_with_another_config_goes_again(place):
 
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_no_more_than_parallel_at_once(place, parallel, monkeypatch):
-    most, start = [], sweep._start
+    alive, started = [], []
+    start = processes.start
 
     def counted(run, slot, slots):
-        alive.append(start(run, slot, slots))
-        most.append(sum(process.poll() is None for process in alive))
-        if len(alive) == parallel:
+        started.append(start(run, slot, slots))
+        alive.append(sum(process.poll() is None for process in started))
+        if len(started) == parallel:
             (place / "repaired").touch()  # until here none can have ended
-        return alive[-1]
+        return started[-1]
 
-    alive = []
-    monkeypatch.setattr(sweep, "_start", counted)
+    monkeypatch.setattr(processes, "start", counted)
     go(write(place, (3.0, 3.25, 3.5)), parallel)
-    assert max(most) == parallel
+    assert max(alive) == parallel
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -171,9 +174,8 @@ def test_stopping_the_sweep_stops_its_runs(place, stop):
         "--config.train.steps=7",
     ]
     started = place / "runs/train.learning_rate=3.0/starts"
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs ignore SIGINT, and so does what they start
+    # A shell's background jobs ignore SIGINT, and so does what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 300
@@ -191,28 +193,35 @@ def test_slots_share_out_the_devices(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     seen = []
     for slot, slots in ((0, 2), (1, 2), (3, 4)):
-        words = (sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
-        run = sweep.Run("x", {}, {}, words, tmp_path / f"{slot}{slots}")
-        sweep._start(run, slot, slots).wait()
+        argv = (sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+        run = SweepRun("x", {}, {}, argv, tmp_path / f"{slot}{slots}")
+        processes.start(run, slot, slots).wait()
         seen.append(run.log.read_text().strip())
     assert seen == ["4,6", "5", "4"]  # a fourth slot shares with the first
 
 
-BROKEN = {  # the body of sweep(add) -> what the line says; nothing may start
+# The body of sweep(add) -> the error.
+BROKEN = {
     "": "x.py: defines no sweep(add)",
     "pass": "x.py: sweep() adds no run",
     "add({'train.rate': 1})": "x.py: run 1 of sweep(): config.train.rate: no such field",
-    "add({'seed': 1}); add({'seed': 'x'})": "x.py: run 2 of sweep(): config.seed = 'x': must be an int",
-    "add({'seed': 1}); add({'seed': 2}); add({'seed': 1})": "x.py: run 3 of sweep(): the same as run 1",
+    "add({'seed': 1}); add({'seed': 'x'})": (
+        "x.py: run 2 of sweep(): config.seed = 'x': must be an int"
+    ),
+    "add({'seed': 1}); add({'seed': 2}); add({'seed': 1})": (
+        "x.py: run 3 of sweep(): the same as run 1"
+    ),
     "add({}); add({'seed': 0})": "x.py: run 2 of sweep(): the same as run 1",
-    "add({'train.steps': 1})": "x.py: run 1 of sweep(): sets train.steps, and so does the command line",
+    "add({'train.steps': 1})": (
+        "x.py: run 1 of sweep(): sets train.steps, and so does the command line"
+    ),
     "add({'model.moe.n_group': 3})": "x.py: run 1 of sweep(): model.moe.n_group = 3",
     "1 / 0": "x.py:3: ZeroDivisionError",
 }
 
 
 @pytest.mark.parametrize("body", BROKEN)
-def test_what_is_wrong_is_said_before_anything_starts(place, body):
+def test_a_mistake_is_reported_before_anything_starts(place, body):
     sweep_function = f"def sweep(add):\n    {body}" if body else ""
     with pytest.raises(UserError) as error:
         go(write(place, (), f"from configs.base import get_config\n{sweep_function}"))
@@ -221,28 +230,36 @@ def test_what_is_wrong_is_said_before_anything_starts(place, body):
 
 
 def test_an_unknown_command_is_named(place):
-    with pytest.raises(UserError, match=r"--command=sample_: no such command"):
+    match = r"--command=sample_: no such command \(did you mean sample\?\)"
+    with pytest.raises(UserError, match=match):
         sweep.run(write(place, (1.0,)), Path("runs"), command="sample_", parallel=1, show=())
 
 
+def test_every_command_can_be_swept():
+    """The list of commands is that of the modules, so that none is forgotten."""
+    modules = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "__main__"}
+    assert set(COMMANDS) == modules
+    assert {sweep.module_of(name) for name in COMMANDS} == {f"launch.{name}" for name in modules}
+
+
 def test_names_are_readable_stable_and_apart():
-    assert sweep.run_name(
-        {
-            "train.learning_rate": 1e-3,
-            "model.mla.gate": "element",
-            "model.tie_word_embeddings": True,
-        }
-    ) == ("train.learning_rate=0.001,model.mla.gate=element,model.tie_word_embeddings=true")
-    assert sweep.run_name({}) == "unchanged"
-    a, b = (sweep.run_name({"data.sources": (f"text:{glob}",)}) for glob in ("a/*.py", "a?*.py"))
+    changes = {
+        "train.learning_rate": 1e-3,
+        "model.mla.gate": "element",
+        "model.tie_word_embeddings": True,
+    }
+    assert run_name(changes) == (
+        "train.learning_rate=0.001,model.mla.gate=element,model.tie_word_embeddings=true"
+    )
+    assert run_name({}) == "unchanged"
+    a, b = (run_name({"data.sources": (f"text:{glob}",)}) for glob in ("a/*.py", "a?*.py"))
     assert a != b and not set(a + b) & set("/*'() ")
-    long = sweep.run_name({"data.sources": ("x" * 300,)})
+    long = run_name({"data.sources": ("x" * 300,)})
     assert len(long) < 255 and json.dumps(long) == f'"{long}"' and os.sep not in long
 
 
 def test_the_sweep_of_the_readme_needs_no_other_run(tmp_path):
     """Its runs differ in shape, so no checkpoint would fit them all."""
-    question, runs = sweep.plan(
-        Source(str(ROOT / "configs/gate_sweep.py"), ()), "pretrain", tmp_path
-    )
+    source = ConfigSource(str(ROOT / "configs/gate_sweep.py"), ())
+    question, runs = plan_runs(source, "launch.pretrain", tmp_path)
     assert question and len(runs) == 6 and {run.config["init_from"] for run in runs} == {""}

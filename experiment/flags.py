@@ -1,0 +1,70 @@
+"""The flags of a command: declared by a default, parsed by absl, and written out for --help."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags as absl_flags
+
+from errors import UserError
+
+
+class Flag(NamedTuple):
+    """A flag of one command, of the type of its default.
+
+    That is bool, int, float, str, or a tuple of str for a flag that may be repeated.
+    """
+
+    default: bool | int | float | str | tuple[str, ...]
+    help: str
+    choices: tuple[str, ...] = ()  # of a str
+
+
+def parse_flags(
+    words: Sequence[str], flags: Mapping[str, Flag]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the value of each flag, and the words that are no flags.
+
+    Raises UserError for an unknown flag or a value of another type.
+    """
+    parsed = absl_flags.FlagValues()
+    for name, flag in flags.items():
+        _define(parsed, name, flag)
+    try:
+        strays = parsed(["command", *words])[1:]
+    except absl_flags.Error as error:
+        raise UserError(str(error)) from error
+    values: dict[str, Any] = {name: parsed[name].value for name in flags}
+    for name, flag in flags.items():
+        if isinstance(flag.default, tuple):
+            values[name] = tuple(values[name])
+    return values, strays
+
+
+def _define(parsed: absl_flags.FlagValues, name: str, flag: Flag) -> None:
+    if flag.choices and isinstance(flag.default, str):
+        absl_flags.DEFINE_enum(
+            name, flag.default, list(flag.choices), flag.help, flag_values=parsed
+        )
+        return
+    define = {
+        bool: absl_flags.DEFINE_bool,
+        int: absl_flags.DEFINE_integer,
+        float: absl_flags.DEFINE_float,
+        str: absl_flags.DEFINE_string,
+        tuple: absl_flags.DEFINE_multi_string,
+    }[type(flag.default)]
+    define(name, flag.default, flag.help, flag_values=parsed)
+
+
+def describe_flags(flags: Mapping[str, Flag]) -> list[str]:
+    """Returns a line for each flag: its name, the kind of its value, its meaning and default."""
+    lines = []
+    for name, flag in flags.items():
+        kind = "|".join(flag.choices) or {bool: "", int: "N", float: "X"}.get(
+            type(flag.default), "TEXT"
+        )
+        shown = f"--{name}={kind}" if kind else f"--{name}"
+        repeated = " (may be repeated)" if isinstance(flag.default, tuple) else ""
+        default = f" (default {flag.default})" if flag.default else ""
+        lines.append(f"  {shown:<22}  {flag.help}{repeated}{default}")
+    return lines

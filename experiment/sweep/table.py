@@ -1,0 +1,92 @@
+"""Shows the results of a sweep: a table on the terminal, and results.csv with every column."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from errors import UserError
+from experiment.sweep.runs import SweepRun
+from files import write_text
+
+COLUMNS_SHOWN = 8  # unless they are named; results.csv has them all
+
+
+def write_table(
+    question: str, runs: Sequence[SweepRun], workdir: Path, columns: Sequence[str]
+) -> None:
+    """Prints the table and writes workdir/results.csv.
+
+    Args:
+      question: of the sweep, the table's title.
+      runs: all of them, ended or not.
+      workdir: of the sweep.
+      columns: results to print; without any, those that all finished runs have.
+
+    Raises:
+      UserError: runs failed, or no run has one of the columns.
+    """
+    results = {run.name: run.results() for run in runs}
+    found = _unique(name for values in results.values() for name in values)
+    _write_csv(workdir / "results.csv", runs, results, found)
+
+    finished = [run for run in runs if run.exit_code() == 0]
+    common = [name for name in found if all(name in results[run.name] for run in finished)]
+    shown = list(columns) or common[:COLUMNS_SHOWN]
+    # The question is not rich's title, which wraps at the width of the table.
+    print(f"\n{question or 'sweep'}", flush=True)
+    _print_table(runs, results, shown)
+    hidden = 0 if columns else len(common) - len(shown)
+    more = f" ({hidden} more columns there; choose with --show=NAME)" if hidden else ""
+    print(f"{workdir / 'results.csv'}{more}", flush=True)
+
+    if len(finished) < len(runs):
+        failed = [run for run in runs if run.exit_code() != 0]
+        named = [f"{run.name} (exit {run.exit_code()}, log {run.log})" for run in failed]
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed or were stopped: {', '.join(named)}"
+        )
+    if missing := [name for name in columns if name not in found]:
+        there = ", ".join(found) or "no summary.json"
+        raise UserError(f"--show={missing[0]}: no run has it (has: {there})")
+
+
+Results = dict[str, dict[str, float]]  # name of a run -> its numbers
+
+
+def _write_csv(
+    path: Path, runs: Sequence[SweepRun], results: Results, columns: Sequence[str]
+) -> None:
+    changed = _unique(field for run in runs for field in run.changes)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["run", "exit", "seconds", *changed, *columns])
+    for run in runs:
+        record = run.exit_record() or {}
+        values = [run.changes.get(field) for field in changed]
+        numbers = [results[run.name].get(name) for name in columns]
+        writer.writerow([run.name, record.get("exit"), record.get("seconds"), *values, *numbers])
+    write_text(path, text.getvalue())
+
+
+def _print_table(runs: Sequence[SweepRun], results: Results, columns: Sequence[str]) -> None:
+    changed = _unique(field for run in runs for field in run.changes)
+    table = Table(*changed, *columns, "exit", box=box.SIMPLE_HEAD)
+    for run in runs:
+        numbers = results[run.name]
+        values = [f"{numbers[name]:.5g}" if name in numbers else "-" for name in columns]
+        changes = [str(run.changes.get(field, "")) for field in changed]
+        table.add_row(*changes, *values, str(run.exit_code()))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=4_000)  # a file has no edge to wrap at
+    console.print(table)
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    """Returns the names in order, each once."""
+    return list(dict.fromkeys(names))
