@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.grouped_matmul import Tiles, megablox, rows_of_tile, tile_width, tokamax
+from kernels.grouped_matmul import Tiles, megablox, tile_rows, tile_width, tokamax
 from tests import tiny
 from tests.interpreter import STRICT
 
@@ -120,7 +120,7 @@ def test_tiles_fit_and_waste_little():
             assert width <= most and (
                 width == size or (width % 128 == 0 and -(-size // width) * width <= 1.1 * size)
             )
-    assert [rows_of_tile(share) for share in (1, 300, 1_024, 99_999)] == [128, 128, 512, 512]
+    assert [tile_rows(share) for share in (1, 300, 1_024, 99_999)] == [128, 128, 512, 512]
     assert all(
-        rows_of_tile(share) / 2 <= share / 4 for share in range(256, 5_000)
+        tile_rows(share) / 2 <= share / 4 for share in range(256, 5_000)
     )  # half a tile of padding a group
