@@ -1,6 +1,4 @@
-"""A corpus of a few text files, and the config that reads it; a checkpoint's tokenizer with its
-chat template.
-"""
+"""Fixtures: a corpus of text files, its config, and a checkpoint's tokenizer with its template."""
 
 import dataclasses
 import json
@@ -11,13 +9,14 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from data.config import DataConfig
+from data.tokenizer_files import load_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Twelve files, ragged: from one short line to several pieces, in three scripts."""
+    """Twelve files of different lengths, from a line to several chunks, in three scripts."""
     for number in range(12):
         lines = [
             f"file {number} line {line}: naïve 你好 🙂 = {number * line}\n"
@@ -29,26 +28,21 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def config(corpus):
-    """Call it with the fields to change."""
+    """A function of the fields to change that makes a config which reads the corpus."""
     base = DataConfig(
         sources=(f"text:{corpus}/*.txt",),
-        mixture=(1.0,),
         validation=0.3,
         seq_len=64,
         batch_size=4,
         fim_rate=0.0,
-        fim_spm=0.5,
         fim_sources=("text",),
-        copy_rate=0.0,
-        packing="split",
         cross_document_attention=False,
-        chat_template="think",
     )
     return lambda **changes: dataclasses.replace(base, **changes)
 
 
-# Text of each added token, and whether the file flags it special, as checkpoints do: of the control
-# tokens some are not.
+# Text of each added token, and whether the file flags it as special. As in real checkpoints some
+# control tokens are not flagged.
 ADDED = {
     "<|endoftext|>": True,
     "<|im_start|>": True,
@@ -70,8 +64,10 @@ ADDED = {
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Call it with a name of tests/data/templates, or None; returns a directory with a byte-level
-    tokenizer of 258 entries and ADDED, and that template.
+    """A function that makes a directory with a byte-level tokenizer and a chat template.
+
+    The tokenizer has 258 entries and ADDED; the template is one of tests/data/templates, or none.
+    Further files are given by name, without ".json", and content.
     """
 
     def make(template: str | None, tokenizer_config: dict | None = None, **files: dict) -> Path:
@@ -103,3 +99,19 @@ def checkpoint(tmp_path):
         return directory
 
     return make
+
+
+CONFIGS = {
+    "chatml": {"eos_token": "<|im_end|>"},
+    "r1": {
+        "bos_token": {"__type": "AddedToken", "content": "<｜begin▁of▁sentence｜>"},
+        "eos_token": "<｜end▁of▁sentence｜>",
+    },
+    "speaker": {"eos_token": "<|endoftext|>"},
+}
+
+
+@pytest.fixture
+def template(checkpoint):
+    """A function that loads the chat template of this name from tests/data/templates."""
+    return lambda name: load_tokenizer(checkpoint(name, CONFIGS[name])).chat_template

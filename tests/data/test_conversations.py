@@ -1,7 +1,6 @@
-"""From a file to ids, conversations of every shape stay as they were."""
+"""From a file to ids, conversations of every form stay as they were."""
 
 import gzip
-import itertools
 import json
 
 import pyarrow
@@ -9,10 +8,12 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-import data.pipeline
+import data.encoding
 from data.config import TokenizerConfig
-from data.pipeline import batches, make_tokenizer
-from data.tokenizer import load_tokenizer
+from data.pipeline import batches
+from data.tokenizer_files import load_tokenizer
+from data.tokenizer_training import make_tokenizer
+from tests.data.reading import take
 
 # Lists of equal length, of unequal length, empty ones and nested ones, numbers of both kinds, and
 # fields that only some messages have: all that an array, or a table that wants every row alike,
@@ -43,61 +44,44 @@ RECORDS = [
 
 @pytest.fixture(params=["jsonl", "jsonl.gz", "parquet", "arrayrecord"])
 def source(request, tmp_path):
-    """RECORDS as a source of each kind."""
+    """The source string of RECORDS, in a file of each kind."""
     kind = request.param.partition(".")[0]
     path = tmp_path / f"chats.{request.param}"
-    lines = [json.dumps(record) for record in RECORDS]
+    lines = [json.dumps(record).encode() for record in RECORDS]
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
     elif kind == "arrayrecord":
         writer = ArrayRecordWriter(str(path), "group_size:1")
         for line in lines:
-            writer.write(line.encode())
+            writer.write(line)
         writer.close()
     else:
-        path.write_bytes(
-            gzip.compress("\n".join(lines).encode())
-            if path.suffix == ".gz"
-            else "\n".join(lines).encode()
-        )
+        content = b"\n".join(lines)
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return f"{kind}:{path}#messages"
 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_messages_reach_the_template_unchanged(config, checkpoint, monkeypatch, source, chat):
-    """As the lists and dicts that JSON gives: an array, or a tuple, would not be written the
-    same.
-    """
+    """They are lists and dicts, as JSON gives them: a template would write an array otherwise."""
     seen = {}
 
-    def encode_chat(messages, tokenizer, template, tools):
+    def encode_and_record(messages, tokenizer, template, tools):
         seen[messages[0]["content"]] = json.dumps([messages, tools], sort_keys=True)
         return encode(messages, tokenizer, template, tools)
 
-    encode = data.pipeline.encode_chat
-    monkeypatch.setattr(data.pipeline, "encode_chat", encode_chat)
+    encode = data.encoding.encode_chat
+    monkeypatch.setattr(data.encoding, "encode_chat", encode_and_record)
     directory = checkpoint("chatml")
     (directory / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ message | tojson }}<|im_end|>{% endfor %}"
     )
     settings = config(
-        sources=(source,), validation=0.0, template="checkpoint", sequence=2048, batch=1
+        sources=(source,), validation=0.0, chat_template="checkpoint", seq_len=2048, batch_size=1
     )
-    found = list(
-        itertools.islice(
-            iter(
-                batches(
-                    settings,
-                    load_tokenizer(directory),
-                    split="train",
-                    seed=0,
-                    chat=chat,
-                    repeat=False,
-                )
-            ),
-            100,
-        )
-    )
+    tokenizer = load_tokenizer(directory)
+    dataset = batches(settings, tokenizer, split="train", seed=0, chat=chat, repeat=False)
+    found = take(dataset, 100)
     assert seen == {
         f"{number}": json.dumps([record["messages"], record["tools"]], sort_keys=True)
         for number, record in enumerate(RECORDS)
@@ -106,8 +90,8 @@ def test_messages_reach_the_template_unchanged(config, checkpoint, monkeypatch, 
 
 
 def test_ids_in_a_batch_are_those_of_the_conversation(config, checkpoint, tmp_path):
-    """Read back from the batch, each conversation is what its template wrote, of which the
-    assistant's turns are the targets.
+    """Each segment of the batch is a conversation as its template wrote it, and the assistant's
+    turns are its targets.
     """
     directory = checkpoint("chatml")
     tokenizer = load_tokenizer(directory)
@@ -119,25 +103,23 @@ def test_ids_in_a_batch_are_those_of_the_conversation(config, checkpoint, tmp_pa
         "\n".join(json.dumps({"m": messages}) for messages in chats)
     )
     settings = config(
-        sources=(f"jsonl:{tmp_path}/chats.jsonl#m",), validation=0.0, template="checkpoint"
+        sources=(f"jsonl:{tmp_path}/chats.jsonl#m",), validation=0.0, chat_template="checkpoint"
     )
-    (batch,) = itertools.islice(
-        iter(batches(settings, tokenizer, split="train", seed=0, chat=True)), 1
-    )
+    (batch,) = take(batches(settings, tokenizer, split="train", seed=0, chat=True), 1)
     for tokens, segments, weights in zip(
         batch["tokens"], batch["segments"], batch["weights"], strict=True
     ):
         for segment in range(1, segments.max() + 1):
-            ids, counts = tokens[segments == segment], weights[segments == segment] > 0
-            number = tokenizer.decode(ids, skip_special_tokens=False).split("user\nq")[1][0]
+            inside = segments == segment
+            text = tokenizer.decode(tokens[inside], skip_special_tokens=False)
+            number = text.split("user\nq")[1][0]
             turn = f"<think>\n\n</think>\n\na{number}<|im_end|>"
-            assert (
-                tokenizer.decode(ids, skip_special_tokens=False)
-                == f"<|im_start|>user\nq{number}<|im_end|>\n<|im_start|>assistant\n{turn}\n"
-            )
-            assert tokenizer.decode(ids[counts], skip_special_tokens=False) == turn
+            start = f"<|im_start|>user\nq{number}<|im_end|>\n<|im_start|>assistant\n"
+            assert text == f"{start}{turn}\n"
+            targets = tokens[inside & (weights > 0)]
+            assert tokenizer.decode(targets, skip_special_tokens=False) == turn
 
 
-def test_a_vocabulary_is_learnt_from_what_has_text(config, source):
+def test_a_vocabulary_is_learnt_from_the_texts_of_conversations(config, source):
     settings = config(sources=(source,), validation=0.0)
     assert make_tokenizer(TokenizerConfig("bpe", "", 300), settings).vocab_size >= 268

@@ -1,17 +1,14 @@
-import dataclasses
+"""The sections `data` and `tokenizer` of a config refuse what makes no sense."""
 
 import pytest
 
-from configs import base
 from data.config import DataConfig, TokenizerConfig
 from errors import UserError
 
 
-@pytest.mark.parametrize("section, kind", [("tokenizer", TokenizerConfig), ("data", DataConfig)])
-def test_dataclasses_mirror_the_schema(section, kind):
-    schema = base.get_config()[section]
-    assert {field.name for field in dataclasses.fields(kind)} == set(schema.keys())
-    kind(**schema)
+@pytest.mark.parametrize("section", [TokenizerConfig, DataConfig])
+def test_defaults_are_valid(section):
+    section()
 
 
 @pytest.mark.parametrize(
@@ -25,8 +22,8 @@ def test_dataclasses_mirror_the_schema(section, kind):
         ),
         ({"mixture": (0.0,)}, "every share must be above 0"),
         ({"sources": ()}, "data.sources = (): must name at least one"),
-        ({"packing": "tight"}, 'data.packing = \'tight\': must be one of "split", "fit"'),
-        ({"fim_sources": ("txt",)}, "data.fim_sources = 'txt'"),
+        ({"packing": "tight"}, "data.packing = 'tight': must be one of split, fit"),
+        ({"fim_sources": ("txt",)}, "data.fim_sources = ('txt',): must each be one of stdlib"),
         ({"chat_template": "chatml"}, "data.chat_template = 'chatml'"),
         ({"batch_size": 0}, "data.batch_size = 0"),
     ],

@@ -1,10 +1,13 @@
+"""Fill-in-the-middle documents: nothing is lost, and the layouts are the paper's."""
+
 import collections
 
 import numpy as np
 import pytest
 
 from data.fim import fim_prompt, fim_tokens
-from data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
+from data.tokenizer_training import bytes_tokenizer, train_bpe
+from tests.data.reading import recover
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
@@ -13,27 +16,6 @@ TEXTS = [
     "naïve 你好 🙂👩‍👩‍👧",
     "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>c<|eos|>",
 ]
-
-
-def recover(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The document that `fim_tokens` was given; the sentinels must be in order, each once."""
-    pre, suf, mid = tokenizer.fim
-    assert [index for index in ids if index in (pre, suf, mid, tokenizer.eos)] == [
-        pre,
-        suf,
-        mid,
-        tokenizer.eos,
-    ]
-    assert (ids[0], ids[-1]) == (pre, tokenizer.eos)
-    at_suffix, at_middle = ids.index(suf), ids.index(mid)
-    # In SPM the part before [suf] is empty and the prefix stands before the middle: the same
-    # formula recovers both.
-    before, suffix, after = (
-        ids[1:at_suffix],
-        ids[at_suffix + 1 : at_middle],
-        ids[at_middle + 1 : -1],
-    )
-    return tokenizer.decode(before) + tokenizer.decode(after) + tokenizer.decode(suffix)
 
 
 @pytest.fixture(scope="module", params=["bpe", "bytes"])
@@ -52,9 +34,9 @@ def test_every_document_is_recovered(tokenizer, text, spm):
         assert all(count[index] == 1 for index in (*tokenizer.fim, tokenizer.eos))
 
 
-def test_layouts():
-    """arXiv 2207.14255, section 3; the sentinels of the joint SPM variant come as in PSM with an
-    empty prefix.
+def test_the_layouts_are_those_of_the_paper():
+    """In the joint SPM variant the sentinels come as in PSM with an empty prefix (arXiv 2207.14255,
+    section 3).
     """
     tokenizer = bytes_tokenizer()
     pre, suf, mid = tokenizer.fim
@@ -63,9 +45,7 @@ def test_layouts():
 
 
 def test_cuts_are_uniform_over_characters():
-    """Both ends of the middle, over every character position of a text whose characters have 1 to 4
-    bytes.
-    """
+    """They fall on every character position of a text whose characters have 1 to 4 bytes."""
     tokenizer, rng = bytes_tokenizer(), np.random.default_rng(0)
     seen = collections.Counter()
     for _ in range(3000):
@@ -79,7 +59,7 @@ def test_cuts_are_uniform_over_characters():
         assert abs(seen[cut] - 3000 * (2 * (5 - cut) - 1) / 25) < 82
 
 
-def test_spm_share():
+def test_the_rate_is_the_share_of_spm():
     tokenizer, rng = bytes_tokenizer(), np.random.default_rng(0)
     text = "abcdefgh" * 20  # long, so that a PSM prefix is rarely empty: at most 2 % of the time
     spm = sum(

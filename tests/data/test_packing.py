@@ -1,3 +1,5 @@
+"""Packed rows: no token is lost, segments and positions are right, and states resume."""
+
 import json
 
 import grain
@@ -11,8 +13,10 @@ LENGTHS = [3, 9, 16, 1, 40, 7, 8, 8, 5, 2, 30]
 
 
 def documents():
-    """Ragged; every token of document n is n + 1 and its weight half of that, so that a row says
-    where each of its tokens is from.
+    """Returns documents of different lengths, as grain gives them.
+
+    Every token of document n is n + 1 and its weight half of that, so that a row says where each of
+    its tokens is from.
     """
     numbered = list(enumerate(LENGTHS, 1))
     return grain.MapDataset.source(
@@ -24,15 +28,17 @@ def documents():
 
 
 def tokens_only():
+    """Returns the documents without weights."""
     return documents().map(lambda element: {"tokens": element["tokens"]}).to_iter_dataset()
 
 
 def rows_of(dataset) -> dict[str, np.ndarray]:
+    """Returns all rows of a packer, stacked."""
     rows = list(dataset)
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def test_split_is_the_documents_one_behind_the_other():
+def test_split_concatenates_the_documents():
     batch = to_batch(rows_of(split_rows(tokens_only(), 16)), PAD, cross_document_attention=False)
     stream = batch["tokens"].ravel()
     expected = np.repeat(np.arange(len(LENGTHS)) + 1, LENGTHS)
@@ -47,22 +53,19 @@ def test_split_is_the_documents_one_behind_the_other():
 
 def test_fit_keeps_documents_whole():
     short = documents().filter(lambda element: len(element["tokens"]) <= 16).to_iter_dataset()
-    batch = to_batch(
-        rows_of(fit_rows(short, 16, rows=2, seed=0, weighted=True)),
-        PAD,
-        cross_document_attention=False,
-    )
-    real = batch["segments"] > 0
+    packed = rows_of(fit_rows(short, 16, rows=2, seed=0, weighted=True))
+    batch = to_batch(packed, PAD, cross_document_attention=False)
+    is_token = batch["segments"] > 0
     for number, length in enumerate(LENGTHS):
-        rows, columns = np.nonzero(real & (batch["tokens"] == number + 1))
+        rows, columns = np.nonzero(is_token & (batch["tokens"] == number + 1))
         assert len(rows) == (length if length <= 16 else 0)
         assert len(set(rows)) <= 1 and (np.diff(columns) == 1).all()
         np.testing.assert_array_equal(batch["weights"][rows, columns], (number + 1) / 2)
         np.testing.assert_array_equal(batch["positions"][rows, columns], np.arange(len(rows)))
-    assert (batch["weights"][~real] == 0).all() and (batch["tokens"][~real] == PAD).all()
+    assert (batch["weights"][~is_token] == 0).all() and (batch["tokens"][~is_token] == PAD).all()
 
 
-def test_keys_and_types():
+def test_a_batch_has_four_arrays_of_fixed_types():
     batch = to_batch(rows_of(split_rows(tokens_only(), 16)), PAD, cross_document_attention=True)
     assert {key: value.dtype for key, value in batch.items()} == {
         "tokens": np.int32,
@@ -77,17 +80,17 @@ def test_cross_document_attention_makes_a_row_one_segment():
     apart, across = (
         to_batch(packed, PAD, cross_document_attention=crossing) for crossing in (False, True)
     )
-    real = apart["segments"] > 0
-    np.testing.assert_array_equal(across["segments"], real)
-    np.testing.assert_array_equal(across["positions"], np.where(real, np.arange(16), 0))
+    is_token = apart["segments"] > 0
+    np.testing.assert_array_equal(across["segments"], is_token)
+    np.testing.assert_array_equal(across["positions"], np.where(is_token, np.arange(16), 0))
     np.testing.assert_array_equal(across["tokens"], apart["tokens"])
-    np.testing.assert_array_equal(across["weights"], real)
+    np.testing.assert_array_equal(across["weights"], is_token)
 
 
 @pytest.mark.parametrize("through_json", [False, True])
-def test_state_at_every_row(through_json):
-    """Also where a row ends with its document, where grain's own state does not survive JSON (see
-    _ConcatThenSplit).
+def test_the_state_after_every_row_resumes(through_json):
+    """One row ends with its document, after which grain's own state does not survive JSON (see
+    `_ConcatThenSplit`).
     """
     dataset = split_rows(tokens_only(), 16)
     expected = [row["tokens"] for row in dataset]

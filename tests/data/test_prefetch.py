@@ -1,3 +1,5 @@
+"""The thread that makes batches ahead of time."""
+
 import pathlib
 import subprocess
 import sys
@@ -13,7 +15,7 @@ raise SystemExit(3)
 
 
 def test_python_ends_quietly_with_the_thread_still_at_work():
-    """In a process of its own: only at its end can a traceback appear."""
+    """It needs a process of its own: only at its end can a traceback appear."""
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=pathlib.Path(__file__).parents[2],

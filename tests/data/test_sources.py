@@ -1,3 +1,5 @@
+"""Sources: every format gives its documents whole, and the splits are disjoint and stable."""
+
 import gzip
 import json
 
@@ -7,33 +9,35 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data.documents import select_split, uniform_hash
-from data.sources import open_source, stdlib_files
+from data.file_set import stdlib_files
+from data.sources import open_source
 from errors import UserError
 
 RECORDS = [{"question": f"q {index} 你", "solution": index} for index in range(40)]
 
 
-def bodies(spec, longest=1000):
-    source = open_source(str(spec), longest)
+def bodies(spec, chunk_bytes=1000):
+    """Returns the bodies of all documents of a source."""
+    source = open_source(str(spec), chunk_bytes)
     return [source[index].body for index in range(len(source))]
 
 
 def write_array_record(path, records: list[bytes]):
+    """Writes an ArrayRecord file."""
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for record in records:
         writer.write(record)
     writer.close()
 
 
-def test_pieces_of_a_file_are_the_file(corpus):
-    for longest in (50, 64, 1000, 10**6):
-        source = open_source(f"text:{corpus}/*.txt", longest)
-        pieces = [source[index] for index in range(len(source))]
-        assert "".join(piece.body for piece in pieces) == "".join(
-            path.read_text(encoding="utf-8") for path in sorted(corpus.glob("*.txt"))
-        )
-        assert sum(piece.begins for piece in pieces) == sum(piece.ends for piece in pieces) == 12
-        assert all(0 < len(piece.body.encode()) < 2 * longest for piece in pieces)
+def test_the_chunks_of_a_file_are_the_file(corpus):
+    files = [path.read_text(encoding="utf-8") for path in sorted(corpus.glob("*.txt"))]
+    for chunk_bytes in (50, 64, 1000, 10**6):
+        source = open_source(f"text:{corpus}/*.txt", chunk_bytes)
+        chunks = [source[index] for index in range(len(source))]
+        assert "".join(chunk.body for chunk in chunks) == "".join(files)
+        assert sum(chunk.begins for chunk in chunks) == sum(chunk.ends for chunk in chunks) == 12
+        assert all(0 < len(chunk.body.encode()) < 2 * chunk_bytes for chunk in chunks)
 
 
 def test_lines_are_cut_only_if_they_must(corpus):
@@ -43,18 +47,17 @@ def test_lines_are_cut_only_if_they_must(corpus):
 def test_a_line_without_end_is_cut_between_characters(tmp_path):
     text = "🙂" * 500 + "é" * 77
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
-    for longest in (5, 6, 7, 101):
-        pieces = bodies(f"text:{tmp_path}/long.txt", longest)
-        assert "".join(pieces) == text
-        assert len(pieces) > 1
+    for chunk_bytes in (5, 6, 7, 101):
+        chunks = bodies(f"text:{tmp_path}/long.txt", chunk_bytes)
+        assert "".join(chunks) == text
+        assert len(chunks) > 1
 
 
 def test_standard_library_is_code_of_this_python():
     names = stdlib_files().names
     assert "argparse.py" in names and "json/decoder.py" in names
-    assert not any(
-        {"test", "tests", "site-packages", "idlelib"} & set(name.split("/")) for name in names
-    )
+    left_out = {"test", "tests", "site-packages", "idlelib"}
+    assert not any(left_out & set(name.split("/")) for name in names)
     source = open_source("stdlib", 4096)
     assert all(source[index].body for index in range(0, len(source), 97))
 
@@ -106,7 +109,7 @@ def test_conversations_are_bodies(tmp_path):
 
 @pytest.mark.parametrize("tools", [[{"name": "f", "parameters": {"x": [1, 2]}}], None, []])
 def test_a_conversation_comes_with_its_tools(tmp_path, tools):
-    """As a list, or as the JSON of one. A text has none, whatever stands beside it."""
+    """They are a list, or the JSON of one. A text has none, whatever stands beside it."""
     messages = [{"role": "user", "content": "hi"}]
     for number, written in enumerate((tools, json.dumps(tools))):
         record = {"messages": messages, "text": "a", "tools": written}
@@ -128,7 +131,7 @@ def test_a_conversation_comes_with_its_tools(tmp_path, tools):
 def test_splits_are_disjoint_and_whole(corpus, spec):
     source = open_source(spec.format(corpus), 200)
     train, validation = select_split(source, "train", 0.3), select_split(source, "validation", 0.3)
-    keys = [{source.key(index) for index in part._indices} for part in (train, validation)]
+    keys = [{source.key(index) for index in half._indices} for half in (train, validation)]
     assert not keys[0] & keys[1]
     assert len(train) + len(validation) == len(source)
 
@@ -148,17 +151,14 @@ def test_a_moved_corpus_keeps_its_split(corpus, tmp_path):
     assert names[0] == names[1] != []
 
 
-def test_hash_is_the_same_everywhere():
-    """A value computed once: a change of it would mix the held-out documents of every old run into
-    training.
-    """
+def test_the_hash_is_the_same_everywhere():
+    """Another value would mix the validation documents of every old run into training."""
     assert uniform_hash("argparse.py") == 0.9211056780453042
-    assert (
-        0.45 < sum(uniform_hash(str(index)) for index in range(1000)) / 1000 < 0.55
-    )  # uniform: the mean is within 0.028 three times out of a thousand
+    # Of a uniform distribution the mean is outside 0.5 +- 0.028 three times out of a thousand.
+    assert 0.45 < sum(uniform_hash(str(index)) for index in range(1000)) / 1000 < 0.55
 
 
-def test_bad_sources(tmp_path):
+def test_bad_sources_are_one_line(tmp_path):
     def message(spec):
         with pytest.raises(UserError) as error:
             bodies(spec.format(tmp_path))

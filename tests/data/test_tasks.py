@@ -1,3 +1,5 @@
+"""Tasks: problems are right, distinct, split by their question, and written as documents."""
+
 import itertools
 import random
 import re
@@ -6,11 +8,14 @@ import pytest
 
 from data.sources import open_source
 from data.tasks.arithmetic import Arithmetic, Step, apply
-from data.tasks.source import VALIDATION_SHARE, messages_of, parse_task, draw_problems, text_of
+from data.tasks.documents import as_messages, as_text
+from data.tasks.draw import VALIDATION_SHARE, draw_problems
+from data.tasks.spec import parse_task
 from errors import UserError
 
 
 def read_trace(trace: str) -> list[Step]:
+    """Parses a trace."""
     steps = [re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", text).groups() for text in trace.split(";")]
     return [
         Step(int(left), operator, int(right), int(result))
@@ -27,7 +32,7 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
-def test_traces_verify(parameters):
+def test_traces_are_right_and_within_the_parameters(parameters):
     task = Arithmetic(**parameters)
     for index in range(500):
         problem = task.problem(random.Random(str(index)))
@@ -45,14 +50,15 @@ def test_traces_verify(parameters):
 
 @pytest.mark.parametrize("parameters", PARAMETERS[:3])
 def test_question_asks_what_the_trace_works_out(parameters):
-    """The numbers of the question, in order, are the start and the operands of the trace ("doubles"
-    and "triples" are 2 and 3).
+    """The numbers of the question are, in order, the start and the operands of the trace, where
+    "doubles" and "triples" are 2 and 3.
     """
     for index in range(300):
         problem = Arithmetic(**parameters).problem(random.Random(str(index)))
-        asked = re.findall(r"\d+", problem.question.replace("doubles", "2").replace("triples", "3"))
+        question = problem.question.replace("doubles", "2").replace("triples", "3")
+        numbers = [int(number) for number in re.findall(r"\d+", question)]
         steps = read_trace(problem.trace)
-        assert [int(number) for number in asked] == [steps[0].left, *(step.right for step in steps)]
+        assert numbers == [steps[0].left, *(step.right for step in steps)]
 
 
 def test_all_kinds_of_steps_appear():
@@ -65,43 +71,38 @@ def test_all_kinds_of_steps_appear():
 
 
 def test_problems_are_distinct_and_held_out():
-    """No question is in both splits, whatever the seed and the parameters: the hash of the question
-    alone decides.
-    """
+    """No question is in both, whatever the seed and the parameters: its hash alone decides."""
     train = draw_problems("task:arithmetic", "train", 2000, seed=0) + draw_problems(
         "task:arithmetic?max_ops=2&style=chat", "train", 500, seed=7
     )
     validation = draw_problems("task:arithmetic", "validation", 200, seed=0) + draw_problems(
         "task:arithmetic?max_ops=2", "validation", 200, seed=9
     )
-    assert not {problem.question for problem in train} & {
-        problem.question for problem in validation
-    }
-    assert len({problem.question for problem in train[:2000]}) == 2000
-    assert draw_problems("task:arithmetic", "train", 50, seed=1) == draw_problems(
-        "task:arithmetic", "train", 50, seed=1
-    )
-    assert draw_problems("task:arithmetic", "train", 50, seed=1) != draw_problems(
-        "task:arithmetic", "train", 50, seed=2
-    )
-    assert (
-        draw_problems("task:arithmetic", "train", 50, seed=1)
-        == draw_problems("task:arithmetic", "train", 100, seed=1)[:50]
-    )
+    train_questions = [problem.question for problem in train]
+    assert not set(train_questions) & {problem.question for problem in validation}
+    assert len(set(train_questions[:2000])) == 2000
 
 
-def test_source_has_as_many_documents_as_it_says():
+def test_the_seed_decides_the_problems():
+    """A greater count only appends to them."""
+
+    def draw(count: int, seed: int):
+        return draw_problems("task:arithmetic", "train", count, seed=seed)
+
+    assert draw(50, seed=1) == draw(50, seed=1) == draw(100, seed=1)[:50]
+    assert draw(50, seed=1) != draw(50, seed=2)
+
+
+def test_a_source_has_as_many_documents_as_its_count():
     source = open_source("task:arithmetic?count=700", 1000)
     assert len(source) == 700 == len({source.key(index) for index in range(700)})
     assert source.validation_share == VALIDATION_SHARE
 
 
-def test_renderings():
+def test_a_problem_is_a_text_or_a_conversation():
     problem = Arithmetic().problem(random.Random("0"))
-    assert (
-        text_of(problem)
-        == f"Question: {problem.question}\nThought: {problem.trace}\nAnswer: {problem.answer}\n"
-    )
+    text = f"Question: {problem.question}\nThought: {problem.trace}\nAnswer: {problem.answer}\n"
+    assert as_text(problem) == text
     assert open_source("task:arithmetic?count=5", 1000)[3].body.startswith("Question: ")
     for source in (
         open_source("task:arithmetic?count=5&style=chat", 1000),
@@ -110,11 +111,11 @@ def test_renderings():
         question, solution = source[3].body
         assert question == {"role": "user", "content": source.key(3)}
         assert re.fullmatch(r"<think>.*</think><answer>\d+</answer>", solution["content"])
-    assert messages_of(problem)[1]["role"] == "assistant"
+    assert as_messages(problem)[1]["role"] == "assistant"
 
 
 def test_direct_is_the_share_without_a_thought():
-    """They state the right answer, and the same ones do in either style."""
+    """Such documents state the right answer, and they are the same ones in either style."""
     specs = [
         f"task:arithmetic?count=1000&direct={share}{style}"
         for share, style in ((0.3, ""), (0.3, "&style=chat"), (0, ""))
@@ -144,14 +145,14 @@ def test_direct_is_the_share_without_a_thought():
         ("task:arithmetic?style=rhyme", "style = rhyme"),
     ],
 )
-def test_bad_parameters(spec, words):
+def test_bad_parameters_are_named(spec, words):
     with pytest.raises(UserError) as error:
         parse_task(spec)
     assert words in str(error.value)
     assert spec in str(error.value)
 
 
-def test_more_problems_than_there_are():
+def test_more_problems_than_there_are_is_an_error():
     few = "task:arithmetic?max_value=4&max_ops=1&min_ops=1&contexts=1"
     with pytest.raises(UserError, match=r"has only about \d+ different problems for validation"):
         draw_problems(few, "validation", 1000, seed=0)
