@@ -46,7 +46,8 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Gives a file its own name, once what was written under its temporary name is on the disk.
+    """Gives a file its own name, once what was written under its temporary one is on the disk.
+
     Raises OSError.
     """
     _sync(temporary)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,7 @@ from checkpoints.streamed import StreamedReader, StreamedWriter
 from checkpoints.trees import by_path
 from data.tokenizer_files import load_tokenizer
 from model.config import ModelConfig
+from model.transformer import boxed_shapes
 
 BLOCK = 8 * 2**20  # elements of a tensor that are in memory at a time
 DTYPES = {
@@ -44,11 +46,7 @@ Track = Callable[
 
 
 def import_checkpoint(
-    checkpoint: HFCheckpoint,
-    shapes: Mapping[str, Any],
-    workdir: Path,
-    dtype: str,
-    track: Track = iter,
+    checkpoint: HFCheckpoint, workdir: Path, dtype: str, track: Track = iter
 ) -> int | None:
     """Writes a Hugging Face checkpoint into a workdir, as its checkpoint of step 0.
 
@@ -56,7 +54,6 @@ def import_checkpoint(
 
     Args:
       checkpoint: where the values come from.
-      shapes: the variables {"params", "router"} of its model as jax.ShapeDtypeStruct.
       workdir: the workdir; its config is recorded by the caller.
       dtype: of the parameters, "float32" or "bfloat16". The router's biases are float32 whatever it
         is, since steps move them by a thousandth.
@@ -78,7 +75,7 @@ def import_checkpoint(
         load_tokenizer(directory / "tokenizer.json").save(workdir / "tokenizer.json")
     checkpoint.check_copies()
     own = [tensor for tensor in checkpoint.tensors if not tensor.copy_of]
-    state = _with_dtype(shapes, DTYPES[dtype])
+    state = _abstract_variables(checkpoint.model, DTYPES[dtype])
     leaves = by_path(state)
     writer = StreamedWriter(
         workdir / "checkpoints", 0, state, source=f"{origin}, {dtype}", chunks=_chunks(own)
@@ -221,8 +218,9 @@ def _export_dtype(name: str, dtypes: Mapping[str, np.dtype], wanted: str) -> np.
     return float32 if before.itemsize == 1 else before
 
 
-def _with_dtype(shapes: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """Returns the variables with parameters in `dtype` and the router's biases in float32."""
+def _abstract_variables(model: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
+    """Returns {"params", "router"}, parameters in `dtype` and the router's biases in float32."""
+    shapes = nn.meta.unbox(boxed_shapes(model))
     return {
         collection: jax.tree.map(
             lambda leaf, to=to: jax.ShapeDtypeStruct(leaf.shape, to), shapes[collection]

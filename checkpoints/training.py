@@ -286,7 +286,8 @@ def _restore_state(
     )
     restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
     args = ocp.args.PyTreeRestore(item=placed, restore_args=restore_args, partial_restore=partial)
-    return manager.restore(step, args=ocp.args.Composite(state=args)).state
+    restored: Any = manager.restore(step, args=ocp.args.Composite(state=args))
+    return restored.state
 
 
 def array_records(manager: ocp.CheckpointManager, step: int) -> Any:

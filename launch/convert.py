@@ -18,8 +18,6 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import flax.linen as nn
-
 from checkpoints.convert import (
     DTYPES,
     Block,
@@ -39,7 +37,6 @@ from experiment.schema import Config, parse
 from experiment.setup import with_vocab_size
 from experiment.workdir import record_config, recorded_config
 from train.progress import Progress
-from train.state import boxed_shapes
 
 FLAGS = {
     "from": Flag("", "hf:DIR, or the workdir of a run"),
@@ -76,10 +73,9 @@ def _into_workdir(origin: str, workdir: Path, dtype: str) -> None:
     config = _config_of(origin)
     checkpoint = _hf_checkpoint(origin, config)
     record_config(workdir, dataclasses.replace(config, init_from=""), "convert")
-    shapes = nn.meta.unbox(boxed_shapes(config.model))
     blocks = _Shown(f"{origin} to {workdir}")
-    count = import_checkpoint(checkpoint, shapes, workdir, dtype or "float32", blocks)
-    print(f"{workdir}: {'has it already' if count is None else f'{count:,} parameters'}")
+    count = import_checkpoint(checkpoint, workdir, dtype or "float32", blocks)
+    print(f"{workdir}: " + ("has it already" if count is None else f"{count:,} parameters"))
 
 
 def _export_source(origin: str) -> ExportSource:

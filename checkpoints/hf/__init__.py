@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: config.json and tensors become our model config and parameters, and back.
+"""Hugging Face checkpoints become our model config and parameters, and back.
 
 `config` reads and writes config.json with a file of tables for each family (`deepseek`, `qwen3`).
 `tensors` is the table of which tensor is which slice of which parameter, `layouts` how the two

@@ -47,9 +47,7 @@ class HFCheckpoint:
         self._check_nothing_else()
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Returns rows of a tensor as they are stored; float8 ones times their scales, in
-        float32.
-        """
+        """Returns rows of a tensor as they are stored; float8 times their scales, in float32."""
         rows = self.files.read(name, start, stop)
         if rows.dtype.itemsize != 1:
             return rows

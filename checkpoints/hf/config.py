@@ -44,8 +44,10 @@ ARCHITECTURES = {
 
 
 def model_fields(directory: Path, tensor_names: Iterable[str] = ()) -> dict[str, Any]:
-    """Returns the fields of the model section that config.json decides, by their dotted names
-    ("mla.num_attention_heads"). Fields of compute and memory are not among them.
+    """Returns the fields of the model section that config.json decides.
+
+    They go by their dotted names ("mla.num_attention_heads"). Fields of compute and memory are not
+    among them.
 
     Args:
       directory: where config.json is.

@@ -1,7 +1,7 @@
-"""Keys of a config.json and the fields of our model section that they are, read and written by the
-same tables.
+"""Keys of a config.json and the fields of our model section that they are.
 
-A key that is not read must be one that changes no result of the model, or be off.
+The same tables read them and write them. A key that is not read must be one that changes no result
+of the model, or be off.
 """
 
 import json
@@ -73,8 +73,9 @@ class ConfigReader:
         self._read: set[str] = set()
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
-        """Returns the value of a key, which has the type of its default, or that default where the
-        key is missing or null.
+        """Returns the value of a key, or the default where the key is missing or null.
+
+        The value has the type of the default.
 
         Raises:
           UserError: the value is of another type; or the key has no default, and is missing or not
@@ -121,8 +122,9 @@ class ConfigReader:
         }
 
     def must_be(self, name: str, allowed: Any) -> None:
-        """Raises UserError if a key has a value other than the one that is supported, which is
-        also its default.
+        """Raises UserError if a key has another value than the one that is supported.
+
+        That one is also its default.
         """
         value = self.take(name, allowed)
         if value != allowed:
@@ -137,9 +139,7 @@ class ConfigReader:
         return UserError(f'{self.path}: "{name}": {json.dumps(value)}: {why}')
 
     def check_all_read(self) -> None:
-        """Raises UserError if a key was not read, is not off, and may change what the model
-        computes.
-        """
+        """Raises UserError if a key was not read, is not off, and may change the results."""
         for name, value in self.keys.items():
             off = value is None or value is False or value in (0, [], {}, "")
             if name not in self._read and name not in WITHOUT_EFFECT and not off:
@@ -185,8 +185,9 @@ def field_of(model: ModelConfig, field: str) -> Any:
 
 
 def dense_layers(dense: list[bool]) -> dict[str, Any]:
-    """Returns the fields that say which layers have no experts: how many from the first on, and
-    the numbers of the others.
+    """Returns the fields that say which layers have no experts.
+
+    They are how many from the first on have none, and the numbers of the others.
     """
     first = dense.index(False) if False in dense else len(dense)
     others = tuple(layer for layer, is_dense in enumerate(dense) if is_dense and layer > first)

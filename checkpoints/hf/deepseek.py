@@ -83,15 +83,17 @@ def read_v32(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any
 
 
 def write_v3(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys that are DeepSeek-V3's own. Raises UserError if they cannot express the
-    model.
+    """Returns the keys that are DeepSeek-V3's own.
+
+    Raises UserError if they cannot express the model.
     """
     return _write(writer) | {"rope_interleave": writer.model.rope.rope_interleave}
 
 
 def write_v32(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys that are DeepSeek-V3.2's own. Raises UserError if they cannot express the
-    model.
+    """Returns the keys that are DeepSeek-V3.2's own.
+
+    Raises UserError if they cannot express the model.
     """
     keys = _write(writer)
     a, i = writer.model.mla, writer.model.indexer

@@ -1,7 +1,7 @@
-"""DeepSeek's FP8 weights: float8 matrices, each with a float32 factor for every block of, mostly,
-128 x 128 (arXiv 2412.19437, section 3.3).
+"""DeepSeek's FP8 weights (arXiv 2412.19437, section 3.3).
 
-The factors of the matrix NAME are the matrix `NAME_scale_inv`.
+They are float8 matrices, with a float32 factor for each block of, mostly, 128 x 128. The factors of
+the matrix NAME are the matrix `NAME_scale_inv`.
 """
 
 from collections.abc import Mapping

@@ -57,8 +57,12 @@ class Slice(NamedTuple):
 
 
 def whole(leaf: str, stacked: tuple[int, ...], shape: tuple[int, ...]) -> Slice:
-    """Returns the slice of `leaf` at the place `stacked` on its leading axes (the layer, and the
-    expert), whole on the axes of `shape` behind them.
+    """Returns the slice of `leaf` that is one entry of its stacked axes.
+
+    Args:
+      leaf: the path of the parameter.
+      stacked: the place on its leading axes: the layer, and the expert.
+      shape: the axes behind those, on which the slice is whole.
     """
     return Slice(leaf, (*(slice(i, i + 1) for i in stacked), *(slice(0, size) for size in shape)))
 
@@ -80,9 +84,11 @@ class SameOrder:
     """Embeddings, norms and biases stay as they are."""
 
     def decode(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Returns the rows."""
         return [rows]
 
     def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the values."""
         return values[0]
 
 
@@ -102,11 +108,13 @@ class Transposed:
     widths: tuple[int, ...]
 
     def decode(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Returns [in, out] of each slice."""
         groups = rows.reshape(-1, sum(self.widths), self.columns)
         parts = np.split(groups, np.cumsum(self.widths)[:-1], axis=1)
         return [part.reshape(-1, self.columns).T for part in parts]
 
     def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns [groups, rows of a group, in]."""
         parts = [
             value.reshape(self.columns, -1).T.reshape(-1, width, self.columns)
             for value, width in zip(values, self.widths, strict=True)
@@ -130,9 +138,12 @@ class StackedExperts:
     widths: tuple[int, ...]
 
     def decode(self, rows: np.ndarray) -> list[np.ndarray]:
-        return [part.swapaxes(1, 2) for part in np.split(rows, np.cumsum(self.widths)[:-1], axis=1)]
+        """Returns [E, in, out] of each slice."""
+        parts = np.split(rows, np.cumsum(self.widths)[:-1], axis=1)
+        return [part.swapaxes(1, 2) for part in parts]
 
     def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns [E, out, in]."""
         parts = [
             value.reshape(-1, self.columns, width).swapaxes(1, 2)
             for value, width in zip(values, self.widths, strict=True)
@@ -142,10 +153,10 @@ class StackedExperts:
 
 @dataclasses.dataclass(frozen=True)
 class ConvKernel:
-    """A depthwise Conv1d is [channels, 1, kernel size] in torch, its oldest input first, and
-    [kernel size, heads, width] here, its newest first.
+    """Depthwise convolutions have their oldest input first in torch, and their newest here.
 
-    The channels of several slices follow each other.
+    A Conv1d is [channels, 1, kernel size] in torch, and [kernel size, heads, width] here. The
+    channels of several slices follow each other.
 
     Attributes:
       kernel_size: inputs that the convolution reads.
@@ -156,10 +167,12 @@ class ConvKernel:
     channels: tuple[int, ...]
 
     def decode(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Returns [kernel size, channels] of each slice."""
         parts = np.split(rows[:, 0], np.cumsum(self.channels)[:-1])
         return [part.T[::-1] for part in parts]
 
     def encode(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns [channels, kernel size]."""
         return np.concatenate([value.reshape(self.kernel_size, -1)[::-1].T for value in values])
 
 

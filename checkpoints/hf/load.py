@@ -1,5 +1,6 @@
-"""A checkpoint's tensors become our variables, straight on the devices; each process reads only
-what its own devices need.
+"""A checkpoint's tensors become our variables, straight on the devices.
+
+Each process reads only what its own devices need.
 """
 
 import math
@@ -68,8 +69,9 @@ def _slice(leaf: str, index: Any, shape: tuple[int, ...]) -> Slice:
 
 
 def _fill(shards: list[Shard], checkpoint: HFCheckpoint, tensor: Tensor) -> None:
-    """Copies into the shards what they have of a tensor. Rows that none of them has are not
-    read.
+    """Copies into the shards what they have of a tensor.
+
+    Rows that none of them has are not read.
     """
     for start, stop in checkpoint.blocks(tensor):
         parts = tensor.slices_of(start, stop)

@@ -64,8 +64,9 @@ def recorded_origin(workdir: Path) -> str:
 
 
 def recorded_dtypes(workdir: Path) -> dict[str, np.dtype]:
-    """Returns the type of each tensor of the checkpoint that a run comes from; nothing if it comes
-    from none.
+    """Returns the type of each tensor of the checkpoint that a run comes from.
+
+    The result is empty if it comes from none.
     """
     tensors = _tensor_record(workdir).get("tensors", {})
     return {name: DTYPES[dtype] for name, dtype in tensors.items()}
@@ -74,8 +75,9 @@ def recorded_dtypes(workdir: Path) -> dict[str, np.dtype]:
 def config_for(
     model: ModelConfig, record: Path | None, tensor_names: Iterable[str], dtypes: set[str]
 ) -> dict[str, Any]:
-    """Returns the config.json of a model: the one that it came with, if that still describes it,
-    and otherwise a new one.
+    """Returns the config.json of a model.
+
+    That is the one that the model came with, if it still describes it, and otherwise a new one.
 
     Args:
       model: the model, with its vocabulary filled in.

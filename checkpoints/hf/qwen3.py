@@ -46,8 +46,9 @@ def read_qwen3_moe(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[st
 
 
 def read_qwen3_next(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any]:
-    """Returns the fields of a Qwen3-Next: Gated DeltaNet and gated attention, zero-centred norms, a
-    gated shared expert. See `config.model_fields` for the arguments.
+    """Returns the fields of a Qwen3-Next; see `config.model_fields` for the arguments.
+
+    It has Gated DeltaNet and gated attention, zero-centred norms, and a gated shared expert.
     """
     rope_fields, rope = read_rope(reader, partial_rotary_factor=0.25)
     head_dim = reader.take("head_dim", 256)
@@ -85,8 +86,9 @@ def write_qwen3(writer: ConfigWriter) -> dict[str, Any]:
 
 
 def write_qwen3_moe(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys that are Qwen3-MoE's own. Raises UserError if they cannot express the
-    model.
+    """Returns the keys that are Qwen3-MoE's own.
+
+    Raises UserError if they cannot express the model.
     """
     keys = write_qwen3(writer)
     writer.require_fields({"moe.n_shared_experts": 0})
@@ -94,8 +96,9 @@ def write_qwen3_moe(writer: ConfigWriter) -> dict[str, Any]:
 
 
 def write_qwen3_next(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys that are Qwen3-Next's own. Raises UserError if they cannot express the
-    model.
+    """Returns the keys that are Qwen3-Next's own.
+
+    Raises UserError if they cannot express the model.
     """
     model, g, m = writer.model, writer.model.gqa, writer.model.moe
     writer.require("mla" not in model.layer_types, "layer_types", "delta and gqa")
@@ -169,8 +172,9 @@ def _read_layer_types(reader: ConfigReader) -> tuple[str, ...]:
 
 
 def _read_experts(reader: ConfigReader, norm_topk_prob: bool) -> dict[str, Any]:
-    """Returns the fields of Qwen's experts, a softmax over all of them without groups and without a
-    bias; `norm_topk_prob` is the default of that key.
+    """Returns the fields of Qwen's experts: a softmax over all of them, without groups or a bias.
+
+    `norm_topk_prob` is the default of that key.
     """
     without, step = reader.take("mlp_only_layers", []), reader.take("decoder_sparse_step", 1)
     dense = [

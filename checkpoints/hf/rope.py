@@ -66,8 +66,9 @@ def write_rope(writer: ConfigWriter, **more: float) -> dict[str, Any]:
 
 
 def magnitude(factor: float, mscale: float) -> float:
-    """Returns 0.1 mscale ln(factor) + 1, which for mscale 1 is the square root of YaRN's 1 / t
-    (arXiv 2309.00071, eq. 22).
+    """Returns YaRN's magnitude, 0.1 mscale ln(factor) + 1.
+
+    For mscale 1 it is the square root of the paper's 1 / t (arXiv 2309.00071, eq. 22).
     """
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -101,8 +102,10 @@ def _rope_keys(reader: ConfigReader, partial_rotary_factor: float) -> dict[str, 
 
 
 def _yarn_fields(reader: ConfigReader, rope: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of YaRN. Without a factor the ratio of the two contexts takes its place,
-    and without a magnitude that of the mscales, as in transformers.
+    """Returns the fields of YaRN.
+
+    As in transformers, the ratio of the two contexts stands in for a missing factor, and the ratio
+    of the mscales' magnitudes for a missing magnitude.
     """
     context = reader.take(
         "original_max_position_embeddings",

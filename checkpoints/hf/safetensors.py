@@ -1,5 +1,6 @@
-"""Safetensors files, read a few rows at a time, so that memory has a part of one tensor however
-large the checkpoint is.
+"""Safetensors files, read a few rows at a time.
+
+So memory has a part of one tensor however large the checkpoint is. A file is
 
     8 bytes: length of the header | header, JSON: name -> dtype, shape, data_offsets | the tensors'
       bytes, one after another, little-endian
@@ -55,10 +56,11 @@ class TensorInfo(NamedTuple):
 
 
 class TensorFiles:
-    """The tensors of a directory: those of model.safetensors, or of the files that
-    model.safetensors.index.json names, or else of every *.safetensors.
+    """The tensors of a directory.
 
-    Only headers are read here, and no file is kept open: a checkpoint may have hundreds.
+    They are those of model.safetensors, or of the files that model.safetensors.index.json names, or
+    else of every *.safetensors. Only headers are read here, and no file is kept open: a checkpoint
+    may have hundreds.
 
     Attributes:
       tensors: where each tensor lies, by its name.
@@ -86,8 +88,7 @@ class TensorFiles:
         return {name: info.dtype for name, info in self.tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Returns rows start to stop of a tensor's first axis (a scalar whole), in memory of their
-        own.
+        """Returns rows start to stop of a tensor's first axis (a scalar whole), as a copy.
 
         Raises:
           UserError: the file has become shorter since it was opened.
@@ -222,8 +223,9 @@ def _header_text(file: Path) -> tuple[bytes, int]:
 
 
 def _described(name: str, entry: dict[str, Any]) -> tuple[int, int, str, str, tuple[int, ...]]:
-    """Returns (begin, end, name, dtype, shape) of a header's entry. Raises ValueError, KeyError or
-    TypeError if it is not one.
+    """Returns (begin, end, name, dtype, shape) of a header's entry.
+
+    Raises ValueError, KeyError or TypeError if it is not one.
     """
     (begin, end), kind, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
     if type(kind) is not str or not all(

@@ -1,7 +1,7 @@
-"""Safetensors files, written a few rows of a tensor at a time, into shards and their index: the
-layout that Hugging Face's libraries read.
+"""Safetensors files, written a few rows of a tensor at a time.
 
-The safetensors package cannot write a tensor in parts. `safetensors.py` says what is in a file.
+Shards and their index are laid out as Hugging Face's libraries read them. The safetensors package
+cannot write a tensor in parts. `safetensors.py` says what is in a file.
 """
 
 import hashlib
@@ -101,8 +101,9 @@ class TensorWriter:
         self._begin_shard()
 
     def write(self, name: str, rows: np.ndarray) -> None:
-        """Appends rows, along the first axis, to the tensor whose turn it is. A scalar is written
-        whole.
+        """Appends rows, along the first axis, to the tensor whose turn it is.
+
+        A scalar is written whole.
 
         Raises:
           ValueError: it is another tensor's turn, or the rows do not fit.
@@ -135,8 +136,9 @@ class TensorWriter:
             self._begin_shard()
 
     def close(self) -> None:
-        """Writes the index, if there is more than one shard. Raises ValueError if something was not
-        written.
+        """Writes the index, if there is more than one shard.
+
+        Raises ValueError if something was not written.
         """
         if self._missing:
             raise ValueError(f"{self._left[0]} was not written")
@@ -187,8 +189,10 @@ def _plan_shards(
 
 
 def _plan_shard(file: Path, tensors: Sequence[_Planned], source: str) -> _Shard:
-    """Returns one shard. The widest types stand first in it: each tensor is then aligned to its own
-    items, without which torch cannot view it.
+    """Returns one shard.
+
+    The widest types stand first in it: each tensor is then aligned to its own items, without which
+    torch cannot view it.
     """
     entries, end = {}, 0
     for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize):

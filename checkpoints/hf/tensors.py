@@ -1,8 +1,8 @@
-"""Which tensor of a Hugging Face checkpoint is which slice of which parameter of ours: one table,
-read in both directions.
+"""Which tensor of a Hugging Face checkpoint is which slice of which parameter of ours.
 
-Names on the left are those of the checkpoint, names on the right are the paths of our parameters
-below the layer they stand in. `layouts.py` says how a tensor and a parameter differ.
+This is one table, read in both directions. Names on the left are those of the checkpoint, names on
+the right are the paths of our parameters below the layer they stand in. `layouts.py` says how a
+tensor and a parameter differ.
 """
 
 import dataclasses
@@ -24,9 +24,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def experts_are_fused(names: Iterable[str]) -> bool:
-    """Returns whether a checkpoint with tensors of these names has all experts of a layer in two
-    tensors.
-    """
+    """Returns whether tensors of these names have all experts of a layer in two tensors."""
     return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
 
 
@@ -129,8 +127,9 @@ class Module:
     def convolution(
         self, name: str, kernel_size: int, *outputs: tuple[str, tuple[int, int]]
     ) -> Tensor:
-        """Returns the kernels of depthwise convolutions: `outputs` are our paths, each with its
-        heads and their width. All channels stay together.
+        """Returns the kernels of depthwise convolutions; all channels stay in one block.
+
+        `outputs` are our paths, each with its heads and their width.
         """
         channels = tuple(math.prod(shape) for _, shape in outputs)
         return Tensor(
