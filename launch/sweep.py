@@ -17,8 +17,9 @@ import signal
 from pathlib import Path
 
 from errors import UserError
-from experiment.command_line import Flag, command
+from experiment.command_line import command
 from experiment.config_files import ConfigSource
+from experiment.flags import Flag
 from experiment.sweep.processes import execute
 from experiment.sweep.runs import plan_runs
 from experiment.sweep.table import write_table

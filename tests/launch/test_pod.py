@@ -1,5 +1,6 @@
-"""What pod prints is what runs; the words a person typed arrive on every host unharmed. gcloud, xpk
-and sbatch are played by a few lines of shell.
+"""pod runs what it prints, and the words a person typed arrive on every host unharmed.
+
+gcloud, xpk and sbatch are played by a few lines of shell.
 """
 
 import json
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from experiment.clusters import CLUSTERS
 from experiment.command_line import command
-from launch.pod import FLAGS, PLACES, run
+from launch.pod import FLAGS, run
 
 WORDS = [
     "python",
@@ -62,7 +64,9 @@ def place(tmp_path, monkeypatch):
             case $4 in
             scp) for host in 0 1; do cp "$5" "$HOSTS/$host/${6#*:}"; done;;
             ssh) for word in "$@"; do [[ $word == --command=* ]] && script=${word#--command=}; done
-                 for host in 0 1; do (cd "$HOSTS/$host" && HOME="$HOSTS/$host" bash -c "$script") || exit 1; done;;
+                 for host in 0 1; do
+                   (cd "$HOSTS/$host" && HOME="$HOSTS/$host" bash -c "$script") || exit 1
+                 done;;
             esac""",
         "python3": "exit 0",  # pip and uv: nothing is installed
         "xpk": """
@@ -76,11 +80,12 @@ def place(tmp_path, monkeypatch):
         "kubectl": "exit 0",
         "sbatch": 'bash "$1"',
         "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift; "$@"',
-        # What is started: says what it sees, a directory for each host, which gets its name only
-        # when it is whole; hosts run side by side.
+        # The command that is started writes down what it sees, in a directory for each host, which
+        # gets its name only when it is whole; hosts run side by side.
         "python": """
             one=$(mktemp -d "$SEEN/.XXXXXX")
-            printf '%s\\0' "$@" > "$one/words"; echo "$ATHANOR_DISTRIBUTED" > "$one/distributed"; pwd > "$one/where"
+            printf '%s\\0' "$@" > "$one/words"
+            echo "$ATHANOR_DISTRIBUTED" > "$one/distributed"; pwd > "$one/where"
             mv "$one" "$SEEN/${one##*.}" """,
         "patient": "echo working; exec sleep 600",
     }
@@ -95,6 +100,11 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "seen").mkdir()
     monkeypatch.setenv("SEEN", f"{tmp_path}/seen")
     return tmp_path
+
+
+def git_status() -> str:
+    argv = ["git", "status", "--porcelain"]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
 
 def started(place):
@@ -128,9 +138,7 @@ def test_every_word_arrives(place, argv, hosts):
 
 @pytest.mark.parametrize("argv, hosts", [ON["tpu"], ON["gke"]], ids=["tpu", "gke"])
 def test_the_tree_that_arrives_is_the_one_here(place, argv, hosts):
-    before = subprocess.run(
-        ["git", "status", "--porcelain"], capture_output=True, text=True, check=True
-    ).stdout
+    before = git_status()
     assert call([*argv, "--", *WORDS]) == 0
     places = arrived(place, hosts)
     assert len(places) == hosts
@@ -142,12 +150,7 @@ def test_the_tree_that_arrives_is_the_one_here(place, argv, hosts):
             "new",
         }
         assert (there / "changed").read_text() == "new"
-    assert (
-        subprocess.run(
-            ["git", "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout
-        == before
-    )  # nothing was staged
+    assert git_status() == before, "nothing was staged"
 
 
 @pytest.mark.parametrize("argv, hosts", ON.values(), ids=ON)
@@ -155,9 +158,8 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(place, argv, hosts, ca
     assert call([*argv, "--dry_run", "--", *WORDS]) == 0
     out = capsys.readouterr().out
     assert not Path("runs").exists() and not started(place)
-    subprocess.run(
-        ["bash", "-e", "-c", out], check=True, capture_output=True
-    )  # pasted, it does the same
+    # Pasted, it does the same.
+    subprocess.run(["bash", "-e", "-c", out], check=True, capture_output=True)
     arrived(place, hosts)
 
 
@@ -184,9 +186,8 @@ def test_a_failing_step_stops_the_rest(place, capfd):
     (place / "bin/pip").write_text("#!/bin/bash\nexit 7\n")
     assert call([*GKE, "--", *WORDS]) == 2
     err = capfd.readouterr().err
-    assert "error: exit 7 from: xpk workload create" in err and err.rstrip().splitlines()[
-        -1
-    ].startswith("error: ")
+    assert "error: exit 7 from: xpk workload create" in err
+    assert err.rstrip().splitlines()[-1].startswith("error: ")
     assert not started(place)
 
 
@@ -212,9 +213,8 @@ def test_slurm_starts_a_process_per_gpu_which_sees_all_of_them(capsys):
         "--signal=TERM@120",
     ):
         assert f"#SBATCH {option}" in lines
-    assert not any(
-        "gpus-per-task" in line for line in lines
-    )  # JAX numbers the GPUs of a machine itself
+    # JAX numbers the GPUs of a machine itself.
+    assert not any("gpus-per-task" in line for line in lines)
 
 
 def test_gke_with_an_image_of_ones_own_copies_no_tree(capsys):
@@ -222,8 +222,8 @@ def test_gke_with_an_image_of_ones_own_copies_no_tree(capsys):
         call([*GKE, "--docker_image=i", "--slices=2", "--dry_run", "--", "python", "-m", "x"]) == 0
     )
     assert capsys.readouterr().out == (
-        "xpk workload create --cluster=c --workload=job --tpu-type=v5litepod-64 --num-slices=2 --env=ATHANOR_DISTRIBUTED=1 --docker-image=i "
-        "'--command=python -m x'\n"
+        "xpk workload create --cluster=c --workload=job --tpu-type=v5litepod-64 --num-slices=2 "
+        "--env=ATHANOR_DISTRIBUTED=1 --docker-image=i '--command=python -m x'\n"
     )
 
 
@@ -232,7 +232,8 @@ def test_gke_with_an_image_of_ones_own_copies_no_tree(capsys):
     [
         (
             [*TPU, "--action=logs"],
-            "gcloud compute tpus tpu-vm ssh slice --worker=0 --zone=z '--command=tail -n 200 -F athanor/pod.log'",
+            "gcloud compute tpus tpu-vm ssh slice --worker=0 --zone=z "
+            "'--command=tail -n 200 -F athanor/pod.log'",
         ),
         (
             ["--on=gke", "--name=job", "--cluster=c", "--action=status"],
@@ -274,26 +275,19 @@ def test_looking_after_a_run(argv, out, capsys):
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys):
-    assert (
-        call(
-            [*words.split(), "--dry_run"]
-            if " -- " not in words
-            else words.replace(" -- ", " --dry_run -- ").split()
-        )
-        == 2
-    )
+    flags, dashes, rest = words.partition(" -- ")
+    assert call([*flags.split(), "--dry_run", *dashes.split(), *rest.split()]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-@pytest.mark.parametrize("on", PLACES)
+@pytest.mark.parametrize("on", CLUSTERS)
 def test_a_missing_program_is_one_line_and_nothing_runs(on, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     argv = {"tpu": TPU, "gke": GKE, "slurm": SLURM}[on]
     assert call([*argv, "--", "x"]) == 2
     err = capsys.readouterr().err
-    assert (
-        err.startswith(f"error: {PLACES[on].tools[0]}: not installed here") and err.count("\n") == 1
-    )
+    assert err.startswith(f"error: {CLUSTERS[on].programs[0]}: not installed here")
+    assert err.count("\n") == 1
     assert json.dumps(os.listdir(tmp_path)) == "[]"
