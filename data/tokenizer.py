@@ -7,7 +7,7 @@ stand as text (`Tokenizer.encode_rendered`).
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,7 +128,7 @@ class Tokenizer:
         encoding = self._rendered_backend.encode(text, add_special_tokens=False)
         return Encoding(text, encoding.ids, encoding.offsets)
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of ids, in which U+FFFD stands for broken UTF-8.
 
         Args:

@@ -6,16 +6,16 @@ from data.completions import Completion, parse_completion
 
 
 @pytest.mark.parametrize(
-    "text, parsed",
+    "text, thought, answer",
     [
-        ("<think>a</think><answer>b</answer>", ("a", "b")),
-        (" \n<think> a\nc </think>\n <answer> b </answer>\n", ("a\nc", "b")),
-        ("<think></think><answer></answer>", ("", "")),
-        ("<think>a < b</think><answer>$x > 1$</answer>", ("a < b", "$x > 1$")),
+        ("<think>a</think><answer>b</answer>", "a", "b"),
+        (" \n<think> a\nc </think>\n <answer> b </answer>\n", "a\nc", "b"),
+        ("<think></think><answer></answer>", "", ""),
+        ("<think>a < b</think><answer>$x > 1$</answer>", "a < b", "$x > 1$"),
     ],
 )
-def test_well_formed_completions(text, parsed):
-    assert parse_completion(text) == Completion(*parsed, True)
+def test_a_well_formed_completion_is_taken_apart(text, thought, answer):
+    assert parse_completion(text) == Completion(thought, answer, True)
 
 
 @pytest.mark.parametrize(
@@ -40,5 +40,5 @@ def test_well_formed_completions(text, parsed):
         "<Think>a</Think><answer>b</answer>",
     ],
 )
-def test_malformed_completions(text):
+def test_a_malformed_completion_has_no_parts(text):
     assert parse_completion(text) == Completion("", "", False)

@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,15 @@ from errors import UserError
 
 def read_trace(trace: str) -> list[Step]:
     """Parses a trace."""
-    steps = [re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", text).groups() for text in trace.split(";")]
-    return [
-        Step(int(left), operator, int(right), int(result))
-        for left, operator, right, result in steps
-    ]
+    matches = [re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", text) for text in trace.split(";")]
+    assert None not in matches
+    return [Step(int(m[1]), m[2], int(m[3]), int(m[4])) for m in matches if m]
+
+
+def bodies(spec: str, *, chat: bool = False) -> list[Any]:
+    """Returns the bodies of all documents of a task."""
+    source = open_source(spec, 1000, chat=chat)
+    return [source[index].body for index in range(len(source))]
 
 
 PARAMETERS = [
@@ -103,33 +108,29 @@ def test_a_problem_is_a_text_or_a_conversation():
     problem = Arithmetic().problem(random.Random("0"))
     text = f"Question: {problem.question}\nThought: {problem.trace}\nAnswer: {problem.answer}\n"
     assert as_text(problem) == text
-    assert open_source("task:arithmetic?count=5", 1000)[3].body.startswith("Question: ")
-    for source in (
-        open_source("task:arithmetic?count=5&style=chat", 1000),
-        open_source("task:arithmetic?count=5", 1000, chat=True),
+    assert bodies("task:arithmetic?count=5")[3].startswith("Question: ")
+    key = open_source("task:arithmetic?count=5", 1000).key(3)
+    for chats in (
+        bodies("task:arithmetic?count=5&style=chat"),
+        bodies("task:arithmetic?count=5", chat=True),
     ):
-        question, solution = source[3].body
-        assert question == {"role": "user", "content": source.key(3)}
+        question, solution = chats[3]
+        assert question == {"role": "user", "content": key}
         assert re.fullmatch(r"<think>.*</think><answer>\d+</answer>", solution["content"])
     assert as_messages(problem)[1]["role"] == "assistant"
 
 
 def test_direct_is_the_share_without_a_thought():
     """Such documents state the right answer, and they are the same ones in either style."""
-    specs = [
-        f"task:arithmetic?count=1000&direct={share}{style}"
-        for share, style in ((0.3, ""), (0.3, "&style=chat"), (0, ""))
-    ]
     text, chat, whole = (
-        [source[index].body for index in range(1000)]
-        for source in (open_source(spec, 1000) for spec in specs)
+        bodies(f"task:arithmetic?count=1000&direct={share}{style}")
+        for share, style in ((0.3, ""), (0.3, "&style=chat"), (0, ""))
     )
     direct = ["Thought: " not in body for body in text]
     assert 240 < sum(direct) < 360  # 300, within four standard deviations (14.5)
     assert direct == [messages[1]["content"].startswith("<think></think>") for messages in chat]
-    assert [body.split("Answer: ")[1] for body in text] == [
-        body.split("Answer: ")[1] for body in whole
-    ]
+    answers = [[body.split("Answer: ")[1] for body in texts] for texts in (text, whole)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(
