@@ -1,13 +1,14 @@
-"""The same training workload in MaxText, to compare with: one JSON line like bench.train's, by
-MaxText's own train step, optimizer and synthetic batch.
+r"""Measures the training workload of bench.train in MaxText, to compare with.
 
-    pip install "maxtext[tpu]"                          in an environment of its own, Python 3.12;
-    it has no extra for CPU python bench/maxtext_tiny.py                        also: KEY=VALUE ...,
-    MaxText's settings to change python -m bench.side_by_side "python -m bench.train"
-    "/path/to/maxtext/python bench/maxtext_tiny.py"
+    pip install "maxtext[tpu]"
+    python bench/maxtext_tiny.py [KEY=VALUE ...]
+    python -m bench.side_by_side "python -m bench.train" \
+        "/path/to/maxtext/python bench/maxtext_tiny.py"
 
-DeepSeek-V3's block at the size of configs/tiny_dsv3.py, float32, on CPU: dropless, with the
-router's bias and the sequence-wise balance loss, without MTP.
+MaxText has an environment of its own, with Python 3.12 (it has no extra for CPU); KEY=VALUE changes
+its settings. It prints one JSON line like bench.train's, by MaxText's own train step, optimizer and
+synthetic batch: DeepSeek-V3's block at the size of configs/tiny_dsv3.py, float32, on CPU, dropless,
+with the router's bias and the sequence-wise balance loss, without MTP.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ except ImportError as missing:
 
 REPEATS = 10
 SETTINGS = {
-    # MaxText tells DeepSeek-V3's router by the name; every size below is overridden
+    # MaxText tells DeepSeek-V3's router by the name; every size below is overridden.
     "model_name": "deepseek3-tiny",
     "override_model_config": True,
     "vocab_size": 512,
@@ -67,10 +68,10 @@ SETTINGS = {
     "dtype": "float32",
     "hardware": "cpu",
     "attention": "dot_product",
-    # The fastest of those tried, on one busy core, that drop no token: every expert on every token
-    # rather than ragged_dot, layers unrolled rather than scanned, and kept for the backward pass
-    # what attention made but not the experts' hidden states ("minimal_with_context" keeps these,
-    # "full" nothing).
+    # These are the fastest of those tried, on one busy core, that drop no token: every expert on
+    # every token rather than ragged_dot, layers unrolled rather than scanned, and kept for the
+    # backward pass what attention made but not the experts' hidden states ("minimal_with_context"
+    # keeps these, "full" nothing).
     "sparse_matmul": False,
     "megablox": False,
     "scan_layers": False,
@@ -99,16 +100,16 @@ SETTINGS = {
 
 
 def measure(settings: list[str]) -> dict:
-    """`settings` are KEY=VALUE."""
+    """Trains with settings KEY=VALUE of MaxText and returns the figures of the JSON line."""
     config, recorder = train.initialize(["", *settings])
     *_, shardings, model, mesh, _, _, loader, _, _, state = train_utils.setup_train_loop(
         config, recorder
     )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     graph, state = nnx.split(state)
-    of_params, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
+    params_shardings, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
     step, _ = train_utils.jit_train_and_eval_step(
-        config, graph, mesh, state, shardings, train.train_step, params_shardings=of_params
+        config, graph, mesh, state, shardings, train.train_step, params_shardings=params_shardings
     )
     times = []
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
@@ -128,6 +129,7 @@ def measure(settings: list[str]) -> dict:
 
 
 def main(changes: list[str]) -> None:
+    """Prints the JSON line; everything that MaxText prints goes to stderr."""
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
         settings = (
             SETTINGS
@@ -135,11 +137,8 @@ def main(changes: list[str]) -> None:
             | dict(change.split("=", 1) for change in changes)
         )
         result = measure([f"{key}={value}" for key, value in settings.items()])
-    print(
-        json.dumps(
-            {"bench": "train"} | result | {"jax": version("jax"), "maxtext": version("maxtext")}
-        )
-    )
+    versions = {"jax": version("jax"), "maxtext": version("maxtext")}
+    print(json.dumps({"bench": "train"} | result | versions))
 
 
 if __name__ == "__main__":

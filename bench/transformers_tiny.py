@@ -1,13 +1,15 @@
-"""The same workload in Hugging Face transformers on torch, to compare with: one JSON line like
-bench.train's and bench.sample's.
+"""Measures the workloads of bench.train and bench.sample in transformers on torch, to compare with.
 
-    pip install torch transformers                      in an environment of its own
-    python bench/transformers_tiny.py train             also: train --compile, sample
+    pip install torch transformers
+    python bench/transformers_tiny.py train
+    python bench/transformers_tiny.py train --compile
+    python bench/transformers_tiny.py sample
 
-DeepseekV3ForCausalLM at the size of configs/tiny_dsv3.py, float32, fused AdamW, gradient clipping,
-its default implementations of attention (sdpa) and of the experts (grouped_mm). Eager; with
---compile the model is compiled as one graph (torch.compile, fullgraph), its optimizer stays the
-fused one.
+They have an environment of their own. It prints one JSON line like bench.train's and
+bench.sample's, of DeepseekV3ForCausalLM at the size of configs/tiny_dsv3.py, float32, with fused
+AdamW, gradient clipping, and the default implementations of attention (sdpa) and of the experts
+(grouped_mm). It is eager; with --compile the model is compiled as one graph (torch.compile,
+fullgraph), and its optimizer stays the fused one.
 """
 
 import json
@@ -16,9 +18,8 @@ import statistics
 import sys
 import time
 
-del sys.path[
-    0
-]  # this directory: transformers would take bench/kernels.py for the package "kernels"
+# This directory: transformers would take bench/kernels.py for the package "kernels".
+del sys.path[0]
 
 try:
     import torch
@@ -52,10 +53,11 @@ SIZES = {
 
 
 def train(model) -> int:
-    """One step on 8 x 256 tokens; returns how many."""
-    optimizer = model.optimizer = getattr(model, "optimizer", None) or torch.optim.AdamW(
-        model.parameters(), lr=1e-3, fused=True
-    )
+    """Takes one step on 8 x 256 tokens and returns how many they are."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        model.optimizer = optimizer
     tokens = torch.randint(0, 512, (8, 256))
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -65,7 +67,7 @@ def train(model) -> int:
 
 
 def sample(model) -> int:
-    """128 new tokens to each of 16 prompts of 32; returns how many."""
+    """Samples 128 new tokens to each of 16 prompts of 32 and returns how many they are."""
     prompts = torch.randint(0, 512, (16, 32))
     with torch.no_grad():
         model.generate(
@@ -80,6 +82,7 @@ def sample(model) -> int:
 
 
 def main(name: str, compiled: bool) -> None:
+    """Times "train" or "sample" and prints the JSON line."""
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**SIZES))
@@ -100,11 +103,8 @@ def main(name: str, compiled: bool) -> None:
         "seconds_median": round(median, 4),
         "seconds_least": round(min(times), 4),
     }
-    print(
-        json.dumps(
-            {"bench": name, "compiled": compiled} | speed | {"parameters": parameters} | versions
-        )
-    )
+    about = {"bench": name, "compiled": compiled}
+    print(json.dumps(about | speed | {"parameters": parameters} | versions))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The step of bench.reinforce in TRL on torch, to compare with: one JSON line like it.
+"""Measures the step of bench.reinforce in TRL on torch, to compare with.
 
-    pip install torch transformers trl                  in an environment of its own
+    pip install torch transformers trl
     python bench/trl_tiny.py
 
-GRPOTrainer on transformers_tiny.py's model: 8 prompts of 32 tokens x 8 completions of 64, all of
-full length, sampled by generate; one AdamW step; float32, no reference model, and no gradient
+They have an environment of their own. It prints one JSON line like bench.reinforce's, of
+GRPOTrainer on the model of transformers_tiny.py: 8 prompts of 32 tokens x 8 completions of 64, all
+of full length, sampled by generate; one AdamW step; float32, no reference model, and no gradient
 checkpointing, which is TRL's default and would compute the forward pass twice.
 """
 
@@ -16,11 +17,9 @@ import sys
 import tempfile
 import time
 
-from transformers_tiny import (
-    # which also sees to it that what is imported next does not take this directory's files for
-    # packages
-    SIZES,
-)
+# It also takes this directory off the path, so that what is imported next does not take the files
+# here for packages.
+from transformers_tiny import SIZES
 
 try:
     import datasets
@@ -35,21 +34,23 @@ REPEATS, WARM_UP = 10, 2
 PROMPTS, GROUP, PROMPT, NEW, VOCAB = 8, 8, 32, 64, SIZES["vocab_size"]
 
 
-class Watch(transformers.TrainerCallback):
-    """Time of each step, generation included."""
+class StepTimes(transformers.TrainerCallback):
+    """Keeps the seconds of each step, generation included."""
 
     def __init__(self):
         self.times = []
 
     def on_step_begin(self, *_, **__):
+        """Starts the clock."""
         self.began = time.perf_counter()
 
     def on_step_end(self, *_, **__):
+        """Stops the clock."""
         self.times.append(time.perf_counter() - self.began)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A word a token: t0 to t511."""
+    """Makes a tokenizer whose tokens are the words t0 to t511."""
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0")
     )
@@ -60,10 +61,12 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def reward(completion_ids, **_) -> list[float]:
+    """Rewards each completion with its mean token id over the size of the vocabulary."""
     return [statistics.mean(ids) / VOCAB for ids in completion_ids]
 
 
 def main() -> None:
+    """Trains a few steps and prints the JSON line."""
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     draw = random.Random(0)
@@ -71,10 +74,8 @@ def main() -> None:
         {"prompt": " ".join(f"t{draw.randrange(2, VOCAB)}" for _ in range(PROMPT))}
         for _ in range(PROMPTS * (REPEATS + WARM_UP))
     ]
-    model, watch = (
-        transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**SIZES)),
-        Watch(),
-    )
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**SIZES))
+    step_times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.GRPOConfig(
             output_dir=folder,
@@ -100,14 +101,12 @@ def main() -> None:
             args=settings,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer(),
-            callbacks=[watch],
+            callbacks=[step_times],
         )
         trainer.train()
-    times = watch.times[WARM_UP:]
-    median, parameters = (
-        statistics.median(times),
-        sum(parameter.numel() for parameter in model.parameters()),
-    )
+    times = step_times.times[WARM_UP:]
+    median = statistics.median(times)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     speed = {
         "tokens_per_s": round(PROMPTS * GROUP * NEW / median, 1),
         "seconds_median": round(median, 4),

@@ -65,7 +65,7 @@ def absent_devices(model: ModelConfig) -> AbstractContextManager:
     """
     if model.expert_matmul != "tokamax" or importlib.util.find_spec("tokamax") is None:
         return nullcontext()
-    import tokamax  # pyright: ignore[reportMissingImports]  # optional
+    import tokamax
 
     return tokamax.config.cross_compile(True)
 

@@ -27,6 +27,7 @@ def command(*argv: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.command
 def test_plans_the_pretended_devices_of_this_process(tmp_path):
     path = tmp_path / "plan.json"
     done = command(*as_flags(*SMALL), "--pretend_devices=4", f"--json={path}")
@@ -79,6 +80,7 @@ def test_json_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     assert refused(json=str(path)).startswith(f"{path}: cannot write")
 
 
+@pytest.mark.command
 @needs_libtpu
 def test_plans_a_tpu_without_one(tmp_path):
     overrides = (
@@ -99,6 +101,7 @@ def test_plans_a_tpu_without_one(tmp_path):
     assert train["traffic"]["collectives"] and train["traffic"]["unknown_loops"] == 0
 
 
+@pytest.mark.command
 @needs_libtpu
 def test_what_does_not_fit_a_tpu_is_a_verdict():
     overrides = as_flags(*SMALL, "model.vocab_size=64000000", "data.batch_size=4")
@@ -108,6 +111,7 @@ def test_what_does_not_fit_a_tpu_is_a_verdict():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.command
 @needs_libtpu
 def test_a_topology_that_the_compiler_does_not_know_is_one_line():
     done = command("--topology=v5p:3x3x3")

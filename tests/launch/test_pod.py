@@ -15,6 +15,8 @@ from experiment.clusters import CLUSTERS
 from experiment.command_line import command
 from launch.pod import FLAGS, run
 
+pytestmark = pytest.mark.command
+
 WORDS = [
     "python",
     "-m",

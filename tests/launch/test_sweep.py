@@ -20,6 +20,8 @@ from experiment.sweep import processes
 from experiment.sweep.runs import SweepRun, plan_runs, run_name
 from launch import COMMANDS, sweep
 
+pytestmark = pytest.mark.command
+
 ROOT = Path(__file__).parents[2]
 
 # Stands for launch.pretrain: appends a line to a file each time it starts, then does what the
