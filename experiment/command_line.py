@@ -59,16 +59,16 @@ def command(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     source, own = INPUTS[config], dict(flags or {})
-    shared = source.flags() | (WORKDIR if workdir else {})
+    known = source.flags() | (WORKDIR if workdir else {}) | own
     before_dashes = argv[: argv.index("--")] if "--" in argv else argv
     if {"--help", "-h", "-help"} & set(before_dashes):
-        print(_help(run, shared | own))
+        print(_help(run, known))
         sys.exit(0)
     # What the imports made is here to stay; collecting garbage through it takes half a second of
     # tracing a model.
     gc.freeze()
     try:
-        run(**_arguments(argv, source, workdir, own, rest))
+        run(**_arguments(argv, source, known, own, rest))
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def command(
 
 
 def _arguments(
-    argv: list[str], source: Input, workdir: bool, own: dict[str, Flag], rest: str
+    argv: list[str], source: Input, known: Mapping[str, Flag], own: Mapping[str, Flag], rest: str
 ) -> dict[str, Any]:
     """Returns the keyword arguments of `run`.
 
@@ -91,14 +91,14 @@ def _arguments(
     overrides, words = split_overrides(argv)
     if overrides and not source.takes_overrides:
         raise UserError(f"{overrides[0]}: this command takes no --config")
-    values, strays = parse_flags(words, source.flags() | (WORKDIR if workdir else {}) | own)
+    values, strays = parse_flags(words, known)
     if strays and not rest:
         raise UserError(f"{strays[0]}: not expected here (a flag is --NAME=VALUE; see --help)")
     source.check(values)
     arguments = {name: values[name] for name in own}
     if rest:
         arguments[rest] = strays
-    if workdir:
+    if "workdir" in known:
         reads = source.reads_workdir(values)
         arguments["workdir"] = checked_workdir(values["workdir"], reads=reads)
     pretend_devices(values.get("pretend_devices", 0))

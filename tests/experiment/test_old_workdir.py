@@ -1,0 +1,98 @@
+"""A workdir made before config fields were renamed still samples, evaluates and resumes.
+
+old_workdir/ has what the code before the renaming (commit 9ba7c40) made, with conftest's flags of
+XLA and old_workdir/config.py:
+
+    workdir.tar.gz  launch.pretrain --config=config.py --workdir=W, two steps of sparse training
+    expected.json   "sample": launch.sample --workdir=W --chat="1+1?" --config.sampling.max_new=24
+                    "evaluation": evaluation.json of launch.evaluate --workdir=W, infilling and recall
+                    "resumed": metrics of launch.pretrain ... --config.train.steps=3, times left out
+"""
+
+import dataclasses
+import json
+import tarfile
+from pathlib import Path
+
+import chex
+import pytest
+
+from errors import UserError
+from experiment import runs
+from experiment.command_line import command
+from experiment.config_files import get_config
+from experiment.schema import parse
+from experiment.workdir import record_config, recorded_config
+from launch import sample
+
+OLD = Path(__file__).parent / "old_workdir"
+EXPECTED = json.loads((OLD / "expected.json").read_text())
+# The values are the same to the bit where they were made. Another CPU or version of XLA may sum in
+# another order, in float32.
+RTOL = 1e-5
+
+
+@pytest.fixture
+def workdir(tmp_path) -> Path:
+    with tarfile.open(OLD / "workdir.tar.gz") as archive:
+        archive.extractall(tmp_path / "old", filter="data")
+    return tmp_path / "old"
+
+
+def read_metrics(workdir: Path, step: int) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name not in ("time", "tokens_per_s")}
+        for line in lines
+        if line["step"] == step
+    ]
+
+
+def test_the_record_is_read_with_the_new_names(workdir):
+    config = parse(recorded_config(workdir))
+    assert (config.model.hidden_size, config.model.mla.kv_lora_rank) == (8, 4)
+    assert (config.model.delta.conv_kernel_dim, config.model.expert_matmul) == (2, "bucketed")
+    assert (config.data.seq_len, config.sampling.max_new_tokens) == (128, 8)
+
+
+def test_going_on_compares_by_the_new_names_and_records_them(workdir):
+    config = parse(recorded_config(workdir))
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=16))
+    with pytest.raises(UserError, match=r"model\.hidden_size: 8 there, 16 here"):
+        record_config(workdir, other, "pretrain")
+    assert "query_rank" in (workdir / "config.json").read_text()
+    record_config(workdir, config, "pretrain")
+    assert "query_rank" not in (workdir / "config.json").read_text()
+    assert parse(recorded_config(workdir)) == config
+
+
+def test_an_old_config_file_is_answered_with_the_new_name():
+    with pytest.raises(UserError, match=r"config.py:\d+: attention: .*\(it is now model.mla\)"):
+        get_config(str(OLD / "config.py"))
+
+
+@pytest.mark.command
+def test_it_samples_what_the_old_code_samples(workdir, capsys):
+    argv = [f"--workdir={workdir}", "--chat=1+1?", "--config.sampling.max_new_tokens=24"]
+    command(sample.run, config="recorded", flags=sample.FLAGS, argv=argv)
+    assert capsys.readouterr().out.endswith("devices\n" + EXPECTED["sample"])
+
+
+@pytest.mark.command
+def test_it_evaluates_and_resumes_as_with_the_old_code(workdir):
+    """The step's loss shows the parameters and the place in the data, the validation after it what
+    the optimizer made of them.
+    """
+    config = parse(recorded_config(workdir))
+    infilling = dataclasses.replace(config.evaluate, problems=0)
+    found = runs.evaluate(dataclasses.replace(config, evaluate=infilling), workdir)
+    chex.assert_trees_all_close(found, EXPECTED["evaluation"], rtol=RTOL, atol=0)
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
+    assert runs.pretrain(longer, workdir)
+    found = read_metrics(workdir, step=3)
+    assert [line.pop("stage") for line in found] == ["pretrain", "pretrain"]
+    expected = [
+        {name: value for name, value in line.items() if name != "stage"}
+        for line in EXPECTED["resumed"]
+    ]
+    chex.assert_trees_all_close(found, expected, rtol=RTOL, atol=0)
