@@ -103,9 +103,9 @@ class TurnTemplate:
 
 
 class CheckpointTemplate:
-    """The template of the tokenizer's own checkpoint.
+    """A template that writes what the chat template beside the tokenizer renders.
 
-    It alone decides what roles, fields and order of messages there may be.
+    That alone decides what roles, fields and order of messages there may be.
     """
 
     def encode_prompt(

@@ -34,15 +34,15 @@ def target_tokens(turn: AssistantSpan, encoding: Encoding, tokenizer: Tokenizer)
     """
 
     def is_stop(index: int) -> bool:
-        """Whether sampling ends with this token."""
+        """Returns whether sampling ends with this token."""
         return encoding.ids[index] in tokenizer.stops
 
     def is_special(index: int) -> bool:
-        """Whether this token is a marker of the template or the tokenizer."""
+        """Returns whether this is a special token, a marker rather than text."""
         return tokenizer.is_special(encoding.ids[index])
 
     def is_filler(index: int) -> bool:
-        """Whether this token is a special one or white space: nothing that the message says."""
+        """Returns whether this is a special token or white space, so that it says nothing."""
         return is_special(index) or not _text(encoding, index).strip()
 
     inside = _tokens_inside(turn, encoding)

@@ -53,16 +53,8 @@ class Source(Protocol):
     """
 
     spec: str
-
-    @property
-    def kind(self) -> str:
-        """See the class."""
-        ...
-
-    @property
-    def validation_share(self) -> float | None:
-        """See the class."""
-        ...
+    kind: str
+    validation_share: float | None
 
     def __len__(self) -> int: ...
 

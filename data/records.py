@@ -30,7 +30,7 @@ class Records:
     """
 
     kind: str
-    validation_share = None
+    validation_share: float | None = None
 
     def __init__(self, spec: str, files: FileSet, field: str):
         """Opens every file.

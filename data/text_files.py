@@ -18,7 +18,7 @@ class TextFiles:
     chunks of a file are in one split.
     """
 
-    validation_share = None
+    validation_share: float | None = None
 
     def __init__(self, spec: str, kind: str, files: FileSet, chunk_bytes: int):
         """Looks up the sizes of `files`, which must exist.

@@ -12,7 +12,7 @@ class TaskDocuments:
     """A source (`data.documents.Source`) of the problems of a task, one document each."""
 
     kind = "task"
-    validation_share = VALIDATION_SHARE
+    validation_share: float | None = VALIDATION_SHARE
 
     def __init__(self, spec: str, chat: bool):
         """Opens the source "task:NAME?PARAMETERS".

@@ -36,8 +36,9 @@ def test_a_turn_that_loses_its_thought_is_context(template):
 
 
 def test_a_last_turn_without_the_thought_that_its_prompt_opens_counts(template):
-    """It spans from where the prompt's tag would stand. An earlier turn, which was sampled behind
-    such a tag, is context.
+    """It spans from where the prompt's tag would stand.
+
+    An earlier turn, which was sampled behind such a tag, is context.
     """
     messages = [user("q1"), assistant("a1"), user("q2"), assistant(THOUGHT)]
     assert spans_of(template("r1"), messages) == [(4, "because<｜end▁of▁sentence｜>")]

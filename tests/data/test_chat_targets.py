@@ -59,8 +59,9 @@ def test_every_turn_behind_the_last_question_has_targets(checkpoint):
 
 
 def test_a_turn_may_end_with_the_marker_of_the_next_speaker(checkpoint):
-    """The marker is a stop then, and the assistant writes it. Nobody follows the last turn, and
-    what ends it is not in its text.
+    """The marker is a stop then, and the assistant writes it.
+
+    Nobody follows the last turn, and what ends it is not in its text.
     """
     messages = [user("q1"), assistant("a1", thinking="t"), user("q2"), assistant("a2")]
     eos = {"eos_token": "<|endoftext|>"}
@@ -93,9 +94,7 @@ def test_a_message_that_contains_a_stop_is_refused(checkpoint):
 
 
 def test_a_token_across_the_end_of_the_prompt_is_no_target(checkpoint):
-    """After "<think>" and an end of line the assistant cannot write the id of two ends of line, one
-    of which is the prompt's.
-    """
+    """The assistant cannot write an id of two ends of line, of which one is the prompt's."""
     tokenizer = load_tokenizer(with_separator(checkpoint, "<think>\\n"))
     messages = [user("q"), assistant("\n</think>a")]
     ids, _ = encode_chat(messages, tokenizer, "checkpoint")

@@ -54,9 +54,7 @@ R1 = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of�
     ],
 )
 def test_ids_are_those_of_transformers(checkpoint, name, config, messages, ids):
-    """Added tokens count whether or not their file flags them as special, and neighbours merge as
-    in one text.
-    """
+    """Added tokens count whether or not they are flagged; their neighbours merge as in one text."""
     tokenizer = load_tokenizer(checkpoint(name, config))
     expected = [int(index) for index in ids.split()]
     assert encode_chat(messages, tokenizer, "checkpoint")[0] == expected

@@ -35,9 +35,7 @@ def test_every_document_is_recovered(tokenizer, text, spm):
 
 
 def test_the_layouts_are_those_of_the_paper():
-    """In the joint SPM variant the sentinels come as in PSM with an empty prefix (arXiv 2207.14255,
-    section 3).
-    """
+    """Joint SPM has its sentinels as PSM with an empty prefix (arXiv 2207.14255, section 3)."""
     tokenizer = bytes_tokenizer()
     pre, suf, mid = tokenizer.fim
     assert fim_prompt("ab", "yz", tokenizer, spm=False) == [pre, *b"ab", suf, *b"yz", mid]

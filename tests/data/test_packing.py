@@ -89,8 +89,9 @@ def test_cross_document_attention_makes_a_row_one_segment():
 
 @pytest.mark.parametrize("through_json", [False, True])
 def test_the_state_after_every_row_resumes(through_json):
-    """One row ends with its document, after which grain's own state does not survive JSON (see
-    `_ConcatThenSplit`).
+    """One row ends with its document: grain's own state does not survive JSON there.
+
+    `_ConcatThenSplit` says why.
     """
     dataset = split_rows(tokens_only(), 16)
     expected = [row["tokens"] for row in dataset]

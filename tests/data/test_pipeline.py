@@ -45,9 +45,7 @@ def test_a_batch_weighs_its_tokens_alike(config, crossing):
 
 
 def test_one_epoch_is_the_training_split(config, corpus):
-    """Without FIM, the batches of one epoch have the training files, byte for byte, with bos and
-    eos once a file.
-    """
+    """Without FIM, batches have the training files, byte for byte, with bos and eos once a file."""
     settings = config()
     found = take(batches(settings, TOKENIZER, split="train", seed=0, repeat=False), 10_000)
     ids = np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in found])
@@ -108,8 +106,9 @@ RESUMED = [
 @pytest.mark.parametrize("changes", RESUMED, ids=str)
 @pytest.mark.parametrize("stop", [0, 1, 7, 23])
 def test_resumes_with_exactly_the_same_stream(config, changes, stop):
-    """Across epochs, from the middle of a document and of the packer's rows, while the prefetch
-    thread is ahead, and through JSON.
+    """The state is saved across epochs and in the middle of a document and of the packer's rows.
+
+    The prefetch thread is ahead of it then, and it goes through JSON.
     """
     changes = dict(changes)
     chat = changes.pop("chat", False)
@@ -147,9 +146,7 @@ def test_processes_share_no_document_and_miss_none(config):
 
 
 def test_fim_documents_are_whole_and_of_both_kinds(config, corpus):
-    """With rate 1 and whole documents, every segment is one FIM document that fits in a row, and
-    all of them are the files.
-    """
+    """With rate 1, every segment is one FIM document that fits in a row, and all are the files."""
     settings = config(fim_rate=1.0, packing="fit", seq_len=128)
     found = [
         ids
@@ -167,8 +164,9 @@ def test_fim_documents_are_whole_and_of_both_kinds(config, corpus):
 
 
 def test_a_fim_document_is_never_cut(config, tmp_path):
-    """In a document that is ASCII first and emoji then, the average bytes a character mislead:
-    chunks of the second half outgrow the row, and stay plain.
+    """Chunks of a document with more tokens than its average outgrow the row, and stay plain.
+
+    Its first half is ASCII and its second half emoji, so that the average misleads.
     """
     for number in range(4):
         (tmp_path / f"{number}.mix").write_text("a" * 300 + "🙂" * 150, encoding="utf-8")

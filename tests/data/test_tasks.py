@@ -55,9 +55,7 @@ def test_traces_are_right_and_within_the_parameters(parameters):
 
 @pytest.mark.parametrize("parameters", PARAMETERS[:3])
 def test_question_asks_what_the_trace_works_out(parameters):
-    """The numbers of the question are, in order, the start and the operands of the trace, where
-    "doubles" and "triples" are 2 and 3.
-    """
+    """The numbers of the question are, in order, the start and the operands of the trace."""
     for index in range(300):
         problem = Arithmetic(**parameters).problem(random.Random(str(index)))
         question = problem.question.replace("doubles", "2").replace("triples", "3")

@@ -117,8 +117,9 @@ def test_only_rendered_text_makes_special_ids(checkpoint):
 
 
 def test_a_role_may_be_a_token_of_the_vocabulary_alone(checkpoint):
-    """Transformers adds it, with the id it has; it must be found in a template's text and not in
-    ordinary text, as any other.
+    """Transformers adds it, with the id it has.
+
+    Like any other it must be found in a template's text and not in ordinary text.
     """
     tokenizer = load_tokenizer(checkpoint("r1", {"bos_token": "hi", "eos_token": "<|im_end|>"}))
     assert (tokenizer.bos, tokenizer.vocab_size) == (257, 258 + len(ADDED))

@@ -79,8 +79,9 @@ def test_too_few_documents_are_an_error():
 
 
 def test_middle_losses_are_per_token_of_the_middle():
-    """The n-th token of a row's middle costs n nats, and 1 more without the suffix. Then the losses
-    do not depend on the batches, and there is no spread in what the suffix saves.
+    """The n-th token of a row's middle costs n nats, and 1 more without the suffix.
+
+    Then the losses do not depend on the batches, and what the suffix saves has no spread.
     """
     rows = infill_rows(TEXTS, TOKENIZER, SEQ_LEN, 4, spm=False)
 
