@@ -25,7 +25,7 @@ from checkpoints.hf.metadata import (
 )
 from checkpoints.hf.safetensors_writer import SHARD_BYTES, TensorWriter
 from checkpoints.hf.tensors import experts_are_fused, tensors
-from checkpoints.locations import RECORD, run_directory
+from checkpoints.locations import HF_RECORD, run_directory
 from checkpoints.streamed import StreamedReader, StreamedWriter
 from checkpoints.trees import by_path
 from data.tokenizer_files import load_tokenizer
@@ -147,7 +147,7 @@ def source_of_run(path: Path, model: ModelConfig) -> ExportSource:
         parts = tensor.slices_of(start, stop)
         return tensor.encode([reader.read(part.leaf, part.index) for part in parts])
 
-    record = workdir / RECORD
+    record = workdir / HF_RECORD
     return ExportSource(
         model=model,
         rows=rows,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from errors import UserError
 
-HF = "hf:"  # the beginning of the name of a Hugging Face checkpoint
+HF_PREFIX = "hf:"  # the beginning of the name of a Hugging Face checkpoint
 # The part of a workdir with what a Hugging Face checkpoint has besides tensors, see hf/metadata.py.
-RECORD = "hf"
+HF_RECORD = "hf"
 
 
 def hf_directory(path: str | Path) -> Path | None:
@@ -15,9 +15,9 @@ def hf_directory(path: str | Path) -> Path | None:
     Raises:
       UserError: there is no such directory.
     """
-    if not str(path).startswith(HF):
+    if not str(path).startswith(HF_PREFIX):
         return None
-    directory = Path(str(path)[len(HF) :])
+    directory = Path(str(path)[len(HF_PREFIX) :])
     if not directory.is_dir():
         raise UserError(f"{path}: no such directory")
     return directory

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from checkpoints.locations import RECORD, hf_directory, run_directory
+from checkpoints.locations import HF_RECORD, hf_directory, run_directory
 from errors import UserError
 from experiment.model_source import with_hf_fields, with_recorded_model
 from experiment.renamed import new_name, new_name_in
@@ -53,7 +53,7 @@ def with_checkpoint_fields(config: ConfigDict, overrides: Sequence[str]) -> Conf
     directory = hf_directory(origin)
     if directory is not None:
         return with_overrides(with_hf_fields(config, directory), overrides)
-    if origin and (run_directory(origin) / RECORD).exists():
+    if origin and (run_directory(origin) / HF_RECORD).exists():
         recorded = recorded_config(run_directory(origin))
         return with_overrides(with_recorded_model(config, recorded), overrides)
     return config

@@ -28,7 +28,7 @@ from checkpoints.convert import (
     source_of_run,
 )
 from checkpoints.hf.checkpoint import HFCheckpoint
-from checkpoints.locations import HF, hf_directory, run_directory
+from checkpoints.locations import HF_PREFIX, hf_directory, run_directory
 from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.command_line import Flag, command
@@ -55,13 +55,13 @@ def run(to: str, dtype: str, **source: str) -> None:
     origin = source["from"]
     if not origin or not to:
         raise UserError("--from and --to are both needed, such as --from=hf:DIR --to=runs/model")
-    if not origin.startswith(HF) and not to.startswith(HF):
+    if not origin.startswith(HF_PREFIX) and not to.startswith(HF_PREFIX):
         raise UserError(
             f"--from={origin} --to={to}: one of the two must be a Hugging Face checkpoint, hf:DIR"
         )
-    if to.startswith(HF):
+    if to.startswith(HF_PREFIX):
         blocks = _Shown(f"{origin} to {to}")
-        count = export_checkpoint(_export_source(origin), Path(to[len(HF) :]), dtype, blocks)
+        count = export_checkpoint(_export_source(origin), Path(to[len(HF_PREFIX) :]), dtype, blocks)
         print(f"{to}: {count:,} tensors")
     else:
         _into_workdir(origin, Path(to), dtype)
@@ -98,7 +98,7 @@ def _config_of(origin: str) -> Config:
 
 
 def _hf_checkpoint(origin: str, config: Config) -> HFCheckpoint:
-    return HFCheckpoint(Path(origin[len(HF) :]), config.model)
+    return HFCheckpoint(Path(origin[len(HF_PREFIX) :]), config.model)
 
 
 class _Shown:

@@ -14,7 +14,7 @@ import numpy as np
 from checkpoints.hf.config import config_json, model_fields
 from checkpoints.hf.config_keys import field_of
 from checkpoints.hf.safetensors import DTYPE_NAMES, DTYPES, TensorFiles
-from checkpoints.locations import RECORD, hf_directory, run_directory
+from checkpoints.locations import HF_RECORD, hf_directory, run_directory
 from data.tokenizer_files import load_tokenizer
 from files import read_json, replacing, write_json
 from model.config import ModelConfig
@@ -39,22 +39,22 @@ def keep_record(directory: Path, workdir: Path, dtypes: Mapping[str, np.dtype]) 
         "from": str(directory.resolve()),
         "tensors": {name: DTYPE_NAMES[dtype] for name, dtype in dtypes.items()},
     }
-    with replacing(workdir / RECORD) as target:
+    with replacing(workdir / HF_RECORD) as target:
         _copy(_other_files(directory), target)
         write_json(target / TENSOR_RECORD, record, indent=1)
 
 
 def inherit_record(origin: str, workdir: Path) -> None:
     """Gives a run that starts from hf:DIR, or from a run with a record, that record too."""
-    if (workdir / RECORD).exists():
+    if (workdir / HF_RECORD).exists():
         return
     directory = hf_directory(origin)
     if directory is not None:
         keep_record(directory, workdir, TensorFiles(directory).dtypes)
         return
-    record = run_directory(origin) / RECORD
+    record = run_directory(origin) / HF_RECORD
     if record.exists():
-        with replacing(workdir / RECORD) as target:
+        with replacing(workdir / HF_RECORD) as target:
             _copy(sorted(record.iterdir()), target)
 
 
@@ -119,7 +119,7 @@ def write_other_files(
 
 
 def _tensor_record(workdir: Path) -> dict[str, Any]:
-    record = workdir / RECORD / TENSOR_RECORD
+    record = workdir / HF_RECORD / TENSOR_RECORD
     return read_json(record) if record.exists() else {}
 
 

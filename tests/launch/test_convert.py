@@ -166,13 +166,13 @@ def test_stopped_and_run_again(tmp_path, monkeypatch):
     # What was under way when it stopped is written again, and nothing else.
     assert len(written[StreamedWriter]) - first < len(TensorFiles(GOLDEN / case).tensors) + 20
 
-    monkeypatch.setattr(convert, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr("checkpoints.convert.SHARD_BYTES", 60_000)
     stop_after(TensorWriter, 50)
     with pytest.raises(KeyboardInterrupt):
         convert.run(to=f"hf:{tmp_path / 'back'}", dtype="", **{"from": str(tmp_path / "workdir")})
     assert not (tmp_path / "back" / "config.json").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(convert, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr("checkpoints.convert.SHARD_BYTES", 60_000)
     convert.run(to=f"hf:{tmp_path / 'back'}", dtype="", **{"from": str(tmp_path / "workdir")})
     before, after = TensorFiles(GOLDEN / case), TensorFiles(tmp_path / "back")
     assert all(before.read(name).tobytes() == after.read(name).tobytes() for name in before.tensors)
