@@ -1,6 +1,9 @@
 """From a config to batches, as one grain dataset whose cursor can be saved.
 
-source -> split -> shuffle -> mix -> encode (tokens, FIM, copies, chat) -> pack -> batch
+A document goes through these steps, each in the file of its name:
+
+    sources -> documents (split) -> shuffle, mix -> encoding (tokens, FIM, copies, chat)
+    -> packing (rows, batches) -> prefetch
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Source strings, as configs/base.py documents them, opened as sources of documents."""
+"""Source strings, as `DataConfig.sources` documents them, opened as sources of documents."""
 
 import difflib
 

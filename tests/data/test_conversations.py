@@ -90,7 +90,7 @@ def test_messages_reach_the_template_unchanged(config, checkpoint, monkeypatch, 
 
 
 def test_ids_in_a_batch_are_those_of_the_conversation(config, checkpoint, tmp_path):
-    """Each segment is a conversation as its template wrote it; the assistant's turns are targets."""
+    """Each segment is a conversation as its template wrote it; the targets are the assistant's."""
     directory = checkpoint("chatml")
     tokenizer = load_tokenizer(directory)
     chats = [
