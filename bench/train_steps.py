@@ -20,8 +20,9 @@ from typing import NamedTuple
 import jax
 
 from errors import UserError
-from experiment.command_line import Flag, command
-from experiment.config_files import Source
+from experiment.command_line import command
+from experiment.config_files import ConfigSource
+from experiment.flags import Flag
 from experiment.schema import parse as parse_config
 from model.sharding import MESH_AXES, make_mesh
 from plan.hlo import Computation, executions, parse
@@ -89,7 +90,7 @@ def step_of(name: str, stage: str, layers: int) -> Step:
 def compile_step(step: Step) -> jax.stages.Compiled:
     """Compiles a step for the first devices of its topology."""
     overrides = tuple(f"--config.{override}" for override in step.overrides)
-    config = parse_config(Source("configs/deepseek_v32.py", overrides).read())
+    config = parse_config(ConfigSource("configs/deepseek_v32.py", overrides).read())
     mesh = make_mesh(config.mesh, topology_devices(step.topology)[: step.devices])
     with jax.set_mesh(mesh):
         program = train_program(config.model, config.train, config.data, mesh)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import jax
 import numpy as np
 
-from experiment.config_files import Source
+from experiment.config_files import ConfigSource
 from experiment.schema import Config, parse
 from train.state import count_parameters
 
@@ -20,7 +20,9 @@ REPEATS = 10
 
 def workload(*overrides: str) -> Config:
     """Returns configs/tiny_dsv3.py with FIELD=VALUE overrides, such as "data.seq_len=64"."""
-    return parse(Source(CONFIG, tuple(f"--config.{override}" for override in overrides)).read())
+    return parse(
+        ConfigSource(CONFIG, tuple(f"--config.{override}" for override in overrides)).read()
+    )
 
 
 def random_tokens(seed: int, rows: int, columns: int, vocab_size: int) -> np.ndarray:
