@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
-from kernels import indexer_kl, sparse_attention
+from kernels import indexer_kl, indexer_kl_calls, sparse_attention
 from kernels.bitmask import LANES, words
 from kernels.selection import select_tpu
 
@@ -197,7 +197,7 @@ def loss_works(L: int, heads: int, device_kind: str) -> list[Work]:
         L // queries * -(-L // indexer_kl.KEYS_AT_ONCE),
     )
     groups, h, mask, row = (
-        -(-heads // indexer_kl.HEADS_AT_ONCE),
+        -(-heads // indexer_kl_calls.HEADS_AT_ONCE),
         2 * stored(H),
         queries * MASK,
         queries * ROW,

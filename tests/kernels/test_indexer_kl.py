@@ -65,7 +65,7 @@ def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
 @pytest.mark.parametrize("kind", ["kernel", "reference"])
 def test_it_is_the_definition_and_its_gradient(shape, share, tiles, heads, kind, monkeypatch):
     monkeypatch.setattr("kernels.indexer_kl.KEYS_AT_ONCE", tiles.keys)  # two calls or three
-    monkeypatch.setattr("kernels.indexer_kl.HEADS_AT_ONCE", heads)
+    monkeypatch.setattr("kernels.indexer_kl_calls.HEADS_AT_ONCE", heads)
     attention, indexer, among_BTS, some_BTS, p_BTS = made(*shape, share)
     by_tile = {
         "kernel": lambda *given: total_kl_tpu(*given, tiles._replace(interpret=STRICT)),
@@ -133,10 +133,10 @@ def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
 
     *together, kl = graded()
     monkeypatch.setattr("kernels.tiles.TABLE_BYTES", 8 * 4)
-    called, loss = [], kernels._loss
+    called, loss = [], kernels.loss_and_gradients
     monkeypatch.setattr(
         kernels,
-        "_loss",
+        "loss_and_gradients",
         lambda tables, *given: called.append(tables[0].shape[0]) or loss(tables, *given),
     )
     *one_by_one, same_kl = graded()
@@ -155,7 +155,7 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
     gradients of q and w or k are rounded
     once more at their end: each by 2^-9 of itself at most.
     """
-    monkeypatch.setattr("kernels.indexer_kl.HEADS_AT_ONCE", 2)
+    monkeypatch.setattr("kernels.indexer_kl_calls.HEADS_AT_ONCE", 2)
     monkeypatch.setattr("kernels.indexer_kl.KEYS_AT_ONCE", 128)
     (q_BNTH, k_BNSH, _), indexer, among_BTS, some_BTS, _ = made(1, 4, 200, 8, 2, 8, 0.5)
     *attended, q_BTIC, k_BSC = (
@@ -207,7 +207,7 @@ def test_two_cores_do_not_race():
     given = attention, *indexer, pack(among_BTS), pack(some_BTS)
     two_cores = dataclasses.replace(STRICT, num_cores_or_threads=2)
     results = [
-        kernels._with_gradients(*given, Tiles(128, 128, interpret), "")
+        kernels._value_and_gradients(*given, Tiles(128, 128, interpret), "")
         for interpret in (STRICT, two_cores)
     ]
     jax.tree.map(np.testing.assert_array_equal, *results)
