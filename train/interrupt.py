@@ -1,16 +1,17 @@
-"""Asked to stop (SIGTERM of a scheduler, Ctrl-C), a run finishes its step, saves and ends well."""
+"""A run that is asked to stop (by a scheduler's SIGTERM or Ctrl-C) finishes its step and saves."""
 
 import signal
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 
 class Interrupt:
-    """Within it, the first SIGTERM or SIGINT only asks; the second does what it always did.
+    """Turns the first SIGTERM or SIGINT into a request; the second acts as it does without this.
 
-    With several processes the schedulers' SIGTERM alone is caught, and by JAX itself: a process
-    that gets it tells the others, and all stop after the same step. Needs the main thread.
+    With several processes SIGTERM alone is caught, and by JAX itself: a process that gets it tells
+    the others, and all stop after the same step. It must be entered in the main thread.
 
         with Interrupt() as interrupt:
             for step in ...:
@@ -21,11 +22,12 @@ class Interrupt:
 
     def __init__(self):
         self._asked = False
-        self._handlers: dict[int, signal.Handlers] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save now and stop. To be called after every step, by all processes alike: the
-        first time it is True, it is so on all of them.
+        """Returns whether to save now and stop.
+
+        All processes must call it after every step: when it is first true, it is so on all of them.
 
         Args:
           step: optimizer steps done.

@@ -1,10 +1,7 @@
-"""What a run measured: `metrics.jsonl`, one line a step, for programs and people; the same scalars
-for TensorBoard.
-"""
+"""What a run measured: `metrics.jsonl`, one line a step, and the same scalars for TensorBoard."""
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,23 +12,29 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from errors import UserError
+from files import write_text
 
 
 class Metrics:
-    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`; on processes other than the
-    first it does nothing.
+    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`.
+
+    On processes other than the first it does nothing.
 
     Args:
-      workdir: of the run, created if need be.
-      stage: what the lines are of ("pretrain", "reinforce", ...); stages may share a workdir.
-      resume_step: the step the run goes on from, 0 when it starts afresh. Later lines of this stage
-        were written by a run that died after its
-        last checkpoint, and are dropped; from 0, all of them. None keeps every line.
+      workdir: the run's working directory, created if need be.
+      phase: what the lines are of ("pretrain", "reinforce", ...); their key is "stage". Phases may
+        share a workdir.
+      resume_step: the step the run goes on from, 0 when it starts afresh. Later lines of this phase
+        were written by a run that died after its last checkpoint, and are dropped; from 0, all of
+        them. None keeps every line.
+
+    Raises:
+      UserError: the workdir cannot be written to.
     """
 
-    def __init__(self, workdir: Path, stage: str, resume_step: int | None = None):
+    def __init__(self, workdir: Path, phase: str, resume_step: int | None = None):
         self.path = Path(workdir) / "metrics.jsonl"
-        self.stage = stage
+        self.phase = phase
         self._file = None
         if jax.process_index() != 0:
             return
@@ -40,12 +43,11 @@ class Metrics:
             if self.path.exists():
                 self._drop_lines_after(resume_step)
             self._file = self.path.open("a", encoding="utf-8")
-            purge = None if resume_step is None else resume_step + 1
             self._tensorboard = SummaryWriter(
                 str(self.path.parent / "tensorboard"),
-                purge_step=purge,
+                purge_step=None if resume_step is None else resume_step + 1,
                 flush_secs=10,
-                filename_suffix=f".{stage}",
+                filename_suffix=f".{phase}",
             )
         except OSError as failure:
             raise UserError(f"{self.path}: cannot write: {failure.strerror}") from failure
@@ -55,8 +57,8 @@ class Metrics:
 
         Args:
           step: optimizer steps done.
-          values: name -> number, array (of JAX's or numpy's) or string. What is not finite is
-            written as null; TensorBoard gets the scalars.
+          values: name -> number, JAX or numpy array, or string. What is not finite is written as
+            null; TensorBoard gets the scalars.
 
         Raises:
           UserError: the disk is full, or the like.
@@ -64,17 +66,18 @@ class Metrics:
         if self._file is None:
             return
         plain = {name: _plain(value) for name, value in values.items()}
-        line = {"step": int(step), "stage": self.stage, "time": round(time.time(), 3)} | plain
+        line = {"step": int(step), "stage": self.phase, "time": round(time.time(), 3)} | plain
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
             for name, value in plain.items():
                 if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(f"{self.stage}/{name}", value, int(step))
+                    self._tensorboard.add_scalar(f"{self.phase}/{name}", value, int(step))
         except OSError as failure:
             raise UserError(f"{self.path}: cannot write: {failure.strerror}") from failure
 
     def close(self) -> None:
+        """Closes both files."""
         if self._file is not None:
             self._file.close()
             self._tensorboard.close()
@@ -86,22 +89,22 @@ class Metrics:
         self.close()
 
     def _drop_lines_after(self, step: int | None) -> None:
-        """Rewrites the file without this stage's lines after `step`, and without a last line that
-        was cut short.
+        """Rewrites the file without this phase's lines after `step`.
+
+        A last line that was cut short goes too.
         """
         kept = [
             line
             for line in _read_lines(self.path)
-            if step is None or line.get("stage") != self.stage or line["step"] <= step > 0
+            if step is None or line.get("stage") != self.phase or line["step"] <= step > 0
         ]
-        rewritten = self.path.with_suffix(".jsonl.tmp")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(rewritten, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, in order; null is NaN again. A last line that was cut short
-    is left out.
+    """Returns the lines of a `metrics.jsonl`, in order.
+
+    Null is NaN again. A last line that was cut short is left out.
 
     Raises:
       UserError: no such file, or a line that is no JSON object.
@@ -130,7 +133,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Python's numbers and lists of them, None for what is not finite."""
+    """Returns Python's numbers and lists of them, None for what is not finite."""
     if isinstance(value, str | bool | int):
         return value
     if isinstance(value, list | tuple):

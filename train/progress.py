@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a plain line now and then in a log."""
+"""How far a run is: a bar on a terminal, a plain line every few seconds in a log."""
 
 import time
 from collections import deque
@@ -16,16 +16,17 @@ WINDOW = 50  # updates the speed is measured over
 
 
 class Progress:
-    """Shows step, values, speed and time left. As a context manager; on processes other than the
-    first it only measures.
+    """Shows step, values, speed and time left, as a context manager.
+
+    On processes other than the first it only measures.
 
     Args:
       total: steps of the run.
       label: its name.
       unit: what the speed counts.
       every: seconds between two lines where there is no terminal.
-      console: where to.
-      clock: seconds, of any origin.
+      console: where they are printed; the standard output by default.
+      clock: returns seconds, from any origin.
     """
 
     def __init__(
@@ -35,15 +36,14 @@ class Progress:
         unit: str = "tokens",
         every: float = 10.0,
         console: Console | None = None,
-        clock: Callable = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.total, self.label, self.unit = total, escape(label), unit
         self._console = console or Console()
         self._clock = clock
-        self._recent: deque[tuple[float, int, int]] = deque(
-            maxlen=WINDOW + 1
-        )  # (time, step, units of this update)
-        self._shown = -every
+        # (time, step, units of this update)
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=WINDOW + 1)
+        self._shown_at = -every
         self._first = jax.process_index() == 0
         self._bar = None
         if self._first and self._console.is_terminal:
@@ -58,7 +58,7 @@ class Progress:
         self._every = 0.2 if self._bar else every
 
     def update(self, step: int, values: Mapping[str, Any], tokens: int) -> None:
-        """Says that `step` is done.
+        """Notes that `step` is done, and shows it if the last line is old enough.
 
         Args:
           step: steps done, of total.
@@ -68,9 +68,9 @@ class Progress:
         """
         now = self._clock()
         self._recent.append((now, step, tokens))
-        if not self._first or (now - self._shown < self._every and step != self.total):
+        if not self._first or (now - self._shown_at < self._every and step != self.total):
             return
-        self._shown = now
+        self._shown_at = now
         text = "  ".join(
             [f"{name} {float(value):.4g}" for name, value in values.items()] + self._speed()
         )
@@ -83,8 +83,9 @@ class Progress:
 
     @property
     def tokens_per_s(self) -> float:
-        """Over the last updates. The first step compiles, so the clock starts when it is done: 0
-        until the second is.
+        """The speed over the last updates, in units per second.
+
+        The first step compiles, so the clock starts when it is done: it is 0 until the second is.
         """
         start, *later = self._recent or [(0.0, 0, 0)]
         return sum(tokens for _, _, tokens in later) / (later[-1][0] - start[0]) if later else 0.0

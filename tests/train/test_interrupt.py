@@ -37,17 +37,19 @@ from pathlib import Path
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import grain
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from train.checkpoint import Checkpoints
+from checkpoints.training import Checkpoints
 from train.interrupt import Interrupt
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
 here = NamedSharding(mesh, P("fsdp"))
 state = {"w": jax.device_put(jnp.arange(8.0), here)}
-data = iter(grain.MapDataset.range(jax.process_index() * 1000, jax.process_index() * 1000 + 999).to_iter_dataset())
+start = jax.process_index() * 1000
+data = iter(grain.MapDataset.range(start, start + 999).to_iter_dataset())
 add = jax.jit(lambda state, x: {"w": state["w"] + 1}, donate_argnums=0)
 with Checkpoints(Path(sys.argv[3]), keep=1) as checkpoints, Interrupt() as interrupt:
     first = checkpoints.latest() or 0
     if first:
-        state = checkpoints.restore({"w": jax.ShapeDtypeStruct((8,), "float32", sharding=here)}, data)
+        abstract = {"w": jax.ShapeDtypeStruct((8,), "float32", sharding=here)}
+        state = checkpoints.restore(abstract, data)
     for step in range(first + 1, 500):
         state = add(state, next(data))
         time.sleep(0.05)
@@ -56,7 +58,8 @@ with Checkpoints(Path(sys.argv[3]), keep=1) as checkpoints, Interrupt() as inter
         if interrupt.stop_requested(step):
             break
     checkpoints.save(step, state, data)
-print("stopped after", first, step, float(state["w"].addressable_shards[0].data[0]), next(data), flush=True)
+weight = float(state["w"].addressable_shards[0].data[0])
+print("stopped after", first, step, weight, next(data), flush=True)
 """
 
 
@@ -94,6 +97,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on(tmp_path):
             ]
         )
     for i, (first, second) in enumerate(zip(*ended, strict=True)):
-        assert first[1] == ended[0][0][1] and second[0] == first[1]
+        assert first[1] == ended[0][0][1]
+        assert second[0] == first[1]
         for _, step, weight, following in (first, second):
             assert weight == 4 * i + step and following == 1000 * i + step

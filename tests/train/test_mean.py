@@ -28,7 +28,7 @@ def test_value_divides_by_the_weight_whatever_its_size(weights, expected):
 
 
 def test_the_host_divides_by_the_same_rule():
-    """In double precision: what was added up in float32 on the device is divided without rounding."""
+    """It divides in double precision what was added up in float32 on the device."""
     on_host = jax.tree.map(float, mean_of([1.0, 0.0], [1.0, 2.0]))
     assert isinstance(on_host.value, float) and on_host.value == 1 / 3
     assert Mean(0.0, 0.0).value == 0.0

@@ -15,10 +15,9 @@ from errors import UserError
 from train.metrics import Metrics, read_metrics
 
 
-def steps(workdir, stage="pretrain"):
-    return [
-        line["step"] for line in read_metrics(workdir / "metrics.jsonl") if line["stage"] == stage
-    ]
+def steps(workdir, phase="pretrain"):
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return [line["step"] for line in lines if line["stage"] == phase]
 
 
 def test_any_kind_of_number_becomes_strict_json(tmp_path):
@@ -42,21 +41,21 @@ def test_any_kind_of_number_becomes_strict_json(tmp_path):
     line = json.loads((tmp_path / "new" / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert abs(line.pop("time") - time.time()) < 60
     assert line == {
-        "step": 10, "stage": "pretrain", "loss": 1.2, "half": 0.5, "double": 0.1, "count": 3, "nan": None, "inf": None,
-        "load": [[1.0, 0.5], [None, 2.0]], "list": [1.5, 2.5, None], "name": "dr_grpo",
+        "step": 10, "stage": "pretrain", "loss": 1.2, "half": 0.5, "double": 0.1, "count": 3,
+        "nan": None, "inf": None, "load": [[1.0, 0.5], [None, 2.0]], "list": [1.5, 2.5, None],
+        "name": "dr_grpo",
     }  # fmt: skip
     assert math.isnan(read_metrics(tmp_path / "new" / "metrics.jsonl")[0]["nan"])
 
 
 def test_numbers_keep_every_bit(tmp_path):
-    numbers = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * np.float32(
-        10.0
-    ) ** np.arange(-40, 35).repeat(14)[:1000].astype(np.float32)
+    exponents = np.arange(-40, 35).repeat(14)[:1000].astype(np.float32)
+    normal = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    numbers = normal * np.float32(10.0) ** exponents
     with Metrics(tmp_path, "x") as metrics:
         metrics.write(1, {"numbers": numbers})
-    np.testing.assert_array_equal(
-        np.float32(read_metrics(tmp_path / "metrics.jsonl")[0]["numbers"]), numbers
-    )
+    found = read_metrics(tmp_path / "metrics.jsonl")[0]["numbers"]
+    np.testing.assert_array_equal(np.asarray(found, np.float32), numbers)
 
 
 def test_lines_are_there_at_once(tmp_path):
@@ -70,20 +69,15 @@ def test_lines_are_there_at_once(tmp_path):
 def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path):
     with Metrics(tmp_path, "warmup") as metrics:
         metrics.write(99, {"loss": 0.0})
-    for resume_step, first in (
-        (0, 0),
-        (0, 0),
-        (6, 7),
-    ):  # the second died before its first checkpoint
+    # The second died before its first checkpoint.
+    for resume_step, first in ((0, 0), (0, 0), (6, 7)):
         with Metrics(tmp_path, "pretrain", resume_step=resume_step) as metrics:
             for step in range(first, 10):
                 metrics.write(step, {"loss": float(resume_step)})
     assert steps(tmp_path) == list(range(10))
-    assert [
-        line["loss"]
-        for line in read_metrics(tmp_path / "metrics.jsonl")
-        if line["stage"] == "pretrain"
-    ] == [0.0] * 7 + [6.0] * 3
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if line["stage"] == "pretrain"]
+    assert losses == [0.0] * 7 + [6.0] * 3
     assert steps(tmp_path, "warmup") == [99]
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
 
