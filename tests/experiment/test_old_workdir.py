@@ -3,9 +3,9 @@
 old_workdir/ has what the code before the renaming (commit 9ba7c40) made, with conftest's flags of
 XLA and old_workdir/config.py:
 
-    workdir.tar.gz  launch.pretrain --config=config.py --workdir=W, two steps of sparse training
+    workdir.tar.gz  W of launch.pretrain --config=config.py --workdir=W: two steps, sparse
     expected.json   "sample": launch.sample --workdir=W --chat="1+1?" --config.sampling.max_new=24
-                    "evaluation": evaluation.json of launch.evaluate --workdir=W, infilling and recall
+                    "evaluation": launch.evaluate --workdir=W, its infilling and recall
                     "resumed": metrics of launch.pretrain ... --config.train.steps=3, times left out
 """
 
