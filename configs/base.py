@@ -17,11 +17,11 @@ Fields of the model have the names of Hugging Face's config.json wherever it has
 `python -m launch.fields` prints them all, or those of one section.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from experiment.schema import default_config
 
 
-def get_config() -> ConfigDict:
-    """Returns the defaults of every field."""
+def get_config() -> Any:
+    """Returns the defaults of every field, a ConfigDict: type checkers cannot know its fields."""
     return default_config()

@@ -59,8 +59,8 @@ class Config:
         )
 
 
-def default_config() -> ConfigDict:
-    """Returns the defaults of every field, as a ConfigDict that may be changed."""
+def default_config() -> Any:
+    """Returns the defaults of every field, a ConfigDict: type checkers cannot know its fields."""
     return ConfigDict(dataclasses.asdict(Config()))
 
 
