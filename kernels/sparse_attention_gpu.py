@@ -47,7 +47,6 @@ class Tiles(NamedTuple):
     interpret: Any = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_gpu(
     q_BNTH: Array, k_BNSH: Array, v_BNSV: Array, bits_BTW: Array, tiles: Tiles = Tiles()
 ) -> tuple[Array, Array]:
@@ -69,6 +68,13 @@ def attend_gpu(
     Raises TypeError for another dtype: wgmma multiplies no float32. Raises UserError for wider
     heads.
     """
+    return _attend(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(
+    q_BNTH: Array, k_BNSH: Array, v_BNSV: Array, bits_BTW: Array, tiles: Tiles
+) -> tuple[Array, Array]:
     return _forward(q_BNTH, k_BNSH, v_BNSV, bits_BTW, tiles)[0]
 
 
@@ -125,7 +131,7 @@ def _backward(tiles: Tiles, saved: tuple[Array, ...], cotangents: tuple[Array, A
     return dq[:, :, :T, :H], dk[:, :, :S, :H], dv[:, :, :S, :V], None
 
 
-attend_gpu.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _whole_blocks(name: str, x: Array, tiles: Tiles) -> Array:

@@ -1,5 +1,6 @@
-"""A matmul per group: values and gradients against the definition. megablox runs in Pallas'
-interpreter, which fills memory with NaN and watches for races.
+"""A matmul for each group of rows equals its definition, in values and gradients.
+
+megablox runs in Pallas' interpreter, which fills memory with NaN and watches for races.
 """
 
 import functools
@@ -17,16 +18,8 @@ pytestmark = pytest.mark.usefixtures("no_races")
 
 WATCHED = functools.partial(megablox, tiles=Tiles(128, STRICT))
 COUNTS = {
-    "uneven": (
-        0,
-        7,
-        130,
-        51,
-        0,
-        1,
-        # empty groups first and between, groups that begin and end inside a tile, and rows that are
-        # nobody's
-    ),
+    # empty groups first and between, groups that begin and end inside a tile, rows of no group
+    "uneven": (0, 7, 130, 51, 0, 1),
     "one": (0, 0, 260, 0, 0, 0),  # all rows are one group's
     "whole tiles": (128, 0, 0, 128, 0, 0),
     "none": (0, 0, 0, 0, 0, 0),
@@ -50,7 +43,7 @@ def graded(matmul, x_SD, w_EDF, counts_E, dy_SF):
 
 
 def made(S: int, D: int, F: int, counts: tuple[int, ...], dtype):
-    """(operands, the same with NaN in the rows that are nobody's)."""
+    """Makes the operands, and the same with NaN in the rows that belong to no group."""
     rng = np.random.default_rng(0)
     x_SD, w_EDF, dy_SF = (
         rng.normal(size=shape).astype(np.float32) for shape in ((S, D), (len(counts), D, F), (S, F))
@@ -61,53 +54,53 @@ def made(S: int, D: int, F: int, counts: tuple[int, ...], dtype):
         jnp.asarray(counts, jnp.int32),
         jnp.asarray(dy_SF, dtype),
     )
-    nobody_S1 = np.arange(S)[:, None] >= sum(counts)
+    ungrouped_S1 = np.arange(S)[:, None] >= sum(counts)
     dirty = (
-        jnp.where(nobody_S1, jnp.nan, clean[0]),
+        jnp.where(ungrouped_S1, jnp.nan, clean[0]),
         *clean[1:3],
-        jnp.where(nobody_S1, jnp.nan, clean[3]),
+        jnp.where(ungrouped_S1, jnp.nan, clean[3]),
     )
     return clean, dirty
 
 
-def somebodys(graded, counts: tuple[int, ...]):
-    """Without the rows that are nobody's."""
+def grouped_rows(graded, counts: tuple[int, ...]):
+    """Leaves out the rows that belong to no group."""
     out_SF, dx_SD, dw_EDF = graded
     return out_SF[: sum(counts)], dx_SD[: sum(counts)], dw_EDF
 
 
 @pytest.mark.parametrize("load", COUNTS)
 def test_megablox_is_the_definition(load):
-    """Widths that are cut and that no tile divides: 520 into two of 384, and 130 as it is."""
+    """The widths are cut, and no tile divides them: 520 into two of 384, and 130 as it is."""
     clean, dirty = made(260, 520, 130, COUNTS[load], jnp.float32)
-    found = somebodys(graded(WATCHED, *dirty), COUNTS[load])
-    tiny.assert_close(
-        found, somebodys(graded(by_definition, *clean), COUNTS[load]), rtol=1e-5, atol=1e-3
-    )  # up to 520 float32 products in another order
+    found = grouped_rows(graded(WATCHED, *dirty), COUNTS[load])
+    expected = grouped_rows(graded(by_definition, *clean), COUNTS[load])
+    # Up to 520 float32 products in another order.
+    tiny.assert_close(found, expected, rtol=1e-5, atol=1e-3)
     assert not np.any(found[2][np.asarray(COUNTS[load]) == 0]), "groups without rows"
 
 
 def test_megablox_sums_bfloat16_in_float32():
     clean, dirty = made(260, 72, 40, COUNTS["uneven"], jnp.bfloat16)
-    found = somebodys(graded(WATCHED, *dirty), COUNTS["uneven"])
+    found = grouped_rows(graded(WATCHED, *dirty), COUNTS["uneven"])
     assert {leaf.dtype for leaf in found} == {jnp.dtype(jnp.bfloat16)}
     wide = (leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf for leaf in clean)
-    exact = somebodys(graded(by_definition, *wide), COUNTS["uneven"])
-    # Rounded once, at the end: half of the last of 8 bits. Sums in bfloat16 would be off by many
-    # times that.
+    exact = grouped_rows(graded(by_definition, *wide), COUNTS["uneven"])
+    # A sum is rounded once, at the end: by half of the last of 8 bits. Sums in bfloat16 would be
+    # off by many times that.
     tiny.assert_close(
         tuple(leaf.astype(jnp.float32) for leaf in found), exact, rtol=2**-8, atol=1e-4
     )
 
 
 def test_tokamax_is_the_definition():
-    """On CPU it has XLA's implementation alone: what is tested is how it is called."""
+    """On CPU it has only XLA's implementation: what is tested is how it is called."""
     pytest.importorskip(
         "tokamax", reason="optional: pip install tokamax, with Python 3.12 or newer"
     )
     clean, _ = made(260, 72, 40, COUNTS["uneven"], jnp.float32)
     found, expected = (
-        somebodys(graded(matmul, *clean), COUNTS["uneven"])
+        grouped_rows(graded(matmul, *clean), COUNTS["uneven"])
         for matmul in (functools.partial(tokamax, kernels="xla"), by_definition)
     )
     tiny.assert_close(found, expected, rtol=1e-5, atol=1e-3)
@@ -120,7 +113,6 @@ def test_tiles_fit_and_waste_little():
             assert width <= most and (
                 width == size or (width % 128 == 0 and -(-size // width) * width <= 1.1 * size)
             )
-    assert [tile_rows(share) for share in (1, 300, 1_024, 99_999)] == [128, 128, 512, 512]
-    assert all(
-        tile_rows(share) / 2 <= share / 4 for share in range(256, 5_000)
-    )  # half a tile of padding a group
+    assert [tile_rows(mean) for mean in (1, 300, 1_024, 99_999)] == [128, 128, 512, 512]
+    # A group has half a tile of padding on average.
+    assert all(tile_rows(mean) / 2 <= mean / 4 for mean in range(256, 5_000))
