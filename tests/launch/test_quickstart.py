@@ -1,10 +1,12 @@
-"""The whole road at its smallest, as a person runs it: one command in a process of its own."""
+"""The quickstart at its smallest, as a person runs it: one command in a process of its own."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = {
@@ -41,20 +43,22 @@ def launch(command: str, *flags: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_whole_road(tmp_path):
-    done = launch("quickstart", "--config=tests/launch/tiny_road.py", f"--workdir={tmp_path}")
+@pytest.mark.command
+def test_every_phase_runs_and_its_models_write(tmp_path):
+    done = launch("quickstart", "--config=tests/launch/tiny_quickstart.py", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["pretrain"].keys() >= PRETRAIN
+    assert {"validation_lm", "validation_mtp_1"} <= summary["pretrain"].keys()
     assert summary["indexer"].keys() >= {"recall", "recall_random", "topk", "context"}
     assert summary["reinforce"].keys() >= REINFORCE
     assert summary.keys() >= {"seconds", "devices", "versions"}
     assert 0 < summary["indexer"]["recall_random"] < 1
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    for stage in ("pretrain", "warmup", "sparse", "finetune", "reinforce"):
-        assert (tmp_path / stage / "checkpoints" / "2").is_dir()
-        assert (tmp_path / stage / "metrics.jsonl").exists()
-        assert list((tmp_path / stage / "tensorboard").iterdir())
+    for phase in ("pretrain", "warmup", "sparse", "finetune", "reinforce"):
+        assert (tmp_path / phase / "checkpoints" / "2").is_dir()
+        assert (tmp_path / phase / "metrics.jsonl").exists()
+        assert list((tmp_path / phase / "tensorboard").iterdir())
 
     sampled = launch(
         "sample",

@@ -1,6 +1,4 @@
-"""The training commands themselves, on a tiny model: stop and resume, bad gradients, whose workdir
-it is.
-"""
+"""The training commands on a tiny model: stop and resume, bad gradients, whose workdir it is."""
 
 import dataclasses
 import json
@@ -13,12 +11,16 @@ import pytest
 
 from checkpoints.training import Checkpoints
 from configs import base
+from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.schema import Config, parse
-from experiment.setup import load_variables, run_variables, set_up, with_vocab_size
+from experiment.setup import run_variables, set_up, with_vocab_size
 from launch import finetune, pretrain, reinforce
 from model.sharding import make_mesh
 from train.interrupt import Interrupt
+from train.restore import load_variables
+
+pytestmark = pytest.mark.command
 
 
 def tiny(**changes) -> Config:
@@ -52,8 +54,6 @@ def tiny(**changes) -> Config:
 
 
 def final_variables(config: Config, workdir: Path) -> dict:
-    from data.tokenizer_files import load_tokenizer
-
     model = with_vocab_size(config.model, load_tokenizer(workdir / "tokenizer.json"))
     return jax.device_get(load_variables(model, make_mesh(config.mesh), workdir))
 
@@ -66,15 +66,29 @@ def losses(workdir: Path) -> list:
 
 
 def stopped_at(step: int, monkeypatch) -> None:
-    """As SIGTERM would: asked to stop during `step`."""
+    """Asks to stop during `step`, as SIGTERM would."""
     monkeypatch.setattr(Interrupt, "stop_requested", lambda self, at: at == step)
 
 
+# One step of dense training, run once: several tests start from it or look at it, and leave it as
+# it is.
+DENSE = {"train__steps": 1, "train__eval_batches": 0}
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("dense")
+    assert pretrain.run(tiny(**DENSE), workdir)
+    return workdir
+
+
+# Finetuning and reinforcement do without the MTP module, which pretraining has.
 CHAT = {"data__sources": ("task:arithmetic?count=200&style=chat",)}
+NO_MTP = {"model__num_nextn_predict_layers": 0}
 COMMANDS = {
     "pretrain": (pretrain.run, {}),
-    "finetune": (finetune.run, CHAT),
-    "reinforce": (reinforce.run, {}),
+    "finetune": (finetune.run, CHAT | NO_MTP),
+    "reinforce": (reinforce.run, NO_MTP),
 }
 
 
@@ -98,22 +112,23 @@ def test_stopped_and_resumed_is_bit_identical_to_never_stopped(name, tmp_path, m
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_a_finished_run_given_again_changes_nothing(tmp_path):
-    config = tiny(train__steps=2)
-    pretrain.run(config, tmp_path)
-    before = final_variables(config, tmp_path)
-    assert pretrain.run(config, tmp_path)
-    chex.assert_trees_all_equal(final_variables(config, tmp_path), before)
+def test_a_finished_run_given_again_changes_nothing(dense_run):
+    config = tiny(**DENSE)
+    before = final_variables(config, dense_run)
+    assert pretrain.run(config, dense_run)
+    chex.assert_trees_all_equal(final_variables(config, dense_run), before)
 
 
-def test_indexer_warmup_moves_the_indexer_alone(tmp_path):
-    pretrain.run(tiny(train__steps=1), tmp_path / "dense")
-    config = dataclasses.replace(
-        tiny(train__stage="warmup", train__steps=2, train__learning_rate=0.1),
-        init_from=str(tmp_path / "dense"),
+def test_indexer_warmup_moves_the_indexer_alone(dense_run, tmp_path):
+    warmup = tiny(
+        train__stage="warmup",
+        train__steps=2,
+        train__learning_rate=0.1,
+        train__eval_batches=0,
     )
-    pretrain.run(config, tmp_path / "warmup")
-    before, after = (final_variables(config, tmp_path / name) for name in ("dense", "warmup"))
+    config = dataclasses.replace(warmup, init_from=str(dense_run))
+    pretrain.run(config, tmp_path)
+    before, after = final_variables(config, dense_run), final_variables(config, tmp_path)
     for path, moved in jax.tree_util.tree_leaves_with_path(
         jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
     ):
@@ -121,26 +136,29 @@ def test_indexer_warmup_moves_the_indexer_alone(tmp_path):
         assert moved == ("indexer" in name), name
 
 
-def test_a_run_that_started_from_another_is_read_from_its_own_checkpoints(tmp_path):
+def test_a_run_that_started_from_another_is_read_from_its_own_checkpoints(dense_run, tmp_path):
     """As launch.evaluate and launch.sample do, with the run's own config; from `init_from` only
     where there is no checkpoint.
     """
-    pretrain.run(tiny(train__steps=1), tmp_path / "first")
-    config = dataclasses.replace(tiny(train__steps=2), init_from=str(tmp_path / "first"))
+    config = dataclasses.replace(tiny(**DENSE), init_from=str(dense_run))
     pretrain.run(config, tmp_path / "second")
-    first, second = (final_variables(config, tmp_path / name) for name in ("first", "second"))
+    first, second = (final_variables(config, path) for path in (dense_run, tmp_path / "second"))
     assert any(
         np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     )
-    begin = set_up(config, tmp_path / "second", rows=8, trains=True)
-    chex.assert_trees_all_equal(jax.device_get(run_variables(begin, tmp_path / "second")), second)
-    chex.assert_trees_all_equal(jax.device_get(run_variables(begin, tmp_path / "results")), first)
-    other = dataclasses.replace(begin, config=dataclasses.replace(config, init_from="elsewhere"))
+    setup = set_up(config, tmp_path / "second", rows=8, trains=True)
+
+    def read(init_from: str, workdir: str) -> dict:
+        return jax.device_get(run_variables(setup, init_from, tmp_path / workdir))
+
+    chex.assert_trees_all_equal(read(config.init_from, "second"), second)
+    chex.assert_trees_all_equal(read(config.init_from, "results"), first)
     with pytest.raises(
         UserError,
-        match=r"init_from = 'elsewhere': .*second has checkpoints of its own; to read 'elsewhere' give another --workdir",
+        match=r"init_from = 'elsewhere': .*second has checkpoints of its own; "
+        r"to read 'elsewhere' give another --workdir",
     ):
-        run_variables(other, tmp_path / "second")
+        read("elsewhere", "second")
 
 
 def test_gradients_that_are_never_finite_stop_the_run_with_one_line(tmp_path):
@@ -157,17 +175,15 @@ def test_gradients_that_are_never_finite_stop_the_run_with_one_line(tmp_path):
         pretrain.run(config, tmp_path)
 
 
-def test_a_workdir_of_another_config_is_refused(tmp_path):
-    pretrain.run(tiny(train__steps=1), tmp_path)
+def test_a_workdir_of_another_config_is_refused(dense_run):
     with pytest.raises(
         UserError, match=r"belongs to another config \(train.learning_rate: 0.001 there, 0.5 here\)"
     ):
-        pretrain.run(tiny(train__steps=1, train__learning_rate=0.5), tmp_path)
+        pretrain.run(tiny(**DENSE, train__learning_rate=0.5), dense_run)
 
 
-def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
-    pretrain.run(tiny(train__steps=1), tmp_path / "narrow")
-    config = dataclasses.replace(tiny(model__width=24), init_from=str(tmp_path / "narrow"))
+def test_a_checkpoint_that_does_not_fit_is_named(dense_run, tmp_path):
+    config = dataclasses.replace(tiny(model__hidden_size=24), init_from=str(dense_run))
     with pytest.raises(UserError, match=r"is \[.*\] there, \[.*\] in this config"):
         pretrain.run(config, tmp_path / "wide")
 
@@ -179,7 +195,7 @@ def test_a_mesh_that_does_not_multiply_is_refused():
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"12 rows at a time do not divide over 8 devices"):
-        pretrain.run(tiny(data__batch=12), tmp_path)
+        pretrain.run(tiny(data__batch_size=12), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""A run over two processes, as on two hosts, is the run over two devices of one: parameters,
-rollouts and held-out text lie on both.
+"""A run over two processes, as on two hosts, is the run over two devices of one.
+
+Parameters, rollouts and held-out text lie on both.
 """
 
 import json
@@ -18,14 +19,21 @@ ROOT = Path(__file__).parents[2]
 # that there is a gradient.
 SCRIPT = """
 import dataclasses
-from launch import evaluate, pretrain, reinforce
-from launch.command import command
+import rl.loop
+from experiment import runs
+from experiment.command_line import command
+
+def reward(text, answer, coefficients):
+    length = len(text.encode()) % 3 / 2
+    return length, {"answer": length, "format": 0.0}
 
 def run(config, workdir):
-    reinforce.score = lambda text, answer, weights: (len(text.encode()) % 3 / 2, {"answer": len(text.encode()) % 3 / 2, "format": 0.0})
-    pretrain.run(config, workdir / "pretrain")
-    reinforce.run(dataclasses.replace(config, init_from=config.init_from or str(workdir / "pretrain")), workdir / "reinforce")
-    evaluate.run(dataclasses.replace(config, init_from=str(workdir / "reinforce")), workdir / "evaluation")
+    rl.loop.total_reward = reward
+    runs.pretrain(config, workdir / "pretrain")
+    start = config.init_from or str(workdir / "pretrain")
+    runs.reinforce(dataclasses.replace(config, init_from=start), workdir / "reinforce")
+    start = str(workdir / "reinforce")
+    runs.evaluate(dataclasses.replace(config, init_from=start), workdir / "evaluation")
 
 command(run)
 """
@@ -35,22 +43,25 @@ from configs import base
 def get_config():
     c = base.get_config()
     c.tokenizer.kind = "bytes"
-    c.model.hidden_size, c.model.num_hidden_layers, c.model.intermediate_size, c.model.canon_kernel_size, c.model.initializer_range = 16, 2, 32, 2, 0.2
-    c.model.mla.update({"heads": 2, "query_rank": 8, "latent_rank": 8, "nope_width": 8, "rope_width": 4, "value_width": 8})
-    c.model.indexer.update({"heads": 2, "width": 8, "rope_width": 4, "topk": 8})
-    c.model.moe.update({"experts": 4, "width": 16})
+    c.model.hidden_size, c.model.num_hidden_layers, c.model.intermediate_size = 16, 2, 32
+    c.model.canon_kernel_size, c.model.initializer_range = 2, 0.2
+    c.model.mla.update({"num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8})
+    c.model.mla.update({"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8})
+    c.model.indexer.update({"n_heads": 2, "head_dim": 8, "rope_head_dim": 4, "topk": 8})
+    c.model.moe.update({"num_experts": 4, "intermediate_size": 16})
     c.data.sources, c.data.fim_sources = ("task:arithmetic?count=200",), ("task",)
     c.data.seq_len, c.data.batch_size = 128, 8
     c.mesh.data, c.mesh.fsdp = 1, 2  # parameters too are spread over the hosts
-    c.train.update({"steps": 2, "warmup_steps": 1, "log_every": 1, "eval_batches": 1, "stage": "sparse"})
-    c.sampling.update({"max_prompt": 160, "max_new": 8})
-    c.reinforce.update({"prompts": 8, "group": 2, "minibatches": 2})
+    c.train.update({"steps": 2, "warmup_steps": 1, "log_every": 1, "eval_batches": 1})
+    c.train.stage = "sparse"
+    c.sampling.update({"max_prompt_tokens": 160, "max_new_tokens": 8})
+    c.reinforce.update({"prompts_per_step": 8, "group_size": 2, "minibatches": 2})
     c.evaluate.update({"problems": 8, "samples": 2, "infill_documents": 4, "bootstrap": 50})
     return c
 """
 
 
-def begun(workdir: Path, *flags: str, **environment: str) -> subprocess.Popen:
+def start(workdir: Path, *flags: str, **environment: str) -> subprocess.Popen:
     config = workdir.parent / "two.py"
     config.write_text(CONFIG)
     words = [sys.executable, "-c", SCRIPT, f"--config={config}", f"--workdir={workdir}", *flags]
@@ -69,15 +80,15 @@ def begun(workdir: Path, *flags: str, **environment: str) -> subprocess.Popen:
     )
 
 
-def ended(*processes: subprocess.Popen) -> None:
+def wait(*processes: subprocess.Popen) -> None:
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(
         output[-3000:] for output in outputs
     )
 
 
-def measured(workdir: Path) -> list[dict]:
-    """What reinforcement measured, without times."""
+def reinforcement_metrics(workdir: Path) -> list[dict]:
+    """Returns what reinforcement measured, without times."""
     lines = map(json.loads, (workdir / "reinforce" / "metrics.jsonl").read_text().splitlines())
     return [
         {
@@ -95,11 +106,11 @@ def test_two_processes_are_two_devices(tmp_path):
     it only has to end.
     """
     alone, hosts = tmp_path / "alone", tmp_path / "hosts"
-    ended(begun(alone, "--pretend_devices=2"))
+    wait(start(alone, "--pretend_devices=2"))
     address = free_address()
-    ended(
+    wait(
         *(
-            begun(
+            start(
                 hosts,
                 f"--config.init_from={alone / 'pretrain'}",
                 ATHANOR_DISTRIBUTED=f"{address},{process},2",
@@ -108,7 +119,7 @@ def test_two_processes_are_two_devices(tmp_path):
         )
     )
 
-    found, expected = measured(hosts), measured(alone)
+    found, expected = reinforcement_metrics(hosts), reinforcement_metrics(alone)
     assert [0 < line["reward"] < 1 and line["grad_norm"] > 0 for line in expected] == [True, True]
     for one, other in zip(found, expected, strict=True):
         for name in other:  # float32 sums in another order, over two updates
