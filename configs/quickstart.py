@@ -8,6 +8,8 @@ Dr.GRPO. One phase alone is --config=configs/quickstart.py:PHASE, with copying, 
 sparse, finetune or reinforce. README.md has the results of seeds 0, 1 and 2.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import base
@@ -15,7 +17,7 @@ from configs import base
 TASK = "task:arithmetic?min_ops=2&max_ops=3&max_value=10"
 
 
-def common() -> ConfigDict:
+def common() -> Any:
     """Returns what all phases share: the model, the data and the evaluation."""
     c = base.get_config()
     c.tokenizer.vocab_size = 1024
