@@ -1,4 +1,4 @@
-"""pass@k and how sure of it we are."""
+"""pass@k, and the interval around it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,16 +15,17 @@ class Interval(NamedTuple):
 
 
 def pass_at_k(n: np.ndarray | int, c: np.ndarray | int, k: np.ndarray | int) -> np.ndarray:
-    """The chance that at least one of k completions is correct, without bias, from c correct among
-    n >= k sampled (Codex, arXiv 2107.03374, eq. 1).
+    """Estimates the chance that at least one of k completions is correct, without bias.
 
         1 - C(n - c, k) / C(n, k) = 1 - prod_{j < k} (n - c - j) / (n - j)
 
-    The product never overflows, and is 0 as soon as fewer than k completions are wrong. (1 - (1 -
-    c/n)^k, the plug-in estimate, is too low.)
+    (Codex, arXiv 2107.03374, eq. 1.) The product never overflows, and is 0 as soon as fewer than k
+    completions are wrong. The plug-in estimate 1 - (1 - c/n)^k is too low.
 
     Args:
-      n, c, k: integers, or integer arrays that broadcast together.
+      n: completions sampled. All three are integers, or integer arrays that broadcast.
+      c: the correct ones among them.
+      k: at most n.
 
     Returns:
       float64 of the broadcast shape.
@@ -45,7 +46,7 @@ def pass_at_k(n: np.ndarray | int, c: np.ndarray | int, k: np.ndarray | int) -> 
 
 
 def bootstrap(values: np.ndarray, resamples: int, seed: int, level: float = 0.95) -> Interval:
-    """The mean of one value per problem, with the percentile bootstrap interval over problems.
+    """Returns the mean of one value per problem, with its percentile bootstrap interval.
 
     Problems are resampled, not completions: the interval says how much the score would move on
     other problems of the same kind. The same seed and number of problems draw the same problems, so
@@ -53,7 +54,11 @@ def bootstrap(values: np.ndarray, resamples: int, seed: int, level: float = 0.95
 
     Args:
       values: [P], one number per problem, P >= 1.
+      resamples: how often P problems are drawn.
       level: the share of resampled means inside the interval.
+
+    Raises:
+      ValueError: `values` has another shape.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not values.size:
@@ -66,16 +71,17 @@ def bootstrap(values: np.ndarray, resamples: int, seed: int, level: float = 0.95
 
 
 def pass_at_k_table(
-    correct_PN: np.ndarray, ks: Sequence[int], resamples: int, seed: int, level: float = 0.95
+    correct_PG: np.ndarray, ks: Sequence[int], resamples: int, seed: int, level: float = 0.95
 ) -> dict[int, Interval]:
-    """pass@k for each k, averaged over problems, with its interval.
+    """Returns pass@k for each k, averaged over problems, with its interval.
 
     Args:
-      correct_PN: bool, or 0 and 1: whether completion N of problem P is correct.
-      ks: each at most N. Greedy completions are all the same, and their pass@k is flat in k.
+      correct_PG: bool, or 0 and 1, of P problems and G completions of each.
+      ks: each at most G. Greedy completions are all the same, and their pass@k is flat in k.
+      resamples, seed, level: as in `bootstrap`.
     """
-    correct_PN = np.asarray(correct_PN)
-    n, c_P = correct_PN.shape[1], correct_PN.astype(bool).sum(axis=1)
+    correct_PG = np.asarray(correct_PG)
+    n, c_P = correct_PG.shape[1], correct_PG.astype(bool).sum(axis=1)
     return {
         k: bootstrap(pass_at_k(n, c_P, k), resamples=resamples, seed=seed, level=level) for k in ks
     }

@@ -23,14 +23,14 @@ class Tally:
     """Completions of problems, `samples` of each, and how right they are.
 
     Attributes:
-      correct_PN: 1.0 where completion N of problem P is right.
+      correct_PG: 1.0 for each of G completions of P problems that is right.
       formatted: for each completion, 1.0 where its format is right.
       lengths: tokens of each completion, those that fill up a batch included.
       records: the lines of samples.jsonl.
     """
 
     samples: int
-    correct_PN: list[list[float]] = dataclasses.field(default_factory=list)
+    correct_PG: list[list[float]] = dataclasses.field(default_factory=list)
     formatted: list[float] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
     records: list[dict] = dataclasses.field(default_factory=list)
@@ -43,7 +43,7 @@ class Tally:
                 total_reward(text, problem.answer, {"answer": 1.0, "format": 1.0})[1]
                 for text in texts
             ]
-            self.correct_PN.append([reward["answer"] for reward in rewards])
+            self.correct_PG.append([reward["answer"] for reward in rewards])
             self.formatted.extend(reward["format"] for reward in rewards)
             self.records.extend(
                 {
@@ -88,9 +88,9 @@ def evaluate_reasoning(
             generation = generate(variables, padded, jax.random.fold_in(key, first))
             tally.add(chosen, generation)
             done, tokens = min(first + at_once, len(problems)), int(generation.mask_BC.sum())
-            progress.update(done, {"pass@1": np.mean(tally.correct_PN)}, tokens)
+            progress.update(done, {"pass@1": np.mean(tally.correct_PG)}, tokens)
     ks = [k for k in (2**i for i in range(20)) if k < evaluate.samples] + [evaluate.samples]
-    table = pass_at_k_table(np.asarray(tally.correct_PN), ks, evaluate.bootstrap, seed=0)
+    table = pass_at_k_table(np.asarray(tally.correct_PG), ks, evaluate.bootstrap, seed=0)
     return {
         "pass_at_k": [
             {"k": k, "mean": float(i.mean), "low": float(i.low), "high": float(i.high)}

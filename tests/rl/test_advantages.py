@@ -1,3 +1,5 @@
+"""An advantage compares the completions of one prompt, and equal rewards teach nothing."""
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -46,9 +48,8 @@ def test_leave_one_out_is_the_mean_of_the_others():
     expected = np.stack(
         [rewards_PG[:, i] - np.delete(rewards_PG, i, axis=1).mean(axis=1) for i in range(5)], axis=1
     )
-    np.testing.assert_allclose(
-        leave_one_out(rewards_PG), expected, atol=1e-6
-    )  # a few roundings of numbers of size 1 to 3
+    # A few roundings of numbers of size 1 to 3.
+    np.testing.assert_allclose(leave_one_out(rewards_PG), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -74,9 +75,10 @@ def test_scale_of_the_reward_matters_to_dr_grpo_alone():
     So a weight per prompt has no effect in GRPO.
     """
     rewards_PG = jnp.array([[1.0, 0.0, 0.0, 1.0]])
+    # eps is 1e-6, over a standard deviation of 0.58.
     chex.assert_trees_all_close(
         ADVANTAGES["zscore"](3 * rewards_PG), ADVANTAGES["zscore"](rewards_PG), rtol=2e-6
-    )  # eps 1e-6 over a std of 0.58
+    )
     chex.assert_trees_all_close(
         group_centred(3 * rewards_PG), 3 * group_centred(rewards_PG), rtol=ULP
     )

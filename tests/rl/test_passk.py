@@ -1,3 +1,5 @@
+"""pass@k is exact and unbiased; its interval is a bootstrap over problems."""
+
 import math
 from fractions import Fraction
 
@@ -22,16 +24,14 @@ def test_pass_at_k_is_exact(n):
 def test_pass_at_k_of_many_samples_does_not_overflow():
     """C(5000, 2000) has 1,460 digits."""
     expected = float(1 - Fraction(math.comb(4998, 2000), math.comb(5000, 2000)))
-    assert float(pass_at_k(5000, 2, 2000)) == pytest.approx(
-        expected, rel=1e-12
-    )  # 2,000 roundings of 1.1e-16, and room
+    # 2,000 roundings of 1.1e-16, and room.
+    assert float(pass_at_k(5000, 2, 2000)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_pass_at_k_rises_with_k_and_pass_at_1_is_the_mean():
     curve = pass_at_k(16, 3, np.arange(1, 17))
-    assert (np.diff(curve[:14]) > 0).all() and (
-        curve[13:] == 1
-    ).all()  # 14 draws among 13 wrong ones cannot all be wrong
+    assert (np.diff(curve[:14]) > 0).all()
+    assert (curve[13:] == 1).all(), "14 draws among 13 wrong ones cannot all be wrong"
     assert curve[0] == pytest.approx(3 / 16, abs=1e-15)
 
 
@@ -53,14 +53,14 @@ def test_pass_at_k_refuses_the_impossible(n, c, k):
 
 
 def test_greedy_is_flat_in_k():
-    correct_PN = np.repeat([[True], [False], [True]], 8, axis=1)
-    table = pass_at_k_table(correct_PN, (1, 2, 4, 8), resamples=100, seed=0)
+    correct_PG = np.repeat([[True], [False], [True]], 8, axis=1)
+    table = pass_at_k_table(correct_PG, (1, 2, 4, 8), resamples=100, seed=0)
     assert len(set(table.values())) == 1 and table[1].mean == pytest.approx(2 / 3)
 
 
 def test_table_averages_over_problems():
-    correct_PN = np.array([[1, 0, 0, 0], [1, 1, 1, 1]])
-    table = pass_at_k_table(correct_PN, (1, 4), resamples=10, seed=0)
+    correct_PG = np.array([[1, 0, 0, 0], [1, 1, 1, 1]])
+    table = pass_at_k_table(correct_PG, (1, 4), resamples=10, seed=0)
     assert table[1].mean == pytest.approx((1 / 4 + 1) / 2) and table[4].mean == 1
 
 

@@ -16,8 +16,8 @@ from train.step import loss_and_gradient
 CONFIG = tiny.model_config(num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0)
 TRAIN = tiny.train_config(mtp_weight=0.0)
 TEMPERATURE = 0.8
-# Prompts padded on the left, completions of 13, 5, 1 and 9 tokens: a mean per piece differs from
-# the global one.
+# Prompts padded on the left, completions of 13, 5, 1 and 9 tokens: a mean per microbatch differs
+# from the global one.
 LAYOUT = (
     ((0, 3), (1, 21)),
     ((0, 5), (1, 8), (0, 11)),
@@ -25,10 +25,8 @@ LAYOUT = (
     ((0, 6), (1, 11), (0, 7)),
 )
 PROMPT = 8
-ROUNDING = {
-    "rtol": 2e-5,
-    "atol": 2e-6,
-}  # gradients of size 1e-2 to 1, float32 sums in another order
+# Gradients of size 1e-2 to 1, float32 sums in another order.
+ROUNDING = {"rtol": 2e-5, "atol": 2e-6}
 
 
 @functools.cache
@@ -87,9 +85,9 @@ def compiled(algorithm: str, microbatches: int):
     return run
 
 
-def gradient(algorithm, batch, pieces=1):
+def gradient(algorithm, batch, microbatches=1):
     variables = tiny.variables(CONFIG)
-    return compiled(algorithm, pieces)(variables["params"], variables["router"], batch)
+    return compiled(algorithm, microbatches)(variables["params"], variables["router"], batch)
 
 
 def only(rows):
@@ -99,12 +97,12 @@ def only(rows):
 
 
 @pytest.mark.parametrize(
-    "algorithm, pieces",
+    "algorithm, microbatches",
     [pytest.param("grpo", 2, marks=pytest.mark.slow), ("grpo", 4), ("dr_grpo", 4)],
 )
-def test_the_gradient_does_not_depend_on_microbatches(algorithm, pieces):
+def test_the_gradient_does_not_depend_on_microbatches(algorithm, microbatches):
     tiny.assert_close(
-        gradient(algorithm, rollout(), pieces), gradient(algorithm, rollout()), **ROUNDING
+        gradient(algorithm, rollout(), microbatches), gradient(algorithm, rollout()), **ROUNDING
     )
 
 
@@ -128,8 +126,8 @@ def test_rows_of_padding_change_nothing(algorithm):
     assert tiny.tree_max((nothing["gradients"], nothing["means"], nothing["counts"])) == 0
 
 
-def test_dividing_by_piece_would_be_seen():
-    """A mean over pieces, each over its own rows or tokens: of one row and of three."""
+def test_dividing_by_microbatch_would_be_seen():
+    """A mean over microbatches, each over its own rows or tokens: of one row and of three."""
     mean = jax.tree.map(
         lambda *leaves: sum(leaves) / 2,
         *(gradient("grpo", only(rows))["gradients"] for rows in ([0], [1, 2, 3])),

@@ -14,33 +14,37 @@ def completion(answer: str, thought: str = "4 and 5 make 9.") -> str:
     return f"<think>{thought}</think><answer>{answer}</answer>"
 
 
-@pytest.mark.parametrize("given", ["9", "09", " 9 ", "9\n", "9.0", "9.00", "+9", "009.0"])
-def test_numbers_compare_by_value(given):
-    assert answer_reward(completion(given), "9") == 1
-    assert answer_reward(completion("9"), given) == 1
+@pytest.mark.parametrize("found", ["9", "09", " 9 ", "9\n", "9.0", "9.00", "+9", "009.0"])
+def test_numbers_compare_by_value(found):
+    assert answer_reward(completion(found), "9") == 1
+    assert answer_reward(completion("9"), found) == 1
 
 
 @pytest.mark.parametrize(
-    "given, right",
+    "found, right",
     [
-        ("1,000", "1000"), ("1000", "1,000"), ("1,234,567.50", "1234567.5"), ("-0", "0"), (".5", "0.5"), ("-3", "-3.0"),
+        ("1,000", "1000"), ("1000", "1,000"), ("1,234,567.50", "1234567.5"),
+        ("-0", "0"), (".5", "0.5"), ("-3", "-3.0"),
         ("new  york\n", "new york"), ("a,b", "a,b"), ("x = 9", "x = 9"),
     ],
 )  # fmt: skip
-def test_right_answers(given, right):
-    assert answer_reward(completion(given), right) == 1
+def test_right_answers(found, right):
+    assert answer_reward(completion(found), right) == 1
 
 
 @pytest.mark.parametrize(
-    "given, right",
+    "found, right",
     [
-        ("8", "9"), ("-9", "9"), ("9 apples", "9"), ("$9", "9"), ("9%", "9"), ("x = 9", "9"), ("9.", "9"), ("9 9", "99"), ("9e0", "9"), ("18/2", "9"),
-        ("4+5", "9"), ("8 or 9", "9"), ("8, 9", "9"), ("8,9", "89"), ("1,00", "100"), ("10,00,000", "1000000"), ("\u0669", "9"), ("\uff19", "9"), ("nan", "9"),
-        ("inf", "inf2"), ("New York", "new york"), ("newyork", "new york"), ("9007199254740993", "9007199254740992"), ("0.30000000000000004", "0.3"),
+        ("8", "9"), ("-9", "9"), ("9 apples", "9"), ("$9", "9"), ("9%", "9"), ("x = 9", "9"),
+        ("9.", "9"), ("9 9", "99"), ("9e0", "9"), ("18/2", "9"), ("4+5", "9"), ("8 or 9", "9"),
+        ("8, 9", "9"), ("8,9", "89"), ("1,00", "100"), ("10,00,000", "1000000"), ("\u0669", "9"),
+        ("\uff19", "9"), ("nan", "9"), ("inf", "inf2"), ("New York", "new york"),
+        ("newyork", "new york"), ("9007199254740993", "9007199254740992"),
+        ("0.30000000000000004", "0.3"),
     ],
 )  # fmt: skip
-def test_wrong_answers(given, right):
-    assert answer_reward(completion(given), right) == 0
+def test_wrong_answers(found, right):
+    assert answer_reward(completion(found), right) == 0
 
 
 QUESTION = "What is 4 + 5? Answer as <think>...</think><answer>...</answer>."
@@ -57,7 +61,9 @@ HACKS = {
     "the same answer twice": completion("9") * 2,
     "every digit in one box": completion("0 1 2 3 4 5 6 7 8 9"),
     "answer block inside the thought": "<think><answer>9</answer></think><answer>8</answer>",
-    "answer block inside the thought, right one outside": "<think><answer>8</answer></think><answer>9</answer>",
+    "answer block inside the thought, right one outside": (
+        "<think><answer>8</answer></think><answer>9</answer>"
+    ),
     "nested answer": completion("<answer>9</answer>"),
     "nested thought": completion("9", thought="<think>9</think>"),
     "a thought inside the answer": completion("<think>hm</think>9"),
@@ -109,10 +115,8 @@ def test_a_very_long_number_is_only_compared():
     raise.
     """
     digits = "9" * 10_000
-    assert (
-        answer_reward(completion(digits), digits + ".0") == 1
-        and answer_reward(completion(digits), "9") == 0
-    )
+    assert answer_reward(completion(digits), digits + ".0") == 1
+    assert answer_reward(completion(digits), "9") == 0
 
 
 def test_normalise():

@@ -1,3 +1,5 @@
+"""A rollout becomes a batch: prompts on the left, the sampled tokens behind them."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest

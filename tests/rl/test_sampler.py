@@ -147,9 +147,8 @@ def test_what_a_row_samples_does_not_depend_on_the_others(name):
     _, other = sampled(SETTINGS[name], [PROMPTS[0], [50, 51, 52, 53, 54], [55]])
     first = functools.partial(jax.tree.map, lambda x_BC: x_BC[:GROUP])
     chex.assert_trees_all_equal(first(other).tokens_BC, first(found).tokens_BC)
-    chex.assert_trees_all_close(
-        first(other), first(found), atol=1e-5
-    )  # matrix products of other shapes of work
+    # Matrix products of other shapes.
+    chex.assert_trees_all_close(first(other), first(found), atol=1e-5)
     assert jnp.any(other.tokens_BC[GROUP:] != found.tokens_BC[GROUP:])
 
 
@@ -166,11 +165,11 @@ def brute_force(logprobs_V, top_k, top_p):
     """
     order = np.argsort(-logprobs_V)[: top_k or None]
     probs = np.exp(logprobs_V[order]) / np.exp(logprobs_V[order]).sum()
-    kept, mass = np.zeros(len(logprobs_V), bool), 0.0
+    kept, total = np.zeros(len(logprobs_V), bool), 0.0
     for token, prob in zip(order, probs, strict=True):
-        if mass >= top_p:
+        if total >= top_p:
             break
-        kept[token], mass = True, mass + prob
+        kept[token], total = True, total + prob
     return kept
 
 

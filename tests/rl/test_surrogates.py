@@ -1,3 +1,5 @@
+"""A ratio is live and reads no padding; a clip cuts off the gradient on one side."""
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,7 @@ CASES = [
     (0.5, 2.0, 1.0, 2.0, False),  # a good token that became rarer is pulled back
     (0.5, -2.0, -1.6, 0.0, True),  # 0.8 * -2
     (0.9, -2.0, -1.8, -2.0, False),
-    (
-        1.5,
-        -2.0,
-        -3.0,
-        -2.0,
-        False,
-    ),  # a bad token that became likelier is pushed down, without bound
+    (1.5, -2.0, -3.0, -2.0, False),  # a bad token that became likelier is pushed down, unbounded
     (1.5, 0.0, 0.0, 0.0, False),
 ]
 

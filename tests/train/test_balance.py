@@ -1,3 +1,5 @@
+"""The router's bias falls for overloaded experts, by the counts of its own layer."""
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -6,13 +8,10 @@ from train.balance import update_router, updated_bias
 
 
 def test_overloaded_experts_fall_and_underloaded_rise():
-    """Mean load 4: by the sign alone, and not at all where the load is the mean. Layers move by
-    themselves.
-    """
+    """The mean load is 4. A bias moves by the sign alone, and not where the load is the mean."""
     bias_LE = jnp.asarray([[0.0, 0.5, 0.0, -0.5], [0.0, 0.0, 0.0, 0.0]])
-    counts_LE = jnp.asarray(
-        [[9, 4, 0, 3], [0, 0, 0, 0]]
-    )  # a layer that no real token reached stays
+    # A layer that no real token reached stays.
+    counts_LE = jnp.asarray([[9, 4, 0, 3], [0, 0, 0, 0]])
     np.testing.assert_allclose(
         updated_bias(bias_LE, counts_LE, 0.1), [[-0.1, 0.5, 0.1, -0.4], [0, 0, 0, 0]], atol=1e-7
     )
@@ -42,12 +41,5 @@ def test_every_layer_reads_its_own_counts():
 
 
 def test_a_model_without_experts_has_no_router():
-    assert (
-        update_router(
-            tiny.model_config(first_k_dense_replace=3, num_nextn_predict_layers=0),
-            {},
-            jnp.zeros((3, 4)),
-            0.5,
-        )
-        == {}
-    )
+    config = tiny.model_config(first_k_dense_replace=3, num_nextn_predict_layers=0)
+    assert update_router(config, {}, jnp.zeros((3, 4)), 0.5) == {}

@@ -84,9 +84,8 @@ def test_two_processes_stop_at_the_same_step_and_go_on(tmp_path):
             for i in range(2)
         ]
         for process in processes:
-            assert "running\n" in iter(process.stdout.readline, ""), (
-                process.communicate()
-            )  # gloo talks before us
+            # The lines before it are gloo's.
+            assert "running\n" in iter(process.stdout.readline, ""), process.communicate()
         processes[1].send_signal(signal.SIGTERM)
         outputs = [process.communicate(timeout=300) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs

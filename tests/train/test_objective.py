@@ -15,8 +15,8 @@ from train.state import TrainState
 from train.step import loss_and_gradient
 
 CONFIG = tiny.model_config()
-# Four ragged rows, then four of which the odd ones are padding: in two and in four pieces, rows 0,
-# 4 / 1, 5 / ... and 0, 2, 4, 6 / 1, 3, 5, 7.
+# Four ragged rows, then four of which the odd ones are padding: two microbatches have
+# the rows 0, 2, 4, 6 / 1, 3, 5, 7, and four the rows 0, 4 / 1, 5 / ...
 BATCH = tiny.batch_of((*tiny.LAYOUT, ((1, 24),), ((0, 24),), ((1, 2), (0, 22)), ((0, 24),)))
 # Gradients here are of size 1e-2 to 1: float32 sums of hundreds of terms, in another order in
 # microbatches (2e-6 was seen, of a largest of 0.65).
@@ -46,8 +46,8 @@ def run(program, variables, batch=BATCH):
     return program(variables["params"], variables["router"], batch)
 
 
-def gradient(batch, pieces=1, stage="sparse"):
-    return run(compiled(stage, pieces), tiny.variables(CONFIG), batch)
+def gradient(batch, microbatches=1, stage="sparse"):
+    return run(compiled(stage, microbatches), tiny.variables(CONFIG), batch)
 
 
 def only(rows):
@@ -89,27 +89,27 @@ def test_losses_by_hand():
         assert float(found["means"][name].total) == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_the_gradient_does_not_depend_on_microbatches(pieces):
-    """All terms: lm, MTP, the indexer's KL, balance. Rows and weights are ragged, and one piece of
-    four has padding rows only.
+@pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_the_gradient_does_not_depend_on_microbatches(microbatches):
+    """All terms: lm, MTP, the indexer's KL, balance. Rows and weights are ragged, and one of four
+    microbatches has padding rows only.
     """
     batch = (
         BATCH
-        if pieces == 2
+        if microbatches == 2
         else jax.tree.map(lambda x: x[jnp.asarray([0, 1, 2, 5, 3, 4, 6, 7])], BATCH)
     )
-    cut = split_microbatches(batch, pieces)
-    assert (pieces == 2) or not jnp.any(cut["segments"][3]), "rows 5 and 7 are padding"
-    tiny.assert_close(gradient(batch, pieces), gradient(batch), **ROUNDING)
+    cut = split_microbatches(batch, microbatches)
+    assert microbatches == 2 or not jnp.any(cut["segments"][3]), "rows 5 and 7 are padding"
+    tiny.assert_close(gradient(batch, microbatches), gradient(batch), **ROUNDING)
 
 
-def test_dividing_by_piece_would_be_seen():
-    """The mistake the objective exists to rule out: each piece over its own weights, then the
-    mean.
+def test_dividing_by_microbatch_would_be_seen():
+    """The mistake the objective exists to rule out: each microbatch over its own weights, then
+    the mean.
     """
-    pieces = [gradient(only(rows))["gradients"] for rows in ((0, 1), (2, 3), (4, 5), (6, 7))]
-    mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *pieces)
+    gradients = [gradient(only(rows))["gradients"] for rows in ((0, 1), (2, 3), (4, 5), (6, 7))]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *gradients)
     whole = gradient(BATCH)["gradients"]
     assert tiny.tree_max(jax.tree.map(jnp.subtract, mean, whole)) > 0.1 * tiny.tree_max(whole)
 
@@ -178,7 +178,7 @@ def test_mtp_modules_without_weight_are_not_there():
 
 
 def test_reports_are_means():
-    """Perfect balance is 1, and a share of attention's mass is at most 1: so their weights count
+    """Perfect balance is 1, and a share of attention mass is at most 1: so their weights count
     what their totals do. In the warm-up, which alone has a recall.
     """
     found = gradient(BATCH, stage="warmup")
@@ -187,10 +187,8 @@ def test_reports_are_means():
     assert 0 < means["indexer_recall_random"] < 1 and 0 < means["indexer_recall"] < 1
     candidates = np.asarray(BATCH["positions"] + 1)[np.asarray(BATCH["segments"]) > 0]
     with_next = np.asarray(same_segment(BATCH["segments"], 1))
-    counted = [
-        (candidates, 3),
-        (np.asarray(BATCH["positions"] + 1)[with_next], 1),
-    ]  # main layers, and the MTP module
+    # The main layers, and the MTP module.
+    counted = [(candidates, 3), (np.asarray(BATCH["positions"] + 1)[with_next], 1)]
     over = [(c[c > 4], layers) for c, layers in counted]
     assert float(found["means"]["indexer_recall"].weight) == sum(
         len(c) * layers for c, layers in over

@@ -106,10 +106,11 @@ def step_on(name: str, kind: str):
 
 
 CASES = [
+    # The other meshes have all that "data 8" has.
     *(
         pytest.param(name, "language", marks=[pytest.mark.slow] if name == "data 8" else [])
         for name in MESHES
-    ),  # the others have all it has
+    ),
     ("data 2, fsdp 2, expert 2", "grpo"),
     ("data 2, expert 2, tensor 2", "dr_grpo"),
 ]

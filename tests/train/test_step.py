@@ -14,9 +14,8 @@ from train.optimizer import make_optimizer
 from train.state import TrainState
 from train.step import make_evaluation, make_step
 
-CONFIG = tiny.model_config(
-    first_k_dense_replace=3, num_nextn_predict_layers=0
-)  # no experts: no router to move
+# It has no experts, so there is no router to update.
+CONFIG = tiny.model_config(first_k_dense_replace=3, num_nextn_predict_layers=0)
 TRAIN = tiny.train_config(stage="dense", weight_decay=0.0)
 
 
@@ -49,12 +48,12 @@ def batch(*x):
     return {"x": jnp.asarray(x, jnp.float32), "weight": jnp.arange(len(x), dtype=jnp.float32)}
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 4])
-def test_metrics_are_over_the_global_batch(pieces):
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_metrics_are_over_the_global_batch(microbatches):
     """Weights 0, 1, 2, 3 and errors 1, 0, -1, -2: square (0 + 2 + 12) / 6, bias (0 - 2 - 6) / 6,
-    loss twice the square. In four pieces the first weighs 0.
+    loss twice the square. Of four microbatches the first weighs 0.
     """
-    state, step = fresh(tiny.train_config(stage="dense", microbatches=pieces))
+    state, step = fresh(tiny.train_config(stage="dense", microbatches=microbatches))
     state, metrics = step(state, batch(0, 1, 2, 3))
     expected = {
         "square": 14 / 6,
