@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data.documents import select_split
 from data.sources import open_source
 from data.tasks.arithmetic import Arithmetic, Step, apply
 from data.tasks.documents import as_messages, as_text
@@ -84,6 +85,18 @@ def test_problems_are_distinct_and_held_out():
     train_questions = [problem.question for problem in train]
     assert not set(train_questions) & {problem.question for problem in validation}
     assert len(set(train_questions[:2000])) == 2000
+
+
+def test_documents_and_drawn_problems_agree_on_the_split():
+    """No question that a document trains on is drawn to evaluate."""
+    task = "task:arithmetic?min_ops=1&max_ops=1&contexts=2"  # few questions, so that both meet them
+    documents = select_split(open_source(f"{task}&count=1000", 1000), "train", 0.0)
+    train_texts = {str(document.body) for document in documents}
+    drawn = {
+        split: {as_text(problem) for problem in draw_problems(task, split, 100, seed=0)}
+        for split in ("train", "validation")
+    }
+    assert train_texts & drawn["train"] and not train_texts & drawn["validation"]
 
 
 def test_the_seed_decides_the_problems():

@@ -53,6 +53,12 @@ def test_fim_tokens_are_special_even_if_not_flagged(tmp_path, spelling):
     assert not set(loaded.fim) & set(forged)
 
 
+def test_flagged_tokens_are_special_whatever_their_spelling(tmp_path):
+    loaded = load_tokenizer(hugging_face(tmp_path, {"</s>": True, "[INST]": True}))
+    assert loaded.special_token_id("[INST]") is not None
+    assert loaded.special_token_id("[INST]") not in loaded.encode("[INST]")
+
+
 def test_ordinary_added_tokens_stay_ordinary(tmp_path):
     """Some families add runs of spaces: those must be found in text."""
     loaded = load_tokenizer(hugging_face(tmp_path, {"</s>": True, "    ": False}))
