@@ -14,7 +14,7 @@ Advantage = Callable[[Array], Array]
 
 
 def group_centred(rewards_PG: Array) -> Array:
-    """Returns the reward less the mean of its group (Dr. GRPO, arXiv 2503.20783, section 3.2).
+    """Returns the reward less the mean of its group (Dr.GRPO, arXiv 2503.20783, section 3.2).
 
     A[i] = r[i] - mean(r)
     """

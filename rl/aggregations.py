@@ -66,11 +66,11 @@ token_mean = Aggregation(
 
 
 def sum_over(divisor: float) -> Aggregation:
-    """Builds Dr. GRPO's aggregation: every token counts the same, by a constant divisor.
+    """Builds Dr.GRPO's aggregation: every token counts the same, by a constant divisor.
 
         1/B sum_i 1/divisor sum_t x[i, t]
 
-    Where GRPO divides by the length |o_i|, Dr. GRPO divides by a constant (arXiv 2503.20783,
+    Where GRPO divides by the length |o_i|, Dr.GRPO divides by a constant (arXiv 2503.20783,
     section 3.2). Other systems call it "seq-mean-token-sum-norm".
 
     Args:

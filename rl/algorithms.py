@@ -56,7 +56,7 @@ def algorithms(max_completion: int) -> dict[str, Algorithm]:
             aggregate=mean_of_sequence_means,
             divergence=Divergence(k3, coefficient=0.04),
         ),
-        # Dr. GRPO, arXiv 2503.20783, section 3.2: no standard deviation, and instead of the length
+        # Dr.GRPO, arXiv 2503.20783, section 3.2: no standard deviation, and instead of the length
         # a constant divisor, the longest completion that can be sampled.
         "dr_grpo": Algorithm(
             advantage=group_centred,

@@ -110,8 +110,9 @@ def test_a_batch_without_completion_tokens_is_zero(name):
 
 
 def test_length_bias():
-    """The gradient of one token under 1/|o| shrinks with the length of its completion; under Dr.
-    GRPO's constant divisor it does not.
+    """The gradient of one token under 1/|o| shrinks with the length of its completion.
+
+    Under Dr.GRPO's constant divisor it does not.
     """
     values_BT, mask_BT = ragged_batch(rows=4)
     per_length = gradient(mean_of_sequence_means, values_BT, mask_BT)[:, 0]

@@ -74,7 +74,7 @@ def test_recorded_losses(name):
 # One prompt, two completions: "right" of two tokens, "wrong" of one. Rewards 1 and 0.
 #   ratios                      1.5, 1.0   |  1.25
 #   GRPO advantages             +-0.5 / (sqrt(0.5) + 1e-6) = +-a, a = 0.70710578
-#   Dr. GRPO advantages         +-0.5
+#   Dr.GRPO advantages         +-0.5
 HAND_OLD = jnp.log(jnp.array([[0.4, 0.5], [0.4, 1.0]]))
 HAND_LOGPROBS = jnp.log(jnp.array([[0.6, 0.5], [0.5, 1.0]]))
 HAND_REFERENCE = jnp.log(jnp.array([[0.3, 0.5], [0.5, 1.0]]))

@@ -1,4 +1,4 @@
-"""GRPO and Dr. GRPO as objectives of the ordinary step: cut, padded and scored alike."""
+"""GRPO and Dr.GRPO as objectives of the ordinary step: cut, padded and scored alike."""
 
 import functools
 
