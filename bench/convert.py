@@ -1,5 +1,8 @@
-"""Memory and speed of converting a checkpoint: makes one of DeepSeek-V3's kind, of random numbers,
-and takes it into a workdir and back in processes of their own. One JSON line for each way.
+"""Measures memory and speed of converting a checkpoint.
+
+It makes a checkpoint of DeepSeek-V3's kind, of random numbers, and takes it into a workdir and back
+in processes of their own. It prints one line of JSON for each way, and one that says whether every
+tensor came back bit by bit.
 
     python -m bench.convert --gigabytes=4 --where=/tmp/convert
 """
@@ -15,10 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.hf.safetensors import DTYPES, TensorFiles, TensorWriter
+from checkpoints.hf.config import model_fields
+from checkpoints.hf.safetensors import DTYPES, TensorFiles
+from checkpoints.hf.safetensors_writer import TensorWriter
 from checkpoints.hf.tensors import tensors
+from configs import base
 from errors import UserError
 from experiment.command_line import Flag, command
+from experiment.model_source import with_model
 from experiment.schema import parse
 
 LAYER_EXPERTS = 32
@@ -50,90 +57,66 @@ CONFIG = {
 
 
 def run(gigabytes: float, where: str) -> None:
+    """Makes the checkpoint, converts it both ways and prints what that took."""
     if not where:
         raise UserError("--where is missing: a directory with room for four times the checkpoint")
     directory = Path(where)
     made, workdir, back = directory / "made", directory / "workdir", directory / "back"
     make(made, gigabytes)
     files = TensorFiles(made)
-    size, largest = (
-        sum(info.bytes for info in files.tensors.values()),
-        max(info.bytes for info in files.tensors.values()),
-    )
-    for name, source, target in (
+    sizes = [info.bytes for info in files.tensors.values()]
+    for way, source, target in (
         ("in", f"hf:{made}", str(workdir)),
         ("out", str(workdir), f"hf:{back}"),
     ):
         shutil.rmtree(target.removeprefix("hf:"), ignore_errors=True)
-        seconds, peak = measured(
-            [sys.executable, "-m", "launch.convert", f"--from={source}", f"--to={target}"]
-        )
-        sizes = {
-            "checkpoint_mb": size,
-            "largest_tensor_mb": largest,
-            "allowed_mb": largest + 2**30,
+        words = ["-m", "launch.convert", f"--from={source}", f"--to={target}"]
+        seconds, peak = measured([sys.executable, *words])
+        megabytes = {
+            "checkpoint_mb": sum(sizes),
+            "largest_tensor_mb": max(sizes),
+            "allowed_mb": max(sizes) + 2**30,
             "peak_rss_mb": peak,
         }
-        print(
-            json.dumps(
-                {"bench": "convert", "way": name}
-                | {name: round(value / 1e6) for name, value in sizes.items()}
-                | {"seconds": round(seconds, 1)}
-            )
-        )
-    print(
-        json.dumps(
-            {
-                "bench": "convert",
-                "way": "in and out",
-                "bit_exact": all(equal(files, TensorFiles(back), name) for name in files.tensors),
-            }
-        )
-    )
+        line = {name: round(value / 1e6) for name, value in megabytes.items()}
+        print(json.dumps({"bench": "convert", "way": way} | line | {"seconds": round(seconds, 1)}))
+    exact = all(equal(files, TensorFiles(back), name) for name in files.tensors)
+    print(json.dumps({"bench": "convert", "way": "in and out", "bit_exact": exact}))
 
 
 def make(directory: Path, gigabytes: float) -> None:
-    """A checkpoint of at least so many bytes in bfloat16: as many layers as that takes."""
+    """Writes a checkpoint of at least so many bytes in bfloat16: as many layers as that takes."""
     directory.mkdir(parents=True, exist_ok=True)
+    wanted = []
     for layers in range(2, 1_000):
         (directory / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
-        wanted = tensors(parsed(directory))
+        # The fields come from config.json alone: the tensors are yet to be written.
+        model = parse(with_model(base.get_config(), model_fields(directory))).model
+        wanted = tensors(model)
         if sum(math.prod(tensor.shape) for tensor in wanted) * 2 >= gigabytes * 1e9:
             break
     plan = [
         (tensor.name, DTYPES["F32" if tensor.name.endswith("bias") else "BF16"], tensor.shape)
         for tensor in wanted
     ]
-    noise = (
-        np.random.default_rng(0).normal(size=2**22 + 12_345).astype(DTYPES["BF16"])
-    )  # no period of any matrix
-    with TensorWriter(
-        directory, plan, source=f"bench.convert {gigabytes}", shard_bytes=2_000_000_000
-    ) as writer:
-        at = 0
+    # The noise has no period of any matrix.
+    noise = np.random.default_rng(0).normal(size=2**22 + 12_345).astype(DTYPES["BF16"])
+    source = f"bench.convert {gigabytes}"
+    with TensorWriter(directory, plan, source, shard_bytes=2_000_000_000) as writer:
+        offset = 0
         for name, dtype, shape in plan:
             if name in writer.done:
                 continue
             rows = max(1, noise.size // max(1, math.prod(shape[1:])))
             for start in range(0, shape[0], rows):
-                part = (min(rows, shape[0] - start), *shape[1:])
-                writer.write(
-                    name, np.resize(np.roll(noise, -at)[: math.prod(part)], part).astype(dtype)
-                )
-                at = (at + 7_919) % noise.size
-
-
-def parsed(directory: Path):
-    """The model of a config.json whose tensors are yet to be written."""
-    from checkpoints.hf.architecture import model_fields
-    from configs import base
-    from experiment.model_source import with_model
-
-    return parse(with_model(base.get_config(), model_fields(directory))).model
+                block = (min(rows, shape[0] - start), *shape[1:])
+                values = np.resize(np.roll(noise, -offset)[: math.prod(block)], block)
+                writer.write(name, values.astype(dtype))
+                offset = (offset + 7_919) % noise.size
 
 
 def measured(words: list[str]) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of a process."""
+    """Runs a process and returns its seconds and its peak of resident bytes."""
     began = time.monotonic()
     process = subprocess.Popen(words, stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
@@ -143,7 +126,7 @@ def measured(words: list[str]) -> tuple[float, int]:
 
 
 def equal(one: TensorFiles, other: TensorFiles, name: str) -> bool:
-    """The same bits."""
+    """Returns whether a tensor has the same bits in both."""
     info = one.tensors[name]
     step = max(1, 2**24 // max(1, math.prod(info.shape[1:])))
     blocks = ((start, min(start + step, info.shape[0])) for start in range(0, info.shape[0], step))
@@ -158,7 +141,7 @@ if __name__ == "__main__":
         config="none",
         workdir=False,
         flags={
-            "gigabytes": Flag(4.0, "of the checkpoint"),
-            "where": Flag("", "a directory for it all, kept"),
+            "gigabytes": Flag(4.0, "size of the checkpoint"),
+            "where": Flag("", "a directory for it all, which stays"),
         },
     )

@@ -85,8 +85,9 @@ def import_checkpoint(
         if name in writer.done:
             continue
         for part, values in tensor.decode(checkpoint.rows(tensor.name, start, stop), start):
-            values = np.ascontiguousarray(values, leaves[part.leaf].dtype)
-            writer.write(part.leaf, part.index, values)
+            # No name keeps the converted values: they are gone when they are on the disk.
+            leaf_dtype = leaves[part.leaf].dtype
+            writer.write(part.leaf, part.index, np.ascontiguousarray(values, leaf_dtype))
         writer.mark(name)
     writer.finish()
     return sum(leaf.size for leaf in leaves.values())
@@ -185,8 +186,11 @@ def export_checkpoint(
     with TensorWriter(directory, plan, described, SHARD_BYTES) as writer:
         for tensor, start, stop in track(_blocks(written)):
             if tensor.name not in writer.done:
-                rows = source.rows(tensor, start, stop)
-                writer.write(tensor.name, np.ascontiguousarray(rows, dtypes[tensor.name]))
+                # No name keeps the rows, so that they are gone when the next are read.
+                writer.write(
+                    tensor.name,
+                    np.ascontiguousarray(source.rows(tensor, start, stop), dtypes[tensor.name]),
+                )
     write_other_files(directory, source.record, source.workdir, config)
     return len(written)
 
