@@ -111,10 +111,14 @@ def test_middle_nats_are_of_the_distribution_without_an_end():
     eos = 5
     assert not (batch["tokens"][:, 3:7] == eos).any()
     nats, counts = jax.jit(functools.partial(middle_nats, config, "sparse", eos))(variables, batch)
-    inputs = (batch["tokens"], batch["positions"], batch["segments"])
-    applied = Transformer(config).apply(variables, *inputs, stage="sparse", mtp=False)
-    output = cast(Output, applied)
-    logits = np.asarray(logits_of(config, variables["params"], output.hidden_BTD), np.float64)
+
+    @jax.jit
+    def all_logits(variables, batch):
+        inputs = (batch["tokens"], batch["positions"], batch["segments"])
+        applied = Transformer(config).apply(variables, *inputs, stage="sparse", mtp=False)
+        return logits_of(config, variables["params"], cast(Output, applied).hidden_BTD)
+
+    logits = np.array(all_logits(variables, batch), np.float64)
     logits[..., eos] = -np.inf
     logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     for row, (found, count) in enumerate(zip(nats, counts, strict=True)):
