@@ -26,9 +26,8 @@ def entry(kind: str, shape: list[int], begin: int, end: int) -> dict:
 
 
 PAIR = {"a": entry("I32", [2, 3], 0, 24), "b": entry("BF16", [], 24, 26)}
-PAIR_BYTES = (
-    np.arange(6, dtype="<i4").tobytes() + b"\x80\x3f"
-)  # bfloat16 keeps the upper half of float32's 1.0, 0x3f80
+# bfloat16 keeps the upper half of float32's 1.0, 0x3f80.
+PAIR_BYTES = np.arange(6, dtype="<i4").tobytes() + b"\x80\x3f"
 
 
 def tensors() -> dict[str, np.ndarray]:
@@ -142,7 +141,8 @@ def test_goes_on_where_it_stopped(tmp_path):
     assert len(save(tmp_path, of, 3 * 64, stop=4)) == 4
     with pytest.raises(
         UserError,
-        match=r"1 of 3 shards, and no model.safetensors.index.json; it was not written or downloaded to its end",
+        match=r"1 of 3 shards, and no model.safetensors.index.json;"
+        r" it was not written or downloaded to its end",
     ):
         TensorFiles(tmp_path)
     (tmp_path / "model-00001-of-00009.safetensors.tmp").touch()  # of a run with smaller shards
@@ -175,7 +175,8 @@ def test_shards_of_another_checkpoint_are_not_taken(tmp_path, change):
     )
     with pytest.raises(
         UserError,
-        match=r"model-0000.-of-00003.safetensors: from another checkpoint; delete it, or write to another directory",
+        match=r"model-0000.-of-00003.safetensors: from another checkpoint;"
+        r" delete it, or write to another directory",
     ):
         TensorWriter(tmp_path, plan(of), source, shard_bytes)
 

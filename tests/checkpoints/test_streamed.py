@@ -1,5 +1,5 @@
-"""A checkpoint written piece by piece is one like any other, however often its writer was stopped;
-and any checkpoint can be read in pieces.
+"""A checkpoint written block by block is one like any other, however often its writer was stopped;
+and slices of any checkpoint can be read.
 """
 
 import json
@@ -24,7 +24,7 @@ from checkpoints.streamed import StreamedReader, StreamedWriter
 from checkpoints.training import Checkpoints, restore_parameters
 from errors import UserError
 
-CHUNKS = {"params/blocks/w": (1, 5, 6)}  # 5 does not divide 8: pieces share chunks
+CHUNKS = {"params/blocks/w": (1, 5, 6)}  # 5 does not divide 8: blocks share chunks
 
 
 @flax.struct.dataclass
@@ -35,8 +35,8 @@ class State:
 
 
 def make_state(rows: int = 8) -> State:
-    """bfloat16, float32, int32, a scalar, all zeros, an empty part; and values that a careless copy
-    changes.
+    """A state with bfloat16, float32, int32, a scalar, all zeros, an empty part; and values that a
+    careless copy changes.
     """
     w = np.random.default_rng(0).standard_normal((4, rows, 6), dtype=np.float32)
     params = {
@@ -60,37 +60,52 @@ def abstract(state: Any, sharding=None) -> Any:
     )
 
 
-def pieces(state: State) -> list[tuple[str, list[tuple[str, tuple, np.ndarray]]]]:
-    """What is written together, by name: w in halves of a layer, which no chunk begins or ends
-    with.
+def blocks(state: State) -> list[tuple[str, list[tuple[str, tuple, np.ndarray]]]]:
+    """The writes of each block, by its name: w in parts of a layer, with which no chunk begins or
+    ends, and the rest at once.
     """
     w = "params/blocks/w"
-    halves = [(layer, rows) for layer in range(4) for rows in (slice(0, 3), slice(3, None))]
-    cut = [
+    parts = [(layer, rows) for layer in range(4) for rows in (slice(0, 3), slice(3, None))]
+    of_w = [
         (f"w {layer} {rows.start}", [(w, (layer, rows), state.params["blocks"]["w"][layer, rows])])
-        for layer, rows in halves
+        for layer, rows in parts
     ]
     rest = [(name, (), leaf) for name, leaf in trees.by_path(state).items() if name != w]
-    return [*cut, ("rest", rest)]
+    return [*of_w, ("rest", rest)]
 
 
 def write(
-    directory: Path, state: State, source: str = "here", stop: int | None = None
+    directory: Path,
+    state: State,
+    source: str = "here",
+    stop: int | None = None,
+    writer_class: type[StreamedWriter] = StreamedWriter,
 ) -> list[str]:
-    """Writes what is not yet done, `stop` pieces at most and then without an end. Returns what it
-    wrote.
+    """Writes the blocks that are not done yet; with `stop` so many at most, and then no end.
+    Returns the names of those it wrote.
     """
-    writer = StreamedWriter(directory, 3, abstract(state), source, CHUNKS)
-    todo = [piece for piece in pieces(state) if piece[0] not in writer.done][:stop]
+    writer = writer_class(directory, 3, abstract(state), source, CHUNKS)
+    todo = [block for block in blocks(state) if block[0] not in writer.done][:stop]
     for name, writes in todo:
-        for to, index, value in writes:
-            writer.write(to, index, value)
+        for leaf, index, value in writes:
+            writer.write(leaf, index, value)
         writer.mark(name)
     if stop is None:
         writer.finish()
     else:
         writer._wait_until_pending(0)
     return [name for name, _ in todo]
+
+
+def run_process(name: str, directory: Path, **options: Any) -> subprocess.CompletedProcess:
+    """Runs a function of tests/checkpoints/processes.py in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "tests.checkpoints.processes", name, str(directory)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | options.pop("env", {}),
+        text=True,
+        **options,
+    )
 
 
 def assert_identical(actual, expected):
@@ -161,28 +176,12 @@ def test_a_chunk_half_written_is_forgotten(tmp_path):
     assert list(tmp_path.rglob("*__lock")) == []
 
 
-def test_killed(tmp_path):
-    """At its third piece, with writes under way; then run again."""
-    code = f"""
-import os, signal, sys
-from pathlib import Path
-import checkpoints.streamed
-from tests.checkpoints.test_streamed import make_state, write
-record, count = checkpoints.streamed.StreamedWriter._record, iter(range(2))
-def die_at_the_third(*args):
-    next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)
-    record(*args)
-checkpoints.streamed.StreamedWriter._record = die_at_the_third
-write(Path({str(tmp_path)!r}), make_state())
-"""
-    killed = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        env={"PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"},
-    )
+@pytest.mark.command
+def test_goes_on_after_it_was_killed_with_writes_pending(tmp_path):
+    killed = run_process("killed_at_the_third_block", tmp_path)
     assert killed.returncode == -signal.SIGKILL
     state = make_state()
-    assert len(write(tmp_path, state)) == len(pieces(state)) - 2
+    assert len(write(tmp_path, state)) == len(blocks(state)) - 2
     assert_identical(
         restore_parameters(tmp_path, abstract({"params": state.params})), {"params": state.params}
     )
@@ -190,7 +189,7 @@ write(Path({str(tmp_path)!r}), make_state())
 
 @pytest.mark.parametrize("left", ["skeleton/0/state", "journal"])
 def test_what_a_killed_process_left_at_its_beginning_or_end(tmp_path, left):
-    """A frame half made; a journal whose checkpoint is finished, and then deleted."""
+    """A skeleton half made; a journal whose checkpoint is finished, and then deleted."""
     write(tmp_path, make_state(), stop=1)
     unfinished = tmp_path / "3.unfinished"
     journal = (unfinished / "journal").read_bytes()
@@ -205,7 +204,7 @@ def test_what_is_not_whole_is_not_finished(tmp_path):
     state = make_state()
     write(tmp_path, state, stop=7)
     writer = StreamedWriter(tmp_path, 3, abstract(state), "here")
-    for name, index, value in pieces(state)[-1][1]:
+    for name, index, value in blocks(state)[-1][1]:
         writer.write(name, index, value)
     writer.mark("rest")
     with pytest.raises(ValueError, match="params/blocks/w: 162 of 192 elements written and marked"):
@@ -218,10 +217,8 @@ def test_another_state_or_source_is_refused(tmp_path):
     with pytest.raises(UserError) as error:
         write(tmp_path, make_state(rows=9))
     clause = "params/blocks/w is [4,8,6] there, [4,9,6] in this config"
-    assert (
-        str(error.value)
-        == f"{tmp_path}/3.unfinished: begun for another state: {clause}; delete it to begin anew"
-    )
+    begun = f"{tmp_path}/3.unfinished: begun for another state: {clause}"
+    assert str(error.value) == f"{begun}; delete it to begin anew"
     with pytest.raises(
         UserError, match=r"3\.unfinished: begun from here, not from elsewhere; delete it"
     ):
@@ -236,11 +233,8 @@ def test_another_state_or_source_is_refused(tmp_path):
     [
         ("params/embed", (), np.zeros((7, 5), np.float32)),
         ("params/embed", (0,), np.zeros((7, 5), jnp.bfloat16)),
-        (
-            "params/embed",
-            (slice(6, 8),),
-            np.zeros((2, 5), jnp.bfloat16),
-        ),  # to tensorstore an array has no end
+        # to tensorstore an array has no end
+        ("params/embed", (slice(6, 8),), np.zeros((2, 5), jnp.bfloat16)),
         ("step", (), np.zeros((1,), np.int32)),
     ],
 )
@@ -249,47 +243,30 @@ def test_a_value_that_does_not_fit(tmp_path, name, index, value):
         StreamedWriter(tmp_path, 3, abstract(make_state()), "here").write(name, index, value)
 
 
+@pytest.mark.command
 def test_full_disk_is_one_line(tmp_path):
     """No file may grow beyond 1 MB. What failed is not in the journal, nor what came after, however
     often one tries to finish.
     """
-    code = f"""
-import resource, signal, jax, numpy as np
-from pathlib import Path
-from errors import UserError
-from checkpoints.streamed import StreamedWriter
-leaves = {{"large": jax.ShapeDtypeStruct((1024, 1024), np.float32), "small": jax.ShapeDtypeStruct((8,), np.float32)}}
-writer = StreamedWriter(Path({str(tmp_path)!r}), 0, leaves, "here")
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
-for name, leaf in leaves.items():
-    writer.write(name, (), np.random.default_rng(0).standard_normal(leaf.shape, dtype=np.float32))
-    writer.mark(name)
-for attempt in range(3):
-    try:
-        writer.finish()
-    except UserError as error:
-        print(error)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    result = run_process("full_disk", tmp_path, capture_output=True)
+    line = (
+        f"{tmp_path}/0.unfinished: cannot write there: File too large;"
+        " the same command again goes on from here\n"
     )
-    line = f"{tmp_path}/0.unfinished: cannot write there: File too large; the same command again goes on from here\n"
     assert result.stdout == 3 * line, result.stderr
-    header, *done = map(
-        json.loads, (tmp_path / "0.unfinished" / "journal").read_text().splitlines()
-    )
+    journal = (tmp_path / "0.unfinished" / "journal").read_text()
+    header, *done = map(json.loads, journal.splitlines())
     assert header["source"] == "here"
     assert done == []
 
 
-@pytest.mark.parametrize("where", ["pieces", "one device", "eight devices"])
+@pytest.mark.parametrize("where", ["blocks", "one device", "eight devices"])
 def test_reads_slices_as_numpy_does(tmp_path, where, sharding):
-    """Of OCDBT, as `Checkpoints` saves, with a leaf cut over devices; and of separate files, as a
-    StreamedWriter does.
+    """From OCDBT, as `Checkpoints` saves it, with a leaf cut over devices; and from separate files,
+    as a StreamedWriter writes them.
     """
     state = make_state()
-    if where == "pieces":
+    if where == "blocks":
         write(tmp_path, state)
     else:
         placed = jax.tree.map(jnp.asarray, state)
@@ -357,50 +334,24 @@ def test_large_arrays_are_saved_in_chunks(tmp_path, monkeypatch):
     assert_identical(restore_parameters(tmp_path, abstract(state)), state)
 
 
-def test_waits_when_much_is_under_way(tmp_path, monkeypatch):
-    """Two pieces of w are 192 bytes; a third does not go beside them."""
+def test_waits_when_much_is_pending(tmp_path, monkeypatch):
+    """Two blocks of w are 192 bytes; a third does not go beside them."""
     monkeypatch.setattr(streamed, "MAX_PENDING_BYTES", 200)
     state = make_state()
     writer = StreamedWriter(tmp_path, 3, abstract(state), "here")
-    for before, (name, [arguments]) in enumerate(pieces(state)[:8]):
+    for before, (name, [arguments]) in enumerate(blocks(state)[:8]):
         writer.write(*arguments)
         assert len(writer.done) >= before - 1
         writer.mark(name)
 
 
-def test_memory_is_that_of_a_few_pieces(tmp_path):
-    """128 MB in pieces of 8 MB. Beyond what is there at the start, a writer has two pieces and two
-    chunks of them, compressed too; a reader less. One arena, or what each thread's keeps of memory
-    given back is counted, by chance 30 to 100 MB.
+@pytest.mark.command
+def test_memory_is_that_of_a_few_blocks(tmp_path):
+    """128 MB in blocks of 8 MB. Beyond what is there at the start, a writer has two blocks and two
+    chunks of them, compressed too; a reader has less. With more than one arena, what each thread's
+    keeps of memory given back is counted, by chance 30 to 100 MB.
     """
-    code = """
-import re, sys, jax, numpy as np
-from pathlib import Path
-import checkpoints.streamed
-def peak(): return int(re.search("VmHWM:(.*)kB", Path("/proc/self/status").read_text())[1]) / 2**10  # ru_maxrss begins with that of the process that started it
-leaf = jax.ShapeDtypeStruct((16, 1024, 2048), np.float32)
-checkpoints.streamed.MAX_PENDING_BYTES = 8 * 2**20
-value = np.random.default_rng(0).standard_normal((1024, 2048), dtype=np.float32)
-start = peak()
-if sys.argv[1] == "write":
-    writer = checkpoints.streamed.StreamedWriter(Path(sys.argv[2]), 0, {"w": leaf}, "here")
-    for layer in range(16):
-        writer.write("w", (layer,), value.copy())
-        writer.mark(str(layer))
-    writer.finish()
-else:
-    reader = checkpoints.streamed.StreamedReader(Path(sys.argv[2]))
-    for layer in range(16):
-        assert (reader.read("w", (layer,)) == value).all()
-print(peak() - start)
-"""
-    options = {
-        "cwd": Path(__file__).parents[2],
-        "env": os.environ | {"MALLOC_ARENA_MAX": "1"},
-        "capture_output": True,
-        "text": True,
-        "check": True,
-    }
-    for mode in ("write", "read"):
-        result = subprocess.run([sys.executable, "-c", code, mode, str(tmp_path)], **options)
-        assert float(result.stdout) < 64, mode  # MB
+    options = {"env": {"MALLOC_ARENA_MAX": "1"}, "capture_output": True, "check": True}
+    for name in ("memory_of_writing", "memory_of_reading"):
+        result = run_process(name, tmp_path, **options)
+        assert float(result.stdout) < 64, name  # MB

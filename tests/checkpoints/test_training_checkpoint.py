@@ -115,12 +115,9 @@ def test_buffers_may_be_donated_right_after_save(checkpoints, spec):
             jax.random.normal(jax.random.key(0), (2048, 2048)), NamedSharding(mesh, spec)
         )
     }
-    expected, clear = (
-        np.array(state["w"]),
-        jax.jit(lambda x: jax.tree.map(lambda w: w * 0, x), donate_argnums=0)
-        .lower(state)
-        .compile(),
-    )
+    expected = np.array(state["w"])
+    clear = jax.jit(lambda x: jax.tree.map(lambda w: w * 0, x), donate_argnums=0)
+    clear = clear.lower(state).compile()
     checkpoints.save(1, state)
     state = clear(state)
     np.testing.assert_array_equal(checkpoints.restore(jax.eval_shape(lambda: state))["w"], expected)
@@ -248,7 +245,8 @@ def test_parameters_that_do_not_fit_are_named(checkpoints):
     checkpoints.wait()
     with pytest.raises(
         UserError,
-        match=r"checkpoints/1: params/blocks/w is \[2,8,8\] there, \[2,4,8\] in this config \(and 1 more\)",
+        match=r"checkpoints/1: params/blocks/w is \[2,8,8\] there, \[2,4,8\] in this config"
+        r" \(and 1 more\)",
     ):
         restore_parameters(checkpoints.directory.parent, {"params": make_state(width=4).params})
 
@@ -300,10 +298,8 @@ def test_failed_write_keeps_the_last_good_checkpoint(checkpoints, small_files, c
     checkpoints.save(2, {"w": jax.random.normal(jax.random.key(0), (512, 512))}, numbers())
     with pytest.raises(UserError) as error:
         checkpoints.wait()
-    assert (
-        str(error.value)
-        == f"{checkpoints.directory}: cannot write a checkpoint: File too large (the newest good checkpoint is step 1)"
-    )
+    reason = "File too large (the newest good checkpoint is step 1)"
+    assert str(error.value) == f"{checkpoints.directory}: cannot write a checkpoint: {reason}"
     assert [p.name for p in checkpoints.directory.iterdir()] == ["1"]
     assert checkpoints.latest() == 1
     np.testing.assert_array_equal(
@@ -312,9 +308,8 @@ def test_failed_write_keeps_the_last_good_checkpoint(checkpoints, small_files, c
     lift_limit()
     checkpoints.save(2, {"w": jnp.full(3, 2.0)})  # and the step can be saved after all
     assert checkpoints.latest() == 2
-    assert [
-        record for record in caplog.records if "orbax" in record.pathname
-    ] == []  # one error, said once
+    # One error is reported once.
+    assert [record for record in caplog.records if "orbax" in record.pathname] == []
 
 
 def test_failure_reaches_the_next_save_and_close(tmp_path, small_files):
@@ -344,7 +339,8 @@ def test_full_disk(tmp_path):
             checkpoints.save(2, {"w": jax.random.normal(jax.random.key(0), (512, 512))})
             with pytest.raises(
                 UserError,
-                match=r"disk: cannot write a checkpoint: No space left on device \(the newest good checkpoint is step 1\)",
+                match=r"disk: cannot write a checkpoint: No space left on device"
+                r" \(the newest good checkpoint is step 1\)",
             ):
                 checkpoints.wait()
             checkpoints.save(3, {"w": jnp.ones(3)})
@@ -353,22 +349,14 @@ def test_full_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.command
 def test_killed_while_saving_leaves_nothing_to_see(tmp_path):
-    """A process that dies before the last file is renamed; the next run neither sees nor keeps the
+    """A process dies before the last file is renamed; the next run neither sees nor keeps the
     rest.
     """
-    code = f"""
-import os, jax.numpy as jnp
-from pathlib import Path
-from checkpoints.training import Checkpoints
-checkpoints = Checkpoints(Path({str(tmp_path)!r}), keep=2)
-checkpoints.save(1, {{"w": jnp.ones(3)}}); checkpoints.wait()
-checkpoints._manager._checkpointer._handler.finalize = lambda *a: os._exit(9)
-checkpoints.save(2, {{"w": jnp.ones(3)}}); checkpoints.wait()
-"""
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 9
-    )
+    words = ["-m", "tests.checkpoints.processes", "killed_before_the_last_rename", str(tmp_path)]
+    killed = subprocess.run([sys.executable, *words], cwd=Path(__file__).parents[2])
+    assert killed.returncode == 9
     assert any("tmp" in p.name for p in tmp_path.iterdir())
     assert_identical(restore_parameters(tmp_path, {"w": jnp.zeros(3)}), {"w": jnp.ones(3)})
     with Checkpoints(tmp_path, keep=2) as checkpoints:
