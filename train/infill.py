@@ -104,12 +104,12 @@ def infill_batch(rows: Sequence[tuple[list[int], list[int]]], seq_len: int, pad:
     """
     tokens_BT, segments_BT = pad_rows([prompt + target for prompt, target in rows], seq_len, pad)
     at_T = np.arange(seq_len, dtype=np.int32)
-    begins_B1 = np.array([[len(prompt)] for prompt, _ in rows])
+    prompt_lengths_B1 = np.array([[len(prompt)] for prompt, _ in rows])
     return {
         "tokens": tokens_BT,
         "positions": at_T * segments_BT,
         "segments": segments_BT,
-        "weights": ((at_T >= begins_B1) & (segments_BT > 0)).astype(np.float32),
+        "weights": ((at_T >= prompt_lengths_B1) & (segments_BT > 0)).astype(np.float32),
     }
 
 
