@@ -37,6 +37,7 @@ from model.decode import DecodeWeights, decode_weights, expert_matrices, with_ex
 from model.heads import embed, logits_of
 from model.layers.mla import LatentAttention
 from model.layers.norm import RMSNorm
+from model.segments import TokenInfo
 from model.transformer import Block
 
 MASSES = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0)
@@ -142,6 +143,7 @@ def read(
             return out
         return next_fun(*args, **kwargs)
 
+    tokens = TokenInfo(positions_BT, segments_BT, stage, allowed_BTS, slot=jnp.int32(0))
     x_BTD = embed(model, weights.params["embedding"], tokens_BT)
     for kind, layer, past in zip(
         model.kinds, weights.layers, Cache.empty(model, B, T, stage, mass).layers, strict=True
@@ -151,9 +153,7 @@ def read(
                 layer, functools.partial(expert_matrices, count=model.moe.num_experts)
             )
         with nn.intercept_methods(watch):
-            x_BTD, _ = Block(model, kind).apply(
-                layer, x_BTD, positions_BT, segments_BT, stage, past, allowed_BTS, jnp.int32(0)
-            )
+            x_BTD, _ = Block(model, kind).apply(layer, x_BTD, tokens, past)
     hidden_BTD = RMSNorm(model.rms_norm_eps, model.norm).apply(
         {"params": weights.params["final_norm"]}, x_BTD
     )
@@ -183,7 +183,7 @@ def watched(
     whole_BTNV = absorbed(
         q_nope_BTNH,
         q_rope_BTNP,
-        cache.replace(attention_mass=1.0, estimate=None),
+        cache.replace(attention_top_p=1.0, estimate=None),
         allowed_BTS,
         query,
     )

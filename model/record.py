@@ -1,6 +1,4 @@
-"""What the layers did, layer by layer: a forward pass that keeps hidden states, expert choices and
-selected keys.
-"""
+"""A forward pass that records what the layers did: hidden states, expert choices, selected keys."""
 
 from typing import NamedTuple
 
@@ -12,13 +10,13 @@ from model.transformer import Output, Transformer, layer_paths
 
 
 class Record(NamedTuple):
-    """Of the layers of the trunk, in order; -1 stands for nothing.
+    """What the layers of the trunk did, in order; -1 stands for nothing.
 
     hidden_BLTD: each layer's output; the last one's before the final norm.
-    routes_BLTK: the experts of each token, best first; -1 in layers without experts. K = 0 in a
-    model without any.
+    routes_BLTK: the experts of each token, best first; -1 in layers without experts. K is 0 in a
+      model without any.
     selected_BLTk: the keys each query attended to, in order, -1 where they are fewer than topk; -1
-    in layers without an indexer. k = 0 where nothing selects.
+      in layers without an indexer. k is 0 where nothing selects.
     """
 
     hidden_BLTD: Array
@@ -34,13 +32,18 @@ def recorded_forward(
     segments_BT: Array,
     stage: str,
 ) -> tuple[Output, Record]:
-    """The forward pass and what its layers did. `stage` as in model/attention/reference.py."""
-    output, sown = Transformer(config).apply(
+    """Returns the output of the forward pass and what its layers did.
+
+    Args:
+      variables: {"params", "router"}.
+      tokens_BT, positions_BT, segments_BT, stage: see `Transformer.__call__`.
+    """
+    output, recorded = Transformer(config).apply(
         variables, tokens_BT, positions_BT, segments_BT, stage=stage, mutable=["record"]
     )
     hidden, routes, selected = [], [], []
-    for run, block, index in layer_paths(config):
-        layer = sown["record"][run][block]
+    for stack, block, index in layer_paths(config):
+        layer = recorded["record"][stack][block]
         hidden.append(layer["hidden"][0][index])
         routes.append(layer["moe"]["routes"][0][index] if "moe" in layer else None)
         selected.append(layer["attention"]["selected"][0][index] if "attention" in layer else None)
@@ -50,7 +53,7 @@ def recorded_forward(
 
 
 def _stacked(layers: list[Array | None], tokens_BT: Array) -> Array:
-    """[B, L, T, k] int32, -1 for a layer that has none."""
+    """Stacks what layers recorded to [B, L, T, k] int32, -1 for a layer that has none."""
     found = next(
         (layer for layer in layers if layer is not None),
         jnp.zeros((*tokens_BT.shape, 0), jnp.int32),

@@ -1,12 +1,18 @@
-"""The transformer: embedding, layers scanned, multi-token prediction, output head.
+"""The transformer: embedding, stacks of layers, multi-token prediction.
 
-    variables = init(config, key)                            {"params": ..., "router": ...}, axis
-    names attached output = Transformer(config).apply(variables, tokens_BT, positions_BT,
-    segments_BT, stage="sparse") logprobs_BT, entropy_BT = token_logprobs(config, params,
-    output.hidden_BTD, targets_BT)
+    variables = init(config, key)      {"params": ..., "router": ...}, axis names attached
+    output = Transformer(config).apply(
+        variables, tokens_BT, positions_BT, segments_BT, stage="sparse")
+    logprobs_BT, entropy_BT = token_logprobs(
+        config, variables["params"], output.hidden_BTD, targets_BT)
 
-Decoding token by token is in model/decode.py.
+The output head is in model/heads.py, decoding token by token in model/decode.py. A layer's
+attention is chosen in model/layers/table.py.
 """
+
+import dataclasses
+import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -17,19 +23,16 @@ from jax import Array
 from model.attention.reference import IndexerStats
 from model.cache import LayerCache
 from model.config import ModelConfig
-from model.stacks import LayerKind, LayerStack
 from model.heads import embed
 from model.layers.convolution import Canon
-from model.layers.delta import GatedDeltaNet
-from model.layers.gqa import GroupedAttention
 from model.layers.linear import linear
-from model.layers.mla import LatentAttention
 from model.layers.moe import FFN, MoE, RouterStats
 from model.layers.norm import RMSNorm
-from model.segments import same_segment, shift_left
-from model.sharding import constrain, named
-
-ATTENTION_LAYERS = {"mla": LatentAttention, "gqa": GroupedAttention, "delta": GatedDeltaNet}
+from model.layers.parameter import parameter
+from model.layers.table import ATTENTION_TYPES
+from model.segments import TokenInfo, same_segment, shift_left
+from model.sharding import constrain
+from model.stacks import LayerKind, LayerStack
 
 policies = jax.checkpoint_policies
 REMAT = {
@@ -43,8 +46,10 @@ REMAT = {
 
 @flax.struct.dataclass
 class LayerStats:
-    """What the layers report, stacked, MTP modules last: indexer values and the router's balance
-    [L'], its counts [L', E]; zeros of layers without.
+    """What layers did, for the losses and metrics: of one layer, or stacked over L.
+
+    indexer: zeros of layers without an indexer.
+    router: zeros of layers without experts.
     """
 
     indexer: IndexerStats
@@ -53,53 +58,55 @@ class LayerStats:
 
 @flax.struct.dataclass
 class Output:
-    hidden_BTD: Array  # normalised, ready for the output head
-    mtp_hidden: tuple[Array, ...]  # of depth 1, 2, ...; the k-th predicts the token k + 1 places on
+    """What the model makes of whole sequences.
+
+    hidden_BTD: hidden states, normalised: ready for the output head.
+    mtp_hidden: those of MTP depth 1, 2, ...; the k-th predicts the token k + 1 places on.
+    stats: stacked over the layers, MTP modules last.
+    entries: cache entries of the main layers, one a layer.
+    """
+
+    hidden_BTD: Array
+    mtp_hidden: tuple[Array, ...]
     stats: LayerStats
-    entries: tuple[LayerCache, ...]  # cache entries of the main layers, one a layer
+    entries: tuple[LayerCache, ...]
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then + FFN or experts(norm(x))."""
+    """A layer: x + attention(norm(x)), then x + FFN(norm(x)), or experts."""
 
     config: ModelConfig
     kind: LayerKind
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD,
-        positions_BT,
-        segments_BT,
-        stage,
-        past: LayerCache | None = None,
-        allowed_BTS=None,
-        at=None,
-    ):
+        self, x_BTD: Array, tokens: TokenInfo, past: LayerCache | None = None
+    ) -> tuple[Array, tuple[LayerStats, LayerCache]]:
+        """Returns the hidden states, what the layer did, and its cache entries of these tokens.
+
+        With `past` the entries are the whole cache with the tokens in it.
+        """
         c = self.config
         normed_BTD = RMSNorm(c.rms_norm_eps, c.norm, name="attention_norm")(x_BTD)
         recent_BKD = jnp.zeros((x_BTD.shape[0], 0, c.hidden_size), x_BTD.dtype)
         if c.canon_kernel_size:
             normed_BTD, recent_BKD = Canon(c.canon_kernel_size, name="canon")(
-                normed_BTD, segments_BT, None if past is None else past.recent_BKD
+                normed_BTD, tokens.segments_BT, None if past is None else past.recent_BKD
             )
-        attention = ATTENTION_LAYERS[self.kind.attention](c, name="attention")
-        remembered = None if past is None else past.attention
+        attention = ATTENTION_TYPES[self.kind.attention].module(c, name="attention")
         attended_BTD, indexer, entries = attention(
-            normed_BTD, positions_BT, segments_BT, stage, remembered, allowed_BTS, at
+            normed_BTD, tokens, None if past is None else past.attention
         )
         x_BTD = constrain(x_BTD + attended_BTD, "batch", "time", "hidden")
         normed_BTD = RMSNorm(c.rms_norm_eps, c.norm, name="ffn_norm")(x_BTD)
         if self.kind.moe:
-            out_BTD, router = MoE(c, name="moe")(normed_BTD, segments_BT > 0)
+            out_BTD, router = MoE(c, name="moe")(normed_BTD, tokens.segments_BT > 0)
         else:
-            out_BTD, router = (
-                FFN(c, c.intermediate_size, name="ffn")(normed_BTD),
-                RouterStats.zero(c.moe.num_experts),
-            )
+            out_BTD = FFN(c, c.intermediate_size, name="ffn")(normed_BTD)
+            router = RouterStats.zero(c.moe.num_experts)
         x_BTD = constrain(x_BTD + out_BTD, "batch", "time", "hidden")
         self.sow("record", "hidden", x_BTD)
-        return x_BTD, (indexer, router, LayerCache(entries, recent_BKD))
+        return x_BTD, (LayerStats(indexer, router), LayerCache(entries, recent_BKD))
 
 
 class Period(nn.Module):
@@ -109,88 +116,94 @@ class Period(nn.Module):
     kinds: tuple[LayerKind, ...]
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, segments_BT, stage):
+    def __call__(self, x_BTD: Array, tokens: TokenInfo) -> tuple[Array, tuple]:
+        """Returns the hidden states, and the stats and cache entries of each block."""
         block = Block
         if self.config.remat != "none":
-            block = nn.remat(
-                Block, policy=REMAT[self.config.remat], prevent_cse=False, static_argnums=(4,)
-            )
-        said = []
+            block = nn.remat(Block, policy=REMAT[self.config.remat], prevent_cse=False)
+        results = []
         for number, kind in enumerate(self.kinds):
-            x_BTD, one = block(self.config, kind, name=block_name(number))(
-                x_BTD, positions_BT, segments_BT, stage
-            )
-            said.append(one)
-        return x_BTD, tuple(said)
+            x_BTD, result = block(self.config, kind, name=block_name(number))(x_BTD, tokens)
+            results.append(result)
+        return x_BTD, tuple(results)
 
 
 def stack_name(number: int) -> str:
-    """Of the parameters of the config's number-th run of layers."""
+    """Returns the name that the parameters of the config's number-th stack of layers have."""
     return f"layers_{number}"
 
 
 def block_name(number: int) -> str:
-    """Of the parameters of a run's blocks of one kind, stacked over the run's repeats."""
+    """Returns the name of a period's number-th block, its parameters stacked over repeats."""
     return f"block_{number}"
 
 
 def layer_paths(config: ModelConfig) -> list[tuple[str, str, int]]:
-    """Where each layer's parameters are: (run, block, index on the leading axis)."""
+    """Returns where each layer's parameters are: (stack, block, index on the leading axis)."""
     return [
-        (stack_name(number), block_name(layer % len(run.kinds)), layer // len(run.kinds))
-        for number, run in enumerate(config.stacks)
-        for layer in range(run.layers)
+        (stack_name(number), block_name(layer % len(stack.kinds)), layer // len(stack.kinds))
+        for number, stack in enumerate(config.stacks)
+        for layer in range(stack.layers)
     ]
 
 
-def scanned(config: ModelConfig, run: LayerStack, name: str) -> nn.Module:
-    """A run of layers: the period's parameters stacked on a leading axis, run by one scan."""
+def scanned_stack(config: ModelConfig, stack: LayerStack, name: str) -> nn.Module:
+    """Returns a stack of layers: the period's parameters get a leading axis, one scan runs it."""
+    broadcast: Any = (nn.broadcast,)  # flax declares that axes are numbers
     periods = nn.scan(
         Period,
         variable_axes={"params": 0, "router": 0, "record": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-        length=run.repeats,
-        unroll=min(config.scan_unroll, run.repeats),
+        in_axes=broadcast,
+        length=stack.repeats,
+        unroll=min(config.scan_unroll, stack.repeats),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return periods(config, run.kinds, name=name)
+    return periods(config, stack.kinds, name=name)
 
 
-def in_order(stacked: tuple, run: LayerStack) -> list:
-    """What each block of the period said, stacked over repeats, as a list over the layers."""
+def in_layer_order(stacked: tuple, stack: LayerStack) -> list:
+    """Takes the results of each block of the period, stacked over repeats, apart by layer."""
     return [
         jax.tree.map(
-            lambda leaf, i=layer // len(run.kinds): leaf[i], stacked[layer % len(run.kinds)]
+            lambda leaf, i=layer // len(stack.kinds): leaf[i], stacked[layer % len(stack.kinds)]
         )
-        for layer in range(run.layers)
+        for layer in range(stack.layers)
     ]
 
 
 class MTPModule(nn.Module):
-    """One depth of multi-token prediction (arXiv 2412.19437, section 2.2, eq. 21-23): h' = TRM(M
-    [norm(emb of the token k places on); norm(h)]).
+    """One depth of multi-token prediction (arXiv 2412.19437, section 2.2, eq. 21-23).
+
+    h' = TRM(M [norm(emb of the token k places on); norm(h)])
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, previous_BTD, embedded_BTD, positions_BT, segments_BT, stage):
+    def __call__(
+        self, previous_BTD: Array, embedded_BTD: Array, tokens: TokenInfo
+    ) -> tuple[Array, tuple[LayerStats, LayerCache]]:
+        """Returns the hidden states of this depth, and what `Block` returns.
+
+        Args:
+          previous_BTD: the hidden states of the depth before.
+          embedded_BTD: the embeddings of the tokens k places on.
+          tokens: with segment 0 where there is no such token.
+        """
         c = self.config
-        init = nn.initializers.normal(c.initializer_range)
-        merge_2DD = self.param(
+        merge_2DD = parameter(
+            self,
             "merge",
-            named(init, (None, "width", "replicated")),
+            nn.initializers.normal(c.initializer_range),
             (2, c.hidden_size, c.hidden_size),
-            jnp.float32,
+            ("stacked", "embed", "replicated"),
         )
-        hidden_BTD = linear(
-            RMSNorm(c.rms_norm_eps, c.norm, name="embedding_norm")(embedded_BTD), merge_2DD[0]
-        )
-        hidden_BTD += linear(
-            RMSNorm(c.rms_norm_eps, c.norm, name="hidden_norm")(previous_BTD), merge_2DD[1]
-        )
-        return Block(c, c.mtp_kind, name="block")(hidden_BTD, positions_BT, segments_BT, stage)
+        embedded_BTD = RMSNorm(c.rms_norm_eps, c.norm, name="embedding_norm")(embedded_BTD)
+        hidden_BTD = linear(embedded_BTD, merge_2DD[0])
+        previous_BTD = RMSNorm(c.rms_norm_eps, c.norm, name="hidden_norm")(previous_BTD)
+        hidden_BTD += linear(previous_BTD, merge_2DD[1])
+        return Block(c, c.mtp_kind, name="block")(hidden_BTD, tokens)
 
 
 class Transformer(nn.Module):
@@ -199,19 +212,19 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self):
+        """Declares the parameters."""
         c = self.config
-        init = nn.initializers.normal(c.initializer_range)
-        self.embedding = self.param(
-            "embedding", named(init, ("vocab", "width")), (c.vocab_size, c.hidden_size), jnp.float32
+        V, D, depths = c.vocab_size, c.hidden_size, range(c.num_nextn_predict_layers)
+        weight = functools.partial(
+            parameter, self, init=nn.initializers.normal(c.initializer_range)
         )
-        self.runs = [scanned(c, run, stack_name(number)) for number, run in enumerate(c.stacks)]
+        self.embedding = weight("embedding", shape=(V, D), axes=("vocab", "embed"))
+        self.stacks = [scanned_stack(c, stack, stack_name(i)) for i, stack in enumerate(c.stacks)]
         self.final_norm = RMSNorm(c.rms_norm_eps, c.norm)
         if not c.tie_word_embeddings:
-            self.head = self.param(
-                "head", named(init, ("width", "vocab")), (c.hidden_size, c.vocab_size), jnp.float32
-            )
-        self.mtp = [MTPModule(c) for _ in range(c.num_nextn_predict_layers)]
-        self.mtp_norm = [RMSNorm(c.rms_norm_eps, c.norm) for _ in range(c.num_nextn_predict_layers)]
+            self.head = weight("head", shape=(D, V), axes=("embed", "vocab"))
+        self.mtp = [MTPModule(c) for _ in depths]
+        self.mtp_norm = [RMSNorm(c.rms_norm_eps, c.norm) for _ in depths]
 
     def __call__(
         self,
@@ -222,45 +235,71 @@ class Transformer(nn.Module):
         stage: str,
         mtp: bool = True,
     ) -> Output:
-        """Hidden states, before the output head. `stage` as in model/attention/reference.py;
-        `mtp=False` leaves the MTP modules out.
-        """
-        c = self.config
-        x_BTD = embed(c, self.embedding, tokens_BT)
-        reports, entries = [], []
-        for run, layers in zip(c.stacks, self.runs, strict=True):
-            x_BTD, stacked = layers(x_BTD, positions_BT, segments_BT, stage)
-            said = in_order(stacked, run)
-            reports += [LayerStats(indexer, router) for indexer, router, _ in said]
-            entries += [cached for _, _, cached in said]
-        hidden_BTD = self.final_norm(x_BTD)
+        """Computes hidden states, before the output head.
 
-        mtp_hidden, previous_BTD = [], hidden_BTD if c.mtp_input == "normed" else x_BTD
-        for depth, module in enumerate(self.mtp if mtp or self.is_initializing() else [], start=1):
+        Args:
+          tokens_BT: token ids.
+          positions_BT: the position of each token in its segment.
+          segments_BT: the segment of each token; 0 is padding.
+          stage: "dense" | "warmup" | "sparse", see `model.attention.reference.attend_expanded`.
+          mtp: False leaves the MTP modules out.
+        """
+        c, tokens = self.config, TokenInfo(positions_BT, segments_BT, stage)
+        x_BTD = embed(c, self.embedding, tokens_BT)
+        stats, entries = [], []
+        for stack, layers in zip(c.stacks, self.stacks, strict=True):
+            x_BTD, stacked = layers(x_BTD, tokens)
+            for layer_stats, layer_entries in in_layer_order(stacked, stack):
+                stats.append(layer_stats)
+                entries.append(layer_entries)
+        hidden_BTD = self.final_norm(x_BTD)
+        mtp_hidden = []
+        if mtp or self.is_initializing():
+            previous_BTD = hidden_BTD if c.mtp_input == "normed" else x_BTD
+            mtp_hidden, mtp_stats = self.predict_further(tokens_BT, tokens, previous_BTD)
+            stats += mtp_stats
+        stacked_stats = jax.tree.map(lambda *layers: jnp.stack(layers), *stats)
+        return Output(hidden_BTD, tuple(mtp_hidden), stacked_stats, tuple(entries))
+
+    def predict_further(
+        self, tokens_BT: Array, tokens: TokenInfo, previous_BTD: Array
+    ) -> tuple[list[Array], list[LayerStats]]:
+        """Computes the hidden states of each MTP depth, and what its layer did."""
+        c, hidden, stats = self.config, [], []
+        for depth, module in enumerate(self.mtp, start=1):
             with jax.named_scope(f"mtp_{depth}"):
                 embedded_BTD = embed(c, self.embedding, shift_left(tokens_BT, depth))
                 # Where the token `depth` places on is of another segment the module has nothing to
                 # read: padding, to it.
-                its_segments_BT = jnp.where(same_segment(segments_BT, depth), segments_BT, 0)
-                x_BTD, (indexer, router, _) = module(
-                    previous_BTD, embedded_BTD, positions_BT, its_segments_BT, stage
+                readable_BT = same_segment(tokens.segments_BT, depth)
+                readable = dataclasses.replace(
+                    tokens, segments_BT=jnp.where(readable_BT, tokens.segments_BT, 0)
                 )
-                mtp_hidden.append(self.mtp_norm[depth - 1](x_BTD))
-                previous_BTD = mtp_hidden[-1] if c.mtp_input == "normed" else x_BTD
-                reports.append(LayerStats(indexer, router))
-        reports = jax.tree.map(lambda *layers: jnp.stack(layers), *reports)
-        return Output(hidden_BTD, tuple(mtp_hidden), reports, tuple(entries))
+                x_BTD, (layer_stats, _) = module(previous_BTD, embedded_BTD, readable)
+                hidden.append(self.mtp_norm[depth - 1](x_BTD))
+                previous_BTD = hidden[-1] if c.mtp_input == "normed" else x_BTD
+                stats.append(layer_stats)
+        return hidden, stats
 
 
-def init(config: ModelConfig, key: Array) -> dict:
-    """Fresh variables {"params", "router"}, each leaf boxed with its logical axis names
-    (`flax.linen.meta.unbox` takes them off). For shapes alone, use it under `jax.eval_shape`.
+def init(config: ModelConfig, key: Array) -> dict[str, Any]:
+    """Makes fresh variables {"params", "router"}, each leaf in its box (`sharding.Named`).
+
+    `flax.linen.meta.unbox` takes the boxes off. For shapes alone, use `boxed_shapes`.
     """
-    rows = max(
-        jax.sharding.get_abstract_mesh().size, 1
-    )  # under a mesh a batch must divide over it, even one of which only the shapes matter
+    # Under a mesh a batch must divide over it, even one of which only the shapes matter.
+    rows = max(jax.sharding.get_abstract_mesh().size, 1)
     zeros = jnp.zeros((rows, 2), jnp.int32)
-    variables = Transformer(config).init(
-        key, zeros, zeros, zeros + 1, stage="sparse" if config.indexer.n_heads else "dense"
-    )
+    stage = "sparse" if config.indexer.n_heads else "dense"
+    variables = Transformer(config).init(key, zeros, zeros, zeros + 1, stage=stage)
     return {"params": variables["params"], "router": variables.get("router", {})}
+
+
+@functools.cache
+def boxed_shapes(config: ModelConfig) -> dict[str, Any]:
+    """Returns the shapes and types of the variables, each in its box (`sharding.Named`).
+
+    A box has the names of the axes and the parameter's use. They are kept, because tracing a model
+    takes a second and several ask.
+    """
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))

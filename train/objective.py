@@ -20,6 +20,7 @@ from jax import Array
 
 from model.config import ModelConfig
 from model.heads import token_logprobs
+from model.layers.table import ATTENTION_TYPES
 from model.segments import same_segment, shift_left
 from model.stacks import LayerKind
 from model.transformer import LayerStats, Output, Transformer
@@ -185,7 +186,7 @@ def layer_terms(config: ModelConfig, train: TrainConfig, mtp_depth: int) -> list
 
 def has_indexer(kind: LayerKind) -> bool:
     """Returns whether layers of this kind select keys by an indexer of their own."""
-    return kind.attention == "mla"
+    return ATTENTION_TYPES[kind.attention].has_indexer
 
 
 def layer_tokens(

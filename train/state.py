@@ -1,8 +1,9 @@
-"""Everything a run is, but for its place in the data: what a checkpoint saves and a step maps to
-the next.
+"""Everything a run is, but for its place in the data.
+
+It is what a checkpoint saves and what a step maps to the next.
 """
 
-import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -10,37 +11,40 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from model import transformer
 from model.config import ModelConfig
-from model.sharding import replicated, shardings
+from model.sharding import is_named, replicated, shardings
+from model.transformer import boxed_shapes, init
 
 
 @flax.struct.dataclass
 class TrainState:
-    step: Array  # steps taken, skipped ones included
-    params: dict  # float32
-    router: dict  # the router biases: state that is no parameter
+    """The state of a run.
+
+    step: int32, steps taken, skipped ones included.
+    params: float32.
+    router: the router biases, which are no parameters: no gradient reaches them.
+    opt_state: of the optimizer.
+    skipped: int32, steps without finite gradients, in all.
+    skipped_in_row: int32, those since the last step with finite gradients.
+    """
+
+    step: Array
+    params: dict
+    router: dict
     opt_state: optax.OptState
-    skipped: Array  # steps without finite gradients, in all
+    skipped: Array
     skipped_in_row: Array
 
     @property
     def variables(self) -> dict:
+        """What the model is applied with."""
         return {"params": self.params, "router": self.router}
 
 
-@functools.cache
-def boxed_shapes(config: ModelConfig) -> dict:
-    """Shapes and types of the variables, each with the names of its axes. Kept, because tracing a
-    model takes a second and several ask.
-    """
-    return jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-
-
 def first_state(variables: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """No step taken yet."""
+    """Returns the state of a run that has taken no step yet."""
     count = jnp.zeros((), jnp.int32)
     return TrainState(
         count,
@@ -55,37 +59,38 @@ def first_state(variables: dict, optimizer: optax.GradientTransformation) -> Tra
 def make_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, key: Array
 ) -> TrainState:
-    return first_state(nn.meta.unbox(transformer.init(config, key)), optimizer)
+    """Draws a new state on the default device."""
+    return first_state(nn.meta.unbox(init(config, key)), optimizer)
 
 
 def abstract_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes, types and shardings of the state, with nothing allocated. An optimizer moment is
-    sharded as its parameter.
+    """Returns shapes, types and shardings of the state, with nothing allocated.
+
+    An optimizer moment is sharded as its parameter.
     """
-    where, shapes = shardings(boxed_shapes(config), mesh), nn.meta.unbox(boxed_shapes(config))
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-
-    def sharded(shape, sharding):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
+    boxed = boxed_shapes(config)
+    where, shapes = shardings(boxed, mesh), nn.meta.unbox(boxed)
     everywhere = replicated(mesh)
-    of_parameter = {
+    # As a leaf of the state it stands for an array.
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    sharding_of = {
         _names(path): sharding
         for path, sharding in jax.tree_util.tree_leaves_with_path(where["params"])
     }
 
-    def moment(path, leaf):
+    def sharded(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def moment(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         # An optimizer wraps the tree of parameters in tuples and, where it groups them, in
         # dictionaries: the parameter's own path ends the moment's.
         names = _names(path)
-        found = (
-            of_parameter[names[start:]]
-            for start in range(len(names))
-            if names[start:] in of_parameter
+        ends = (names[start:] for start in range(len(names)))
+        return sharded(
+            leaf, next((sharding_of[end] for end in ends if end in sharding_of), everywhere)
         )
-        return sharded(leaf, next(found, everywhere))
 
     moments = jax.tree_util.tree_map_with_path(
         moment, jax.eval_shape(optimizer.init, shapes["params"])
@@ -96,8 +101,8 @@ def abstract_state(
     return TrainState(count, params, router, moments, skipped=count, skipped_in_row=count)
 
 
-def _names(path) -> tuple[str, ...]:
-    """The dictionary keys of a path."""
+def _names(path: Any) -> tuple[str, ...]:
+    """Returns the dictionary keys of a path."""
     return tuple(
         key.key
         for key in path
@@ -105,14 +110,15 @@ def _names(path) -> tuple[str, ...]:
     )
 
 
-def state_shardings(abstract):
+def state_shardings(abstract: Any) -> Any:
+    """Returns the shardings of an abstract state."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def fresh_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: Array
 ) -> TrainState:
-    """A new state, each shard made where it lives."""
+    """Draws a new state, each shard where it lives."""
     abstract = abstract_state(config, optimizer, mesh)
     # It runs once: on a CPU, LLVM would spend seconds on what takes a moment (11.5 and 4.3 s for
     # the quickstart's model). Other compilers lack the option.
@@ -130,7 +136,7 @@ def fresh_state(
 def state_from(
     variables: dict, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """A new state with the variables of another run, which are given away."""
+    """Returns a new state with the variables of another run, which are donated."""
     abstract = abstract_state(config, optimizer, mesh)
     with jax.set_mesh(mesh):
         return jax.jit(
@@ -141,18 +147,17 @@ def state_from(
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(all, active): active counts only the chosen share of the routed experts. MTP modules count,
-    as they are trained; embedding included.
+    """Returns the number of parameters, (all, active).
+
+    Of the routed experts, active counts the share that a token is sent to. MTP modules count, as
+    they are trained, and so does the embedding.
     """
-    params = nn.meta.unbox(boxed_shapes(config))["params"]
     total = active = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        keys = [key.key for key in path]
-        routed = "moe" in keys and keys[-1] in ("gate", "up", "down") and "shared" not in keys
-        total += leaf.size
+    for box in jax.tree.leaves(boxed_shapes(config)["params"], is_leaf=is_named):
+        size = box.value.size
+        total += size
+        routed = "experts" in box.names
         active += (
-            leaf.size * config.moe.num_experts_per_tok // config.moe.num_experts
-            if routed
-            else leaf.size
+            size * config.moe.num_experts_per_tok // config.moe.num_experts if routed else size
         )
     return total, active

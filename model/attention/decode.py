@@ -1,33 +1,48 @@
-"""Attention of new tokens over what was kept: over keys and values, and over latents."""
+"""Attention of new tokens over what is cached: over keys and values, and over latents.
+
+Over latents it has the absorbed form (arXiv 2405.04434, section 2.1.2): one key-value head as wide
+as a latent, shared by all query heads, its first `value_rank` channels the value. Its four
+functions compute the same; `latent_form` in model/attention/table.py chooses one.
+
+With an indexer each query reads the latents it selects, and with attention_top_p below 1 of those
+the fewest that have that share of the softmax of the indexer's scores. Without one it reads the
+fewest by the estimate in four bits (Twilight, arXiv 2502.02770).
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from kernels import decode_selection, sparse_decode
-from kernels.device import ambient_device, platform
-from kernels.reference import MASKED, indexer_scores, masked_scores, select_topk, top_p_keys
-from model.attention.int4 import Int4, dequantise
-from model.attention.reference import IndexerInputs, by_group, softmax_parts
-from model.sharding import RULES
+from kernels.device import ambient_device
+from kernels.reference import (
+    MASKED,
+    IndexerQuery,
+    indexer_scores,
+    masked_scores,
+    select_topk,
+    top_p_keys,
+)
+from model.attention.caches import KeyValueCache, LatentCache
+from model.attention.int4 import dequantise
+from model.attention.reference import by_group, softmax_parts
+from model.sharding import map_shards, spec
 
 
-def attend_cached(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    allowed_BTS: Array,
-    *,
-    top_p: float = 1.0,
-    estimate: Int4 | None = None,
-) -> Array:
-    """Attention of the newest tokens over cached keys and values of K key-value heads; q is already
-    scaled. Returns out_BTNH.
+def attend_cached(q_BTNH: Array, cache: KeyValueCache, allowed_BTS: Array) -> Array:
+    """Computes the attention of new tokens over cached keys and values of K key-value heads.
 
-    With a mass below 1 the query heads of a key-value head read the union of what each would keep
-    by the estimate: its keys are read once for all of them, and each head has its mass.
+    With attention_top_p below 1 the query heads of a key-value head read the union of what each of
+    them keeps by the estimate: its keys are read once for all of them, and each head has its share.
+
+    Args:
+      q_BTNH: queries, rotated and scaled.
+      cache: holds the keys and values of these tokens too.
+      allowed_BTS: the slots that each token may attend to.
+
+    Returns: out_BTNH.
     """
+    k_BSKH, v_BSKH, estimate = cache.k_BSKH, cache.v_BSKH, cache.estimate
     with jax.named_scope("cached_attention"):
         q_BNTH, k_BKSH, v_BKSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
         logits_BNTS = by_group("BNTH,BNSH->BNTS", q_BNTH, k_BKSH)
@@ -36,8 +51,8 @@ def attend_cached(
             kept_BKTS = keep_by_estimate(
                 by_group("BNTH,BNSH->BNTS", q_BNTH, estimate_BKSH),
                 allowed_BTS,
-                top_p,
-                k_BKSH.shape[1],
+                cache.attention_top_p,
+                groups=k_BKSH.shape[1],
             )
             logits_BNTS += jnp.repeat(
                 jnp.where(kept_BKTS, 0.0, MASKED), q_BNTH.shape[1] // k_BKSH.shape[1], axis=1
@@ -47,75 +62,152 @@ def attend_cached(
         return jnp.swapaxes(mixed_BNTH / sum_BNT1, 1, 2).astype(v_BKSH.dtype)
 
 
-def keep_by_estimate(logits_BNTS: Array, allowed_BTS: Array, mass: float, groups: int) -> Array:
-    """The keys that each of `groups` groups of heads keeps [B, groups, T, S]: together, of each of
-    its heads the fewest with the mass by these logits.
+def keep_by_estimate(logits_BNTS: Array, allowed_BTS: Array, top_p: float, groups: int) -> Array:
+    """Returns the keys [B, groups, T, S] that each of `groups` groups of heads keeps.
+
+    A group keeps the union of what its heads keep: each the fewest allowed keys with a share of
+    `top_p` of its attention, by these logits.
     """
     B, N, T, S = logits_BNTS.shape
     kept_BNTS = top_p_keys(
-        logits_BNTS, jnp.broadcast_to(allowed_BTS[:, None], logits_BNTS.shape), mass
+        logits_BNTS, jnp.broadcast_to(allowed_BTS[:, None], logits_BNTS.shape), top_p
     )
     return jnp.any(kept_BNTS.reshape(B, groups, N // groups, T, S), axis=2)
 
 
-def attend_latent(
+def attend_masked(
     q_BTNR: Array,
-    latent_BSR: Array,
-    value_rank: int,
+    cache: LatentCache,
     allowed_BTS: Array,
-    indexer: IndexerInputs | None,
+    query: IndexerQuery | None,
     *,
+    value_rank: int,
     topk: int,
-    mass: float = 1.0,
-    estimate: Int4 | None = None,
 ) -> Array:
-    """Attention over latents: one key-value head of width R shared by all query heads, its first
-    `value_rank` channels the value.
+    """Reads every latent of the cache, in either layout, and masks those that are not selected.
 
-    With an indexer each query reads the latents it selects, and with a mass below 1 of those the
-    fewest that hold it by the softmax of the indexer's scores; without one, the fewest by the
-    estimate. q is already scaled.
+    Args:
+      q_BTNR: absorbed queries, scaled.
+      cache: holds the latents of these tokens too.
+      allowed_BTS: the slots that each token may attend to.
+      query: the indexer's query; None attends without an indexer.
+      value_rank: how many of a latent's channels are its value.
+      topk: how many slots the indexer selects.
 
-    | latents | queries a row | how |
-    |---|---|---|
-    | tiles (TPU, many slots), with an indexer | 1 | kernels: the selected latents are listed and fetched one by one (kernels/sparse_decode.py) |
-    | rows, with an indexer, on a CPU | 1 | `top_k` and a gather |
-    | rows, with an indexer, on a GPU | 1 | the same list by counting, and a gather: `top_k` of many sorts the whole row there |
-    | any other | any | all are read, most masked: on TPU below `sparse_decode.CROSSOVER` that is less time |
-
-    Returns out_BTNR [B, T, N, value_rank], to be expanded by the value up-projection.
+    Returns: out_BTNR [B, T, N, value_rank], to be expanded by the value up-projection.
     """
-    if latent_BSR.ndim == 5:
-        if q_BTNR.shape[1] == 1 and indexer is not None:
-            return attend_tiles(q_BTNR, latent_BSR, value_rank, allowed_BTS, indexer, topk, mass)
+    latent_BSR = cache.latent_BSR
+    if cache.layout == "tiles":
         latent_BSR = sparse_decode.from_tiles(latent_BSR, q_BTNR.shape[-1])
-    if indexer is not None and (topk < latent_BSR.shape[1] or mass < 1):
-        listed = q_BTNR.shape[1] == 1 and topk < latent_BSR.shape[1]
-        if listed and platform() == "gpu":
-            return attend_listed(q_BTNR, latent_BSR, value_rank, allowed_BTS, indexer, topk, mass)
-        scores_BTS = indexer_scores(indexer.query.q_BTIC, indexer.k_BSC, indexer.query.w_BTI)
-        if listed and platform() == "cpu":
-            # Disallowed keys score -inf, sort last, and stay disallowed where fewer than topk are
-            # allowed.
-            scores_Bk, index_Bk = jax.lax.top_k(masked_scores(scores_BTS, allowed_BTS)[:, 0], topk)
-            latent_BSR = jnp.take_along_axis(latent_BSR, index_Bk[:, :, None], axis=1)
-            allowed_BTS = top_p_keys(
-                scores_Bk[:, None],
-                jnp.take_along_axis(allowed_BTS, index_Bk[:, None], axis=2),
-                mass,
-            )
-        else:
-            allowed_BTS = top_p_keys(scores_BTS, select_topk(scores_BTS, allowed_BTS, topk), mass)
-    elif estimate is not None:
-        estimate_BSR = dequantise(estimate, latent_BSR.shape[-1])
-        logits_BNTS = jnp.einsum(
-            "BTNR,BSR->BNTS", q_BTNR, estimate_BSR, preferred_element_type=jnp.float32
-        )
-        allowed_BTS = keep_by_estimate(logits_BNTS, allowed_BTS, mass, groups=1)[:, 0]
+    top_p, R = cache.attention_top_p, latent_BSR.shape[-1]
+    if query is not None and (topk < latent_BSR.shape[1] or top_p < 1):
+        scores_BTS = indexer_scores(query.q_BTIC, cache.index_key_BSC, query.w_BTI)
+        allowed_BTS = top_p_keys(scores_BTS, select_topk(scores_BTS, allowed_BTS, topk), top_p)
+    elif cache.estimate is not None:
+        estimate_BSR = dequantise(cache.estimate, R)
+        logits_BNTS = _latent_logits(q_BTNR, estimate_BSR)
+        allowed_BTS = keep_by_estimate(logits_BNTS, allowed_BTS, top_p, groups=1)[:, 0]
+    return _attend_rows(q_BTNR, latent_BSR, allowed_BTS, value_rank)
+
+
+def attend_gathered(
+    q_B1NR: Array,
+    cache: LatentCache,
+    allowed_B1S: Array,
+    query: IndexerQuery,
+    *,
+    value_rank: int,
+    topk: int,
+) -> Array:
+    """Gathers the latents that one query a row selects by `top_k`. See `attend_masked`."""
+    scores_B1S = indexer_scores(query.q_BTIC, cache.index_key_BSC, query.w_BTI)
+    # Disallowed keys score -inf, sort last, and stay disallowed where fewer than topk are allowed.
+    scores_Bk, index_Bk = jax.lax.top_k(masked_scores(scores_B1S, allowed_B1S)[:, 0], topk)
+    latent_BkR = jnp.take_along_axis(cache.latent_BSR, index_Bk[:, :, None], axis=1)
+    allowed_B1k = jnp.take_along_axis(allowed_B1S, index_Bk[:, None], axis=2)
+    allowed_B1k = top_p_keys(scores_Bk[:, None], allowed_B1k, cache.attention_top_p)
+    return _attend_rows(q_B1NR, latent_BkR, allowed_B1k, value_rank)
+
+
+def attend_listed(
+    q_B1NR: Array,
+    cache: LatentCache,
+    allowed_B1S: Array,
+    query: IndexerQuery,
+    *,
+    value_rank: int,
+    topk: int,
+) -> Array:
+    """Gathers the latents that one query a row selects by counting. See `attend_masked`.
+
+    This is what the kernels of `attend_tiles` do, by XLA: no sort.
+    """
+    index_Bk, count_B = decode_selection.select_reference(
+        query.q_BTIC[:, 0],
+        cache.index_key_BSC,
+        query.w_BTI[:, 0],
+        allowed_B1S[:, 0],
+        topk,
+        cache.attention_top_p,
+    )
     with jax.named_scope("latent_attention"):
-        logits_BNTS = jnp.einsum(
-            "BTNR,BSR->BNTS", q_BTNR, latent_BSR, preferred_element_type=jnp.float32
+        out_BNR = sparse_decode.decode_reference(
+            q_B1NR[:, 0], cache.latent_BSR, value_rank, index_Bk, count_B
         )
+        return out_BNR[:, None]
+
+
+def attend_tiles(
+    q_B1NR: Array,
+    cache: LatentCache,
+    allowed_B1S: Array,
+    query: IndexerQuery,
+    *,
+    value_rank: int,
+    topk: int,
+) -> Array:
+    """Reads the latents that one query a row selects, by the kernels. See `attend_masked`.
+
+    On a mesh each device has its rows' latents whole, and its heads' queries. The list of a row is
+    made by every device that has heads of it. Where there is no TPU, which only a test asks for,
+    the kernels are interpreted.
+    """
+    device = ambient_device()
+    interpret = device.platform != "tpu"
+
+    def attend(q_BNR, tiles_BSn2L, q_BIC, k_BSC, w_BI, allowed_BS):
+        index_Bk, count_B = decode_selection.select_tpu(
+            q_BIC, k_BSC, w_BI, allowed_BS, topk, cache.attention_top_p, interpret=interpret
+        )
+        cores = getattr(device, "num_cores", None) or 1
+        parts = 1 if q_BNR.shape[0] % cores == 0 else cores
+        return sparse_decode.decode_tpu(
+            q_BNR, tiles_BSn2L, value_rank, index_Bk, count_B, num_splits=parts, interpret=interpret
+        )
+
+    rows, heads = spec("batch"), spec("batch", "heads")
+    attend = map_shards(attend, (heads, *[rows] * 5), heads)
+    with jax.named_scope("latent_attention"):
+        out_BNR = attend(
+            q_B1NR[:, 0],
+            cache.latent_BSR,
+            query.q_BTIC[:, 0],
+            cache.index_key_BSC,
+            query.w_BTI[:, 0],
+            allowed_B1S[:, 0],
+        )
+        return out_BNR[:, None]
+
+
+def _latent_logits(q_BTNR: Array, latent_BSR: Array) -> Array:
+    """Returns logits_BNTS in float32."""
+    return jnp.einsum("BTNR,BSR->BNTS", q_BTNR, latent_BSR, preferred_element_type=jnp.float32)
+
+
+def _attend_rows(q_BTNR: Array, latent_BSR: Array, allowed_BTS: Array, value_rank: int) -> Array:
+    """Computes softmax(q c^T over what is allowed) c[:, :value_rank], [B, T, N, value_rank]."""
+    with jax.named_scope("latent_attention"):
+        logits_BNTS = _latent_logits(q_BTNR, latent_BSR)
         weights_BNTS, sum_BNT1 = softmax_parts(logits_BNTS, allowed_BTS)
         # Cut after the mixing: cut before it, XLA:CPU copies the whole cache twice a step, in place
         # of writing the new entry into it.
@@ -126,66 +218,3 @@ def attend_latent(
             preferred_element_type=jnp.float32,
         )[..., :value_rank]
         return jnp.swapaxes(mixed_BNTR / sum_BNT1, 1, 2).astype(latent_BSR.dtype)
-
-
-def attend_listed(
-    q_B1NR: Array,
-    latent_BSR: Array,
-    value_rank: int,
-    allowed_B1S: Array,
-    indexer: IndexerInputs,
-    topk: int,
-    mass: float,
-) -> Array:
-    """One query a row over latents that are rows: what the kernels of `attend_tiles` do, by XLA."""
-    query = indexer.query
-    listed = decode_selection.select_reference(
-        query.q_BTIC[:, 0], indexer.k_BSC, query.w_BTI[:, 0], allowed_B1S[:, 0], topk, mass
-    )
-    with jax.named_scope("latent_attention"):
-        return sparse_decode.decode_reference(q_B1NR[:, 0], latent_BSR, value_rank, *listed)[
-            :, None
-        ]
-
-
-def attend_tiles(
-    q_B1NR: Array,
-    tiles_BSn2L: Array,
-    value_rank: int,
-    allowed_B1S: Array,
-    indexer: IndexerInputs,
-    topk: int,
-    mass: float,
-) -> Array:
-    """One query a row, by the kernels, under whatever mesh is ambient: each device has its rows'
-    latents whole, and its heads' queries. The list of a row is made by every device that has heads
-    of it. Where there is no TPU, which only a test asks for, the kernels are interpreted.
-    """
-    mesh, device = jax.sharding.get_abstract_mesh(), ambient_device()
-    interpret = device.platform != "tpu"
-
-    def local(q_BNR, tiles_BSn2L, q_BIC, k_BSC, w_BI, allowed_BS):
-        index_Bk, count_B = decode_selection.select_tpu(
-            q_BIC, k_BSC, w_BI, allowed_BS, topk, mass, interpret=interpret
-        )
-        cores = getattr(device, "num_cores", None) or 1
-        parts = 1 if q_BNR.shape[0] % cores == 0 else cores
-        return sparse_decode.decode_tpu(
-            q_BNR, tiles_BSn2L, value_rank, index_Bk, count_B, parts=parts, interpret=interpret
-        )
-
-    if not (mesh.empty or mesh.size == 1):
-        rows, heads = P(RULES["batch"]), P(RULES["batch"], RULES["heads"])
-        local = jax.shard_map(
-            local, in_specs=(heads, *[rows] * 5), out_specs=heads, check_vma=False
-        )
-    with jax.named_scope("latent_attention"):
-        query = indexer.query
-        return local(
-            q_B1NR[:, 0],
-            tiles_BSn2L,
-            query.q_BTIC[:, 0],
-            indexer.k_BSC,
-            query.w_BTI[:, 0],
-            allowed_B1S[:, 0],
-        )[:, None]

@@ -1,9 +1,10 @@
-"""Keys in four bits, to estimate attention by (Twilight, arXiv 2502.02770): a code 0 .. 15 between
-the least and the largest of a group of channels.
+"""Keys in four bits, to estimate attention by (Twilight, arXiv 2502.02770).
+
+A code of 0 .. 15 says where a channel is between the least and the largest of its group:
 
     x ~ low + step * code,    step = (largest - least) / 15
 
-For 64 bfloat16 channels that is 36 bytes where there were 128.
+For 64 bfloat16 channels that is 36 bytes instead of 128.
 """
 
 import flax.struct
@@ -15,8 +16,10 @@ LEVELS = 15
 
 @flax.struct.dataclass
 class Int4:
-    """code [..., groups, size / 2] uint8, the even channel in the low half; low and step [...,
-    groups] of the keys' dtype.
+    """Quantised keys.
+
+    code: [..., groups, size / 2] uint8, the even channel in the low half.
+    low, step: [..., groups] of the keys' dtype.
     """
 
     code: Array
@@ -25,27 +28,25 @@ class Int4:
 
 
 def quantise(x: Array, size: int) -> Int4:
-    """[..., width] in groups of `size` channels, an even number; the last may be shorter."""
+    """Quantises [..., width] in groups of `size` channels, an even number; the last may be less."""
     *rows, width = x.shape
     groups = -(-width // size)
-    # The last channel again, so that padding is in nobody's range.
+    # The last channel again, so that padding widens nobody's range.
     x = jnp.pad(x, [(0, 0)] * len(rows) + [(0, groups * size - width)], mode="edge").reshape(
         *rows, groups, size
     )
-    low = jnp.min(x, axis=-1)
-    # Of what is stored, so that codes undo the rounding of the step.
-    step = ((jnp.max(x, axis=-1).astype(jnp.float32) - low.astype(jnp.float32)) / LEVELS).astype(
-        x.dtype
-    )
-    code = (x.astype(jnp.float32) - low.astype(jnp.float32)[..., None]) / jnp.maximum(
-        step.astype(jnp.float32), jnp.finfo(jnp.float32).tiny
-    )[..., None]
+    low, largest = jnp.min(x, axis=-1), jnp.max(x, axis=-1)
+    low32 = low.astype(jnp.float32)
+    # The step is rounded to what is stored, so that codes undo the rounding.
+    step = ((largest.astype(jnp.float32) - low32) / LEVELS).astype(x.dtype)
+    divisor = jnp.maximum(step.astype(jnp.float32), jnp.finfo(jnp.float32).tiny)
+    code = (x.astype(jnp.float32) - low32[..., None]) / divisor[..., None]
     code = jnp.clip(jnp.round(code), 0, LEVELS).astype(jnp.uint8)
     return Int4(code[..., ::2] | (code[..., 1::2] << 4), low, step)
 
 
 def dequantise(keys: Int4, width: int) -> Array:
-    """[..., width] of the keys' dtype."""
+    """Returns the keys [..., width] in their dtype."""
     code = jnp.stack([keys.code & LEVELS, keys.code >> 4], axis=-1).reshape(
         *keys.code.shape[:-1], -1
     )

@@ -1,14 +1,14 @@
-"""Attention proper: from queries, keys and values to the mixed values, dense or sparse, with what
-the indexer learns from.
+"""Attention over a whole sequence, in chunks of queries: the plain form that others are checked by.
 
-Three forms of the same function: `attend_expanded` over keys and values per head (training,
-prefill), in chunks of queries so that no array of T x S x N ever lives; `attend_cached` over keys
-and values that were kept (decoding); `attend_latent` over latents that were (decoding; the absorbed
-form, arXiv 2405.04434, section 2.1.2).
+`attend_expanded` is for training and prefill, over keys and values per head, dense or sparse, with
+what the indexer learns from. `attend_chunk` is its equation. The forms for decoding are in
+model/attention/decode.py, the one by kernels in model/attention/tiled.py; the table that chooses is
+model/attention/table.py.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.chunks import scan_chunks
 from kernels.reference import (
     MASKED,
     IndexerQuery,
@@ -23,16 +24,19 @@ from kernels.reference import (
     indexer_scores,
     select_topk,
 )
+from model.segments import causal_mask
 
-LEAST_PART = 64  # queries; smaller parts cost more in small matmuls than the skipped pairs save
+MIN_PART = 64  # queries; smaller parts cost more in small matmuls than the skipped pairs save
 
 
 @flax.struct.dataclass
 class IndexerStats:
-    """What one layer's indexer did, summed over queries. `recall` is the share of the true
-    attention's mass on the keys that top-k would select, and `recall_random` that of a uniformly
-    random selection of as many; both over queries with more than topk keys, and 0 outside the
-    warm-up stage.
+    """What one layer's indexer did, summed over queries.
+
+    kl: its loss, in nats.
+    recall: the share of the true attention's mass on the keys that top-k would select.
+    recall_random: that share of a uniformly random selection of as many keys. Both are over queries
+      with more than topk keys, and 0 outside the warm-up stage.
     """
 
     kl: Array
@@ -41,17 +45,38 @@ class IndexerStats:
 
     @classmethod
     def zero(cls) -> "IndexerStats":
+        """Returns the statistics of a layer without an indexer."""
         return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
 class IndexerInputs(NamedTuple):
-    query: IndexerQuery  # of the queries
-    k_BSC: Array  # of the keys
+    """What the indexer brings to attention: the queries' side and the keys [B, S, C]."""
+
+    query: IndexerQuery
+    k_BSC: Array
+
+
+class KeyPrefix(NamedTuple):
+    """The keys that a part of the queries may see: those from the row's start to the part's end.
+
+    k_parts, v_parts: the keys [B, N, H, S'] and values [B, N, V, S'] of each part so far. They are
+      joined where they are used.
+    segments_BT, index_k_BTC: segments and indexer keys (None in stage "dense") of the whole row.
+    end: where the prefix ends.
+    """
+
+    k_parts: list[Array]
+    v_parts: list[Array]
+    segments_BT: Array
+    index_k_BTC: Array | None
+    end: int
 
 
 def softmax_parts(logits_BNTS: Array, among_BTS: Array) -> tuple[Array, Array]:
-    """Softmax over the keys in `among` as (unnormalised_BNTS, sum_BNT1), to be divided where that
-    is cheapest; zeros, and a harmless sum, without a key.
+    """Computes a softmax over the keys in `among` as a numerator and a denominator.
+
+    Returns (unnormalised_BNTS, sum_BNT1), to be divided where that is cheapest: zeros, and a
+    harmless sum, where there is no key.
     """
     # A bias and not a select: its backward pass is free, and a masked logit's exponential is
     # exactly 0 either way.
@@ -68,8 +93,15 @@ def softmax_parts(logits_BNTS: Array, among_BTS: Array) -> tuple[Array, Array]:
 def indexer_stats(
     target_BTS: Array, scores_BTS: Array, among_BTS: Array, stage: str, topk: int
 ) -> IndexerStats:
-    """The indexer's loss and, where attention was dense, its recall (arXiv 2512.02556, section
-    2.1).
+    """Computes the indexer's loss and, where attention is dense, its recall.
+
+    Args:
+      target_BTS: the main attention's probabilities, mean over heads (arXiv 2512.02556, section
+        2.1).
+      scores_BTS: the indexer's scores.
+      among_BTS: the keys attended to.
+      stage: "warmup" | "sparse".
+      topk: how many keys the indexer selects.
     """
     kl = jnp.sum(indexer_kl(target_BTS, scores_BTS, among_BTS))
     zero = jnp.zeros((), jnp.float32)
@@ -98,152 +130,164 @@ def attend_expanded(
     causal_parts: int,
     record: bool = False,
 ) -> tuple[Array, IndexerStats, Array | None]:
-    """Causal attention inside each segment, over a whole sequence (T = S).
+    """Computes causal attention inside each segment, over a whole sequence (T = S).
+
+    The sequence is cut into P parts of queries, each over the keys up to its own end: of all pairs
+    (P + 1) / 2P are computed. A part is worked through in chunks, so that no array of T x S x N
+    ever lives; the backward pass recomputes a chunk.
 
     Args:
       q_BTNH, k_BSNH, v_BSNV: per head, rotated, q already scaled by H ** -0.5. Keys and values may
-        have fewer heads than queries, each for a group of them.
+        have fewer heads than queries, each for a group of them. V is a value's width.
       segments_BT: 0 is padding and attends to nothing.
       indexer: its queries and keys; needed by the stages "warmup" and "sparse".
       stage: "dense" | "warmup" (dense, with the indexer's loss) | "sparse" (over the selected keys
         only, with the indexer's loss).
-      query_chunk: queries handled at a time; the backward pass recomputes a chunk.
-      causal_parts: P, the parts the sequence is cut into, each over the keys up to its own end: of
-        all pairs (P + 1) / 2P are computed, not every one.
-        A part has at least LEAST_PART queries.
+      topk: how many keys the indexer selects for each query.
+      query_chunk: queries handled at a time.
+      causal_parts: P. A part has at least MIN_PART queries.
       record: whether to return what was selected.
 
     Returns:
-      out_BTNV of v's dtype, zeros for padding, the indexer's report, and selected_BTk: each query's
-      keys in order, -1 where there are fewer than topk; None unless `record` in stage "sparse".
+      out_BTNV of v's dtype, zeros for padding; what the indexer did; and selected_BTk, each query's
+      keys in order, -1 where there are fewer than topk: None unless `record` in stage "sparse".
     """
-    T, recorded = q_BTNH.shape[1], record and stage == "sparse"
-    query = None if stage == "dense" else indexer.query
+    T = q_BTNH.shape[1]
+    recorded = min(topk, T) if record and stage == "sparse" else 0
+    query, index_k_BTC = (None, None) if stage == "dense" or indexer is None else indexer
     # Once, and not for every part; with keys along the rows, as then are their gradients: so
     # XLA:CPU multiplies those half as fast again.
     k_BNHS, v_BNVS = jnp.moveaxis(k_BSNH, 1, 3), jnp.moveaxis(v_BSNV, 1, 3)
-
-    size = max(-(-T // causal_parts), LEAST_PART)
+    size = max(-(-T // causal_parts), MIN_PART)
     ends = [*range(size, T, size), T]
-
-    def in_parts(x: Array, axis: int) -> list[Array]:
-        """Cut at once: the gradient joins the parts' again. That of a slice is padded to the whole,
-        and XLA:CPU adds up such arrays element by element.
-        """
-        return jnp.split(x, ends[:-1], axis=axis)
-
-    k_parts, v_parts = in_parts(k_BNHS, 3), in_parts(v_BNVS, 3)
-
-    def attend_chunk(part, q_BCNH, query: IndexerQuery | None, query_segments_BC, query_index_C):
-        """Queries over the keys of the first parts, to this one's end; put together in here, so
-        that no copy of them is kept for the backward pass.
-        """
-        end = ends[part]
-        key_segments_BS = segments_BT[:, :end]
-        query_segments_BC1 = query_segments_BC[..., None]
-        allowed_BCS = (
-            (query_index_C[:, None] >= jnp.arange(end))
-            & (query_segments_BC1 == key_segments_BS[:, None])
-            & (query_segments_BC1 > 0)
-        )
-        among_BCS, scores_BCS = allowed_BCS, None
-        if stage != "dense":
-            scores_BCS = indexer_scores(query.q_BTIC, indexer.k_BSC[:, :end], query.w_BTI)
-            if stage == "sparse":
-                among_BCS = select_topk(scores_BCS, allowed_BCS, topk)
-        with jax.named_scope("attention"):
-            q_BNCH = jnp.swapaxes(q_BCNH, 1, 2)
-            logits_BNCS = by_group(
-                "BNCH,BNHS->BNCS", q_BNCH, jnp.concatenate(k_parts[: part + 1], axis=3)
-            )
-            weights_BNCS, sum_BNC1 = softmax_parts(logits_BNCS, among_BCS)
-            mixed_BNCV = by_group(
-                "BNCS,BNVS->BNCV",
-                weights_BNCS.astype(v_BNVS.dtype),
-                jnp.concatenate(v_parts[: part + 1], axis=3),
-            )
-            out_BCNV = jnp.swapaxes(mixed_BNCV / sum_BNC1, 1, 2).astype(v_BNVS.dtype)
-        selected_BCk = (
-            positions_of(among_BCS, min(topk, T))
-            if recorded
-            else jnp.zeros((*out_BCNV.shape[:2], 0), jnp.int32)
-        )
-        if stage == "dense":
-            return (out_BCNV, selected_BCk), IndexerStats.zero()
-        # The main attention's probabilities, mean over heads: what the indexer is taught. Detached.
-        target_BCS = (
-            jnp.einsum(
-                "BNCS,BNC->BCS", *jax.lax.stop_gradient((weights_BNCS, 1 / sum_BNC1[..., 0]))
-            )
-            / q_BCNH.shape[2]
-        )
-        report = indexer_stats(target_BCS, scores_BCS, among_BCS, stage, topk)
-        return (out_BCNV, selected_BCk), report
-
-    own_queries = zip(
-        *(in_parts(x_BT, 1) for x_BT in jax.tree.leaves((q_BTNH, query, segments_BT))), strict=True
-    )
-    structure = jax.tree.structure((q_BTNH, query, segments_BT))
-
-    def attend_part(part: int, *leaves: Array) -> tuple[tuple[Array, Array], IndexerStats]:
-        own, start, end = (
-            jax.tree.unflatten(structure, leaves),
-            ends[part] - leaves[0].shape[1],
-            ends[part],
-        )
-        chunks = -(-(end - start) // query_chunk)
-        # Recomputing the probabilities in the backward pass is cheaper than writing and reading [B,
-        # N, C, S] a few times, even when one chunk is all there is.
-        attend = jax.checkpoint(functools.partial(attend_chunk, part), prevent_cse=chunks == 1)
-        if chunks == 1:
-            return attend(*own, jnp.arange(start, end))
-        padding = chunks * query_chunk - (end - start)
-
-        def cut(x_BT):
-            """[B, T', ...] to [chunks, B, C, ...]; padded queries have segment 0."""
-            x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
-            return jnp.moveaxis(
-                x_BT.reshape(x_BT.shape[0], chunks, query_chunk, *x_BT.shape[2:]), 1, 0
-            )
-
-        def step(total: IndexerStats, piece):
-            outs_BC, report = attend(*piece)
-            return jax.tree.map(jnp.add, total, report), outs_BC
-
-        query_index_nC = start + jnp.arange(chunks * query_chunk).reshape(chunks, query_chunk)
-        report, outs_nBC = jax.lax.scan(
-            step, IndexerStats.zero(), (*jax.tree.map(cut, own), query_index_nC)
-        )
-
-        def join(x_nBC):
-            x_BT = jnp.moveaxis(x_nBC, 0, 1).reshape(
-                x_nBC.shape[1], chunks * query_chunk, *x_nBC.shape[3:]
-            )
-            return x_BT[:, : end - start]
-
-        return jax.tree.map(join, outs_nBC), report
-
-    parts, reports = zip(
-        *(attend_part(part, *leaves) for part, leaves in enumerate(own_queries)), strict=True
-    )
-    out_BTNV, selected_BTk = jax.tree.map(lambda *x_BT: jnp.concatenate(x_BT, axis=1), *parts)
-    report = jax.tree.map(lambda *parts: sum(parts), *reports)
-    return checkpoint_name(out_BTNV, "attention"), report, selected_BTk if recorded else None
+    k_parts, v_parts = (jnp.split(x, ends[:-1], axis=3) for x in (k_BNHS, v_BNVS))
+    outs, stats = [], []
+    for part, queries in enumerate(split_queries((q_BTNH, query, segments_BT), ends)):
+        so_far = slice(part + 1)
+        keys = KeyPrefix(k_parts[so_far], v_parts[so_far], segments_BT, index_k_BTC, ends[part])
+        attend = functools.partial(attend_chunk, keys, stage=stage, topk=topk, recorded=recorded)
+        out, part_stats = attend_part(attend, queries, ends[part], query_chunk)
+        outs.append(out)
+        stats.append(part_stats)
+    out_BTNV, selected_BTk = jax.tree.map(lambda *x_BT: jnp.concatenate(x_BT, axis=1), *outs)
+    total = jax.tree.map(lambda *parts: sum(parts), *stats)
+    return checkpoint_name(out_BTNV, "attention"), total, selected_BTk if recorded else None
 
 
-def by_group(equation: str, x_BNCY: Array, y_BKSZ: Array) -> Array:
-    """An einsum of x's N heads with y's, which may be fewer: each of y's K heads serves N / K of
-    x's, side by side. Float32.
+def split_queries(queries: Any, ends: list[int]) -> list:
+    """Cuts every array of a tree along axis 1 into parts with these ends. Returns a tree a part.
+
+    They are cut at once: the gradient joins the parts' again. That of a slice is padded to the
+    whole, and XLA:CPU adds up such arrays element by element.
     """
-    (B, N, *_), K = x_BNCY.shape, y_BKSZ.shape[1]
+    leaves, structure = jax.tree.flatten(queries)
+    parts = zip(*(jnp.split(x_BT, ends[:-1], axis=1) for x_BT in leaves), strict=True)
+    return [jax.tree.unflatten(structure, part) for part in parts]
+
+
+def attend_part(
+    attend: Callable[..., tuple[tuple[Array, Array], IndexerStats]],
+    queries: tuple[Array, IndexerQuery | None, Array],
+    end: int,
+    query_chunk: int,
+) -> tuple[tuple[Array, Array], IndexerStats]:
+    """Applies `attend_chunk` to a part of the queries, chunk by chunk, and adds up the statistics.
+
+    Args:
+      attend: `attend_chunk` with the part's keys.
+      queries: q_BTNH, the indexer's query and the segments of the part.
+      end: where the part ends in the row.
+      query_chunk: queries handled at a time. Those that fill the last chunk have segment 0.
+    """
+    length = queries[0].shape[1]
+    index_T = jnp.arange(end - length, end)
+    # Recomputing the probabilities in the backward pass is cheaper than writing and reading
+    # [B, N, C, S] a few times, even when one chunk is all there is.
+    whole = length <= query_chunk
+    attend = jax.checkpoint(attend, prevent_cse=whole)
+    if whole:
+        return attend(*queries, index_T)
+
+    def step(total: IndexerStats, *chunk):
+        out, stats = attend(*chunk)
+        return jax.tree.map(jnp.add, total, stats), out
+
+    total, out = scan_chunks(
+        step, IndexerStats.zero(), (*queries, index_T), query_chunk, axes=(1, 1, 1, 0)
+    )
+    return out, total
+
+
+def attend_chunk(
+    keys: KeyPrefix,
+    q_BTNH: Array,
+    query: IndexerQuery | None,
+    segments_BT: Array,
+    index_T: Array,
+    *,
+    stage: str,
+    topk: int,
+    recorded: int,
+) -> tuple[tuple[Array, Array], IndexerStats]:
+    """Computes attention of a chunk of T queries over a prefix of the row's S keys.
+
+    Args:
+      keys: the prefix. It is put together in here, so that no copy of it is kept for the backward
+        pass.
+      q_BTNH, query, segments_BT: the chunk's queries, the indexer's (None in stage "dense"), and
+        their segments.
+      index_T: where the queries stand in the row.
+      stage, topk: see `attend_expanded`.
+      recorded: how many selected keys to return for each query.
+
+    Returns:
+      out_BTNV, the selected keys [B, T, recorded], and what the indexer did.
+    """
+    allowed_BTS = causal_mask(segments_BT, index_T, keys.segments_BT[:, : keys.end])
+    among_BTS, scores_BTS = allowed_BTS, None
+    if query is not None and keys.index_k_BTC is not None:
+        index_k_BSC = keys.index_k_BTC[:, : keys.end]
+        scores_BTS = indexer_scores(query.q_BTIC, index_k_BSC, query.w_BTI)
+        if stage == "sparse":
+            among_BTS = select_topk(scores_BTS, allowed_BTS, topk)
+    with jax.named_scope("attention"):
+        q_BNTH = jnp.swapaxes(q_BTNH, 1, 2)
+        k_BNHS = jnp.concatenate(keys.k_parts, axis=3)
+        weights_BNTS, sum_BNT1 = softmax_parts(
+            by_group("BNTH,BNHS->BNTS", q_BNTH, k_BNHS), among_BTS
+        )
+        dtype = keys.v_parts[0].dtype
+        v_BNVS = jnp.concatenate(keys.v_parts, axis=3)
+        mixed_BNTV = by_group("BNTS,BNVS->BNTV", weights_BNTS.astype(dtype), v_BNVS)
+        out_BTNV = jnp.swapaxes(mixed_BNTV / sum_BNT1, 1, 2).astype(dtype)
+    selected_BTk = (
+        positions_of(among_BTS, recorded)
+        if recorded
+        else jnp.zeros((*out_BTNV.shape[:2], 0), jnp.int32)
+    )
+    if scores_BTS is None:
+        return (out_BTNV, selected_BTk), IndexerStats.zero()
+    # The main attention's probabilities, mean over heads: what the indexer is taught. Detached.
+    probabilities = jax.lax.stop_gradient((weights_BNTS, 1 / sum_BNT1[..., 0]))
+    target_BTS = jnp.einsum("BNTS,BNT->BTS", *probabilities) / q_BTNH.shape[2]
+    stats = indexer_stats(target_BTS, scores_BTS, among_BTS, stage, topk)
+    return (out_BTNV, selected_BTk), stats
+
+
+def by_group(equation: str, x_BNTY: Array, y_BKSZ: Array) -> Array:
+    """Computes an einsum of x's N heads with y's K heads, which may be fewer, in float32.
+
+    Each of y's heads serves N / K of x's, side by side. `equation` writes N for both.
+    """
+    (B, N, *_), K = x_BNTY.shape, y_BKSZ.shape[1]
     if K == N:
-        return jnp.einsum(equation, x_BNCY, y_BKSZ, preferred_element_type=jnp.float32)
+        return jnp.einsum(equation, x_BNTY, y_BKSZ, preferred_element_type=jnp.float32)
     first, rest = equation.split(",")
     second, result = rest.split("->")
     grouped = f"{first.replace('N', 'NG')},{second}->{result.replace('N', 'NG')}"
     out = jnp.einsum(
         grouped,
-        x_BNCY.reshape(B, K, N // K, *x_BNCY.shape[2:]),
+        x_BNTY.reshape(B, K, N // K, *x_BNTY.shape[2:]),
         y_BKSZ,
         preferred_element_type=jnp.float32,
     )
@@ -251,9 +295,9 @@ def by_group(equation: str, x_BNCY: Array, y_BKSZ: Array) -> Array:
 
 
 def positions_of(among_BTS: Array, count: int) -> Array:
-    """The first `count` positions that are true, in order, then -1: [B, T, count] int32."""
+    """Returns the first `count` positions that are true, in order, then -1: [B, T, count] int32."""
     S = among_BTS.shape[-1]
-    place_BTS = jnp.where(among_BTS, jnp.arange(S, dtype=jnp.int32), S)
-    first_BTk = jnp.sort(place_BTS, axis=-1)[..., :count]
+    index_BTS = jnp.where(among_BTS, jnp.arange(S, dtype=jnp.int32), S)
+    first_BTk = jnp.sort(index_BTS, axis=-1)[..., :count]
     padded_BTk = jnp.pad(first_BTk, [(0, 0), (0, 0), (0, max(count - S, 0))], constant_values=S)
     return jnp.where(padded_BTk < S, padded_BTk, -1)

@@ -1,23 +1,53 @@
-"""The table of the forms of attention over a whole sequence."""
+"""Which function computes attention: the tables of its forms.
+
+| over | form | where | function |
+|---|---|---|---|
+| a whole sequence | "chunks" | CPU, GPU; short rows on TPU | reference.attend_expanded |
+| a whole sequence | "tiles" | TPU; on request Hopper; interpreted on a CPU | tiled.attend_tiled |
+| cached keys and values | | everywhere | decode.attend_cached |
+| cached latents | `LATENT_FORMS` | one query a row, selected | decode.attend_gathered, ... |
+| cached latents | | everything else | decode.attend_masked |
+
+All forms over the same thing compute the same function. The layers call `sequence_form` or
+`latent_form` and then what it returns. Which attention a layer has is a table of its own,
+model/layers/table.py.
+"""
 
 import functools
 from collections.abc import Callable
 
+from jax import Array
+
 from errors import UserError
 from kernels.device import ambient_device, platform
 from kernels.tiles import MIN_VMEM, vmem_bytes
-from model.attention.reference import attend_expanded
-from model.attention.tiled import KERNELS, LEAST_TILED, attend_tiled
+from model.attention.caches import LatentCache
+from model.attention.decode import attend_gathered, attend_listed, attend_masked, attend_tiles
+from model.attention.reference import IndexerStats, attend_expanded
+from model.attention.tiled import KERNELS, MIN_TILED, attend_tiled
 from model.config import ModelConfig
 
+SequenceForm = Callable[..., tuple[Array, IndexerStats, Array | None]]
+LatentForm = Callable[..., Array]
 
-def expanded_form(config: ModelConfig, length: int) -> Callable:
-    """The table: (config.attention_form, platform and kind of device, tokens of a row) ->
-    `attend_expanded` or `attend_tiled`.
+# (layout of the cache, platform) -> how one query a row reads the latents that it selects.
+LATENT_FORMS: dict[tuple[str, str], LatentForm] = {
+    ("rows", "cpu"): attend_gathered,
+    ("rows", "gpu"): attend_listed,  # a GPU's `top_k` of many sorts the whole row
+    ("tiles", "tpu"): attend_tiles,
+    ("tiles", "cpu"): attend_tiles,  # interpreted, in tests
+}
+
+
+def sequence_form(config: ModelConfig, length: int) -> SequenceForm:
+    """Returns the form of attention over whole sequences: `attend_expanded` or `attend_tiled`.
+
+    It depends on `model.attention_form`, the platform and kind of device, and the tokens of a row.
+    Raises UserError where tiles are asked for and there are no kernels for the platform.
     """
     roomy = platform() == "tpu" and vmem_bytes(ambient_device().device_kind) >= MIN_VMEM
     tiled = config.attention_form == "tiles" or (
-        config.attention_form == "auto" and roomy and length >= LEAST_TILED
+        config.attention_form == "auto" and roomy and length >= MIN_TILED
     )
     if not tiled:
         return functools.partial(
@@ -25,6 +55,25 @@ def expanded_form(config: ModelConfig, length: int) -> Callable:
         )
     if platform() not in KERNELS:
         raise UserError(
-            f"model.attention_form = {config.attention_form!r}: there are no kernels for {platform()}; take 'chunks'"
+            f"model.attention_form = {config.attention_form!r}: there are no kernels for "
+            f"{platform()}; take 'chunks'"
         )
     return functools.partial(attend_tiled, kernels=KERNELS[platform()])
+
+
+def latent_form(cache: LatentCache, queries: int, topk: int | None) -> LatentForm:
+    """Returns the form of attention of new tokens over cached latents.
+
+    Several queries a row, or as many selected as there are slots, read every latent. So does one
+    query on TPU where the cache is rows, below `sparse_decode.CROSSOVER` slots: it takes less time
+    there than fetching the selected ones.
+
+    Args:
+      cache: the cache, for its layout and its number of slots.
+      queries: new tokens a row.
+      topk: how many slots the indexer selects; None attends without an indexer.
+    """
+    slots = cache.latent_BSR.shape[1]
+    if queries > 1 or topk is None or topk >= slots:
+        return attend_masked
+    return LATENT_FORMS.get((cache.layout, platform()), attend_masked)

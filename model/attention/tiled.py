@@ -1,20 +1,21 @@
-"""Attention over a whole sequence by the kernels of kernels: what `attend_expanded` computes, tile
-by tile, on whatever mesh is ambient.
+"""Attention over a whole sequence by kernels, tile by tile, on whatever mesh is ambient.
 
-    select      each query's keys, a bit a key                 queries cut over `tensor` attend
-    attention over those, and its log-sum-exp      heads cut over `tensor` total_kl    the indexer's
-    loss against that attention      queries cut over `tensor`: each needs all heads
+It computes what `attend_expanded` (model/attention/reference.py) does, in three steps:
 
-Queries are dealt out in blocks, one to each device of `tensor` in turn, so that every device gets
-as many long rows as short ones. Between the three the
-compiler moves what lies elsewhere: the bits to all (L / 8 bytes a query), queries and log-sum-exps
-from heads to queries (all-to-all). All heads' keys go to all, which is the dearest, 49 KB a key in
-DeepSeek-V3.2: the loss itself gathers them, piece by piece.
+    select      each query's keys, a bit a key               queries divided over devices
+    attend      over those, with its log-sum-exp             heads divided over devices
+    total_kl    the indexer's loss against that attention    queries divided: each needs all heads
+
+Queries are divided block-cyclically: blocks of BLOCK go to the devices in turn, so that every
+device gets as many long rows as short ones. Between the steps the compiler moves what lies
+elsewhere: the bits to all (L / 8 bytes a query), queries and log-sum-exps from heads to queries
+(all-to-all). All heads' keys go to all, which is the dearest, 49 KB a key in DeepSeek-V3.2: the
+loss itself gathers them, chunk by chunk.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,100 +33,103 @@ from kernels.sparse_attention import attend_reference, attend_tpu
 from kernels.tiles import padded
 from model.attention.reference import IndexerInputs, IndexerStats, positions_of
 from model.mesh import MESH_AXES
-from model.sharding import RULES
+from model.sharding import ambient_shards, map_shards, mesh_axis, spec
 
-ROWS, CUT = (
-    P(RULES["batch"]),
-    P(RULES["batch"], None, "tensor"),
-)  # of arrays [B, ...] and dealt ones [B, n, tensor, BLOCK, ...]
-LEAST_TILED = 512  # tokens of a row: shorter ones would leave most of a tile empty
-CHUNK_BYTES = (
-    2**30
-)  # of the products of every head that a GPU's selection or loss writes to memory at a time
+MIN_TILED = 512  # tokens of a row: shorter ones would leave most of a tile empty
+# Bytes of the products of all heads that a GPU's selection or loss writes to memory at a time.
+CHUNK_BYTES = 2**30
 
 
 class Queries(NamedTuple):
-    """The indexer's, and where they stand: dealt, or a device's own."""
+    """The indexer's side of the queries: block-cyclic, or a device's own.
+
+    index_1T: where the queries stand in the row.
+    """
 
     q_BTIC: Array
     w_BTI: Array
     segments_BT: Array
-    place_1T: Array
+    index_1T: Array
 
 
 class Keys(NamedTuple):
-    """The indexer's, of the whole sequence."""
+    """The indexer's side of the keys, of the whole sequence."""
 
     k_BSC: Array
     segments_BS: Array
 
 
-DEALT = Queries(CUT, CUT, CUT, P(None, None, "tensor"))
+# Shardings of arrays [B, ...], [B, N, ...] and block-cyclic ones [B, n, devices, BLOCK, ...]. Of any
+# type, since they stand in the place of arrays in trees.
+ROWS: Any = spec("batch")
+HEADS: Any = spec("batch", "heads")
+BLOCKS: Any = spec("batch", None, "query_blocks")
+HEAD_BLOCKS: Any = spec("batch", None, None, "query_blocks")  # [B, N, n, devices, BLOCK, ...]
+INDEX_BLOCKS: Any = spec(None, None, "query_blocks")
+QUERY_BLOCKS = Queries(BLOCKS, BLOCKS, BLOCKS, INDEX_BLOCKS)
+
+
+class Kernels(NamedTuple):
+    """One implementation of each step, with the signatures of the references."""
+
+    select: Callable[..., tuple[Array, Array]]
+    attend: Callable[..., tuple[Array, Array]]
+    total_kl: Callable[..., tuple[Array, Array]]
+
+
+def _select_gpu(q_BTIC: Array, k_BSC: Array, *rest) -> tuple[Array, Array]:
+    products = q_BTIC.shape[0] * q_BTIC.shape[2] * k_BSC.shape[1]
+    return select_reference(q_BTIC, k_BSC, *rest, queries=queries_at_once(products))
 
 
 def _attend_gpu(
     q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array
 ) -> tuple[Array, Array]:
-    from kernels.sparse_attention_gpu import (
-        attend_gpu,  # its part of Pallas takes longest to import, and few need it
-    )
+    # Its part of Pallas takes longest to import, and few need it.
+    from kernels.sparse_attention_gpu import attend_gpu
 
-    capability = getattr(
-        ambient_device(), "compute_capability", "9.0"
-    )  # a device that is only compiled for does not say
+    # A device that is only compiled for has no capability.
+    capability = getattr(ambient_device(), "compute_capability", "9.0")
     if capability != "9.0":
         raise UserError(
-            f"model.attention_form = 'tiles': the kernel is for Hopper GPUs, and this one has compute capability {capability}; take 'chunks'"
+            "model.attention_form = 'tiles': the kernel is for Hopper GPUs, and this one has "
+            f"compute capability {capability}; take 'chunks'"
         )
     if q_BNTH.dtype == jnp.float32:
         raise UserError(
-            "model.attention_form = 'tiles': a GPU's tensor cores take no float32; set model.dtype = 'bfloat16', or take 'chunks'"
+            "model.attention_form = 'tiles': a GPU's tensor cores take no float32; set "
+            "model.dtype = 'bfloat16', or take 'chunks'"
         )
-    return attend_gpu(
-        q_BNTH,
-        *(jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BKSH, v_BKSV)),
-        bits_BTW,
-    )
-
-
-def _select_gpu(q_BTIC: Array, k_BSC: Array, *rest) -> tuple[Array, Array]:
-    return select_reference(
-        q_BTIC, k_BSC, *rest, queries=at_once(q_BTIC.shape[0] * q_BTIC.shape[2] * k_BSC.shape[1])
-    )
+    group = q_BNTH.shape[1] // k_BKSH.shape[1]
+    k_BNSH, v_BNSV = (jnp.repeat(x, group, axis=1) for x in (k_BKSH, v_BKSV))
+    return attend_gpu(q_BNTH, k_BNSH, v_BNSV, bits_BTW)
 
 
 def _total_kl_gpu(attention: Attention, q_BTIC: Array, *rest, **options) -> tuple[Array, Array]:
     (B, N, _, _), S = attention.q_BNTH.shape, attention.k_BNSH.shape[2]
-    return total_kl_reference(
-        attention, q_BTIC, *rest, queries=at_once(B * max(N, q_BTIC.shape[2]) * S), **options
-    )
+    queries = queries_at_once(B * max(N, q_BTIC.shape[2]) * S)
+    return total_kl_reference(attention, q_BTIC, *rest, queries=queries, **options)
 
 
-def at_once(products: int) -> int:
-    """Queries of a chunk, each with so many float32 products: with 128K keys and 64 heads 32, where
-    512 would fill 16 GiB several times over.
+def queries_at_once(products: int) -> int:
+    """Returns how many queries fit CHUNK_BYTES, with so many float32 products each.
+
+    With 128K keys and 64 heads they are 32, where 512 would fill 16 GiB several times over.
     """
     return min(256, max(1, CHUNK_BYTES // (4 * products)))
 
 
-class Kernels(NamedTuple):
-    """One implementation of each operation; signatures as the references have them."""
-
-    select: Callable
-    attend: Callable
-    total_kl: Callable
-
-
+INTERPRETED = Kernels(
+    functools.partial(select_tpu, interpret=True),
+    functools.partial(
+        attend_tpu, tiles=sparse_attention.Tiles(128, 128, keys_backward=128, interpret=True)
+    ),
+    functools.partial(total_kl_tpu, tiles=indexer_kl.Tiles(128, 128, interpret=True)),
+)
 KERNELS = {
     "tpu": Kernels(select_tpu, attend_tpu, total_kl_tpu),
-    "cpu": Kernels(
-        functools.partial(select_tpu, interpret=True),
-        functools.partial(
-            attend_tpu, tiles=sparse_attention.Tiles(128, 128, keys_backward=128, interpret=True)
-        ),
-        functools.partial(total_kl_tpu, tiles=indexer_kl.Tiles(128, 128, interpret=True)),
-    ),
     "gpu": Kernels(_select_gpu, _attend_gpu, _total_kl_gpu),
+    "cpu": INTERPRETED,
     "reference": Kernels(select_reference, attend_reference, total_kl_reference),
 }
 
@@ -142,78 +146,66 @@ def attend_tiled(
     kernels: Kernels,
     record: bool = False,
 ) -> tuple[Array, IndexerStats, Array | None]:
-    """See `attend_expanded`."""
+    """Computes what `attend_expanded` does, by the kernels of one platform. See there."""
     T = q_BTNH.shape[1]
     q_BNTH, k_BNSH, v_BNSV = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
-    queries = (
-        None
-        if stage == "dense"
-        else Queries(*(dealt(x, 1) for x in (*indexer.query, segments_BT, jnp.arange(T)[None])))
+    if stage == "dense" or indexer is None:
+        bits_BTW = checkpoint_name(causal(segments_BT, segments_BT, jnp.arange(T)), "attention")
+        out_BTNV, _ = attend_heads(kernels, q_BNTH, k_BNSH, v_BNSV, bits_BTW)
+        return out_BTNV, IndexerStats.zero(), None
+    queries = Queries(
+        *(to_block_cyclic(x, 1) for x in (*indexer.query, segments_BT, jnp.arange(T)[None]))
     )
-    keys = None if stage == "dense" else Keys(indexer.k_BSC, segments_BT)
+    keys = Keys(indexer.k_BSC, segments_BT)
     with jax.named_scope("select"):
-        selected = None if stage == "dense" else select(kernels, queries, keys, topk)
+        selected = select(kernels, queries, keys, topk)
     bits_BTW = (
-        together(selected, 1)[:, :T]
+        from_block_cyclic(selected, 1)[:, :T]
         if stage == "sparse"
         else causal(segments_BT, segments_BT, jnp.arange(T))
     )
     # What a block's recomputation keeps of attention, it keeps of this: the selection is not made
     # again in the backward pass.
     bits_BTW = checkpoint_name(bits_BTW, "attention")
-    with jax.named_scope("attention"):
-        heads = P(RULES["batch"], "tensor")
-        out_BNTV, lse_BNT = on_mesh(kernels.attend, (heads, heads, heads, ROWS), (heads, heads))(
-            q_BNTH, k_BNSH, v_BNSV, bits_BTW
-        )
-        out_BTNV = jnp.swapaxes(out_BNTV, 1, 2)
-    recorded = (
-        positions_of(unpack(bits_BTW, T), min(topk, T)) if record and stage == "sparse" else None
-    )
-    if stage == "dense":
-        return out_BTNV, IndexerStats.zero(), recorded
+    out_BTNV, lse_BNT = attend_heads(kernels, q_BNTH, k_BNSH, v_BNSV, bits_BTW)
+    recorded = stage == "sparse" and record
+    selected_BTk = positions_of(unpack(bits_BTW, T), min(topk, T)) if recorded else None
     with jax.named_scope("indexer_kl"):
         attention = jax.lax.stop_gradient(Attention(q_BNTH, k_BNSH, lse_BNT))
-        kl, mass = total_kl(
-            kernels,
-            attention,
-            queries,
-            keys,
-            selected if stage == "sparse" else dealt(bits_BTW, 1),
-            selected,
-        )
+        among = selected if stage == "sparse" else to_block_cyclic(bits_BTW, 1)
+        kl, mass = total_kl(kernels, attention, queries, keys, among, selected)
     zero = jnp.zeros((), jnp.float32)
     if stage == "sparse":
-        return out_BTNV, IndexerStats(kl, zero, zero), recorded
+        return out_BTNV, IndexerStats(kl, zero, zero), selected_BTk
     allowed_BT = counts(bits_BTW)
     counts_BT = allowed_BT > topk
-    recall = jnp.sum(jnp.where(counts_BT, together(mass, 1)[:, :T], 0.0))
+    recall = jnp.sum(jnp.where(counts_BT, from_block_cyclic(mass, 1)[:, :T], 0.0))
     random = jnp.sum(jnp.where(counts_BT, topk / jnp.maximum(allowed_BT, 1), 0.0))
-    return (
-        out_BTNV,
-        IndexerStats(kl, recall, random),
-        recorded,
-    )
+    return out_BTNV, IndexerStats(kl, recall, random), selected_BTk
 
 
 def select(kernels: Kernels, queries: Queries, keys: Keys, topk: int) -> Array:
-    """Each query's keys: bits, dealt."""
+    """Selects each query's keys. Returns their bits, block-cyclic."""
 
-    def own(queries: Queries, keys: Keys):
-        q_BTIC, w_BTI, segments_BT, place_1T = _own(queries)
-        return dealt(
-            kernels.select(
-                q_BTIC, keys.k_BSC, w_BTI, segments_BT, keys.segments_BS, place_1T[0], topk
-            )[0],
-            1,
-            1,
+    def per_device(queries: Queries, keys: Keys) -> Array:
+        q_BTIC, w_BTI, segments_BT, index_1T = own_queries(queries)
+        bits_BTW, _ = kernels.select(
+            q_BTIC, keys.k_BSC, w_BTI, segments_BT, keys.segments_BS, index_1T[0], topk
         )
+        return to_block_cyclic(bits_BTW, 1, devices=1)
 
-    return on_mesh(own, (DEALT, ROWS), CUT)(*jax.lax.stop_gradient((queries, keys)))
+    select_shards = map_shards(per_device, (QUERY_BLOCKS, ROWS), BLOCKS)
+    return select_shards(*jax.lax.stop_gradient((queries, keys)))
 
 
-def _own(dealt_BT):
-    return jax.tree.map(lambda x: together(x, 1), dealt_BT)
+def attend_heads(
+    kernels: Kernels, q_BNTH: Array, k_BNSH: Array, v_BNSV: Array, bits_BTW: Array
+) -> tuple[Array, Array]:
+    """Attends over the keys of a bitmask, each device its heads. Returns out_BTNV and lse_BNT."""
+    with jax.named_scope("attention"):
+        attend = map_shards(kernels.attend, (HEADS, HEADS, HEADS, ROWS), (HEADS, HEADS))
+        out_BNTV, lse_BNT = attend(q_BNTH, k_BNSH, v_BNSV, bits_BTW)
+        return jnp.swapaxes(out_BNTV, 1, 2), lse_BNT
 
 
 def total_kl(
@@ -221,59 +213,62 @@ def total_kl(
     attention: Attention,
     queries: Queries,
     keys: Keys,
-    bits: Array,
+    among: Array,
     selected: Array,
 ) -> tuple[Array, Array]:
-    """The indexer's loss, and the attention's mass on the keys selected, dealt. `bits`, dealt: the
-    keys compared.
+    """Computes the indexer's loss, each device for its queries.
+
+    Args:
+      kernels: the implementation.
+      attention: the main attention's queries, keys and log-sum-exps of all heads.
+      queries, keys: the indexer's.
+      among: bits of the keys compared, block-cyclic.
+      selected: bits of the keys selected, block-cyclic.
+
+    Returns: the loss summed over queries, and the attention's mass on the keys selected,
+    block-cyclic.
     """
-    axis = "tensor" if devices() > 1 else ""
+    axis = mesh_axis("heads") if ambient_shards("heads") > 1 else ""
 
-    def own(attention: Attention, k_BSC: Array, *by_query: Array):
-        given = Attention(
-            together(attention.q_BNTH, 2), attention.k_BNSH, together(attention.lse_BNT, 2)
+    def per_device(attention: Attention, k_BSC: Array, *by_query: Array) -> tuple[Array, Array]:
+        own = Attention(
+            from_block_cyclic(attention.q_BNTH, 2),
+            attention.k_BNSH,
+            from_block_cyclic(attention.lse_BNT, 2),
         )
-        q_BTIC, w_BTI, bits_BTW, selected_BTW = _own(by_query)
-        kl, mass_BT = kernels.total_kl(
-            given, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, axis=axis
-        )
-        return kl[None], dealt(mass_BT, 1, 1)
+        q_BTIC, w_BTI, bits_BTW, selected_BTW = own_queries(by_query)
+        kl, mass_BT = kernels.total_kl(own, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, axis=axis)
+        return kl[None], to_block_cyclic(mass_BT, 1, devices=1)
 
-    by_query, by_head = P(RULES["batch"], None, None, "tensor"), P(RULES["batch"], "tensor")
-    given = Attention(dealt(attention.q_BNTH, 2), attention.k_BNSH, dealt(attention.lse_BNT, 2))
-    k_BSC = keys.k_BSC.astype(
-        jnp.float32
-    )  # so its gradient is added up over devices as it is, and rounded once
-    specs = Attention(by_query, by_head, by_query), ROWS, CUT, CUT, CUT, CUT
-    kl_n, mass = on_mesh(own, specs, (P(MESH_AXES), CUT))(
-        given, k_BSC, queries.q_BTIC, queries.w_BTI, bits, selected
+    attention = Attention(
+        to_block_cyclic(attention.q_BNTH, 2),
+        attention.k_BNSH,
+        to_block_cyclic(attention.lse_BNT, 2),
     )
+    # In float32, so that its gradient is added up over devices as it is, and rounded once.
+    k_BSC = keys.k_BSC.astype(jnp.float32)
+    in_specs = Attention(HEAD_BLOCKS, HEADS, HEAD_BLOCKS), ROWS, BLOCKS, BLOCKS, BLOCKS, BLOCKS
+    kl_shards = map_shards(per_device, in_specs, (P(MESH_AXES), BLOCKS))
+    kl_n, mass = kl_shards(attention, k_BSC, queries.q_BTIC, queries.w_BTI, among, selected)
     return jnp.sum(kl_n), mass
 
 
-def devices() -> int:
-    """Over how many `tensor` cuts."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["tensor"]
+def to_block_cyclic(x: Array, axis: int, devices: int = 0) -> Array:
+    """Cuts [..., T, ...] into blocks that go to the devices in turn.
 
-
-def on_mesh(function: Callable, in_specs, out_specs) -> Callable:
-    """The function, each device on its own part; without a mesh, or on one device, on the whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def dealt(x: Array, axis: int, count: int = 0) -> Array:
-    """[..., T, ...] to [..., n, count, BLOCK, ...], zeros behind; `count`: the devices of `tensor`,
-    if not given.
+    Returns [..., n, devices, BLOCK, ...], with zeros behind; `devices` are those over which the
+    ambient mesh divides "query_blocks" where it is 0.
     """
-    count = count or devices()
-    x = padded(x, axis, -(-x.shape[axis] // (count * BLOCK)) * count * BLOCK)
-    return x.reshape(*x.shape[:axis], -1, count, BLOCK, *x.shape[axis + 1 :])
+    devices = devices or ambient_shards("query_blocks")
+    x = padded(x, axis, -(-x.shape[axis] // (devices * BLOCK)) * devices * BLOCK)
+    return x.reshape(*x.shape[:axis], -1, devices, BLOCK, *x.shape[axis + 1 :])
 
 
-def together(x: Array, axis: int) -> Array:
-    """Back to [..., T', ...]: the padding stays."""
+def from_block_cyclic(x: Array, axis: int) -> Array:
+    """Joins the blocks again, [..., T', ...]: the padding stays."""
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 3 :])
+
+
+def own_queries(blocks: Any) -> Any:
+    """Joins the blocks of a device in every array of a tree."""
+    return jax.tree.map(lambda x: from_block_cyclic(x, 1), blocks)

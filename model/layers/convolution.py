@@ -5,25 +5,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.sharding import named
+from model.layers.parameter import parameter
 
 
 def causal_convolution(
-    x_BTX: Array, taps_KX: Array, segments_BT: Array, past_BKX: Array | None
+    x_BTX: Array, kernel_KX: Array, segments_BT: Array, past_BKX: Array | None
 ) -> tuple[Array, Array]:
-    """y[t] = sum over k < K of taps[k] * x[t - k], as far back as the segment reaches.
+    """Computes y[t] = sum over k < K of kernel[k] * x[t - k], as far as the segment reaches back.
 
     Args:
-      x_BTX: any axes of channels X after the first two.
-      taps_KX: the K taps of each channel, that of the token itself first.
-      past_BKX: the K - 1 inputs before x, of the segment x begins with. Without them x is where its
-        segments begin.
+      x_BTX: X stands for any axes of channels.
+      kernel_KX: K weights of each channel, that of the token itself first.
+      segments_BT: the segment of each token; 0 is padding.
+      past_BKX: the K - 1 inputs before x, of the segment that x begins with. Without them the
+        segments of x begin in x.
 
     Returns:
-      y_BTX, and the last K - 1 inputs [B, K - 1, *X]: what the tokens after these need, zeros where
-      the last token's segment does not reach.
+      y_BTX, and the last K - 1 inputs [B, K - 1, *X], which the next tokens need: zeros where the
+      last token's segment does not reach.
     """
-    (B, T, *X), K = x_BTX.shape, taps_KX.shape[0] - 1
+    (B, T, *X), K = x_BTX.shape, kernel_KX.shape[0] - 1
     per_channel = (1,) * len(X)
     before_BKX = (
         jnp.zeros((B, K, *X), x_BTX.dtype) if past_BKX is None else past_BKX.astype(x_BTX.dtype)
@@ -32,41 +33,46 @@ def causal_convolution(
     segments_BS = jnp.concatenate(
         [jnp.broadcast_to(segments_BT[:, :1], (B, K)), segments_BT], axis=1
     )
-    y_BTX = x_BTX * taps_KX[0]
+    y_BTX = x_BTX * kernel_KX[0]
     for k in range(1, K + 1):
         same_BT = segments_BS[:, K - k : K - k + T] == segments_BT
         y_BTX += (
             jnp.where(same_BT.reshape(B, T, *per_channel), all_BSX[:, K - k : K - k + T], 0)
-            * taps_KX[k]
+            * kernel_KX[k]
         )
     reached_BK = segments_BS[:, T:] == segments_BT[:, -1:]
     return y_BTX, jnp.where(reached_BK.reshape(B, K, *per_channel), all_BSX[:, T:], 0)
 
 
-def uniform_taps(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """Uniform in +- taps ** -0.5: PyTorch's default for such a convolution, and so what the papers
-    with one start from.
+def uniform_kernel(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Draws a kernel uniformly from +- K ** -0.5.
+
+    That is PyTorch's default for such a convolution, and so what the papers with one start from.
     """
     return jax.random.uniform(key, shape, dtype, -(shape[0] ** -0.5), shape[0] ** -0.5)
 
 
 class Canon(nn.Module):
-    """x + the convolution of x: what a token has just behind it, without attention having to fetch
-    it (Canon-A, arXiv 2512.17351).
+    """x + the convolution of x: a token's neighbours come without attention (arXiv 2512.17351).
 
-    With the previous token's content in its own key a token can be found by what stands before it,
-    so copying takes one layer of attention where it took two.
+    This is Canon-A. With the previous token's content in its own key a token can be found by what
+    stands before it, so copying takes one layer of attention instead of two.
     """
 
-    taps: int
+    kernel_size: int
 
     @nn.compact
     def __call__(
         self, x_BTD: Array, segments_BT: Array, past_BKD: Array | None = None
     ) -> tuple[Array, Array]:
-        """Returns y_BTD and the recent inputs [B, taps - 1, D], see `causal_convolution`."""
-        taps_KD = self.param(
-            "taps", named(uniform_taps, (None, "width")), (self.taps, x_BTD.shape[-1]), jnp.float32
+        """Returns y_BTD and the recent inputs [B, K - 1, D], see `causal_convolution`."""
+        kernel_KD = parameter(
+            self,
+            "taps",
+            uniform_kernel,
+            (self.kernel_size, x_BTD.shape[-1]),
+            (None, "embed"),
+            per_channel=True,
         ).astype(x_BTD.dtype)
-        y_BTD, recent_BKD = causal_convolution(x_BTD, taps_KD, segments_BT, past_BKD)
+        y_BTD, recent_BKD = causal_convolution(x_BTD, kernel_KD, segments_BT, past_BKD)
         return x_BTD + y_BTD, recent_BKD

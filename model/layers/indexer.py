@@ -1,5 +1,7 @@
-"""The lightning indexer of DeepSeek sparse attention (arXiv 2512.02556, section 2.1): which keys a
-query shall attend to, and the loss that teaches it.
+"""The lightning indexer of DeepSeek sparse attention (arXiv 2512.02556, section 2.1).
+
+Its parameters and projections are here. Its equations (scores, selection, loss) are in
+kernels/reference.py.
 """
 
 import functools
@@ -13,45 +15,49 @@ from kernels.reference import IndexerQuery
 from model.config import ModelConfig
 from model.layers.linear import linear
 from model.layers.norm import LayerNorm
+from model.layers.parameter import parameter
 from model.layers.rope import rope_angles, rotate
-from model.sharding import named
 
 
 class Indexer(nn.Module):
-    """Parameters of the indexer. Its inputs are detached here, so that its loss cannot reach the
-    trunk.
+    """The indexer's queries, keys and head weights.
+
+    Its inputs are detached here, so that its loss cannot reach the trunk.
     """
 
     config: ModelConfig
 
     def setup(self):
+        """Declares the parameters."""
         c, i = self.config, self.config.indexer
         source, axis = (
-            (c.mla.q_lora_rank, "query_rank") if c.mla.q_lora_rank else (c.hidden_size, "width")
+            (c.mla.q_lora_rank, "query_rank") if c.mla.q_lora_rank else (c.hidden_size, "embed")
         )
-        init = nn.initializers.normal(c.initializer_range)
-        self.query = self.param(
+        weight = functools.partial(
+            parameter, self, init=nn.initializers.normal(c.initializer_range)
+        )
+        self.query = weight(
             "query",
-            named(init, (axis, "replicated", "head_width")),
-            (source, i.n_heads, i.head_dim),
-            jnp.float32,
+            shape=(source, i.n_heads, i.head_dim),
+            axes=(axis, "replicated", "head_dim"),
         )
-        self.key = self.param(
-            "key", named(init, ("width", "head_width")), (c.hidden_size, i.head_dim), jnp.float32
+        self.key = weight("key", shape=(c.hidden_size, i.head_dim), axes=("embed", "head_dim"))
+        self.head_weight = weight(
+            "head_weight", shape=(c.hidden_size, i.n_heads), axes=("embed", "replicated")
         )
-        self.head_weight = self.param(
-            "head_weight",
-            named(init, ("width", "replicated")),
-            (c.hidden_size, i.n_heads),
-            jnp.float32,
-        )
-        self.key_norm = LayerNorm(i.norm_eps, axis="head_width")
+        self.key_norm = LayerNorm(i.norm_eps, axis="head_dim")
 
     def __call__(
         self, hidden_BTD: Array, query_latent_BTR: Array, positions_BT: Array
     ) -> tuple[IndexerQuery, Array]:
-        """Returns the queries and the keys [B, T, C] of these tokens. `query_latent` is the hidden
-        state itself in a model without query latents.
+        """Projects tokens to the indexer's queries and keys.
+
+        Args:
+          hidden_BTD: the normalised hidden states.
+          query_latent_BTR: the query latents; the hidden states in a model without.
+          positions_BT: for RoPE.
+
+        Returns: the queries with their head weights, and the keys k_BTC.
         """
         i = self.config.indexer
         hidden_BTD, query_latent_BTR = jax.lax.stop_gradient((hidden_BTD, query_latent_BTR))

@@ -4,19 +4,21 @@ import math
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 
-def linear(x: Array, weight: Array, axes: int = 1, output: jnp.dtype | None = None) -> Array:
-    """x [..., *I] and weight [*I, *O] to [..., *O]: the last `axes` dimensions of x against the
-    first of the weight, which is cast to x's dtype.
+def linear(x: Array, weight: Array, axes: int = 1, output: DTypeLike | None = None) -> Array:
+    """Maps x [..., *I] by a weight [*I, *O] to [..., *O].
 
     Tokens are made one dimension first. The gradient of a weight sums over tokens, and with batch
-    and time as two dimensions XLA:CPU transposes copies of
-    both operands for it: a SwiGLU's forward and backward pass take 1.3 to 1.4 times as long (python
-    -m bench.linear).
+    and time as two dimensions XLA:CPU transposes copies of both operands for it: a SwiGLU's forward
+    and backward pass take 1.3 to 1.4 times as long (python -m bench.linear).
 
     Args:
-      output: accumulate and return in this dtype; x's when None.
+      x: the inputs.
+      weight: cast to x's dtype.
+      axes: the number of dimensions in I, the last of x and the first of the weight.
+      output: the dtype to accumulate and return in; x's when None.
     """
     inner = math.prod(weight.shape[:axes])
     rows, columns = x.shape[: x.ndim - axes], weight.shape[axes:]

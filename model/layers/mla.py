@@ -1,10 +1,11 @@
-"""Multi-head latent attention (arXiv 2412.19437, section 2.1.1) with a gated output (arXiv
-2505.06708) and sparse selection (arXiv 2512.02556).
+"""Multi-head latent attention (arXiv 2412.19437, section 2.1.1).
+
+With a gated output (arXiv 2505.06708) and sparse selection (arXiv 2512.02556):
 
     c_q = norm(W_qa h)                 the query latent
     q   = W_qb c_q                     per head: a part without position, and a rotated part
-    c   = norm(W_kva h)                the key-value latent: what the cache holds
-    k_r = rope(W_kr h)                 one rotated key for all heads: the cache holds it too
+    c   = norm(W_kva h)                the key-value latent: the cache keeps it
+    k_r = rope(W_kr h)                 one rotated key for all heads: the cache keeps it too
     [k; v] = W_kvb c                   per head
     out = W_o (sigmoid(W_g h) * attention(q, [k; k_r], v))
 
@@ -12,92 +13,133 @@ The expanded form computes k and v; the absorbed form moves W_kvb to the query a
 attends over c itself.
 """
 
+import functools
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.attention.decode import attend_latent
+from kernels.reference import IndexerQuery
+from model.attention.caches import LatentCache
 from model.attention.reference import IndexerInputs, IndexerStats
-from model.attention.table import expanded_form
-from model.cache import LatentCache
+from model.attention.table import latent_form, sequence_form
 from model.config import ModelConfig
 from model.layers.gate import gate_weight, gated
 from model.layers.indexer import Indexer
 from model.layers.linear import linear
 from model.layers.norm import RMSNorm
+from model.layers.parameter import parameter
 from model.layers.rope import rope_angles, rotate
-from model.sharding import constrain, named
+from model.segments import TokenInfo
+from model.sharding import constrain
+
+
+class Projections(NamedTuple):
+    """What MLA makes of some tokens.
+
+    query_latent_BTR: the query latent, or the hidden state itself in a model without.
+    q_nope_BTNH, q_rope_BTNH: each head's query, scaled: the part without position, the rotated one.
+    latent_BTR: the normalised key-value latent.
+    k_rope_BTH: the rotated key that all heads share.
+    """
+
+    query_latent_BTR: Array
+    q_nope_BTNH: Array
+    q_rope_BTNH: Array
+    latent_BTR: Array
+    k_rope_BTH: Array
 
 
 class LatentAttention(nn.Module):
-    """Parameters of MLA and its two forms."""
+    """The parameters of MLA and its two forms."""
 
     config: ModelConfig
 
     def setup(self):
+        """Declares the parameters."""
         c, a = self.config, self.config.mla
-        init = nn.initializers.normal(c.initializer_range)
-
-        def weight(name, shape, axes):
-            return self.param(name, named(init, axes), shape, jnp.float32)
-
+        D, N, rank = c.hidden_size, a.num_attention_heads, a.kv_lora_rank
+        weight = functools.partial(
+            parameter, self, init=nn.initializers.normal(c.initializer_range)
+        )
         if a.q_lora_rank:
             self.query_down = weight(
-                "query_down", (c.hidden_size, a.q_lora_rank), ("width", "query_rank")
+                "query_down", shape=(D, a.q_lora_rank), axes=("embed", "query_rank")
             )
             self.query_norm = RMSNorm(a.norm_eps, c.norm, axis="query_rank")
-        source, axis = (a.q_lora_rank, "query_rank") if a.q_lora_rank else (c.hidden_size, "width")
+        source, axis = (a.q_lora_rank, "query_rank") if a.q_lora_rank else (D, "embed")
         self.query_up = weight(
-            "query_up",
-            (source, a.num_attention_heads, a.qk_head_dim),
-            (axis, "heads", "head_width"),
+            "query_up", shape=(source, N, a.qk_head_dim), axes=(axis, "heads", "head_dim")
         )
         self.latent_down = weight(
-            "latent_down",
-            (c.hidden_size, a.kv_lora_rank + a.qk_rope_head_dim),
-            ("width", "latent_rank"),
+            "latent_down", shape=(D, rank + a.qk_rope_head_dim), axes=("embed", "latent_rank")
         )
         self.latent_norm = RMSNorm(a.norm_eps, c.norm, axis="latent_rank")
-        self.key_up = weight(
-            "key_up",
-            (a.kv_lora_rank, a.num_attention_heads, a.qk_nope_head_dim),
-            ("latent_rank", "heads", "head_width"),
-        )
-        self.value_up = weight(
-            "value_up",
-            (a.kv_lora_rank, a.num_attention_heads, a.v_head_dim),
-            ("latent_rank", "heads", "head_width"),
-        )
+        up_axes = ("latent_rank", "heads", "head_dim")
+        self.key_up = weight("key_up", shape=(rank, N, a.qk_nope_head_dim), axes=up_axes)
+        self.value_up = weight("value_up", shape=(rank, N, a.v_head_dim), axes=up_axes)
         self.out = weight(
-            "out",
-            (a.num_attention_heads, a.v_head_dim, c.hidden_size),
-            ("heads", "head_width", "width"),
+            "out", shape=(N, a.v_head_dim, D), axes=("heads", "head_dim", "embed"), input_axes=2
         )
-        self.gate = gate_weight(self, c, a.gate, a.num_attention_heads, a.v_head_dim)
+        self.gate = gate_weight(self, c, a.gate, N, a.v_head_dim)
         if c.indexer.n_heads:
             self.indexer = Indexer(c)
 
     def __call__(
-        self,
-        hidden_BTD: Array,
-        positions_BT: Array,
-        segments_BT: Array,
-        stage: str,
-        past: LatentCache | None = None,
-        allowed_BTS: Array | None = None,
-        at: Array | None = None,
+        self, hidden_BTD: Array, tokens: TokenInfo, past: LatentCache | None = None
     ) -> tuple[Array, IndexerStats, LatentCache]:
-        """Attends and projects back to the width.
+        """Attends and projects back to hidden_size.
 
-        Without `past`: over the sequence itself, expanded form; returns its cache entries [B, T,
-        ...].
-        With `past`: the tokens are written to its slots from `at` on and attend to the slots in
-        `allowed_BTS`, absorbed form; returns the cache with them.
+        Args:
+          hidden_BTD: the normalised hidden states.
+          tokens: what is known about them.
+          past: without it, tokens attend to their own sequence, in the expanded form. With it, they
+            are written to its slots from `tokens.slot` on and attend to the slots in
+            `tokens.allowed_BTS`, in the absorbed form.
+
+        Returns: the output [B, T, D]; what the indexer did; the tokens' cache entries [B, T, ...],
+        or with `past` the whole cache with them.
         """
-        a, dtype = self.config.mla, hidden_BTD.dtype
-        rope = self.config.rope
-        angles_BTP = rope_angles(positions_BT, a.qk_rope_head_dim, rope)
+        made = self.project(hidden_BTD, tokens.positions_BT)
+        query = None
+        index_key_BTC = jnp.zeros((*made.latent_BTR.shape[:2], 0), hidden_BTD.dtype)
+        if self.config.indexer.n_heads and (
+            tokens.stage != "dense" or past is None or past.index_key_BSC.shape[-1]
+        ):
+            query, index_key_BTC = self.indexer(
+                hidden_BTD, made.query_latent_BTR, tokens.positions_BT
+            )
+        entries = LatentCache(
+            jnp.concatenate([made.latent_BTR, made.k_rope_BTH], axis=-1), index_key_BTC
+        )
+        if past is None:
+            indexer = None if query is None else IndexerInputs(query, index_key_BTC)
+            out_BTNV, stats = self.expanded(made, tokens, indexer)
+        else:
+            assert tokens.allowed_BTS is not None and tokens.slot is not None
+            entries, stats = past.write(entries, tokens.slot), IndexerStats.zero()
+            out_BTNV = self.absorbed(
+                made.q_nope_BTNH,
+                made.q_rope_BTNH,
+                entries,
+                tokens.allowed_BTS,
+                query if tokens.stage == "sparse" else None,
+            )
+        out_BTNV = gated(out_BTNV, hidden_BTD, self.gate)
+        with jax.named_scope("output_projection"):
+            return linear(out_BTNV, self.out, axes=2), stats, entries
+
+    def project(self, hidden_BTD: Array, positions_BT: Array) -> Projections:
+        """Projects hidden states to queries, latents and rotated keys."""
+        a, rope = self.config.mla, self.config.rope
+        turn = functools.partial(
+            rotate,
+            angles_BTP=rope_angles(positions_BT, a.qk_rope_head_dim, rope),
+            rope=rope,
+            interleaved=rope.rope_interleave,
+        )
         with jax.named_scope("projections"):
             query_latent_BTR = (
                 self.query_norm(linear(hidden_BTD, self.query_down))
@@ -105,95 +147,70 @@ class LatentAttention(nn.Module):
                 else hidden_BTD
             )
             q_BTNH = linear(query_latent_BTR, self.query_up) * jnp.asarray(
-                a.qk_head_dim**-0.5 * a.logit_scale, dtype
+                a.qk_head_dim**-0.5 * a.logit_scale, hidden_BTD.dtype
             )
             q_BTNH = constrain(q_BTNH, "batch", "time", "heads", None)
-            q_nope_BTNH, q_rope_BTNP = (
+            q_nope_BTNH, q_rope_BTNH = (
                 q_BTNH[..., : a.qk_nope_head_dim],
-                rotate(
-                    q_BTNH[..., a.qk_nope_head_dim :],
-                    angles_BTP,
-                    rope,
-                    interleaved=rope.rope_interleave,
-                ),
+                turn(q_BTNH[..., a.qk_nope_head_dim :]),
             )
             down_BTR = linear(hidden_BTD, self.latent_down)
             latent_BTR = self.latent_norm(down_BTR[..., : a.kv_lora_rank])
-            k_rope_BTP = rotate(
-                down_BTR[..., None, a.kv_lora_rank :],
-                angles_BTP,
-                rope,
-                interleaved=rope.rope_interleave,
-            )[:, :, 0]
-        query = index_key_BTC = None
-        if self.config.indexer.n_heads and (
-            stage != "dense" or past is None or past.index_key_BSC.shape[-1]
-        ):
-            query, index_key_BTC = self.indexer(hidden_BTD, query_latent_BTR, positions_BT)
-        no_key = jnp.zeros((*latent_BTR.shape[:2], 0), dtype)
-        entries = LatentCache(
-            jnp.concatenate([latent_BTR, k_rope_BTP], axis=-1),
-            no_key if index_key_BTC is None else index_key_BTC,
-        )
-
-        if past is None:
-            indexer = None if query is None else IndexerInputs(query, index_key_BTC)
-            out_BTNV, report = self.expanded(
-                q_nope_BTNH, q_rope_BTNP, latent_BTR, k_rope_BTP, segments_BT, indexer, stage
-            )
-        else:
-            entries, report = past.write(entries, at), IndexerStats.zero()
-            out_BTNV = self.absorbed(
-                q_nope_BTNH, q_rope_BTNP, entries, allowed_BTS, query if stage == "sparse" else None
-            )
-        out_BTNV = gated(out_BTNV, hidden_BTD, self.gate)
-        with jax.named_scope("output_projection"):
-            return linear(out_BTNV, self.out, axes=2), report, entries
+            k_rope_BTH = turn(down_BTR[..., None, a.kv_lora_rank :])[:, :, 0]
+        return Projections(query_latent_BTR, q_nope_BTNH, q_rope_BTNH, latent_BTR, k_rope_BTH)
 
     def expanded(
-        self, q_nope_BTNH, q_rope_BTNP, latent_BSR, k_rope_BSP, segments_BT, indexer, stage
+        self, made: Projections, tokens: TokenInfo, indexer: IndexerInputs | None
     ) -> tuple[Array, IndexerStats]:
-        N = self.config.mla.num_attention_heads
+        """Attends over keys and values of each head, made from the latents: a whole sequence.
+
+        Returns out_BTNV and what the indexer did; records the selected keys where "record" is
+        mutable.
+        """
+        N, k_rope_BSH = self.config.mla.num_attention_heads, made.k_rope_BTH
         with jax.named_scope("expand"):
-            k_nope_BSNH = linear(latent_BSR, self.key_up)
-            k_rope_BSNP = jnp.broadcast_to(
-                k_rope_BSP[:, :, None], (*k_rope_BSP.shape[:2], N, k_rope_BSP.shape[-1])
+            k_nope_BSNH = linear(made.latent_BTR, self.key_up)
+            k_rope_BSNH = jnp.broadcast_to(
+                k_rope_BSH[:, :, None], (*k_rope_BSH.shape[:2], N, k_rope_BSH.shape[-1])
             )
             k_BSNH = constrain(
-                jnp.concatenate([k_nope_BSNH, k_rope_BSNP], axis=-1), "batch", "time", "heads", None
+                jnp.concatenate([k_nope_BSNH, k_rope_BSNH], axis=-1), "batch", "time", "heads", None
             )
-            v_BSNV = constrain(linear(latent_BSR, self.value_up), "batch", "time", "heads", None)
-        q_BTNH = jnp.concatenate([q_nope_BTNH, q_rope_BTNP], axis=-1)
-        attend, record = (
-            expanded_form(self.config, q_BTNH.shape[1]),
-            self.is_mutable_collection("record"),
-        )
-        out_BTNV, report, selected_BTk = attend(
+            v_BSNV = linear(made.latent_BTR, self.value_up)
+            v_BSNV = constrain(v_BSNV, "batch", "time", "heads", None)
+        q_BTNH = jnp.concatenate([made.q_nope_BTNH, made.q_rope_BTNH], axis=-1)
+        attend = sequence_form(self.config, q_BTNH.shape[1])
+        out_BTNV, stats, selected_BTk = attend(
             q_BTNH,
             k_BSNH,
             v_BSNV,
-            segments_BT,
+            tokens.segments_BT,
             indexer,
-            stage=stage,
+            stage=tokens.stage,
             topk=self.config.indexer.topk,
-            record=record,
+            record=self.is_mutable_collection("record"),
         )
         if selected_BTk is not None:
             self.sow("record", "selected", selected_BTk)
-        return out_BTNV, report
+        return out_BTNV, stats
 
-    def absorbed(self, q_nope_BTNH, q_rope_BTNP, cache: LatentCache, allowed_BTS, query) -> Array:
+    def absorbed(
+        self,
+        q_nope_BTNH: Array,
+        q_rope_BTNH: Array,
+        cache: LatentCache,
+        allowed_BTS: Array,
+        query: IndexerQuery | None,
+    ) -> Array:
+        """Attends over cached latents, which the indexer selects where there is a `query`.
+
+        Returns out_BTNV.
+        """
         dtype, a = q_nope_BTNH.dtype, self.config.mla
+        topk = self.config.indexer.topk
         with jax.named_scope("absorb"):
             q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, self.key_up.astype(dtype))
-            q_BTNR = jnp.concatenate([q_latent_BTNR, q_rope_BTNP], axis=-1)
-        indexer = None if query is None else IndexerInputs(query, cache.index_key_BSC)
-        options = {
-            "topk": self.config.indexer.topk,
-            "mass": cache.attention_top_p,
-            "estimate": cache.estimate,
-        }
-        mixed_BTNR = attend_latent(
-            q_BTNR, cache.latent_BSR, a.kv_lora_rank, allowed_BTS, indexer, **options
-        )
+            q_BTNR = jnp.concatenate([q_latent_BTNR, q_rope_BTNH], axis=-1)
+        attend = latent_form(cache, q_BTNR.shape[1], None if query is None else topk)
+        mixed_BTNR = attend(q_BTNR, cache, allowed_BTS, query, value_rank=a.kv_lora_rank, topk=topk)
         return jnp.einsum("BTNR,RNV->BTNV", mixed_BTNR, self.value_up.astype(dtype))

@@ -1,32 +1,45 @@
-"""Mixture of experts: DeepSeek-V3's (arXiv 2412.19437, section 2.1.2) with sigmoid scores, choice
-by score plus bias, gates without the bias, and shared experts; Qwen's (arXiv 2505.09388) with
-softmax scores and no bias, and in Qwen3-Next a gate on the shared expert.
+"""Mixture of experts: the router, the routed experts on a mesh, and the shared ones.
+
+DeepSeek-V3's (arXiv 2412.19437, section 2.1.2) has sigmoid scores, choice by score plus bias, gates
+without the bias, and shared experts; Qwen's (arXiv 2505.09388) softmax scores and no bias, and in
+Qwen3-Next a gate on the shared expert.
 
 The router bias is state, not a parameter: it lives in the collection "router" and the train step
-moves it (`train/balance.py`).
+moves it (train/balance.py). How the experts' matmuls are done is chosen in model/experts/table.py.
 """
 
 import functools
+from typing import cast
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from kernels.device import platform
 from model.config import ModelConfig
 from model.experts import table
 from model.experts.swiglu import swiglu
 from model.layers.linear import linear
-from model.sharding import RULES, named
+from model.layers.parameter import parameter
+from model.sharding import (
+    ParameterUse,
+    ambient_shards,
+    map_shards,
+    mesh_axis,
+    named,
+    on_one_device,
+    spec,
+)
 
 
 @flax.struct.dataclass
 class RouterStats:
-    """What one layer's router did: its balance loss summed over tokens, and how many real tokens
-    chose each expert.
+    """What one layer's router did.
+
+    balance: its balance loss, summed over tokens.
+    counts_E: how many real tokens chose each expert.
     """
 
     balance: Array
@@ -34,12 +47,15 @@ class RouterStats:
 
     @classmethod
     def zero(cls, experts: int) -> "RouterStats":
+        """Returns the statistics of a layer without experts."""
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((experts,), jnp.int32))
 
 
 def router_scores(logits_BTE: Array, kind: str) -> Array:
-    """Each expert's affinity to a token: "sigmoid" of its own logit (arXiv 2412.19437, eq. 15), or
-    its share in a "softmax" over all table.
+    """Computes each expert's affinity to a token.
+
+    It is the "sigmoid" of the expert's own logit (arXiv 2412.19437, eq. 15), or its share in a
+    "softmax" over all experts.
     """
     return jax.nn.sigmoid(logits_BTE) if kind == "sigmoid" else jax.nn.softmax(logits_BTE, axis=-1)
 
@@ -48,116 +64,133 @@ def choose_experts(
     scores_BTE: Array,
     bias_E: Array,
     *,
-    chosen: int,
-    groups: int,
-    chosen_groups: int,
-    group_best: int = 0,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    group_topk: int = 0,
 ) -> Array:
-    """The K experts of highest score plus bias, out of the best groups (arXiv 2412.19437, eq. 16
-    and node-limited routing).
+    """Chooses the experts of highest score plus bias (arXiv 2412.19437, eq. 16).
 
-    A group's rank is the sum of its `group_best` best biased scores; with 0, of K / chosen_groups,
-    as the paper says (released code: always 2, which for DeepSeek-V3 is the same). Returns
-    chosen_BTK, best first; no gradient.
+    They come out of the best groups (node-limited routing). A group's rank is the sum of its best
+    biased scores. No gradient.
+
+    Args:
+      scores_BTE: each expert's affinity.
+      bias_E: the router bias.
+      top_k: K, how many experts a token goes to.
+      n_group: into how many groups the experts are divided.
+      topk_group: how many groups a token's experts may come from.
+      group_topk: how many scores a group's rank sums; with 0, K / topk_group, as the paper says
+        (released code: always 2, which for DeepSeek-V3 is the same).
+
+    Returns: the experts [B, T, K], best first.
     """
     with jax.named_scope("choose_experts"):
         biased_BTE = jax.lax.stop_gradient(scores_BTE) + bias_E
-        if chosen_groups < groups:
-            biased_BTGe = biased_BTE.reshape(*biased_BTE.shape[:-1], groups, -1)
-            best, _ = jax.lax.top_k(biased_BTGe, group_best or max(1, chosen // chosen_groups))
-            _, group_BTg = jax.lax.top_k(jnp.sum(best, axis=-1), chosen_groups)
-            in_group_BTG = jnp.any(group_BTg[..., None] == jnp.arange(groups), axis=-2)
+        if topk_group < n_group:
+            biased_BTGe = biased_BTE.reshape(*biased_BTE.shape[:-1], n_group, -1)
+            best, _ = jax.lax.top_k(biased_BTGe, group_topk or max(1, top_k // topk_group))
+            _, group_BTg = jax.lax.top_k(jnp.sum(best, axis=-1), topk_group)
+            in_group_BTG = jnp.any(group_BTg[..., None] == jnp.arange(n_group), axis=-2)
             biased_BTE = jnp.where(in_group_BTG[..., None], biased_BTGe, -jnp.inf).reshape(
                 biased_BTE.shape
             )
-        return jax.lax.top_k(biased_BTE, chosen)[1]
+        return jax.lax.top_k(biased_BTE, top_k)[1]
 
 
 def expert_gates(
-    scores_BTE: Array, chosen_BTK: Array, route_scale: float, normalise: bool = True
+    scores_BTE: Array, expert_BTK: Array, route_scale: float, normalise: bool = True
 ) -> Array:
-    """The chosen experts' own scores, normalised to sum to route_scale (eq. 13), or only multiplied
-    by it. The bias is nowhere in it.
+    """Returns the chosen experts' own scores [B, T, K] as gates. The bias is nowhere in them.
+
+    They are normalised to sum to `route_scale` (arXiv 2412.19437, eq. 13), or only multiplied by
+    it.
     """
-    picked_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
+    picked_BTK = jnp.take_along_axis(scores_BTE, expert_BTK, axis=-1)
     if normalise:
         picked_BTK /= jnp.sum(picked_BTK, axis=-1, keepdims=True) + 1e-20
     return picked_BTK * route_scale
 
 
-def sequence_balance(scores_BTE: Array, real_BT: Array, chosen: int) -> Array:
-    """The sequence-wise balance loss without alpha (eq. 17-20), times the sequence's tokens, summed
-    over sequences: a total over real tokens.
+def sequence_balance(scores_BTE: Array, real_BT: Array, top_k: int) -> Array:
+    """Computes the sequence-wise balance loss (arXiv 2412.19437, eq. 17-20) without alpha.
 
-        sum_i f_i P_i,   f_i = E / (K T) * #{t: i in topK of the scores without bias},   P_i =
-        mean_t s_i / sum_j s_j
+        sum_i f_i P_i,   f_i = E / (K T) * #{t: i in topK of the scores without bias},
+                         P_i = mean_t s_i / sum_j s_j
 
-    A sequence is a row of the batch; padding is not counted.
+    It is multiplied by the sequence's tokens and summed over sequences: a total over real tokens. A
+    sequence is a row of the batch; padding, where `real_BT` is false, is not counted.
     """
     with jax.named_scope("sequence_balance"):
         E = scores_BTE.shape[-1]
-        _, top_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), chosen)
+        _, top_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), top_k)
         picked_BTE = jnp.sum(top_BTK[..., None] == jnp.arange(E), axis=-2, dtype=jnp.float32)
         share_BTE = scores_BTE / (jnp.sum(scores_BTE, axis=-1, keepdims=True) + 1e-20)
         real_BT1 = real_BT[..., None].astype(jnp.float32)
         tokens_B = jnp.sum(real_BT, axis=-1).astype(jnp.float32)
-        f_BE = jnp.sum(picked_BTE * real_BT1, axis=1) * E / chosen  # times T
+        f_BE = jnp.sum(picked_BTE * real_BT1, axis=1) * E / top_k  # times T
         p_BE = jnp.sum(share_BTE * real_BT1, axis=1)  # times T
         return jnp.sum(jnp.sum(f_BE * p_BE, axis=-1) / jnp.maximum(tokens_B, 1))
 
 
 def mix_experts(
     x_BTD: Array,
-    chosen_BTK: Array,
+    expert_BTK: Array,
     gates_BTK: Array,
     weights: tuple[Array, Array, Array],
     implementation: str,
 ) -> Array:
-    """The routed experts' output for every token, under whatever mesh is ambient.
+    """Computes the routed experts' output for every token, under whatever mesh is ambient.
 
-    With a mesh: tokens are gathered over the expert axis, each device computes its own experts'
+    With a mesh, tokens are gathered over the expert axis, each device computes its own experts'
     part for all of them, and the parts are summed back to the tokens' owners. For K chosen experts
     over K or fewer devices this moves no more bytes than sending each token to its experts would.
+
+    Args:
+      x_BTD: the tokens.
+      expert_BTK, gates_BTK: each token's experts and their gates.
+      weights: gate_EDF, up_EDF and down_EFD of all experts, in x's dtype.
+      implementation: `model.expert_matmul`, see model/experts/table.py.
     """
+    devices = ambient_shards("experts")
 
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def local(x_BTD, chosen_BTK, gates_BTK, *weights):
+    def local(x_BTD, expert_BTK, gates_BTK, *weights):
         B, T, D = x_BTD.shape
-        pick = table.pick(
+        experts = table.pick(
             implementation,
             platform(),
-            chosen_BTK.size,
+            expert_BTK.size,
             weights[0].shape[0],
-            mesh.shape.get("expert", 1),
+            devices,
         )
-        return pick(
+        return experts(
             x_BTD.reshape(B * T, D),
-            chosen_BTK.reshape(B * T, -1),
+            expert_BTK.reshape(B * T, -1),
             gates_BTK.reshape(B * T, -1),
             *weights,
         ).reshape(B, T, D)
 
-    if mesh.empty or mesh.size == 1:
-        return local(x_BTD, chosen_BTK, gates_BTK, *weights)
+    if on_one_device():
+        return local(x_BTD, expert_BTK, gates_BTK, *weights)
+    axis = mesh_axis("experts")
 
-    def sharded(x_BTD, chosen_BTK, gates_BTK, *weights):
-        gather = functools.partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
-        first = jax.lax.axis_index("expert") * weights[0].shape[0]
-        part_BTD = local(gather(x_BTD), gather(chosen_BTK) - first, gather(gates_BTK), *weights)
-        part_BTD = jax.lax.psum(part_BTD, "tensor")
-        return jax.lax.psum_scatter(part_BTD, "expert", scatter_dimension=0, tiled=True)
+    def per_device(x_BTD, expert_BTK, gates_BTK, *weights):
+        gather = functools.partial(jax.lax.all_gather, axis_name=axis, axis=0, tiled=True)
+        first = jax.lax.axis_index(axis) * weights[0].shape[0]
+        part_BTD = local(gather(x_BTD), gather(expert_BTK) - first, gather(gates_BTK), *weights)
+        part_BTD = jax.lax.psum(part_BTD, mesh_axis("ffn"))
+        return jax.lax.psum_scatter(part_BTD, axis, scatter_dimension=0, tiled=True)
 
-    rows = P(RULES["batch"])
-    into, outof = P("expert", None, "tensor"), P("expert", "tensor", None)
-    return jax.shard_map(
-        sharded, in_specs=(rows, rows, rows, into, into, outof), out_specs=rows, check_vma=False
-    )(x_BTD, chosen_BTK, gates_BTK, *weights)
+    rows = spec("batch")
+    up, down = spec("experts", None, "ffn"), spec("experts", "ffn", None)
+    mix = map_shards(per_device, (rows, rows, rows, up, up, down), rows)
+    return mix(x_BTD, expert_BTK, gates_BTK, *weights)
 
 
 class FFN(nn.Module):
-    """(silu(x W_gate) * x W_up) W_down (arXiv 2002.05202, eq. 6): the FFN of the first layers, and
-    of the shared table.
+    """(silu(x W_gate) * x W_up) W_down (arXiv 2002.05202, eq. 6).
+
+    It is the FFN of the first layers, and of the shared experts. `hidden` is F, its hidden width.
     """
 
     config: ModelConfig
@@ -165,97 +198,92 @@ class FFN(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
+        """Maps tokens [B, T, D] to [B, T, D]."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
-        gate_DF = self.param(
-            "gate", named(init, ("width", "ffn")), (c.hidden_size, self.hidden), jnp.float32
-        )
-        up_DF = self.param(
-            "up", named(init, ("width", "ffn")), (c.hidden_size, self.hidden), jnp.float32
-        )
-        down_FD = self.param(
-            "down", named(init, ("ffn", "width")), (self.hidden, c.hidden_size), jnp.float32
-        )
+        inside, outside = (c.hidden_size, self.hidden), (self.hidden, c.hidden_size)
+        gate_DF = parameter(self, "gate", init, inside, ("embed", "ffn"))
+        up_DF = parameter(self, "up", init, inside, ("embed", "ffn"))
+        down_FD = parameter(self, "down", init, outside, ("ffn", "embed"))
         return linear(swiglu(linear(x_BTD, gate_DF), linear(x_BTD, up_DF)), down_FD)
 
 
 class MoE(nn.Module):
-    """Routed and shared table."""
+    """Routed and shared experts."""
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self, x_BTD: Array, real_BT: Array) -> tuple[Array, RouterStats]:
-        """`real_BT` marks the tokens that are not padding: only they are counted."""
+    def setup(self):
+        """Declares the parameters, and the router bias."""
         c, m = self.config, self.config.moe
-        init = nn.initializers.normal(c.initializer_range)
-        router_DE = self.param(
-            "router",
-            named(init, ("width", "replicated")),
-            (c.hidden_size, m.num_experts),
-            jnp.float32,
+        D, E, F = c.hidden_size, m.num_experts, m.intermediate_size
+        weight = functools.partial(
+            parameter, self, init=nn.initializers.normal(c.initializer_range)
         )
-        bias_E = jnp.zeros((m.num_experts,), jnp.float32)
+        self.router = weight(
+            "router", shape=(D, E), axes=("embed", "replicated"), keep_float32=True
+        )
         if m.router_bias:
-            bias_E = self.variable("router", "bias", named(lambda: bias_E, ("replicated",))).value
-        weights = (
-            self.param(
-                "gate",
-                named(init, ("experts", "width", "ffn")),
-                (m.num_experts, c.hidden_size, m.intermediate_size),
-                jnp.float32,
-            ),
-            self.param(
-                "up",
-                named(init, ("experts", "width", "ffn")),
-                (m.num_experts, c.hidden_size, m.intermediate_size),
-                jnp.float32,
-            ),
-            self.param(
-                "down",
-                named(init, ("experts", "ffn", "width")),
-                (m.num_experts, m.intermediate_size, c.hidden_size),
-                jnp.float32,
-            ),
-        )
-        with jax.named_scope("router"):
-            scores_BTE = router_scores(linear(x_BTD.astype(jnp.float32), router_DE), m.scoring_func)
-            rule = {
-                "chosen": m.num_experts_per_tok,
-                "groups": m.n_group,
-                "chosen_groups": m.topk_group,
-                "group_best": m.group_topk,
-            }
-            chosen_BTK = choose_experts(scores_BTE, bias_E, **rule)
-            gates_BTK = expert_gates(
-                scores_BTE, chosen_BTK, m.routed_scaling_factor, m.norm_topk_prob
+            zeros = functools.partial(jnp.zeros, (E,), jnp.float32)
+            use = ParameterUse(per_channel=True, keep_float32=True)
+            self.bias = self.variable("router", "bias", named(zeros, ("replicated",), use))
+        self.gate = weight("gate", shape=(E, D, F), axes=("experts", "embed", "ffn"))
+        self.up = weight("up", shape=(E, D, F), axes=("experts", "embed", "ffn"))
+        self.down = weight("down", shape=(E, F, D), axes=("experts", "ffn", "embed"))
+        if m.n_shared_experts:
+            self.shared = FFN(c, m.shared_intermediate_size)
+            if m.shared_expert_gate:
+                self.shared_gate = weight("shared_gate", shape=(D, 1), axes=("embed", "replicated"))
+
+    def __call__(self, x_BTD: Array, real_BT: Array) -> tuple[Array, RouterStats]:
+        """Sends tokens through their experts.
+
+        Args:
+          x_BTD: the normalised hidden states.
+          real_BT: false for padding, which is computed but not counted.
+
+        Returns: the output [B, T, D], and what the router did.
+        """
+        m = self.config.moe
+        expert_BTK, gates_BTK, stats = self.route(x_BTD, real_BT)
+        with jax.named_scope("routed_experts"):
+            gate_EDF, up_EDF, down_EFD = (
+                w.astype(x_BTD.dtype) for w in (self.gate, self.up, self.down)
             )
-            self.sow("record", "routes", chosen_BTK)
+            weights = gate_EDF, up_EDF, down_EFD
+            out_BTD = mix_experts(x_BTD, expert_BTK, gates_BTK, weights, self.config.expert_matmul)
+        if m.n_shared_experts:
+            with jax.named_scope("shared_experts"):
+                shared_BTD = self.shared(x_BTD)
+                if m.shared_expert_gate:
+                    shared_BTD = shared_BTD * jax.nn.sigmoid(linear(x_BTD, self.shared_gate))
+                out_BTD = out_BTD + shared_BTD
+        return out_BTD, stats
+
+    def route(self, x_BTD: Array, real_BT: Array) -> tuple[Array, Array, RouterStats]:
+        """Returns each token's experts and gates [B, T, K], and what the router did."""
+        m, E = self.config.moe, self.config.moe.num_experts
+        with jax.named_scope("router"):
+            scores_BTE = router_scores(
+                linear(x_BTD.astype(jnp.float32), self.router), m.scoring_func
+            )
+            bias_E = cast(Array, self.bias.value) if m.router_bias else jnp.zeros((E,), jnp.float32)
+            expert_BTK = choose_experts(
+                scores_BTE,
+                bias_E,
+                top_k=m.num_experts_per_tok,
+                n_group=m.n_group,
+                topk_group=m.topk_group,
+                group_topk=m.group_topk,
+            )
+            gates_BTK = expert_gates(
+                scores_BTE, expert_BTK, m.routed_scaling_factor, m.norm_topk_prob
+            )
+            self.sow("record", "routes", expert_BTK)
             counts_E = jnp.sum(
-                (chosen_BTK[..., None] == jnp.arange(m.num_experts)) & real_BT[..., None, None],
+                (expert_BTK[..., None] == jnp.arange(E)) & real_BT[..., None, None],
                 axis=(0, 1, 2),
                 dtype=jnp.int32,
             )
-        with jax.named_scope("routed_experts"):
-            out_BTD = mix_experts(
-                x_BTD,
-                chosen_BTK,
-                gates_BTK,
-                tuple(w.astype(x_BTD.dtype) for w in weights),
-                c.expert_matmul,
-            )
-        if m.n_shared_experts:
-            with jax.named_scope("shared_experts"):
-                shared_BTD = FFN(c, m.shared_intermediate_size, name="shared")(x_BTD)
-                if m.shared_expert_gate:
-                    gate_D1 = self.param(
-                        "shared_gate",
-                        named(init, ("width", "replicated")),
-                        (c.hidden_size, 1),
-                        jnp.float32,
-                    )
-                    shared_BTD = shared_BTD * jax.nn.sigmoid(linear(x_BTD, gate_D1))
-                out_BTD = out_BTD + shared_BTD
-        return out_BTD, RouterStats(
-            sequence_balance(scores_BTE, real_BT, m.num_experts_per_tok), counts_E
-        )
+        balance = sequence_balance(scores_BTE, real_BT, m.num_experts_per_tok)
+        return expert_BTK, gates_BTK, RouterStats(balance, counts_E)

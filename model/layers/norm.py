@@ -1,5 +1,6 @@
-"""Normalisations, computed in float32 whatever the compute type. The backward pass keeps their
-input alone and computes the rest again.
+"""Normalisations, computed in float32 whatever the compute type.
+
+The backward pass keeps their input alone and computes the rest again.
 """
 
 import functools
@@ -9,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.sharding import named
+from model.layers.parameter import parameter
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
 def rms_norm(x_D: Array, scale_D: Array, eps: float, zero_centred: bool = False) -> Array:
-    """x / rms(x) * scale over the last axis (arXiv 1910.07467, eq. 4); zero-centred: times 1 +
-    scale. Returns x's dtype.
+    """Computes x / rms(x) * scale over the last axis (arXiv 1910.07467, eq. 4), in x's dtype.
+
+    Zero-centred, it multiplies by 1 + scale.
     """
     x32 = x_D.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
@@ -24,7 +26,7 @@ def rms_norm(x_D: Array, scale_D: Array, eps: float, zero_centred: bool = False)
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def layer_norm(x_D: Array, scale_D: Array, bias_D: Array, eps: float) -> Array:
-    """(x - mean) / std * scale + bias over the last axis (arXiv 1607.06450). Returns x's dtype."""
+    """Computes (x - mean) / std * scale + bias over the last axis (arXiv 1607.06450)."""
     x32 = x_D.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     inverse_std = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
@@ -32,32 +34,38 @@ def layer_norm(x_D: Array, scale_D: Array, bias_D: Array, eps: float) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its scale. Both kinds begin as a plain division by the root mean square."""
+    """`rms_norm` with its scale. Both kinds begin as a plain division by the root mean square.
+
+    kind: "scale" | "zero_centred".
+    axis: the logical name of the axis that is normalised.
+    """
 
     eps: float
-    kind: str = "scale"  # "scale" | "zero_centred"
-    axis: str = "width"
+    kind: str = "scale"
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x_D: Array) -> Array:
+        """Normalises the last axis."""
         zero_centred = self.kind == "zero_centred"
         init = nn.initializers.zeros if zero_centred else nn.initializers.ones
-        scale_D = self.param("scale", named(init, (self.axis,)), (x_D.shape[-1],), jnp.float32)
+        scale_D = _channels(self, "scale", init, x_D.shape[-1], self.axis)
         return rms_norm(x_D, scale_D, self.eps, zero_centred)
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with its scale and bias."""
+    """`layer_norm` with its scale and bias. `axis` is the logical name of what is normalised."""
 
     eps: float
-    axis: str = "width"
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x_D: Array) -> Array:
-        scale_D = self.param(
-            "scale", named(nn.initializers.ones, (self.axis,)), (x_D.shape[-1],), jnp.float32
-        )
-        bias_D = self.param(
-            "bias", named(nn.initializers.zeros, (self.axis,)), (x_D.shape[-1],), jnp.float32
-        )
+        """Normalises the last axis."""
+        scale_D = _channels(self, "scale", nn.initializers.ones, x_D.shape[-1], self.axis)
+        bias_D = _channels(self, "bias", nn.initializers.zeros, x_D.shape[-1], self.axis)
         return layer_norm(x_D, scale_D, bias_D, self.eps)
+
+
+def _channels(module: nn.Module, name: str, init, size: int, axis: str) -> Array:
+    return parameter(module, name, init, (size,), (axis,), per_channel=True, keep_float32=True)

@@ -1,5 +1,7 @@
-"""Rotary position embedding (arXiv 2104.09864), in the two layouts that checkpoints use, and its
-stretching to longer contexts (YaRN, arXiv 2309.00071).
+"""Rotary position embedding (arXiv 2104.09864), in the two layouts that checkpoints use.
+
+YaRN (arXiv 2309.00071) stretches it to longer contexts. In this file P is the number of pairs of
+channels that turn, half their width.
 """
 
 import math
@@ -12,13 +14,13 @@ from model.layer_configs import RopeConfig
 
 
 def frequencies(width: int, rope: RopeConfig) -> np.ndarray:
-    """Radians per token of each pair of channels: theta ** (-2 i / width), [width / 2] float64;
-    with `rope.stretch` above 1, YaRN's "NTK by parts".
+    """Returns the radians per token of each pair of channels, [width / 2] float64.
 
-    A pair that turns more than beta_fast times within the old context keeps its speed, one that
-    turns less than beta_slow times is slowed by `stretch`, and between the two channels where that
-    happens a ramp leads from one to the other (arXiv 2309.00071, eq. 18-21 and 23; the ramp is over
-    channels, as in the authors' code and every released model, not over wavelengths as printed).
+    They are theta ** (-2 i / width), and with `rope.factor` above 1 YaRN's "NTK by parts": a pair
+    that turns more than beta_fast times within the old context keeps its speed, one that turns less
+    than beta_slow times is slowed by the factor, and between the two channels where that happens a
+    ramp leads from one to the other (arXiv 2309.00071, eq. 18-21 and 23; the ramp is over channels,
+    as in the authors' code and every released model, not over wavelengths as printed).
     """
     pair = np.arange(width // 2)
     plain = rope.rope_theta ** (-2 * pair / width)
@@ -26,7 +28,7 @@ def frequencies(width: int, rope: RopeConfig) -> np.ndarray:
         return plain
 
     def channel(turns: float) -> float:
-        """Where a pair turns so many times within the old context."""
+        """Returns the channel where a pair turns so many times within the old context."""
         return (
             width
             * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))
@@ -42,15 +44,17 @@ def frequencies(width: int, rope: RopeConfig) -> np.ndarray:
 
 
 def rope_angles(positions_BT: Array, width: int, rope: RopeConfig) -> Array:
-    """Angle of each pair of channels at each position, [B, T, width / 2] float32."""
+    """Returns the angle of each pair of channels at each position, [B, T, width / 2] float32."""
     return positions_BT.astype(jnp.float32)[..., None] * jnp.asarray(
         frequencies(width, rope), jnp.float32
     )
 
 
 def rotate(x_BTNH: Array, angles_BTP: Array, rope: RopeConfig, *, interleaved: bool) -> Array:
-    """Rotates the first 2 P channels of each head and leaves the rest; the rotated ones are
-    multiplied by `rope.scale`. Returns x's dtype.
+    """Rotates the first 2 P channels of each head and leaves the rest, in x's dtype.
+
+    The rotated channels are multiplied by `rope.attention_factor`. `interleaved` pairs neighbouring
+    channels, see `rotate_interleaved`; otherwise see `rotate_halves`.
     """
     width = 2 * angles_BTP.shape[-1]
     if width == 0:
@@ -65,9 +69,7 @@ def rotate(x_BTNH: Array, angles_BTP: Array, rope: RopeConfig, *, interleaved: b
 
 
 def rotate_interleaved(x_BTNH: Array, angles_BTP: Array, scale: float = 1.0) -> Array:
-    """Rotates the pairs (0, 1), (2, 3), ... as MLA does. x is [B, T, N, H] with H = 2 P; returns
-    its dtype.
-    """
+    """Rotates the pairs (0, 1), (2, 3), ... as MLA does, in x's dtype. H is 2 P."""
     even, odd = x_BTNH[..., 0::2].astype(jnp.float32), x_BTNH[..., 1::2].astype(jnp.float32)
     cos, sin = scaled_cos_sin(angles_BTP, scale)
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
@@ -75,8 +77,9 @@ def rotate_interleaved(x_BTNH: Array, angles_BTP: Array, scale: float = 1.0) -> 
 
 
 def rotate_halves(x_BTNH: Array, angles_BTP: Array, scale: float = 1.0) -> Array:
-    """Rotates the pairs (0, P), (1, P + 1), ... as Qwen3 and the V3.2 indexer do. x is [B, T, N, H]
-    with H = 2 P; returns its dtype.
+    """Rotates the pairs (0, P), (1, P + 1), ... as Qwen3 and the V3.2 indexer do, in x's dtype.
+
+    H is 2 P.
     """
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = scaled_cos_sin(angles_BTP, scale)
@@ -86,6 +89,6 @@ def rotate_halves(x_BTNH: Array, angles_BTP: Array, scale: float = 1.0) -> Array
 
 
 def scaled_cos_sin(angles_BTP: Array, scale: float) -> tuple[Array, Array]:
-    """[B, T, 1, P] each."""
+    """Returns the scaled cosine and sine of the angles, [B, T, 1, P] each."""
     cos, sin = jnp.cos(angles_BTP)[:, :, None], jnp.sin(angles_BTP)[:, :, None]
     return (cos, sin) if scale == 1 else (cos * scale, sin * scale)

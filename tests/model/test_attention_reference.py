@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from kernels.reference import IndexerQuery
-from model.attention.decode import attend_latent
+from model.attention.caches import LatentCache
+from model.attention.decode import attend_gathered, attend_masked
 from model.attention.reference import IndexerInputs, attend_expanded
+from model.attention.table import latent_form
 from model.config import STAGES
 from model.transformer import Transformer
 from tests import tiny
@@ -44,7 +46,7 @@ def inputs(batch: int, length: int, seed: int = 0):
 
 def loss(arrays, segments_BT, stage, topk, query_chunk, causal_parts=1):
     """Something that depends on every output, with a gradient to every input."""
-    out, report, _ = attend_expanded(
+    out, stats, _ = attend_expanded(
         *arrays[:3],
         segments_BT,
         arrays[3],
@@ -53,7 +55,7 @@ def loss(arrays, segments_BT, stage, topk, query_chunk, causal_parts=1):
         query_chunk=query_chunk,
         causal_parts=causal_parts,
     )
-    return jnp.sum(jnp.sin(out)) + report.kl, (out, report)
+    return jnp.sum(jnp.sin(out)) + stats.kl, (out, stats)
 
 
 value_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(2, 3, 4, 5))
@@ -124,11 +126,11 @@ def test_topk_of_everything_is_dense():
         value_and_gradient(arrays, segments_BT, stage, topk, 512)
         for stage, topk in (("sparse", tiny.T), ("warmup", TOPK))
     )
-    (sparse_loss, (sparse_out, sparse_report)), sparse_gradient = sparse
-    (dense_loss, (dense_out, dense_report)), dense_gradient = dense
+    (sparse_loss, (sparse_out, sparse_stats)), sparse_gradient = sparse
+    (dense_loss, (dense_out, dense_stats)), dense_gradient = dense
     tiny.assert_close(
-        (sparse_loss, sparse_out, sparse_report.kl),
-        (dense_loss, dense_out, dense_report.kl),
+        (sparse_loss, sparse_out, sparse_stats.kl),
+        (dense_loss, dense_out, dense_stats.kl),
         rtol=1e-6,
     )
     tiny.assert_close(sparse_gradient, dense_gradient, rtol=1e-6)
@@ -173,18 +175,19 @@ def test_gathered_latents_are_the_masked_ones(ties):
                 indexer.query.q_BTIC.at[:, :, 1:].set(0.0), -jnp.abs(indexer.query.w_BTI)
             )
         )
-    together = attend_latent(q, latent, 7, allowed_BTS, indexer, topk=TOPK)
+    cache = LatentCache(latent, indexer.k_BSC)
+    options = {"value_rank": 7, "topk": TOPK}
+    masked = attend_masked(q, cache, allowed_BTS, indexer.query, **options)
 
-    def alone(t):
+    def gathered(t):
         q_B1NR, allowed_B1S, query = jax.tree.map(
             lambda x_BT: x_BT[:, t : t + 1], (q, allowed_BTS, indexer.query)
         )
-        return attend_latent(
-            q_B1NR, latent, 7, allowed_B1S, IndexerInputs(query, indexer.k_BSC), topk=TOPK
-        )
+        assert latent_form(cache, 1, TOPK) == attend_gathered
+        return attend_gathered(q_B1NR, cache, allowed_B1S, query, **options)
 
-    one_by_one = [alone(t) for t in range(4)]
-    tiny.assert_close(jnp.concatenate(one_by_one, axis=1), together, rtol=1e-5, atol=1e-5)
+    one_by_one = [gathered(t) for t in range(4)]
+    tiny.assert_close(jnp.concatenate(one_by_one, axis=1), masked, rtol=1e-5, atol=1e-5)
 
 
 LENGTH = 512  # no other dimension of the model below is this long

@@ -1,6 +1,7 @@
-"""Attention by tiles against attention by chunks: outputs, what the indexer reports, every
-gradient; on one device and on meshes, whose `tensor` axis cuts heads for attention and queries for
-the selection and the loss.
+"""Attention by tiles is attention by chunks: in outputs, the indexer's loss and every gradient.
+
+On one device, and on meshes whose `tensor` axis divides heads for attention and queries for the
+selection and the loss.
 """
 
 import functools
@@ -14,8 +15,8 @@ import pytest
 from errors import UserError
 from kernels.reference import IndexerQuery
 from model.attention.reference import IndexerInputs, attend_expanded
-from model.attention.table import expanded_form
-from model.attention.tiled import KERNELS, LEAST_TILED, at_once, attend_tiled
+from model.attention.table import sequence_form
+from model.attention.tiled import KERNELS, MIN_TILED, attend_tiled, queries_at_once
 from model.config import STAGES
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
@@ -59,12 +60,12 @@ def segments():
 
 def loss(arrays, segments_BT, attend):
     """Something that depends on every output, with a gradient to every input."""
-    out, report, _ = attend(*arrays[:3], segments_BT, arrays[3])
-    return jnp.sum(jnp.sin(out)) + report.kl, (out, report)
+    out, stats, _ = attend(*arrays[:3], segments_BT, arrays[3])
+    return jnp.sum(jnp.sin(out)) + stats.kl, (out, stats)
 
 
 def result(attend, mesh=None):
-    """((loss, (out, report)), gradients)"""
+    """Returns ((loss, (out, stats)), gradients)."""
     function = jax.jit(jax.value_and_grad(functools.partial(loss, attend=attend), has_aux=True))
     if mesh is None:
         return function(inputs(), segments())
@@ -172,23 +173,23 @@ def test_the_table(monkeypatch):
         monkeypatch.setattr(
             "model.attention.table.ambient_device", lambda: types.SimpleNamespace(device_kind=kind)
         )
-        return expanded_form(tiny.model_config(attention_form=asked), length).func
+        return sequence_form(tiny.model_config(attention_form=asked), length).func
 
     assert (
-        form("auto", "tpu", LEAST_TILED)
+        form("auto", "tpu", MIN_TILED)
         == form("tiles", "tpu", 8)
         == form("tiles", "cpu", 8)
         == attend_tiled
     )
     assert (
-        form("auto", "tpu", LEAST_TILED - 1)
+        form("auto", "tpu", MIN_TILED - 1)
         == form("auto", "cpu", 4_096)
         == form("chunks", "tpu", 4_096)
         == attend_expanded
     )
     assert (
-        form("auto", "tpu", LEAST_TILED, "TPU v6 lite")
-        == form("auto", "tpu", LEAST_TILED, "TPU7x")
+        form("auto", "tpu", MIN_TILED, "TPU v6 lite")
+        == form("auto", "tpu", MIN_TILED, "TPU7x")
         == attend_tiled
     )
     assert form("auto", "tpu", 4_096, "TPU v4") == attend_expanded, "16 MiB of vector memory"
@@ -223,7 +224,11 @@ def test_a_gpu_that_the_kernel_is_not_for(monkeypatch):
 
 def test_a_gpu_takes_as_many_queries_at_a_time_as_have_room(monkeypatch):
     """Here 40 of the loss's and 53 of the selection's, which divide nothing."""
-    assert at_once(64 * 131_072) == 32 and at_once(16 * 4_096) == 256 and at_once(2**40) == 1
+    assert (
+        queries_at_once(64 * 131_072) == 32
+        and queries_at_once(16 * 4_096) == 256
+        and queries_at_once(2**40) == 1
+    )
     monkeypatch.setattr("model.attention.tiled.CHUNK_BYTES", 4 * B * N * T * 40)
     kernels = KERNELS["gpu"]._replace(attend=KERNELS["reference"].attend)
     assert_same(

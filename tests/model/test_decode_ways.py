@@ -1,6 +1,9 @@
-"""The ways one new token may attend over what is remembered are one function: a gather, kernels
-over tiles, a mask; with all of attention's mass, or the fewest keys that hold a share of it.
+"""The forms of attention over a cache are one function: a gather, kernels over tiles, a mask.
+
+So they are with all of attention, and with the fewest keys that have a share of it.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +12,12 @@ import pytest
 
 from kernels import sparse_decode
 from kernels.reference import IndexerQuery, indexer_scores, select_topk
-from kernels.sparse_decode import CROSSOVER, in_tiles, to_tiles
-from model.attention.decode import attend_cached, attend_latent, attend_tiles
+from kernels.sparse_decode import CROSSOVER, from_tiles, in_tiles, to_tiles
+from model.attention.caches import KeyValueCache, LatentCache
+from model.attention.decode import attend_cached, attend_listed, attend_tiles
 from model.attention.int4 import quantise
 from model.attention.reference import IndexerInputs
+from model.attention.table import latent_form
 from model.cache import Cache
 from model.decode import decode_step, decode_weights, prefill
 from model.mesh import MeshConfig
@@ -43,11 +48,20 @@ def inputs(queries: int = 1):
     return q, latent, jnp.asarray(allowed_BTS), IndexerInputs(IndexerQuery(iq, iw), ik)
 
 
-def fewest(p_S: np.ndarray, mass: float) -> np.ndarray:
-    """By sorting: the largest of a distribution until they have the mass."""
+def attend_latent(q, latent, allowed, indexer=None, *, tiles=False, top_p=1.0, estimate=None):
+    """Attention by the form that the table chooses, as `LatentAttention` calls it."""
+    query, k_BSC = indexer if indexer is not None else (None, jnp.zeros((B, S, 0)))
+    rows = to_tiles(latent) if tiles else latent
+    cache = LatentCache(rows, k_BSC, estimate, top_p, "tiles" if tiles else "rows")
+    attend = latent_form(cache, q.shape[1], None if query is None else TOPK)
+    return attend(q, cache, allowed, query, value_rank=V, topk=TOPK)
+
+
+def fewest(p_S: np.ndarray, top_p: float) -> np.ndarray:
+    """The largest of a distribution until they have the share, by sorting."""
     order = np.argsort(-p_S, kind="stable")
     kept_S = np.zeros(p_S.shape, bool)
-    kept_S[order[: int(np.argmax(np.cumsum(p_S[order]) >= mass)) + 1]] = True
+    kept_S[order[: int(np.argmax(np.cumsum(p_S[order]) >= top_p)) + 1]] = True
     return kept_S
 
 
@@ -56,58 +70,42 @@ def softmax(logits_S: np.ndarray, among_S: np.ndarray) -> np.ndarray:
     return weights_S / max(weights_S.sum(), 1e-300)
 
 
-@pytest.mark.parametrize("mass", [1.0, 0.6])
-def test_a_gather_a_mask_and_the_kernels_are_one(mass, monkeypatch):
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_a_gather_a_mask_and_the_kernels_are_one(top_p, monkeypatch):
     q, latent, allowed, indexer = inputs()
-    gathered = attend_latent(q, latent, V, allowed, indexer, topk=TOPK, mass=mass)
+    gathered = attend_latent(q, latent, allowed, indexer, top_p=top_p)
     with monkeypatch.context() as on_a_gpu:
-        on_a_gpu.setattr("model.attention.decode.platform", lambda: "gpu")
+        on_a_gpu.setattr("model.attention.table.platform", lambda: "gpu")
         on_a_gpu.setattr(jax.lax, "top_k", None)
-        tiny.assert_close(
-            attend_latent(q, latent, V, allowed, indexer, topk=TOPK, mass=mass),
-            gathered,
-            atol=EXACT,
-        )
-    tiny.assert_close(
-        attend_latent(q, to_tiles(latent), V, allowed, indexer, topk=TOPK, mass=mass),
-        gathered,
-        atol=EXACT,
-    )
+        assert latent_form(LatentCache(latent, indexer.k_BSC), 1, TOPK) == attend_listed
+        listed = attend_latent(q, latent, allowed, indexer, top_p=top_p)
+    tiny.assert_close(listed, gathered, atol=EXACT)
+    by_kernels = attend_latent(q, latent, allowed, indexer, tiles=True, top_p=top_p)
+    tiny.assert_close(by_kernels, gathered, atol=EXACT)
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), (q, allowed, indexer.query))
-    for cache in (latent, to_tiles(latent)):  # two queries a row are masked
-        masked = attend_latent(
-            twice[0],
-            cache,
-            V,
-            twice[1],
-            IndexerInputs(twice[2], indexer.k_BSC),
-            topk=TOPK,
-            mass=mass,
-        )
+    for tiles in (False, True):  # two queries a row are masked
+        both = IndexerInputs(twice[2], indexer.k_BSC)
+        masked = attend_latent(twice[0], latent, twice[1], both, tiles=tiles, top_p=top_p)
         tiny.assert_close(masked[:, 1:], gathered, atol=EXACT)
     assert not jnp.any(gathered[-1]) and jnp.all(jnp.any(gathered[:-1], axis=-1))
 
 
 def test_with_an_indexer_the_fewest_of_the_selected_are_read():
     q, latent, allowed, indexer = inputs()
-    found = attend_latent(q, latent, V, allowed, indexer, topk=TOPK, mass=0.6)
+    found = attend_latent(q, latent, allowed, indexer, top_p=0.6)
     scores = indexer_scores(indexer.query.q_BTIC, indexer.k_BSC, indexer.query.w_BTI)
     selected, kept = np.asarray(select_topk(scores, allowed, TOPK)), np.zeros((B, 1, S), bool)
     for b in range(B - 1):
         kept[b, 0] = fewest(softmax(np.asarray(scores[b, 0]), selected[b, 0]), 0.6)
     assert np.all(kept.sum(axis=-1)[:-1] < selected.sum(axis=-1)[:-1])
-    tiny.assert_close(
-        found, attend_latent(q, latent, V, jnp.asarray(kept), None, topk=TOPK), atol=EXACT
-    )
+    tiny.assert_close(found, attend_latent(q, latent, jnp.asarray(kept)), atol=EXACT)
 
 
-def test_without_one_every_head_has_its_mass_of_the_estimate():
+def test_without_one_every_head_has_its_share_of_the_estimate():
     q, latent, allowed, _ = inputs()
-    found = attend_latent(
-        q, latent, V, allowed, None, topk=TOPK, mass=0.6, estimate=quantise(latent, R)
-    )
+    found = attend_latent(q, latent, allowed, top_p=0.6, estimate=quantise(latent, R))
     kept = np.zeros((B, 1, S), bool)
-    estimate = sparse_decode.from_tiles(to_tiles(latent), R)  # as it was
+    estimate = from_tiles(to_tiles(latent), R)  # as it was
     step = (estimate.max(axis=-1, keepdims=True) - estimate.min(axis=-1, keepdims=True)) / 15
     estimate = estimate.min(axis=-1, keepdims=True) + step * jnp.round(
         (estimate - estimate.min(axis=-1, keepdims=True)) / step
@@ -121,9 +119,7 @@ def test_without_one_every_head_has_its_mass_of_the_estimate():
         np.all(kept.sum(axis=-1)[:-1] <= np.asarray(allowed).sum(axis=-1)[:-1])
         and kept.sum() < np.asarray(allowed).sum()
     )
-    tiny.assert_close(
-        found, attend_latent(q, latent, V, jnp.asarray(kept), None, topk=TOPK), atol=EXACT
-    )
+    tiny.assert_close(found, attend_latent(q, latent, jnp.asarray(kept)), atol=EXACT)
 
 
 def test_heads_that_share_keys_keep_them_together():
@@ -133,7 +129,7 @@ def test_heads_that_share_keys_keep_them_together():
         for shape in ((B, 1, 4, 8), (B, S, 2, 8), (B, S, 2, 8))
     )
     _, _, allowed, _ = inputs()
-    found = attend_cached(q, k, v, allowed, top_p=0.6, estimate=quantise(k, 8))
+    found = attend_cached(q, KeyValueCache(k, v, quantise(k, 8), 0.6), allowed)
     low, high = k.min(axis=-1, keepdims=True), k.max(axis=-1, keepdims=True)
     estimate = low + (high - low) / 15 * jnp.round((k - low) / ((high - low) / 15))
     for head in range(2):
@@ -147,7 +143,9 @@ def test_heads_that_share_keys_keep_them_together():
                     0.6,
                 )
         alone = attend_cached(
-            q[:, :, mine], k[:, :, head : head + 1], v[:, :, head : head + 1], jnp.asarray(kept)
+            q[:, :, mine],
+            KeyValueCache(k[:, :, head : head + 1], v[:, :, head : head + 1]),
+            jnp.asarray(kept),
         )
         tiny.assert_close(found[:, :, mine], alone, atol=EXACT)
 
@@ -155,11 +153,11 @@ def test_heads_that_share_keys_keep_them_together():
 def test_the_kernels_on_a_mesh_are_those_on_one_device():
     """Rows over two, heads over two."""
     q, latent, allowed, indexer = inputs()
-    alone = attend_tiles(q, to_tiles(latent), V, allowed, indexer, TOPK, 1.0)
+    cache = LatentCache(to_tiles(latent), indexer.k_BSC, layout="tiles")
+    attend = functools.partial(attend_tiles, value_rank=V, topk=TOPK)
+    alone = attend(q, cache, allowed, indexer.query)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, expert=1, tensor=2), jax.devices()[:4])):
-        shared = jax.jit(attend_tiles, static_argnums=(2, 5, 6))(
-            q, to_tiles(latent), V, allowed, indexer, TOPK, 1.0
-        )
+        shared = jax.jit(attend)(q, cache, allowed, indexer.query)
     tiny.assert_close(jax.device_get(shared), jax.device_get(alone), atol=EXACT)
 
 
@@ -179,7 +177,7 @@ HYBRID = tiny.model_config(
 )
 
 
-def decoded(config, stage: str, mass: float, steps: int = 3) -> jax.Array:
+def decoded(config, stage: str, top_p: float, steps: int = 3) -> jax.Array:
     """Logits after a prompt and each of some tokens."""
     batch, variables = tiny.batch_of((((0, 3), (1, 21)), ((1, 24),))), tiny.variables(config)
     cache, logits_BV = prefill(
@@ -189,7 +187,7 @@ def decoded(config, stage: str, mass: float, steps: int = 3) -> jax.Array:
         batch["segments"][:, :-steps],
         tiny.T,
         stage,
-        mass,
+        top_p,
     )
     weights, found = decode_weights(config, variables, len(logits_BV)), [logits_BV]
     step = jax.jit(lambda tokens_B, cache: decode_step(config, weights, tokens_B, cache, stage))
@@ -199,23 +197,23 @@ def decoded(config, stage: str, mass: float, steps: int = 3) -> jax.Array:
     return jnp.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("mass", [1.0, 0.7])
-def test_a_model_decodes_from_tiles_what_it_does_from_rows(mass, monkeypatch):
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_a_model_decodes_from_tiles_what_it_does_from_rows(top_p, monkeypatch):
     """Prefill fills the tiles, each step reads them. Sums of float32 in another order, EXACT in
     attention, and a layer behind it ten times as much.
     """
-    expected = decoded(CONFIG, "sparse", mass)
+    expected = decoded(CONFIG, "sparse", top_p)
     monkeypatch.setattr(sparse_decode, "in_tiles", lambda platform, slots, topk: True)
-    assert Cache.empty(CONFIG, 2, tiny.T, "sparse").layers[0].attention.latent_BSR.ndim == 5
-    assert Cache.empty(CONFIG, 2, tiny.T, "dense").layers[0].attention.latent_BSR.ndim == 3
-    tiny.assert_close(decoded(CONFIG, "sparse", mass), expected, atol=10 * EXACT)
+    assert Cache.empty(CONFIG, 2, tiny.T, "sparse").layers[0].attention.layout == "tiles"
+    assert Cache.empty(CONFIG, 2, tiny.T, "dense").layers[0].attention.layout == "rows"
+    tiny.assert_close(decoded(CONFIG, "sparse", top_p), expected, atol=10 * EXACT)
 
 
 @pytest.mark.parametrize(
     ("config", "stage"), [(CONFIG, "sparse"), (HYBRID, "dense")], ids=["indexer", "four bits"]
 )
-def test_less_mass_is_another_model_and_almost_all_is_not(config, stage):
-    """The prompt is read in full either way; with a mass of almost 1 what is left out weighs less
+def test_a_smaller_share_is_another_model_and_almost_all_is_not(config, stage):
+    """The prompt is read in full either way; with a share of almost 1 what is left out weighs less
     than 1e-5.
     """
     whole = decoded(config, stage, 1.0)

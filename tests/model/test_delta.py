@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.layers.delta import chunked_delta, decay_biases, recurrent_delta, unit_length
+from model.attention.delta_rule import chunked_delta, recurrent_delta
+from model.layers.delta import decay_biases, unit_length
 from tests import tiny
 
 B, N, H, V = 4, 3, 6, 5
@@ -79,11 +80,11 @@ def test_packed_is_separate():
         for row, runs in enumerate(tiny.LAYOUT):
             at = 0
             for segment, length in runs:
-                piece = jax.tree.map(
+                segment_inputs = jax.tree.map(
                     lambda x, at=at, row=row, length=length: x[row : row + 1, at : at + length],
                     inputs,
                 )
-                alone, last = recurrent_delta(*piece, empty[:1])
+                alone, last = recurrent_delta(*segment_inputs, empty[:1])
                 expected, last = (
                     (alone[0], last[0]) if segment else (jnp.zeros_like(alone[0]), empty[0])
                 )

@@ -1,0 +1,185 @@
+"""What each type of attention remembers of the tokens read so far.
+
+| attention | remembers | grows |
+|---|---|---|
+| mla | the normalised key-value latent, and the indexer's keys | with every token |
+| gqa | keys and values of the few key-value heads | with every token |
+| delta | a matrix a head, and the last few inputs of its convolutions | not at all |
+
+Where decoding reads only the keys with a share of attention's probability (`attention_top_p` below
+1; Twilight, arXiv 2502.02770), attention without an indexer also remembers its keys in four bits,
+to estimate by. Which function reads a cache is chosen in model/attention/table.py.
+"""
+
+import dataclasses
+from typing import Protocol, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from kernels import sparse_decode
+from kernels.device import platform
+from model.attention.int4 import Int4, quantise
+from model.config import ModelConfig
+
+# Channels of a latent that share a range in four bits: DeepSeek's rotated key then has its own.
+LATENT_GROUP = 64
+
+
+class AttentionCache(Protocol):
+    """What one layer's attention remembers, or the entries of some tokens on their way to it."""
+
+    def write(self, entries: Self, slot: ArrayLike) -> Self:
+        """Returns the cache with the entries of T tokens at slots `slot` .. `slot` + T - 1."""
+        ...
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
+    ) -> Self:
+        """Returns a cache of zeros, to be read in this stage, with this share of attention."""
+        ...
+
+
+def write_slots(old_BSX: Array, new_BTX: Array, slot: ArrayLike) -> Array:
+    """Returns the array with new entries at slots `slot` .. `slot` + T - 1, alike in every row."""
+    return jax.lax.dynamic_update_slice_in_dim(old_BSX, new_BTX.astype(old_BSX.dtype), slot, axis=1)
+
+
+def write_int4(old: Int4 | None, keys_BTX: Array, size: int, slot: ArrayLike) -> Int4 | None:
+    """Does the same for keys in four bits, in groups of `size` channels; None stays None."""
+    if old is None:
+        return None
+    new = quantise(keys_BTX.astype(old.low.dtype), size)
+    return jax.tree.map(lambda old_BSX, new_BTX: write_slots(old_BSX, new_BTX, slot), old, new)
+
+
+@flax.struct.dataclass
+class LatentCache:
+    """The cache of multi-head latent attention.
+
+    latent_BSR: the normalised key-value latent and after it the rotated shared key; in the layout
+      "tiles" as [B, S, n, 2, 128].
+    index_key_BSC: the indexer's keys; C is 0 without an indexer.
+    estimate: the latents in four bits, where there is no indexer to estimate by.
+    attention_top_p: the share of attention's probability that decoding reads.
+    layout: "rows" | "tiles", see `sparse_decode.to_tiles`.
+    """
+
+    latent_BSR: Array
+    index_key_BSC: Array
+    estimate: Int4 | None = None
+    attention_top_p: float = flax.struct.field(pytree_node=False, default=1.0)
+    layout: str = flax.struct.field(pytree_node=False, default="rows")
+
+    def write(self, entries: "LatentCache", slot: ArrayLike) -> "LatentCache":
+        """See `AttentionCache`. The entries are rows."""
+        new_BTR = entries.latent_BSR
+        if self.layout == "tiles":
+            new_BTR = sparse_decode.to_tiles(new_BTR)
+        return dataclasses.replace(
+            self,
+            latent_BSR=write_slots(self.latent_BSR, new_BTR, slot),
+            index_key_BSC=write_slots(self.index_key_BSC, entries.index_key_BSC, slot),
+            estimate=write_int4(self.estimate, entries.latent_BSR, LATENT_GROUP, slot),
+        )
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
+    ) -> "LatentCache":
+        """See `AttentionCache`. `sparse_decode.in_tiles` chooses the layout."""
+        dtype, indexer = jnp.dtype(config.dtype), config.indexer
+        index_width = indexer.head_dim if indexer.n_heads else 0
+        width = config.mla.kv_lora_rank + config.mla.qk_rope_head_dim
+        latent_BSR = jnp.zeros((batch, slots, width), dtype)
+        sparse = stage == "sparse" and indexer.n_heads > 0
+        estimate = (
+            quantise(latent_BSR, LATENT_GROUP) if attention_top_p < 1 and not sparse else None
+        )
+        layout = "rows"
+        if sparse and sparse_decode.in_tiles(platform(), slots, indexer.topk):
+            latent_BSR, layout = sparse_decode.to_tiles(latent_BSR), "tiles"
+        index_key_BSC = jnp.zeros((batch, slots, index_width), dtype)
+        return cls(latent_BSR, index_key_BSC, estimate, attention_top_p, layout)
+
+
+@flax.struct.dataclass
+class KeyValueCache:
+    """The cache of grouped-query attention, of K key-value heads.
+
+    k_BSKH: the keys, normalised and rotated.
+    v_BSKH: the values.
+    estimate: the keys in four bits, a range for each token and head.
+    attention_top_p: the share of attention's probability that decoding reads.
+    """
+
+    k_BSKH: Array
+    v_BSKH: Array
+    estimate: Int4 | None = None
+    attention_top_p: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    def write(self, entries: "KeyValueCache", slot: ArrayLike) -> "KeyValueCache":
+        """See `AttentionCache`."""
+        return dataclasses.replace(
+            self,
+            k_BSKH=write_slots(self.k_BSKH, entries.k_BSKH, slot),
+            v_BSKH=write_slots(self.v_BSKH, entries.v_BSKH, slot),
+            estimate=write_int4(self.estimate, entries.k_BSKH, entries.k_BSKH.shape[-1], slot),
+        )
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
+    ) -> "KeyValueCache":
+        """See `AttentionCache`. Every stage reads the same keys."""
+        del stage
+        g = config.gqa
+        zeros = jnp.zeros((batch, slots, g.num_key_value_heads, g.head_dim), config.dtype)
+        estimate = quantise(zeros, g.head_dim) if attention_top_p < 1 else None
+        return cls(zeros, zeros, estimate, attention_top_p)
+
+
+@flax.struct.dataclass
+class DeltaCache:
+    """The cache of Gated DeltaNet, of one size however many tokens were read.
+
+    state_BNHV: what each of the N value heads has stored under its keys, float32.
+    recent_q, recent_k, recent_v: the last inputs of the convolutions, [B, kernel size - 1, heads,
+      width]; None where a sequence begins.
+    """
+
+    state_BNHV: Array
+    recent_q: Array | None
+    recent_k: Array | None
+    recent_v: Array | None
+
+    def write(self, entries: "DeltaCache", slot: ArrayLike) -> "DeltaCache":
+        """Returns the newer state: it has the older in it."""
+        del slot
+        return jax.tree.map(lambda old, new: new.astype(old.dtype), self, entries)
+
+    @classmethod
+    def begin(cls, config: ModelConfig, batch: int) -> "DeltaCache":
+        """Returns the state in front of a sequence: zeros, and nothing recent."""
+        d = config.delta
+        shape = (batch, d.num_value_heads, d.key_head_dim, d.value_head_dim)
+        return cls(jnp.zeros(shape, jnp.float32), None, None, None)
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
+    ) -> "DeltaCache":
+        """See `AttentionCache`. The state holds all there is, whatever is asked for."""
+        del slots, stage, attention_top_p
+        d = config.delta
+
+        def recent(heads: int, width: int) -> Array:
+            return jnp.zeros((batch, d.conv_kernel_dim - 1, heads, width), config.dtype)
+
+        keys = recent(d.num_key_heads, d.key_head_dim)
+        values = recent(d.num_value_heads, d.value_head_dim)
+        return cls(cls.begin(config, batch).state_BNHV, keys, keys, values)
