@@ -1,8 +1,7 @@
-"""launch.score against the golden checkpoints, in the shapes it promises; on rows that differ in
-length; on text; and its errors.
-"""
+"""launch.score against the golden checkpoints, on rows of several lengths, on text; its errors."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +11,12 @@ from configs import base
 from data.tokenizer_training import bytes_tokenizer
 from errors import UserError
 from experiment.config_files import base_config_from, with_checkpoint_fields
-from experiment.schema import parse
+from experiment.schema import Config, parse
 from launch import score
 from tests.model.test_golden import GOLDEN, golden
 from tests.tiny_checkpoint import write_checkpoint
 
-OFF = {
+OFF: dict[str, Any] = {
     "tokens": "",
     "text": (),
     "out": "",
@@ -37,17 +36,21 @@ def precision():
     jax.config.update("jax_default_matmul_precision", None)
 
 
-def scored(origin: str, tmp_path, rows=None, overrides=(), **flags) -> dict[str, np.ndarray]:
+def scored(origin: str, tmp_path, rows=None, overrides=(), **flags: Any) -> dict[str, np.ndarray]:
     if rows is not None:
         (tmp_path / "rows.json").write_text(json.dumps({"input_ids": rows}))
         flags["tokens"] = str(tmp_path / "rows.json")
-    config = parse(with_checkpoint_fields(base_config_from(origin), overrides))
-    score.run(config, origin, **OFF | {"out": str(tmp_path / "out.npz")} | flags)
+    flags["out"] = str(tmp_path / "out.npz")
+    score.run(config_of(origin, overrides), origin, **OFF | flags)
     return dict(np.load(tmp_path / "out.npz"))
 
 
+def config_of(origin: str, overrides=()) -> Config:
+    return parse(with_checkpoint_fields(base_config_from(origin), overrides))
+
+
 @pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v32", "qwen3_next"])
-def test_everything_it_can_say(case, tmp_path):
+def test_every_array_against_golden_values(case, tmp_path):
     """Over the eight devices of the tests: rows are spread, and padded to as many."""
     expected = golden(case)
     found = scored(
@@ -65,9 +68,8 @@ def test_everything_it_can_say(case, tmp_path):
     np.testing.assert_array_equal(found["greedy"], expected["greedy"])
     np.testing.assert_array_equal(np.sort(found["routes"], axis=-1), expected["routes"])
     np.testing.assert_array_equal(found["lengths"], [expected["input_ids"].shape[1]] * 2)
-    assert ("indexer" in found) == ("indexer" in expected) and ("mtp_logits" in found) == (
-        "mtp_logits" in expected
-    )
+    for name in ("indexer", "mtp_logits"):
+        assert (name in found) == (name in expected)
     if "indexer" in expected:
         np.testing.assert_array_equal(found["indexer"], expected["indexer"])
     if "mtp_logits" in expected:
@@ -75,73 +77,53 @@ def test_everything_it_can_say(case, tmp_path):
         assert not found["mtp_logits"][:, -1].any()
 
 
-def test_rows_of_different_lengths(tmp_path):
-    """Ten of them, more than are handled at a time on one device, each as if it were alone; nothing
-    behind a row's end.
+def test_a_row_is_scored_as_if_it_were_alone(tmp_path):
+    """Ten rows of different lengths, more than are scored at a time on one device. Behind a row's
+    end there is nothing.
     """
     case, rng = "deepseek_v32", np.random.default_rng(0)
     rows = [rng.integers(0, 96, size).tolist() for size in (3, 17, 1, 9, 30, 12, 12, 5, 2, 8)]
     one = ("--config.mesh.data=8",)
-    together = scored(f"hf:{GOLDEN / case}", tmp_path, rows, one, greedy=3, routes=True)
-    assert together["logits"].shape == (10, 30, 96) and together["greedy"].shape == (10, 3)
+    batch = scored(f"hf:{GOLDEN / case}", tmp_path, rows, one, greedy=3, routes=True)
+    assert batch["logits"].shape == (10, 30, 96) and batch["greedy"].shape == (10, 3)
     for number in (0, 2, 4):
         alone = scored(f"hf:{GOLDEN / case}", tmp_path, [rows[number]], one, greedy=3, routes=True)
         size = len(rows[number])
-        np.testing.assert_allclose(together["logits"][number, :size], alone["logits"][0], atol=1e-4)
-        np.testing.assert_array_equal(together["greedy"][number], alone["greedy"][0])
+        np.testing.assert_allclose(batch["logits"][number, :size], alone["logits"][0], atol=1e-4)
+        np.testing.assert_array_equal(batch["greedy"][number], alone["greedy"][0])
         np.testing.assert_array_equal(
-            together["indexer"][number, :, :size, : alone["indexer"].shape[-1]], alone["indexer"][0]
+            batch["indexer"][number, :, :size, : alone["indexer"].shape[-1]], alone["indexer"][0]
         )
-        assert (
-            not together["logits"][number, size:].any()
-            and (together["indexer"][number, :, size:] == -1).all()
-        )
+        assert not batch["logits"][number, size:].any()
+        assert (batch["indexer"][number, :, size:] == -1).all()
 
 
 def test_text_in_windows(tmp_path, capsys):
-    """A model of bytes. Every byte is predicted once, whatever the window; in one window the
-    numbers are those of the logits.
+    """Every byte is predicted once, whatever the window; in one window the numbers are those of the
+    logits. The model is one of bytes.
     """
     directory = write_checkpoint(tmp_path / "bytes")
-    bytes_tokenizer().save(directory / "tokenizer.json")
+    tokenizer = bytes_tokenizer()
+    tokenizer.save(directory / "tokenizer.json")
     text = "naïve café, " * 9
+    ids = tokenizer.encode(text)
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "empty.txt").write_text("")
     origin = f"hf:{directory}"
-    config = parse(with_checkpoint_fields(base_config_from(origin), ()))
     for window, pattern, files in ((2_048, "a.txt", 1), (16, "*.txt", 2)):
-        score.run(
-            config,
-            origin,
-            **OFF
-            | {
-                "text": (str(tmp_path / pattern),),
-                "out": str(tmp_path / "t.npz"),
-                "window": window,
-            },
-        )
-        found = dict(np.load(tmp_path / "t.npz"))
-        ids = bytes_tokenizer().encode(text)
+        found = scored(origin, tmp_path, text=(str(tmp_path / pattern),), window=window)
         np.testing.assert_array_equal(found["ids"], ids)
-        assert found["counts"].tolist() == [len(ids)] + [0] * (files - 1) and found[
-            "logprobs"
-        ].shape == (len(ids),)
+        assert found["counts"].tolist() == [len(ids)] + [0] * (files - 1)
+        assert found["logprobs"].shape == (len(ids),)
         if window == 2_048:
-            (tmp_path / "rows.json").write_text(
-                json.dumps({"input_ids": [[bytes_tokenizer().bos, *ids]]})
-            )
-            score.run(
-                config,
-                origin,
-                **OFF | {"tokens": str(tmp_path / "rows.json"), "out": str(tmp_path / "l.npz")},
-            )
-            logits_TV = np.load(tmp_path / "l.npz")["logits"][0, :-1].astype(np.float64)
+            logits = scored(origin, tmp_path, [[tokenizer.bos, *ids]])["logits"]
+            logits_TV = logits[0, :-1].astype(np.float64)
             expected = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
             np.testing.assert_allclose(
                 found["logprobs"], expected[np.arange(len(ids)), ids], atol=1e-4
             )
-    said = capsys.readouterr().out
-    assert "perplexity" in said and "a.txt" in said
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed and "a.txt" in printed
 
 
 WRONG = {
@@ -159,19 +141,14 @@ def test_bad_tokens_are_one_line(what, tmp_path):
     content, words = WRONG[what]
     if content is not None:
         (tmp_path / "rows.json").write_text(content)
-    config = parse(with_checkpoint_fields(base_config_from(f"hf:{GOLDEN / 'qwen3'}"), ()))
     with pytest.raises(UserError) as error:
-        score.run(
-            config,
-            f"hf:{GOLDEN / 'qwen3'}",
-            **OFF | {"tokens": str(tmp_path / "rows.json"), "out": str(tmp_path / "out.npz")},
-        )
+        scored(f"hf:{GOLDEN / 'qwen3'}", tmp_path, tokens=str(tmp_path / "rows.json"))
     assert words in str(error.value) and not (tmp_path / "out.npz").exists()
 
 
-def test_it_wants_one_thing():
+def test_missing_and_contradicting_flags_are_errors():
     config = parse(base.get_config())
     with pytest.raises(UserError, match="one of --tokens and --text"):
         score.run(config, "nowhere", **OFF)
     with pytest.raises(UserError, match="--out is missing"):
-        score.run(config, "nowhere", **OFF | {"tokens": "rows.json"})
+        score.run(config, "nowhere", **{**OFF, "tokens": "rows.json"})

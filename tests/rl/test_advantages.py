@@ -49,7 +49,7 @@ def test_leave_one_out_is_the_mean_of_the_others():
         [rewards_PG[:, i] - np.delete(rewards_PG, i, axis=1).mean(axis=1) for i in range(5)], axis=1
     )
     # A few roundings of numbers of size 1 to 3.
-    np.testing.assert_allclose(leave_one_out(rewards_PG), expected, atol=1e-6)
+    np.testing.assert_allclose(leave_one_out(jnp.asarray(rewards_PG)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)

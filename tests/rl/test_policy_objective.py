@@ -71,7 +71,8 @@ def compiled(algorithm: str, microbatches: int):
 
     @jax.jit
     def run(params, router, batch):
-        state = TrainState(jnp.zeros((), jnp.int32), params, router, (), 0, 0)
+        count = jnp.zeros((), jnp.int32)
+        state = TrainState(count, params, router, (), skipped=count, skipped_in_row=count)
         gradients, means, totals = loss_and_gradient(
             objective, jax.tree.map(lambda _: True, params), state, batch, microbatches
         )

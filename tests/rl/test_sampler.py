@@ -39,19 +39,15 @@ def sampling(**changes) -> SamplingConfig:
 
 
 def sampled(settings: SamplingConfig, prompts=PROMPTS, seed: int = 0):
+    """Returns the padded prompts, tokens and segments, and their completions."""
+    padded = on_device(prompts)
+    model = CONFIG, settings, STOP, PAD, tiny.variables(CONFIG)
+    return padded, sample(*model, *padded, jax.random.key(seed), GROUP)
+
+
+def on_device(prompts: list[list[int]]) -> tuple[jax.Array, jax.Array]:
     padded = pad_prompts(prompts, WIDTH, PAD)
-    found = sample(
-        CONFIG,
-        settings,
-        STOP,
-        PAD,
-        tiny.variables(CONFIG),
-        padded.tokens_PT,
-        padded.segments_PT,
-        jax.random.key(seed),
-        GROUP,
-    )
-    return padded, found
+    return jnp.asarray(padded.tokens_PT), jnp.asarray(padded.segments_PT)
 
 
 SETTINGS = {
@@ -68,7 +64,7 @@ def test_the_record_is_what_the_trainer_computes(name):
     """
     settings = SETTINGS[name]
     padded, found = sampled(settings)
-    batch = policy_batch(padded.tokens_PT, padded.segments_PT, found, GROUP)
+    batch = policy_batch(*padded, found, GROUP)
     scored = logprobs_at_tokens(
         CONFIG, settings.attention, settings.temperature, tiny.variables(CONFIG), batch
     )
@@ -97,10 +93,9 @@ def test_the_loop_ends_with_the_last_row(monkeypatch):
 
     decode_step = sampler.decode_step
     monkeypatch.setattr(sampler, "decode_step", counting)
-    padded = pad_prompts(PROMPTS, WIDTH, PAD)
     everything = tuple(range(tiny.VOCAB))
     once = jax.jit(functools.partial(sampler.sample, CONFIG, SETTINGS["dense"], everything, PAD))
-    found = once(tiny.variables(CONFIG), padded.tokens_PT, padded.segments_PT, jax.random.key(0))
+    found = once(tiny.variables(CONFIG), *on_device(PROMPTS), jax.random.key(0))
     jax.effects_barrier()
     assert len(steps) == 1
     chex.assert_trees_all_equal(jnp.sum(found.mask_BC, axis=1), jnp.ones(3, jnp.int32))
@@ -111,7 +106,7 @@ def test_greedy_takes_the_likeliest_token():
     same.
     """
     padded, found = sampled(SETTINGS["greedy"])
-    batch = policy_batch(padded.tokens_PT, padded.segments_PT, found, GROUP)
+    batch = policy_batch(*padded, found, GROUP)
     logits_BTV = tiny.forward(CONFIG, tiny.variables(CONFIG), batch, "sparse")["logits_BTV"]
     likeliest_BC = jnp.argmax(logits_BTV, axis=-1)[:, WIDTH - 1 : -1]
     chex.assert_trees_all_equal(jnp.where(found.mask_BC, likeliest_BC, PAD), found.tokens_BC)
@@ -122,9 +117,8 @@ def test_a_stream_yields_the_tokens_that_are_sampled():
     """Greedily, so that keys do not matter; it too ends with the last row."""
     settings = SETTINGS["greedy"]
     padded, found = sampled(settings)
-    prompts = jnp.asarray(padded.tokens_PT), jnp.asarray(padded.segments_PT)
     model = CONFIG, settings, STOP, PAD, tiny.variables(CONFIG)
-    columns = list(stream(*model, *prompts, jax.random.key(0)))
+    columns = list(stream(*model, *padded, jax.random.key(0)))
     assert len(columns) == np.asarray(found.mask_BC).sum(axis=1).max()
     chex.assert_trees_all_equal(
         jnp.stack(columns, axis=1), found.tokens_BC[::GROUP, : len(columns)]
@@ -133,11 +127,8 @@ def test_a_stream_yields_the_tokens_that_are_sampled():
 
 def test_rows_of_a_stream_draw_alike():
     """So the devices that rows are spread over all write the same."""
-    settings = SETTINGS["dense"]
-    padded = pad_prompts([PROMPTS[0]] * 2, WIDTH, PAD)
-    prompts = jnp.asarray(padded.tokens_PT), jnp.asarray(padded.segments_PT)
-    model = CONFIG, settings, STOP, PAD, tiny.variables(CONFIG)
-    for tokens_B in stream(*model, *prompts, jax.random.key(0)):
+    model = CONFIG, SETTINGS["dense"], STOP, PAD, tiny.variables(CONFIG)
+    for tokens_B in stream(*model, *on_device([PROMPTS[0]] * 2), jax.random.key(0)):
         assert tokens_B[0] == tokens_B[1]
 
 
@@ -173,26 +164,20 @@ def brute_force(logprobs_V, top_k, top_p):
     return kept
 
 
-class KeepLikely(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_brute_force(self):
-        logprobs_BV = jax.nn.log_softmax(2 * jax.random.normal(jax.random.key(0), (6, 30)))
-        for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.8), (5, 0.6), (1, 0.5), (40, 0.05)):
-            found = self.variant(functools.partial(keep_likely, top_k=top_k, top_p=top_p))(
-                logprobs_BV
-            )
-            np.testing.assert_array_equal(
-                found, [brute_force(row, top_k, top_p) for row in np.asarray(logprobs_BV)]
-            )
+@pytest.mark.parametrize("compiled", [jax.jit, lambda function: function], ids=["jit", "eager"])
+def test_kept_are_those_of_brute_force(compiled):
+    logprobs_BV = jax.nn.log_softmax(2 * jax.random.normal(jax.random.key(0), (6, 30)))
+    for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.8), (5, 0.6), (1, 0.5), (40, 0.05)):
+        keep = compiled(functools.partial(keep_likely, top_k=top_k, top_p=top_p))
+        expected_BV = [brute_force(row, top_k, top_p) for row in np.asarray(logprobs_BV)]
+        np.testing.assert_array_equal(keep(logprobs_BV), expected_BV)
 
-    def test_ties_are_all_kept(self):
-        logprobs_BV = jnp.log(jnp.asarray([[0.3, 0.2, 0.2, 0.2, 0.1]]))
-        np.testing.assert_array_equal(
-            keep_likely(logprobs_BV, 2, 1.0), [[True, True, True, True, False]]
-        )
-        np.testing.assert_array_equal(
-            keep_likely(logprobs_BV, 0, 0.4), [[True, True, True, True, False]]
-        )
+
+@pytest.mark.parametrize("top_k, top_p", [(2, 1.0), (0, 0.4)])
+def test_ties_are_all_kept(top_k, top_p):
+    logprobs_BV = jnp.log(jnp.asarray([[0.3, 0.2, 0.2, 0.2, 0.1]]))
+    kept_BV = keep_likely(logprobs_BV, top_k, top_p)
+    np.testing.assert_array_equal(kept_BV, [[True, True, True, True, False]])
 
 
 def test_draws_follow_the_truncated_distribution():

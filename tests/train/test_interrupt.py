@@ -85,16 +85,13 @@ def test_two_processes_stop_at_the_same_step_and_go_on(tmp_path):
         ]
         for process in processes:
             # The lines before it are gloo's.
+            assert process.stdout is not None
             assert "running\n" in iter(process.stdout.readline, ""), process.communicate()
         processes[1].send_signal(signal.SIGTERM)
         outputs = [process.communicate(timeout=300) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outputs
-        ended.append(
-            [
-                list(map(float, re.search("stopped after (.*)", out).group(1).split()))
-                for out, _ in outputs
-            ]
-        )
+        found = [re.findall("stopped after (.*)", out) for out, _ in outputs]
+        ended.append([[float(number) for number in line.split()] for (line,) in found])
     for i, (first, second) in enumerate(zip(*ended, strict=True)):
         assert first[1] == ended[0][0][1]
         assert second[0] == first[1]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from errors import UserError
 from train.metrics import Metrics, read_metrics
@@ -102,8 +103,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 def test_tensorboard_has_the_scalars(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
+    parse = vars(event_pb2)["Event"].FromString  # protobuf makes the class when it is imported
     with Metrics(tmp_path, "pretrain") as metrics:
         metrics.write(
             5, {"loss": jnp.float32(1.5), "load": [1.0, 2.0], "nan": math.nan, "name": "x"}
@@ -112,7 +112,7 @@ def test_tensorboard_has_the_scalars(tmp_path):
     data, scalars = file.read_bytes(), {}
     while data:  # length 8 bytes, its checksum 4, the event, its checksum 4
         length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
+        event = parse(data[12 : 12 + length])
         scalars |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
         data = data[16 + length :]
     assert scalars == {"pretrain/loss": (5, 1.5)}
