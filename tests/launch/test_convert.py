@@ -1,4 +1,4 @@
-"""launch.convert on the golden checkpoints: there and back to the bit, stopped and resumed, and
+"""launch.convert on the golden checkpoints: there and back to the bit, stopped and run again, and
 what is wrong with a checkpoint in one line.
 """
 
@@ -17,11 +17,12 @@ from checkpoints.hf.safetensors_writer import TensorWriter
 from checkpoints.streamed import StreamedWriter
 from errors import UserError
 from experiment.config_files import base_config_from, with_checkpoint_fields
-from experiment.schema import parse
+from experiment.schema import Config, parse
 from experiment.workdir import recorded_config
 from launch import convert
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
+from tests import tiny
 from tests.model.test_golden import CASES, GOLDEN, model
 from train.restore import load_variables
 
@@ -32,16 +33,22 @@ def one_device():
     return make_mesh(ONE, jax.devices()[:1])
 
 
+def run_convert(source: object, target: object, dtype: str = "") -> None:
+    """Runs launch.convert --from=source --to=target."""
+    convert.run(to=str(target), dtype=dtype, **{"from": str(source)})
+
+
 def there_and_back(case: str, directory: Path, dtype: str = "") -> tuple[Path, Path]:
+    """Converts a golden checkpoint into a workdir and back; returns both results."""
     workdir, back = directory / "workdir", directory / "back"
-    convert.run(to=str(workdir), dtype=dtype, **{"from": f"hf:{GOLDEN / case}"})
-    convert.run(to=f"hf:{back}", dtype="", **{"from": str(workdir)})
+    run_convert(f"hf:{GOLDEN / case}", workdir, dtype)
+    run_convert(workdir, f"hf:{back}")
     return workdir, back
 
 
-def copy_of(case: str, directory: Path, change=lambda tensors: None, **config) -> Path:
-    """A golden checkpoint with its tensors (name -> array) or its config changed; a key given as
-    None is dropped.
+def changed(case: str, directory: Path, change=lambda tensors: None, **config) -> Path:
+    """Writes a golden checkpoint with its tensors (name -> array) or its config changed; a key
+    given as None is dropped.
     """
     target = directory / "changed"
     target.mkdir()
@@ -54,18 +61,16 @@ def copy_of(case: str, directory: Path, change=lambda tensors: None, **config) -
         for name, array in tensors.items():
             writer.write(name, array)
     keys = json.loads((GOLDEN / case / "config.json").read_text()) | config
-    (target / "config.json").write_text(
-        json.dumps(
-            {name: value for name, value in keys.items() if name not in config or value is not None}
-        )
-    )
+    dropped = {name for name, value in config.items() if value is None}
+    kept = {name: value for name, value in keys.items() if name not in dropped}
+    (target / "config.json").write_text(json.dumps(kept))
     return target
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_there_and_back_is_the_same(case, tmp_path):
-    """Every tensor bit by bit in the type it had, and every other file. FP8 comes back as what it
-    stands for, in float32, and config.json says so.
+    """Every tensor comes back bit by bit in the type it had, and every other file. FP8 comes back
+    as what it stands for, in float32, and config.json says so.
     """
     workdir, back = there_and_back(case, tmp_path)
     before, after = TensorFiles(GOLDEN / case), TensorFiles(back)
@@ -96,28 +101,16 @@ def test_there_and_back_is_the_same(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_model_describes_itself(case):
+def test_a_model_describes_itself(case, tmp_path):
     """The config.json written for a model that came from nowhere reads as the same model."""
-    keys = config_json(model(case), "float32")
-    directory = GOLDEN / case
-    names = TensorFiles(directory).tensors
-    target = json.loads(json.dumps(keys))
-    expected = model_fields(directory, names) | {"dtype": "float32"}
-    found = fields_of(target, names)
-    for name in expected:
-        assert (
-            found[name] == pytest.approx(expected[name], rel=1e-12)
-            if isinstance(expected[name], float)
-            else found[name] == expected[name]
-        ), name
-
-
-def fields_of(keys: dict, names) -> dict:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(keys))
-        return model_fields(Path(directory), names)
+    names = TensorFiles(GOLDEN / case).tensors
+    (tmp_path / "config.json").write_text(json.dumps(config_json(model(case), "float32")))
+    found = model_fields(tmp_path, names)
+    expected = model_fields(GOLDEN / case, names) | {"dtype": "float32"}
+    for name, value in expected.items():
+        if isinstance(value, float):
+            value = pytest.approx(value, rel=1e-12)  # magnitudes go through a logarithm
+        assert found[name] == value, name
 
 
 def test_bfloat16_is_half_the_disk_and_no_loss_to_bfloat16_weights(tmp_path):
@@ -137,8 +130,8 @@ def test_bfloat16_is_half_the_disk_and_no_loss_to_bfloat16_weights(tmp_path):
 
 
 def test_stopped_and_run_again(tmp_path, monkeypatch):
-    """Stopped in the middle of either way; the same command goes on, writes no block twice, and the
-    result is the same.
+    """The command is stopped in the middle of either way. Run again it goes on, writes no block
+    twice, and the result is the same.
     """
     case, source = "deepseek_v32", f"hf:{GOLDEN / 'deepseek_v32'}"
     written = {StreamedWriter: [], TensorWriter: []}
@@ -156,29 +149,35 @@ def test_stopped_and_run_again(tmp_path, monkeypatch):
 
     stop_after(StreamedWriter, 40)
     with pytest.raises(KeyboardInterrupt):
-        convert.run(to=str(tmp_path / "workdir"), dtype="", **{"from": source})
+        run_convert(source, tmp_path / "workdir")
     with pytest.raises(UserError, match="no checkpoint there"):
         load_variables(model(case), one_device(), tmp_path / "workdir")
     monkeypatch.undo()
     first = len(written[StreamedWriter])
     stop_after(StreamedWriter, 10_000)
-    convert.run(to=str(tmp_path / "workdir"), dtype="", **{"from": source})
-    # What was under way when it stopped is written again, and nothing else.
+    run_convert(source, tmp_path / "workdir")
+    # What was pending when it stopped is written again, and nothing else.
     assert len(written[StreamedWriter]) - first < len(TensorFiles(GOLDEN / case).tensors) + 20
 
     monkeypatch.setattr("checkpoints.convert.SHARD_BYTES", 60_000)
     stop_after(TensorWriter, 50)
     with pytest.raises(KeyboardInterrupt):
-        convert.run(to=f"hf:{tmp_path / 'back'}", dtype="", **{"from": str(tmp_path / "workdir")})
+        run_convert(tmp_path / "workdir", f"hf:{tmp_path / 'back'}")
     assert not (tmp_path / "back" / "config.json").exists()
     monkeypatch.undo()
     monkeypatch.setattr("checkpoints.convert.SHARD_BYTES", 60_000)
-    convert.run(to=f"hf:{tmp_path / 'back'}", dtype="", **{"from": str(tmp_path / "workdir")})
+    run_convert(tmp_path / "workdir", f"hf:{tmp_path / 'back'}")
     before, after = TensorFiles(GOLDEN / case), TensorFiles(tmp_path / "back")
     assert all(before.read(name).tobytes() == after.read(name).tobytes() for name in before.tensors)
 
 
+def config_of(directory: Path) -> Config:
+    """The config that a command makes of hf:DIR."""
+    return parse(with_checkpoint_fields(base_config_from(f"hf:{directory}"), ()))
+
+
 def broken(tensors: dict, name: str, change) -> None:
+    """Changes one of a checkpoint's tensors."""
     tensors[name] = change(tensors[name])
 
 
@@ -285,19 +284,16 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_with_a_checkpoint_is_one_line(what, tmp_path):
     case, change, words = WRONG[what]
-    directory = copy_of(case, tmp_path, **change)
+    directory = changed(case, tmp_path, **change)
     with pytest.raises(UserError) as error:
-        convert.run(to=str(tmp_path / "workdir"), dtype="", **{"from": f"hf:{directory}"})
-    assert (
-        words in str(error.value)
-        and "\n" not in str(error.value)
-        and str(directory) in str(error.value)
-    )
+        run_convert(f"hf:{directory}", tmp_path / "workdir")
+    line = str(error.value)
+    assert words in line and "\n" not in line and str(directory) in line
     assert not (tmp_path / "workdir" / "checkpoints" / "0").exists()
 
 
 def test_keys_that_are_off_or_of_no_effect_pass(tmp_path):
-    directory = copy_of(
+    directory = changed(
         "qwen3",
         tmp_path,
         some_feature=None,
@@ -306,9 +302,7 @@ def test_keys_that_are_off_or_of_no_effect_pass(tmp_path):
         use_sliding_window=False,
         max_window_layers=28,
     )
-    assert (
-        with_checkpoint_fields(base_config_from(f"hf:{directory}"), ()).model.num_hidden_layers == 3
-    )
+    assert config_of(directory).model.num_hidden_layers == 3
 
 
 def test_an_mtp_key_without_its_tensors_is_a_model_without(tmp_path):
@@ -320,14 +314,8 @@ def test_an_mtp_key_without_its_tensors_is_a_model_without(tmp_path):
         for name in [name for name in tensors if name.startswith("model.layers.3.")]:
             del tensors[name]
 
-    assert (
-        parse(
-            with_checkpoint_fields(
-                base_config_from(f"hf:{copy_of('deepseek_v3', tmp_path, without)}"), ()
-            )
-        ).model.num_nextn_predict_layers
-        == 0
-    )
+    directory = changed("deepseek_v3", tmp_path, without)
+    assert config_of(directory).model.num_nextn_predict_layers == 0
     shutil.rmtree(tmp_path / "changed")
 
     def copies(tensors):
@@ -336,8 +324,8 @@ def test_an_mtp_key_without_its_tensors_is_a_model_without(tmp_path):
             tensors["model.layers.3.shared_head.head.weight"],
         )
 
-    directory = copy_of("deepseek_v3", tmp_path, copies)
-    config = parse(with_checkpoint_fields(base_config_from(f"hf:{directory}"), ()))
+    directory = changed("deepseek_v3", tmp_path, copies)
+    config = config_of(directory)
     assert config.model.num_nextn_predict_layers == 1
     found, expected = (
         load_variables(config.model, one_device(), f"hf:{origin}")
@@ -348,34 +336,35 @@ def test_an_mtp_key_without_its_tensors_is_a_model_without(tmp_path):
 
 @pytest.mark.parametrize("case", ["deepseek_v3", "qwen3_next"])
 def test_experts_in_one_tensor(case, tmp_path):
-    """As transformers saves with save_original_format=False: gate above up, experts stacked. The
-    same model; and written back so.
+    """Transformers saves so with save_original_format=False: gate above up, experts stacked. It is
+    the same model, and it is written back so.
     """
 
     def fuse(tensors):
         for layer in {
             name.split(".mlp.experts.")[0] for name in tensors if ".mlp.experts." in name
         }:
-            of = [
-                [
-                    tensors.pop(f"{layer}.mlp.experts.{e}.{name}_proj.weight")
-                    for e in range(model(case).moe.num_experts)
-                ]
+            experts = f"{layer}.mlp.experts"
+            gate, up, down = (
+                np.stack(
+                    [
+                        tensors.pop(f"{experts}.{expert}.{name}_proj.weight")
+                        for expert in range(model(case).moe.num_experts)
+                    ]
+                )
                 for name in ("gate", "up", "down")
-            ]
-            tensors[f"{layer}.mlp.experts.gate_up_proj"] = np.concatenate(
-                [np.stack(of[0]), np.stack(of[1])], axis=1
             )
-            tensors[f"{layer}.mlp.experts.down_proj"] = np.stack(of[2])
+            tensors[f"{experts}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+            tensors[f"{experts}.down_proj"] = down
 
-    directory = copy_of(case, tmp_path, fuse)
+    directory = changed(case, tmp_path, fuse)
     found, expected = (
         load_variables(model(case), one_device(), f"hf:{origin}")
         for origin in (directory, GOLDEN / case)
     )
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    convert.run(to=str(tmp_path / "workdir"), dtype="", **{"from": f"hf:{directory}"})
-    convert.run(to=f"hf:{tmp_path / 'back'}", dtype="", **{"from": str(tmp_path / "workdir")})
+    run_convert(f"hf:{directory}", tmp_path / "workdir")
+    run_convert(tmp_path / "workdir", f"hf:{tmp_path / 'back'}")
     before, after = TensorFiles(directory), TensorFiles(tmp_path / "back")
     assert set(before.tensors) == set(after.tensors) and all(
         before.read(name).tobytes() == after.read(name).tobytes() for name in before.tensors
@@ -383,19 +372,14 @@ def test_experts_in_one_tensor(case, tmp_path):
 
 
 def test_what_no_architecture_expresses_is_one_line():
-    from tests import tiny
-
-    with pytest.raises(
-        UserError, match=r"model.canon_kernel_size = 3: DeepseekV32ForCausalLM cannot express it"
-    ):
+    words = r"model.canon_kernel_size = 3: DeepseekV32ForCausalLM cannot express it"
+    with pytest.raises(UserError, match=words):
         config_json(tiny.MODEL, "float32")
+    mixed = tiny.model_config(
+        layer_types=("mla", "gqa"),
+        norm="zero_centred",
+        canon_kernel_size=0,
+        num_nextn_predict_layers=0,
+    )
     with pytest.raises(UserError, match=r"model.layer_types = \('mla', 'gqa'\)"):
-        config_json(
-            tiny.model_config(
-                layer_types=("mla", "gqa"),
-                norm="zero_centred",
-                canon_kernel_size=0,
-                num_nextn_predict_layers=0,
-            ),
-            "float32",
-        )
+        config_json(mixed, "float32")
