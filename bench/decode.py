@@ -1,11 +1,11 @@
-"""Decoding over selected latents on TPU, at DeepSeek-V3.2's widths: the bytes a token reads,
-counted, and the kernels' cycles by their static schedules.
+"""Counts the bytes and cycles of decoding over selected latents on TPU, at DeepSeek-V3.2's widths.
 
-    .venv-compile/bin/python -m bench.decode --topology=v6e:2x2          (make test-compile makes
-    that environment)
+    .venv-compile/bin/python -m bench.decode --topology=v6e:2x2
 
-Nothing is run, so nothing is measured: cycles are those of code that never waits, and the bytes'
-time is what the data sheet's bandwidth allows. One JSON line.
+`make test-compile` makes that environment. The bytes that a token reads are counted, and the
+kernels' cycles are those of their static schedules. Nothing is run, so nothing is measured: cycles
+are those of code that never waits, and the bytes' time is what the data sheet's bandwidth allows.
+One JSON line.
 """
 
 import json
@@ -18,13 +18,20 @@ from experiment.command_line import Flag, command
 
 CONTEXTS = (4_096, 32_768, 131_072)
 HEADS = (16, 128)
+# V3.2's indexer heads and their width, latent and value channels, and selected keys; then the keys
+# of a chunk of the kernel.
 I, C, R, V, TOPK, KEYS = 64, 128, 576, 512, 2_048, 256
-# over a row's scores: 3 for how many and how large they are, and, of sums of weighted rectified
-# normals, 5 to 12 until the threshold is found
+SCORE_KEYS = 2_048  # of a tile of scores
+# Passes over a row's scores: 3 for how many and how large they are, and, of sums of weighted
+# rectified normals, 5 to 12 until the threshold is found.
 PASSES = 15
 
 
 def run(topology: str) -> None:
+    """Compiles the kernels for a topology and prints the figures of their schedules.
+
+    Raises UserError for a topology whose clock is not in the table.
+    """
     kind = topology.partition(":")[0]
     if kind not in CLOCK:
         raise UserError(
@@ -54,97 +61,97 @@ def run(topology: str) -> None:
 
         attend = {}
         for heads in HEADS:
-            arguments = (
+            attend[heads] = schedule(
+                "sparse_decode",
+                lambda q, tiles, index, count: decode_tpu(q, tiles, V, index, count, keys=KEYS),
                 shape(2, heads, R),
                 shape(2, S, tiles, 2, TILE // 2),
                 shape(2, TOPK, dtype=jnp.int32),
                 shape(2, dtype=jnp.int32),
             )
-            attend[heads] = schedule(
-                "sparse_decode",
-                lambda *x: decode_tpu(x[0], x[1], V, x[2], x[3], keys=KEYS),
-                *arguments,
-            )
         select = schedule(
             "decode_select",
-            lambda *x: select_tpu(*x, TOPK),
+            lambda q, k, w, allowed: select_tpu(q, k, w, allowed, TOPK),
             shape(1, I, C),
             shape(1, S, C),
             shape(1, I, dtype=jnp.float32),
             shape(1, S, dtype=jnp.bool_),
         )
-    bandwidth = CHIPS[mesh.devices[0].device_kind].hbm_bandwidth
+        bandwidth = CHIPS[mesh.devices[0].device_kind].hbm_bandwidth
     about = {"topology": topology, "jax": version("jax"), "libtpu": version("libtpu")}
-    print(
-        json.dumps(
-            {"bench": "decode", "static": True} | about | figures(kind, bandwidth, attend, select)
-        )
-    )
+    found = figures(kind, bandwidth, attend, select)
+    print(json.dumps({"bench": "decode", "static": True} | about | found))
 
 
 def figures(
     kind: str, bandwidth: float, attend: dict[int, list[Stretch]], select: list[Stretch]
 ) -> dict:
-    """Of a row: a core's cycles by the kernels' schedules (`attend`: by heads), and the bytes it
-    reads, with a device's whole bandwidth.
+    """Computes the figures of one row: its cycles on one core, and the bytes it reads.
+
+    Args:
+      kind: of chip, a key of CLOCK.
+      bandwidth: of a whole device, bytes a second.
+      attend: the schedule of attention, by heads.
+      select: the schedule of the selection.
     """
-    from kernels.decode_selection import GROUP, LISTED
-    from kernels.sparse_decode import TILE, UNROLLED
-
     clock, _ = CLOCK[kind]  # a row is one core's
-    tiles = -(-R // TILE)
-    heads = []
-    for N, code in attend.items():
-        first = (
-            next(part.bundles for part in code if part.depth == 2) * KEYS // UNROLLED
-        )  # the copies of the first chunk, alone
-        chunk, _, last, *_ = sorted(
-            (part.bundles for part in code if part.mxu > 0), reverse=True
-        )  # among the copies of the next, and without; each twice
-        cycles = first + (TOPK // KEYS - 1) * chunk + last
-        shares = {
-            "cycles_per_key": round(chunk / KEYS, 2),
-            "cycles": cycles,
-            "first_copies": round(first / cycles, 3),
-        }
-        heads.append({"heads": N} | shares | {"microseconds": round(cycles / clock * 1e6, 2)})
-
-    scored = next(
-        part.bundles for part in select if part.mxu > 0
-    )  # the first with products: a tile of 2,048 keys
-    listed = [part.bundles for part in select if part.mxu > 0][
-        1:
-    ]  # of a group of tokens; of a piece of the list in it; all pieces' ranks
-    counted = next(
-        part.bundles for part in select if part.depth == 2 and part.loop
-    )  # a group of tokens in one pass; what stands around that loop is left out
-    rows = []
-    for S in CONTEXTS:
-        groups = -(-S // GROUP)
-        cycles = {
-            "score": S // 2_048 * scored,
-            "count": PASSES * groups * counted,
-            "list": groups * (listed[0] + listed[1]) + TOPK // LISTED * listed[1] + listed[2],
-        }
-        needed = S * C * 2 + TOPK * R * 2
-        reads = {
-            "indexer_keys": S * C * 2,
-            "latents": TOPK * tiles * TILE * 2,
-            "allowed": S * 4,
-            "list": 2 * TOPK * 4,
-        }
-        rows.append(
-            {
-                "context": S,
-                "bytes": reads,
-                "bytes_over_needed": round(sum(reads.values()) / needed, 3),
-                "dense_bytes_over_these": round((S * R * 2) / sum(reads.values()), 2),
-                "microseconds_of_reading": round(sum(reads.values()) / bandwidth * 1e6, 2),
-                "cycles_of_selection": cycles,
-                "microseconds_of_selection": round(sum(cycles.values()) / clock * 1e6, 2),
-            }
-        )
+    heads = [attention_figures(N, parts, clock) for N, parts in attend.items()]
+    rows = [context_figures(S, select, bandwidth, clock) for S in CONTEXTS]
     return {"topk": TOPK, "attention": heads, "rows": rows}
+
+
+def attention_figures(heads: int, parts: list[Stretch], clock: float) -> dict:
+    """Returns the cycles of attention over TOPK latents, from the kernel's schedule."""
+    from kernels.sparse_decode import UNROLLED
+
+    # The copies of the first chunk, alone.
+    first = next(part.bundles for part in parts if part.depth == 2) * KEYS // UNROLLED
+    # A chunk among the copies of the next one, and without; each stands there twice.
+    products = sorted((part.bundles for part in parts if part.mxu > 0), reverse=True)
+    chunk, _, last, *_ = products
+    cycles = first + (TOPK // KEYS - 1) * chunk + last
+    return {
+        "heads": heads,
+        "cycles_per_key": round(chunk / KEYS, 2),
+        "cycles": cycles,
+        "first_copies": round(first / cycles, 3),
+        "microseconds": round(cycles / clock * 1e6, 2),
+    }
+
+
+def context_figures(S: int, select: list[Stretch], bandwidth: float, clock: float) -> dict:
+    """Returns the bytes that a token reads with S tokens before it, and the selection's cycles."""
+    from kernels.decode_selection import GROUP, LISTED
+    from kernels.sparse_decode import TILE
+
+    # In order: a tile of SCORE_KEYS scores; of the list a group of tokens, a part of the list in
+    # that group, and the ranks of all.
+    scored, group, part_of_list, ranks, *_ = (part.bundles for part in select if part.mxu > 0)
+    # A group of tokens in one pass; what stands around that loop is left out.
+    counted = next(part.bundles for part in select if part.depth == 2 and part.loop)
+    groups = -(-S // GROUP)
+    cycles = {
+        "score": S // SCORE_KEYS * scored,
+        "count": PASSES * groups * counted,
+        "list": groups * (group + part_of_list) + TOPK // LISTED * part_of_list + ranks,
+    }
+    needed = S * C * 2 + TOPK * R * 2
+    reads = {
+        "indexer_keys": S * C * 2,
+        "latents": TOPK * -(-R // TILE) * TILE * 2,
+        "allowed": S * 4,
+        "list": 2 * TOPK * 4,
+    }
+    total = sum(reads.values())
+    return {
+        "context": S,
+        "bytes": reads,
+        "bytes_over_needed": round(total / needed, 3),
+        "dense_bytes_over_these": round((S * R * 2) / total, 2),
+        "microseconds_of_reading": round(total / bandwidth * 1e6, 2),
+        "cycles_of_selection": cycles,
+        "microseconds_of_selection": round(sum(cycles.values()) / clock * 1e6, 2),
+    }
 
 
 if __name__ == "__main__":

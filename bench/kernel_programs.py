@@ -1,9 +1,11 @@
-"""What bench.kernels compiles, counts and times: the TPU kernels and what a JAX user has in their
-place, for one sequence at DeepSeek-V3.2's widths.
+"""The programs that bench.kernels compiles, counts and times.
+
+They are the TPU kernels and what a JAX user has in their place, for one sequence at
+DeepSeek-V3.2's widths; beside each stands what it does, counted (`Work`).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,46 +16,49 @@ from kernels import indexer_kl, indexer_kl_calls, sparse_attention
 from kernels.bitmask import LANES, words
 from kernels.selection import select_tpu
 
-HEADS, ALL_HEADS, TOPK = (
-    16,
-    128,
-    2_048,
-)  # heads of a device, 128 on eight; the indexer's loss has them all
+# Heads of a device and of all eight; the indexer's loss has them all. Then the keys of a query.
+HEADS, ALL_HEADS, TOPK = 16, 128, 2_048
 I, C, H, V = 64, 128, 192, 128  # the indexer's heads and width; the attention's widths
 BF16, F32 = jnp.bfloat16, jnp.float32
 SPLASH = 512  # queries and keys of its tiles: as ours, and what it does best with of 256 to 1024
+MASK_BYTES = 4 * LANES  # of a query's bits in a tile
+# A float32 for each query that is stored along lanes takes eight sublanes.
+ROW_BYTES = 8 * 4
 
 
 class Program(NamedTuple):
+    """A function, and the shapes and dtypes of its arguments."""
+
     function: Callable
-    shapes: tuple[tuple[tuple[int, ...], jnp.dtype], ...]  # of its arguments
+    shapes: tuple[tuple[tuple[int, ...], Any], ...]
 
 
 class Work(NamedTuple):
-    """What a kernel does for a sequence. Every tile with a pair of a query and an earlier key is
-    counted as computed.
+    """What a kernel does for a sequence.
+
+    Every tile with a pair of a query and an earlier key counts as computed.
     """
 
     kernel: str  # its name
     tiles: int  # computed
     rows: int  # how often the code runs that begins and ends a sum over tiles
-    flops: int  # of a tile: what the mathematics needs, two a product
-    tile_bytes: int  # fetched and put back a tile
+    flops: int  # of a tile: what the mathematics needs, two for each product
+    tile_bytes: int  # fetched and written back for each tile
     row_bytes: int
-    runs: tuple[int, ...] = (
-        1,
-    )  # how often a tile runs each of the longest stretches of its code, in their order
+    # How often a tile runs each of the longest stretches of its code, in their order.
+    runs: tuple[int, ...] = (1,)
     cores: int = 0  # that it runs on, 0 for all of the device
 
 
 def attention_shapes(L: int, heads: int) -> tuple:
+    """Returns the shapes of q, k and v for L tokens."""
     return tuple(((1, heads, L, width), BF16) for width in (H, H, V))
 
 
 def programs(
-    L: int, *, heads: int = HEADS, topk: int = TOPK, interpret=False
+    L: int, *, heads: int = HEADS, topk: int = TOPK, interpret: Any = False
 ) -> dict[str, Program]:
-    """The kernels. `interpret` runs them without a TPU, with small tiles."""
+    """Returns the kernels for L tokens. `interpret` runs them without a TPU, with small tiles."""
     qkv, bits = attention_shapes(L, heads), ((1, L, words(L)), jnp.int32)
     indexer = ((1, L, I, C), BF16), ((1, L, I), F32), ((1, L, C), BF16)
     small = {"queries": 128, "keys": 128, "interpret": interpret} if interpret else {}
@@ -86,12 +91,14 @@ def programs(
 
 
 def gradients(attend: Callable) -> Callable:
+    """Returns the function of the gradients to q, k and v."""
     return jax.grad(lambda q, k, v, *rest: jnp.sum(attend(q, k, v, *rest).astype(F32)), (0, 1, 2))
 
 
-def splash_program(L: int, *, causal: bool, heads: int = HEADS, interpret: bool = False) -> Program:
-    """JAX's splash attention, forward and backward: with a mask only known when it runs, [1, L, L]
-    bool, or with the causal one.
+def splash_program(L: int, *, causal: bool, heads: int = HEADS, interpret: Any = False) -> Program:
+    """Returns JAX's splash attention, forward and backward.
+
+    Its mask is the causal one, or one that is only known when it runs, [1, L, L] bool.
     """
     sides = (
         "block_q",
@@ -104,169 +111,125 @@ def splash_program(L: int, *, causal: bool, heads: int = HEADS, interpret: bool 
         "block_kv_dq",
     )
     blocks = splash.BlockSizes(**dict.fromkeys(sides, min(SPLASH, L)))
+    options = {
+        "block_sizes": blocks,
+        "head_shards": 1,
+        "q_seq_shards": 1,
+        "interpret": interpret,
+    }
 
-    def attend(q, k, v, *masks):
-        mask = (
-            splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L, L))] * heads)
-            if causal
-            else masks[0]
-        )
-        kernel = splash.make_splash_mha(
-            mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
-        )
-        if not causal:  # else it asks a traced array
-            tables = (
-                table._replace(is_dynamic_mask=True)
-                for table in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
-            )
-            kernel = splash.SplashAttentionKernel(*tables, **kernel.kwargs)
-        return kernel(q[0], k[0], v[0])
+    def attend_causal(q, k, v):
+        masks = [splash_attention_mask.CausalMask((L, L))] * heads
+        mask = splash_attention_mask.MultiHeadMask(masks)
+        return splash.make_splash_mha(mask, **options)(q[0], k[0], v[0])
 
-    return Program(
-        gradients(attend),
-        (*attention_shapes(L, heads), *([] if causal else [((1, L, L), jnp.bool_)])),
-    )
+    def attend_masked(q, k, v, mask):
+        kernel = splash.make_splash_mha(mask, **options)
+        # Without this it asks a traced array whether it is dynamic.
+        tables: tuple[Any, ...] = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+        tables = tuple(table._replace(is_dynamic_mask=True) for table in tables)
+        return splash.SplashAttentionKernel(*tables, **kernel.kwargs)(q[0], k[0], v[0])
+
+    shapes = attention_shapes(L, heads)
+    if causal:
+        return Program(gradients(attend_causal), shapes)
+    return Program(gradients(attend_masked), (*shapes, ((1, L, L), jnp.bool_)))
 
 
 def top_k_program(rows: int, L: int, topk: int = TOPK) -> Program:
+    """Returns XLA's top_k of some rows of L scores."""
     return Program(lambda scores: jax.lax.top_k(scores, topk), (((rows, L), F32),))
 
 
-MASK = 4 * LANES  # bytes of a query's bits in a tile
-ROW = 8 * 4  # a float32 a query that is stored along lanes takes eight sublanes
-
-
 def stored(width: int) -> int:
-    """Elements of a row in memory: whole lanes."""
+    """Returns the elements that a row takes in memory: whole lanes."""
     return -(-width // LANES) * LANES
 
 
 def causal_tiles(L: int, queries: int, keys: int) -> int:
+    """Counts the tiles that have a pair of a query and a key that is not later."""
     return sum(min(-(-(first + queries) // keys), L // keys) for first in range(0, L, queries))
 
 
 def works(L: int) -> list[Work]:
-    """Of attention's kernels."""
-    tiles, h, v, mask, row = sparse_attention.Tiles(), 2 * stored(H), 2 * stored(V), MASK, ROW
+    """Counts what attention's two kernels do."""
+    tiles, h, v = sparse_attention.Tiles(), 2 * stored(H), 2 * stored(V)  # bytes of a head's row
+    queries = tiles.queries
 
-    queries, keys = tiles.queries, tiles.keys
-    forward_tile = tiles.heads * keys * (h + v) + queries * mask
-    forward_row = tiles.heads * queries * (h + 2 * v + row)
+    heads, keys = tiles.heads, tiles.keys
+    programs = HEADS // heads
+    forward = Work(
+        "sparse_attention",
+        tiles=programs * causal_tiles(L, queries, keys),
+        rows=programs * L // queries,
+        flops=2 * heads * queries * keys * (H + V),
+        tile_bytes=heads * keys * (h + v) + queries * MASK_BYTES,
+        row_bytes=heads * queries * (h + 2 * v + ROW_BYTES),
+    )
 
-    heads, keys_backward = tiles.heads_backward, tiles.keys_backward
-    backward_tile = (
-        heads * queries * (h + v + 2 * row + 2 * 4 * H) + queries * mask
-    )  # dq comes and goes in float32, queries along lanes
-    backward_row = heads * keys_backward * 2 * (h + v)
-
-    def attention(
-        kernel: str, heads: int, keys: int, widths: int, row: int, tile_bytes: int, row_bytes: int
-    ) -> Work:
-        programs, flops = HEADS // heads, 2 * heads * queries * keys * widths
-        return Work(
-            kernel,
-            programs * causal_tiles(L, queries, keys),
-            programs * L // row,
-            flops,
-            tile_bytes,
-            row_bytes,
-        )
-
-    return [
-        attention("sparse_attention", tiles.heads, keys, H + V, queries, forward_tile, forward_row),
-        attention(
-            "sparse_attention_backward",
-            heads,
-            keys_backward,
-            3 * H + 2 * V,
-            keys_backward,
-            backward_tile,
-            backward_row,
-        ),
-    ]
+    heads, keys = tiles.heads_backward, tiles.keys_backward
+    programs = HEADS // heads
+    # dq comes and goes in float32, queries along lanes.
+    query_bytes = h + v + 2 * ROW_BYTES + 2 * 4 * H
+    backward = Work(
+        "sparse_attention_backward",
+        tiles=programs * causal_tiles(L, queries, keys),
+        rows=programs * L // keys,
+        flops=2 * heads * queries * keys * (3 * H + 2 * V),
+        tile_bytes=heads * queries * query_bytes + queries * MASK_BYTES,
+        row_bytes=heads * keys * 2 * (h + v),
+    )
+    return [forward, backward]
 
 
 def loss_works(L: int, heads: int, device_kind: str) -> list[Work]:
-    """Of the indexer's loss, on one core: what adds to the keys' gradient must run in order. Each
-    piece of the keys goes over all rows of tiles.
+    """Counts what the two kernels of the indexer's loss do.
+
+    The loss runs on one core: what adds to the keys' gradient must run in order. Each of its chunks
+    of keys goes over all rows of tiles.
     """
     queries, keys = indexer_kl.most_queries(device_kind, L), indexer_kl.Tiles().keys
-    pairs, tiles, rows = (
-        queries * keys,
-        causal_tiles(L, queries, keys),
-        L // queries * -(-L // indexer_kl.KEYS_AT_ONCE),
-    )
-    groups, h, mask, row = (
-        -(-heads // indexer_kl_calls.HEADS_AT_ONCE),
-        2 * stored(H),
-        queries * MASK,
-        queries * ROW,
-    )
+    pairs, tiles = queries * keys, causal_tiles(L, queries, keys)
+    rows = L // queries * -(-L // indexer_kl.KEYS_AT_ONCE)
+    head_groups = -(-heads // indexer_kl_calls.HEADS_AT_ONCE)
+    h, mask, row = 2 * stored(H), queries * MASK_BYTES, queries * ROW_BYTES
     index_q, index_k = queries * I * 2 * C, keys * 2 * C
-    kl_tile = (
-        keys * heads * h + index_k + 2 * mask + 2 * keys * 4 * C
-    )  # the keys' gradient comes and goes in float32
-    kl_row = (
-        index_q + queries * heads * h + heads * row + 2 * I * row + 2 * queries * I * 4 * C
-    )  # and so does that of a row's queries
-    kl_runs = (1,) if groups == 1 else (groups, 1)  # the attention's heads, then the rest
-    return [
-        Work(
-            "indexer_normaliser",
-            tiles,
-            rows,
-            2 * pairs * I * C,
-            index_k + mask,
-            index_q + queries * 4 * stored(I),
-        ),
-        Work(
-            "indexer_kl",
-            tiles,
-            rows,
-            2 * pairs * (heads * H + 3 * I * C),
-            kl_tile,
-            kl_row,
-            kl_runs,
-            cores=1,
-        ),
-    ]
+    normaliser = Work(
+        "indexer_normaliser",
+        tiles,
+        rows,
+        flops=2 * pairs * I * C,
+        tile_bytes=index_k + mask,
+        row_bytes=index_q + queries * 4 * stored(I),
+    )
+    loss = Work(
+        "indexer_kl",
+        tiles,
+        rows,
+        flops=2 * pairs * (heads * H + 3 * I * C),
+        # The gradient of the keys comes and goes in float32, and so does that of a row's queries.
+        tile_bytes=keys * heads * h + index_k + 2 * mask + 2 * keys * 4 * C,
+        row_bytes=index_q + queries * heads * h + (heads + 2 * I) * row + 2 * queries * I * 4 * C,
+        # The groups of the attention's heads, then the rest.
+        runs=(1,) if head_groups == 1 else (head_groups, 1),
+        cores=1,
+    )
+    return [normaliser, loss]
 
 
 def splash_works(L: int, *, causal: bool) -> list[Work]:
-    tiles, rows, pairs = (
-        HEADS * causal_tiles(L, SPLASH, SPLASH),
-        HEADS * L // SPLASH,
-        SPLASH * SPLASH,
-    )
-    h, v, mask = (
-        SPLASH * 2 * stored(H),
-        SPLASH * 2 * stored(V),
-        0 if causal else pairs,
-    )  # a byte a pair, for every head anew
-    row = SPLASH * 4 * LANES
+    """Counts what splash attention's three kernels do."""
+    tiles, rows = HEADS * causal_tiles(L, SPLASH, SPLASH), HEADS * L // SPLASH
+    pairs, h, v = SPLASH * SPLASH, SPLASH * 2 * stored(H), SPLASH * 2 * stored(V)
+    mask = 0 if causal else pairs  # a byte for each pair, for every head anew
+    statistics = SPLASH * 4 * LANES  # a float32 for each query, in every lane
+    flops = {
+        "splash_mha_fwd_residuals": 2 * pairs * (H + V),
+        "splash_mha_dq_no_residuals": 2 * pairs * (2 * H + V),
+        "splash_mha_dkv_no_residuals": 2 * pairs * (2 * H + 2 * V),
+    }
+    row_bytes = h + 2 * v + statistics, 2 * h + v, 2 * (h + v)
     return [
-        Work(
-            "splash_mha_fwd_residuals",
-            tiles,
-            rows,
-            2 * pairs * (H + V),
-            h + v + mask,
-            h + 2 * v + row,
-        ),
-        Work(
-            "splash_mha_dq_no_residuals",
-            tiles,
-            rows,
-            2 * pairs * (2 * H + V),
-            h + v + mask,
-            2 * h + v,
-        ),
-        Work(
-            "splash_mha_dkv_no_residuals",
-            tiles,
-            rows,
-            2 * pairs * (2 * H + 2 * V),
-            h + v + mask,
-            2 * (h + v),
-        ),
+        Work(kernel, tiles, rows, needed, h + v + mask, of_row)
+        for (kernel, needed), of_row in zip(flops.items(), row_bytes, strict=True)
     ]

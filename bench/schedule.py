@@ -1,6 +1,8 @@
-"""The schedule the TPU's compiler makes of a Pallas kernel, without a TPU: how many bundles each
-stretch of its code has (one is one cycle where nothing stalls), how busy the matrix units are in
-it, what is spilled. Static: waits for memory are not in it, and nothing is measured.
+"""Reads the schedule that the TPU's compiler makes of a Pallas kernel, without a TPU.
+
+A schedule says how many bundles each stretch of code has (one bundle is one cycle where nothing
+stalls), how busy the matrix units are in it, and what is spilled. It is static: waits for memory
+are not in it, and nothing is measured.
 
     with dumped() as directory:          before JAX is imported: the compiler reads its options once
         ... compile ...
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 BUNDLE = re.compile(r"\s*0x[0-9a-f]+\s*(?P<mark>[A-Z]{2})?:\s*(?P<depth>>*)\s*\{")
+LOOP_BODY = "LB"  # the mark of a bundle with which a loop's body begins
 
 
 class Stretch(NamedTuple):
@@ -30,54 +33,62 @@ class Stretch(NamedTuple):
 
 @contextmanager
 def dumped() -> Iterator[Path]:
-    """Sets the options with which the compiler writes its schedules, and a directory for them that
-    is deleted at the end.
-    """
+    """Makes the compiler write its schedules into a directory, which is deleted at the end."""
     with tempfile.TemporaryDirectory() as directory:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
         yield Path(directory)
 
 
 def stretches(directory: Path, name: str, *, jumps: bool = False) -> list[Stretch]:
-    """Of the kernel of this name, in the order of its code; with `jumps` they end at every jump,
-    too, and not only where something jumps to or comes from a loop. Raises FileNotFoundError if
-    none was compiled.
+    """Returns the stretches of a kernel, in the order of its code.
+
+    Args:
+      directory: where the schedules are, see `dumped`.
+      name: the kernel's.
+      jumps: whether a stretch ends at every jump, too, and not only where something jumps to or
+        comes from a loop.
+
+    Raises FileNotFoundError if no kernel of this name was compiled.
     """
-    bundles = _one(directory, name, "final_bundles.txt").read_text().splitlines()
-    table = (
-        _one(directory, name, "final_hlo-static-per-bundle-utilization.txt")
-        .read_text()
-        .splitlines()
-    )
-    heading = table.index("== UTILIZATION:")
-    units = [unit.strip() for unit in table[1].split(",")]
-    capacity = dict(zip(units, map(int, table[2].split()), strict=True))
-    used = [
-        dict(zip(units, map(int, line.split()), strict=True))
-        for line in table[heading + 1 :]
-        if line.strip()
-    ]
-    found, begun = [], 0
-    marks, behind = [], set()  # of the bundles; those behind a jump
-    for line in bundles:
+    usage, capacity = _usage(directory, name)
+    marks, behind_jumps = [], set()  # of the bundles
+    for line in _text(directory, name, "final_bundles.txt"):
         marks += filter(None, [BUNDLE.match(line)])
-        behind |= {len(marks)} if jumps and "sbr.rel" in line else set()
-    for at, match in enumerate(marks + [None]):
-        if at == 0 or (match is not None and match["mark"] is None and at not in behind):
-            continue
-        part = used[begun:at]
-        spills = sum(line["VLOAD:FILL"] + line["VSTORE:SPILL"] for line in part)
-        mxu = sum(line["MXU"] for line in part) / (capacity["MXU"] * len(part))
+        if jumps and "sbr.rel" in line:
+            behind_jumps.add(len(marks))
+    starts = [
+        at
+        for at, match in enumerate(marks)
+        if at == 0 or match["mark"] is not None or at in behind_jumps
+    ]
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(marks)], strict=True):
+        part = usage[start:end]
         found.append(
             Stretch(
-                len(marks[begun]["depth"]), marks[begun]["mark"] == "LB", len(part), mxu, spills
+                depth=len(marks[start]["depth"]),
+                loop=marks[start]["mark"] == LOOP_BODY,
+                bundles=len(part),
+                mxu=sum(units["MXU"] for units in part) / (capacity["MXU"] * len(part)),
+                spills=sum(units["VLOAD:FILL"] + units["VSTORE:SPILL"] for units in part),
             )
         )
-        begun = at
     return found
 
 
-def _one(directory: Path, name: str, ending: str) -> Path:
+def _usage(directory: Path, name: str) -> tuple[list[dict[str, int]], dict[str, int]]:
+    """Reads how many slots of each unit every bundle uses, and how many there are."""
+    table = _text(directory, name, "final_hlo-static-per-bundle-utilization.txt")
+    units = [unit.strip() for unit in table[1].split(",")]
+    rows = [line.split() for line in table[table.index("== UTILIZATION:") + 1 :] if line.strip()]
+    capacity, *usage = (
+        dict(zip(units, map(int, row), strict=True)) for row in (table[2].split(), *rows)
+    )
+    return usage, capacity
+
+
+def _text(directory: Path, name: str, ending: str) -> list[str]:
+    """Reads the lines of the last file of a kernel with this ending."""
     files = sorted(
         file
         for file in directory.glob(f"*{ending}")
@@ -85,4 +96,4 @@ def _one(directory: Path, name: str, ending: str) -> Path:
     )
     if not files:
         raise FileNotFoundError(f"no schedule of a kernel {name} in {directory}: was it compiled?")
-    return files[-1]
+    return files[-1].read_text().splitlines()

@@ -1,11 +1,13 @@
-"""The indexer's selection by counting, against `jax.lax.top_k` alone and the mask made from it:
-same inputs, one process, least of 10.
+"""Times the indexer's selection by counting, `jax.lax.top_k` alone, and the mask made from it.
 
-python -m bench.selection
+    python -m bench.selection
+
+All get the same inputs in one process; the figures are the least of 10.
 """
 
 import json
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 
 import jax
@@ -15,17 +17,18 @@ from jax import Array
 from experiment.command_line import command
 from kernels.reference import masked_scores, select_topk
 
-SHAPES = (
-    ((8, 256, 256), 64),
-    ((16, 256, 256), 32),
-    ((128, 80, 80), 32),
-)  # tiny-dsv3, the quickstart's training, its reinforcement
+SHAPES = (  # (scores [B, T, S], top k)
+    ((8, 256, 256), 64),  # tiny-dsv3
+    ((16, 256, 256), 32),  # the quickstart's training
+    ((128, 80, 80), 32),  # the quickstart's reinforcement
+)
 REPEATS = 10
 
 
 def topk_mask(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
-    """The same selection from a top_k: its last value and index bound it in (score, position)
-    order.
+    """Makes the same selection from a top_k, bool [B, T, S].
+
+    The last value and index of the top_k bound the selection in (score, position) order.
     """
     scores_BTS = masked_scores(scores_BTS, allowed_BTS)
     value_BTk, index_BTk = jax.lax.top_k(scores_BTS, topk)
@@ -35,7 +38,8 @@ def topk_mask(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
     return ((scores_BTS > value_BTk[..., -1:]) | tied_BTS) & allowed_BTS
 
 
-def milliseconds(function, scores_BTS: Array) -> float:
+def milliseconds(function: Callable, scores_BTS: Array) -> float:
+    """Times a compiled call and returns the least of REPEATS."""
     compiled = jax.jit(function)
     jax.block_until_ready(compiled(scores_BTS))
     times = []
@@ -47,6 +51,7 @@ def milliseconds(function, scores_BTS: Array) -> float:
 
 
 def main() -> None:
+    """Times every shape and prints one JSON line."""
     rows = []
     for shape, topk in SHAPES:
         scores_BTS = jax.nn.relu(jax.random.normal(jax.random.key(0), shape))
@@ -61,16 +66,8 @@ def main() -> None:
             {"shape": shape, "k": topk, "same": same}
             | {f"{name}_ms": milliseconds(f, scores_BTS) for name, f in rivals.items()}
         )
-    print(
-        json.dumps(
-            {
-                "bench": "selection",
-                "device": jax.devices()[0].device_kind,
-                "jax": version("jax"),
-                "rows": rows,
-            }
-        )
-    )
+    about = {"device": jax.devices()[0].device_kind, "jax": version("jax")}
+    print(json.dumps({"bench": "selection"} | about | {"rows": rows}))
 
 
 if __name__ == "__main__":

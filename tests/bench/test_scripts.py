@@ -17,6 +17,7 @@ from bench import (
     kernels,
     passes,
     selection,
+    selection_schedule,
     side_by_side,
     twilight,
     workload,
@@ -117,13 +118,13 @@ def test_the_selections_cycles_are_added_up(L):
             stretch(2, 31),
         ),
     ]
-    found = kernels.selection_figures(
+    found = selection_schedule.selection_figures(
         parts, L, lambda cycles, flops, bytes_: {"cycles": cycles, "flops": flops}, 1e9, 131_072
     )
     words = L // 4_096
     counted = {
         row["scores"]: row
-        for row in json.loads(kernels.PASSES.read_text())["rows"]
+        for row in json.loads(selection_schedule.PASSES.read_text())["rows"]
         if row["length"] == L
     }
     for scores, row in counted.items():
