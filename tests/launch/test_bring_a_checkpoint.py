@@ -1,5 +1,6 @@
-"""A stranger's checkpoint, with a tokenizer and a chat template of its own: sampled, fine-tuned,
-reinforced, evaluated and written back, as a user would.
+"""A stranger's checkpoint, with a tokenizer and a chat template of its own, does all a run does.
+
+It is sampled, fine-tuned, reinforced, evaluated and written back, as a user would.
 """
 
 import json
@@ -17,17 +18,20 @@ from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.command_line import command
 from experiment.config_files import base_config_from, with_checkpoint_fields
-from experiment.schema import parse
-from experiment.setup import load_variables
+from experiment.schema import Config, parse
 from experiment.workdir import recorded_config
 from launch import convert, evaluate, finetune, reinforce, sample
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from tests.tiny_checkpoint import MODEL, write_checkpoint
+from train.restore import load_variables
+
+pytestmark = pytest.mark.command
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>"
-    "{{ m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last else m.content }}"
+    "{{ m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last"
+    " else m.content }}"
     "{{ '<|end|>' if m.role == 'assistant' else '' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -66,7 +70,7 @@ def brought(tmp_path) -> Path:
     return directory
 
 
-def configured(origin: Path | str, **changes) -> object:
+def configured(origin: Path | str, **changes) -> Config:
     """configs/base.py, made small, from a checkpoint; `section__field=value` changes a field."""
     c = base.get_config()
     c.data.seq_len, c.data.batch_size, c.data.fim_rate = 64, 8, 0.0
@@ -75,7 +79,7 @@ def configured(origin: Path | str, **changes) -> object:
             "steps": 2,
             "warmup_steps": 1,
             "log_every": 1,
-            "eval_batches": 1,
+            "eval_batches": 0,
             "stage": "dense",
             "balance_weight": 0.0,
         }
@@ -130,9 +134,9 @@ def test_its_template_makes_the_prompt(brought, capsys, monkeypatch):
     assert sorted(file.name for file in brought.iterdir()) == before
 
 
-def test_the_whole_road(brought, tmp_path):
-    """hf:DIR, fine-tuned on its template; that run reinforced; evaluated; written back with all
-    that came along; and read again.
+def test_it_is_fine_tuned_reinforced_evaluated_and_written_back(brought, tmp_path):
+    """hf:DIR is fine-tuned on its template, that run is reinforced and evaluated, written back with
+    all that came along, and read again.
     """
     tuned = configured(f"hf:{brought}", data__sources=(f"jsonl:{chats(tmp_path)}#messages",))
     assert (
@@ -163,9 +167,9 @@ def test_the_whole_road(brought, tmp_path):
 
 
 def test_a_workdir_to_write_to_is_no_checkpoint(brought, capsys):
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as stop:
         command(finetune.run, argv=["--config=configs/base.py", f"--workdir=hf:{brought}"])
-    assert exit.value.code == 2 and "this command writes there" in capsys.readouterr().err
+    assert stop.value.code == 2 and "this command writes there" in capsys.readouterr().err
 
 
 def test_a_converted_workdir_brings_its_model(brought, tmp_path):
