@@ -41,7 +41,7 @@ def test_the_bench_measures_every_implementation_and_asks_for_a_gpu(monkeypatch)
         "top_k",
         "decode",
     ]
-    selected_BTS = unpack(bench.gpu.chosen(512, 64, scattered=True), 512)
+    selected_BTS = unpack(bench.gpu.selection_bits(512, 64, scattered=True), 512)
     assert (
         not np.any(np.triu(selected_BTS[0], 1))
         and 50 < np.mean(np.sum(selected_BTS[0, 128:], axis=-1)) < 78
