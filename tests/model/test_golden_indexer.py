@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.transformer import Transformer
-from tests.model.test_golden import golden, model, variables
+from tests.model.golden import golden, model, variables
 
 CASE = "deepseek_v32"
 CONFIG = model(CASE)
@@ -174,7 +174,7 @@ def test_the_indexer_learns_as_autodiff_through_a_naive_implementation_says(stag
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 def test_its_loss_reaches_nothing_else(stage):
     """Exactly zero, to all of trunk and MTP module. (That the language model's reaches no indexer,
-    exactly: test_golden.test_loss_and_gradients.)
+    exactly: test_golden_gradients.test_loss_and_gradients.)
     """
     for path, leaf in jax.tree.leaves_with_path(ours(stage)[1]):
         assert jnp.any(leaf) == any(key.key == "indexer" for key in path), path
