@@ -1,20 +1,22 @@
-"""What reading only a share of attention's mass costs a trained model (Twilight, arXiv 2502.02770):
-keys kept, true mass kept, output error, loss, against p.
+"""Measures what reading only a share p of attention costs a trained model (arXiv 2502.02770).
 
     python -m bench.twilight --workdir=runs/quickstart/sparse
 
-Every token of held-out rows is read as decoding would read it: through the cache, each with the
-fewest keys that by estimate hold p. For DSA ("indexer") the estimate is the softmax of the
+Against p stand keys kept, true attention mass kept, output error and loss. Every token of held-out
+rows is read as decoding would read it: through the cache, each with the fewest keys that by
+estimate have p of attention (Twilight). For DSA ("indexer") the estimate is the softmax of the
 indexer's scores over the keys it selected; for dense latent attention ("int4") it is attention by
-latents in four bits, and what any head keeps is kept. Counted are tokens with more keys before them
-than the indexer selects. One JSON line; `error` is a change's standard error, over rows.
+latents in four bits, and what any head keeps is kept. Only tokens with more keys before them than
+the indexer selects are counted. One JSON line; `error` is a change's standard error, over rows.
 """
 
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -24,10 +26,12 @@ from jax import Array
 
 from data.pipeline import batches
 from errors import UserError
-from experiment.command_line import Flag, command
+from experiment.command_line import command
+from experiment.flags import Flag
 from experiment.schema import Config
 from experiment.setup import run_variables, set_up
-from kernels.reference import indexer_scores, select_topk, top_p_keys
+from kernels.reference import IndexerQuery, indexer_scores, select_topk, top_p_keys
+from model.attention.caches import LatentCache
 from model.attention.decode import keep_by_estimate
 from model.attention.int4 import dequantise
 from model.attention.reference import softmax_parts
@@ -40,51 +44,35 @@ from model.layers.norm import RMSNorm
 from model.segments import TokenInfo
 from model.transformer import Block
 
-MASSES = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0)
-ESTIMATES = {"indexer": "sparse", "int4": "dense"}
+TOP_P = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0)
+ESTIMATES = {"indexer": "sparse", "int4": "dense"}  # name -> the stage that decodes by it
 
 
 def run(config: Config, workdir: Path, rows: int) -> None:
+    """Measures every p for both estimates and prints one JSON line."""
     if not config.model.indexer.n_heads:
         raise UserError(f"{workdir}: its model has no indexer")
-    begin = set_up(config, workdir, rows=0, trains=False)
-    weights = decode_weights(begin.model, run_variables(begin, config.init_from, workdir), rows)
+    setup = set_up(config, workdir, rows=0, trains=False)
+    model = setup.model
+    weights = decode_weights(model, run_variables(setup, config.init_from, workdir), rows)
     data = dataclasses.replace(config.data, batch_size=rows)
-    batch = next(
-        iter(
-            batches(
-                data,
-                begin.tokenizer,
-                split="validation",
-                seed=0,
-                chat=False,
-                process_index=0,
-                process_count=1,
-            )
-        )
-    )
-    found = {}
+    batch = next(iter(batches(data, setup.tokenizer, split="validation", seed=0)))
+    estimates = {}
     for name, stage in ESTIMATES.items():
-        measured = [measure(begin.model, weights, batch, stage, mass) for mass in MASSES]
+        measured = [measure(model, weights, batch, stage, top_p) for top_p in TOP_P]
         _, (whole_B, count_B) = measured[-1]
-        found[name] = [
-            {"p": mass} | layers | change(nats_B, whole_B, count_B)
-            for mass, (layers, (nats_B, _)) in zip(MASSES, measured, strict=True)
+        estimates[name] = [
+            {"p": top_p} | figures | loss_change(nats_B, whole_B, count_B)
+            for top_p, (figures, (nats_B, _)) in zip(TOP_P, measured, strict=True)
         ]
     about = {
+        "bench": "twilight",
         "rows": rows,
         "sequence": config.data.seq_len,
         "topk": config.model.indexer.topk,
         "heads": config.model.mla.num_attention_heads,
     }
-    print(
-        json.dumps(
-            {"bench": "twilight"}
-            | about
-            | found
-            | {"dtype": begin.model.dtype, "jax": version("jax")}
-        )
-    )
+    print(json.dumps(about | estimates | {"dtype": model.dtype, "jax": version("jax")}))
 
 
 def measure(
@@ -92,21 +80,32 @@ def measure(
     weights: DecodeWeights,
     batch: dict[str, np.ndarray],
     stage: str,
-    mass: float,
+    top_p: float,
 ) -> tuple[dict, tuple[np.ndarray, np.ndarray]]:
-    """Means over counted tokens and layers; and what `read` says of the rows' loss."""
-    layers, nats = jax.jit(functools.partial(read, model, stage=stage, mass=mass))(
-        weights, {name: jnp.asarray(rows) for name, rows in batch.items()}
+    """Reads a batch with a share `top_p` of attention.
+
+    Returns:
+      means over the counted tokens and the layers, by name; and the loss of each row in nats with
+      the number of its counted tokens, as `read` has them.
+    """
+    layers, rows = jax.jit(functools.partial(read, model, stage=stage, top_p=top_p))(
+        weights, {name: jnp.asarray(array) for name, array in batch.items()}
     )
-    means = {name: round(float(jnp.mean(value)), 5) for name, value in layers.items()}
-    return means | {
-        "kept_by_layer": [round(float(kept), 2) for kept in layers["kept"]]
-    }, jax.tree.map(np.asarray, nats)
+    figures: dict = {name: round(float(jnp.mean(value)), 5) for name, value in layers.items()}
+    figures["kept_by_layer"] = [round(float(kept), 2) for kept in layers["kept"]]
+    nats_B, count_B = rows
+    return figures, (np.asarray(nats_B), np.asarray(count_B))
 
 
-def change(nats_B: np.ndarray, whole_B: np.ndarray, count_B: np.ndarray) -> dict[str, float]:
-    """The loss a token, how far it is from that of reading every key, and how sure that is: rows
-    are drawn, not tokens.
+def loss_change(nats_B: np.ndarray, whole_B: np.ndarray, count_B: np.ndarray) -> dict[str, float]:
+    """Returns the loss a token, its distance from that of reading every key, and how sure it is.
+
+    The standard error is that of drawing rows, not tokens.
+
+    Args:
+      nats_B: the loss of each row in nats.
+      whole_B: the same when every key is read.
+      count_B: counted tokens of each row.
     """
     tokens, more_B = count_B.sum(), nats_B - whole_B
     mean = more_B.sum() / tokens
@@ -119,10 +118,13 @@ def change(nats_B: np.ndarray, whole_B: np.ndarray, count_B: np.ndarray) -> dict
 
 
 def read(
-    model: ModelConfig, weights: DecodeWeights, batch: dict[str, Array], *, stage: str, mass: float
+    model: ModelConfig, weights: DecodeWeights, batch: dict[str, Array], *, stage: str, top_p: float
 ) -> tuple[dict[str, Array], tuple[Array, Array]]:
-    """Of each layer what it kept, means over the counted tokens [L]; of each row the loss of
-    predicting from them, in nats, and their number [B].
+    """Reads every token of a batch through the cache, as decoding would.
+
+    Returns:
+      for each layer what its attention kept, means over the counted tokens, [L] by name; and for
+      each row the loss of predicting from those tokens, in nats, and their number, [B] each.
     """
     tokens_BT, positions_BT, segments_BT = (
         batch[name] for name in ("tokens", "positions", "segments")
@@ -136,99 +138,102 @@ def read(
     counted_BT = jnp.sum(allowed_BTS, axis=-1) > model.indexer.topk
     layers = []
 
-    def watch(next_fun, args, kwargs, context):
+    def intercept(next_fun, args, kwargs, context):
         if isinstance(context.module, LatentAttention) and context.method_name == "absorbed":
-            out, more = watched(context.module, next_fun, *args, mass=mass, counted_BT=counted_BT)
-            layers.append(more)
-            return out
+            out_BTNV, kept = attend_and_count(
+                context.module, next_fun, *args, top_p=top_p, counted_BT=counted_BT
+            )
+            layers.append(kept)
+            return out_BTNV
         return next_fun(*args, **kwargs)
 
     tokens = TokenInfo(positions_BT, segments_BT, stage, allowed_BTS, slot=jnp.int32(0))
     x_BTD = embed(model, weights.params["embedding"], tokens_BT)
-    for kind, layer, past in zip(
-        model.kinds, weights.layers, Cache.empty(model, B, T, stage, mass).layers, strict=True
-    ):
+    caches = Cache.empty(model, B, T, stage, top_p).layers
+    for kind, layer, cache in zip(model.kinds, weights.layers, caches, strict=True):
         if weights.side_by_side:
-            layer = with_experts(
-                layer, functools.partial(expert_matrices, count=model.moe.num_experts)
-            )
-        with nn.intercept_methods(watch):
-            x_BTD, _ = Block(model, kind).apply(layer, x_BTD, tokens, past)
-    hidden_BTD = RMSNorm(model.rms_norm_eps, model.norm).apply(
-        {"params": weights.params["final_norm"]}, x_BTD
-    )
+            matrices = functools.partial(expert_matrices, count=model.moe.num_experts)
+            layer = with_experts(layer, matrices)
+        with nn.intercept_methods(intercept):
+            x_BTD, _ = Block(model, kind).apply(layer, x_BTD, tokens, cache)
+    final_norm = RMSNorm(model.rms_norm_eps, model.norm)
+    hidden_BTD = cast(Array, final_norm.apply({"params": weights.params["final_norm"]}, x_BTD))
     logprobs_BTV = jax.nn.log_softmax(logits_of(model, weights.params, hidden_BTD[:, :-1]), axis=-1)
     nats_BT = -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
     predicts_BT = counted_BT[:, :-1] & (segments_BT[:, 1:] == segments_BT[:, :-1])
-    of_rows = jnp.sum(nats_BT, axis=1, where=predicts_BT), jnp.sum(predicts_BT, axis=1)
-    return {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}, of_rows
+    rows = jnp.sum(nats_BT, axis=1, where=predicts_BT), jnp.sum(predicts_BT, axis=1)
+    return {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}, rows
 
 
-def watched(
+def attend_and_count(
     module: LatentAttention,
-    absorbed,
-    q_nope_BTNH,
-    q_rope_BTNP,
-    cache,
-    allowed_BTS,
-    query,
+    absorbed: Callable[..., Array],
+    q_nope_BTNH: Array,
+    q_rope_BTNH: Array,
+    cache: LatentCache,
+    allowed_BTS: Array,
+    query: IndexerQuery | None,
     *,
-    mass: float,
+    top_p: float,
     counted_BT: Array,
-):
-    """The layer's output, and of the keys it kept (of those selected, or without an indexer of all)
-    their number, true and estimated mass, and its error.
-    """
-    out_BTNV = absorbed(q_nope_BTNH, q_rope_BTNP, cache, allowed_BTS, query)
-    whole_BTNV = absorbed(
-        q_nope_BTNH,
-        q_rope_BTNP,
-        cache.replace(attention_top_p=1.0, estimate=None),
-        allowed_BTS,
-        query,
-    )
-    q_BTNR = jnp.concatenate(
-        [jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, module.key_up), q_rope_BTNP], axis=-1
-    )
+) -> tuple[Array, dict[str, Array]]:
+    """Returns one layer's attention [B, T, N, V] and what it keeps.
 
-    def probabilities(keys_BSR: Array, among_BTS: Array) -> Array:
-        """Of each head [B, N, T, S]."""
+    The latter are means over the counted tokens, by name: the number of keys kept, of how many
+    (those that the indexer selected, or all), the true and the estimated attention mass of the
+    kept, and the relative error of the output.
+
+    Args:
+      module: the layer's attention.
+      absorbed: its method of that name, which takes the next five arguments.
+      q_nope_BTNH: queries without position.
+      q_rope_BTNH: rotated queries; H is another width.
+      cache: of the layer, filled with the rows.
+      allowed_BTS: keys that a query may see.
+      query: the indexer's, None in dense attention.
+      top_p: the share of attention that is kept.
+      counted_BT: tokens that the means are over.
+    """
+    out_BTNV = absorbed(q_nope_BTNH, q_rope_BTNH, cache, allowed_BTS, query)
+    every_key = dataclasses.replace(cache, attention_top_p=1.0, estimate=None)
+    whole_BTNV = absorbed(q_nope_BTNH, q_rope_BTNH, every_key, allowed_BTS, query)
+    q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, module.key_up)
+    q_BTNR = jnp.concatenate([q_latent_BTNR, q_rope_BTNH], axis=-1)
+
+    def mean_probabilities(keys_BSR: Array, among_BTS: Array) -> Array:
+        """Returns attention's probabilities, means over the heads, [B, T, S]."""
         unnormalised_BNTS, sum_BNT1 = softmax_parts(
             jnp.einsum("BTNR,BSR->BNTS", q_BTNR, keys_BSR), among_BTS
         )
-        return unnormalised_BNTS / sum_BNT1
+        return jnp.mean(unnormalised_BNTS / sum_BNT1, axis=1)
 
     among_BTS = kept_BTS = allowed_BTS
     if query is not None:
         scores_BTS = indexer_scores(query.q_BTIC, cache.index_key_BSC, query.w_BTI)
         among_BTS = select_topk(scores_BTS, allowed_BTS, module.config.indexer.topk)
-        kept_BTS = top_p_keys(scores_BTS, among_BTS, mass)
+        kept_BTS = top_p_keys(scores_BTS, among_BTS, top_p)
         estimated_BTS = jax.nn.softmax(
             jnp.where(among_BTS, scores_BTS, -jnp.inf), axis=-1, where=among_BTS
         )
     elif cache.estimate is not None:
         estimate_BSR = dequantise(cache.estimate, cache.latent_BSR.shape[-1])
-        kept_BTS = keep_by_estimate(
-            jnp.einsum("BTNR,BSR->BNTS", q_BTNR, estimate_BSR), allowed_BTS, mass, groups=1
-        )[:, 0]
-        estimated_BTS = jnp.mean(probabilities(estimate_BSR, among_BTS), axis=1)
+        logits_BNTS = jnp.einsum("BTNR,BSR->BNTS", q_BTNR, estimate_BSR)
+        kept_BTS = keep_by_estimate(logits_BNTS, allowed_BTS, top_p, groups=1)[:, 0]
+        estimated_BTS = mean_probabilities(estimate_BSR, among_BTS)
     else:
-        estimated_BTS = jnp.mean(probabilities(cache.latent_BSR, among_BTS), axis=1)
-    true_BTS = jnp.mean(probabilities(cache.latent_BSR, among_BTS), axis=1)
-    error_BT = jnp.linalg.norm(out_BTNV - whole_BTNV, axis=(-2, -1)) / jnp.linalg.norm(
-        whole_BTNV, axis=(-2, -1)
-    )
-    return out_BTNV, {
-        "kept": mean_over(jnp.sum(kept_BTS, axis=-1), counted_BT),
-        "of": mean_over(jnp.sum(among_BTS, axis=-1), counted_BT),
-        "true_mass": mean_over(jnp.sum(true_BTS, axis=-1, where=kept_BTS), counted_BT),
-        "estimated_mass": mean_over(jnp.sum(estimated_BTS, axis=-1, where=kept_BTS), counted_BT),
-        "output_error": mean_over(error_BT, counted_BT),
+        estimated_BTS = mean_probabilities(cache.latent_BSR, among_BTS)
+    true_BTS = mean_probabilities(cache.latent_BSR, among_BTS)
+    norm = functools.partial(jnp.linalg.norm, axis=(-2, -1))
+    kept = {
+        "kept": jnp.sum(kept_BTS, axis=-1),
+        "of": jnp.sum(among_BTS, axis=-1),
+        "true_mass": jnp.sum(true_BTS, axis=-1, where=kept_BTS),
+        "estimated_mass": jnp.sum(estimated_BTS, axis=-1, where=kept_BTS),
+        "output_error": norm(out_BTNV - whole_BTNV) / norm(whole_BTNV),
     }
-
-
-def mean_over(x_BT: Array, counted_BT: Array) -> Array:
-    return jnp.sum(x_BT, where=counted_BT) / jnp.sum(counted_BT)
+    counted = jnp.sum(counted_BT)
+    means = {name: jnp.sum(x_BT, where=counted_BT) / counted for name, x_BT in kept.items()}
+    return out_BTNV, means
 
 
 if __name__ == "__main__":

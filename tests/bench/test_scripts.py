@@ -1,5 +1,5 @@
-"""Every script of bench/ that needs nothing but this project is imported, and what it does besides
-compiling and taking time is done once, small.
+"""Every script of bench/ that needs nothing but this project can be imported, and computes what it
+prints; what it does besides compiling and taking time is done once, small.
 """
 
 import importlib
@@ -19,18 +19,12 @@ from bench import (
     selection,
     selection_schedule,
     side_by_side,
-    twilight,
     workload,
 )
 from bench.schedule import Stretch
-from model.decode import decode_weights
-from tests.tiny import MODEL, batch_of, variables
 
-FOREIGN = {
-    "maxtext_tiny",
-    "transformers_tiny",
-    "trl_tiny",
-}  # for environments of their own, with their rivals in them
+# For environments of their own, with their rivals in them.
+FOREIGN = {"maxtext_tiny", "transformers_tiny", "trl_tiny"}
 SCRIPTS = sorted(
     path.stem
     for path in pathlib.Path(decode.__file__).parent.glob("*.py")
@@ -43,11 +37,10 @@ def printed(capsys) -> dict:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_it_is_there(name):
+def test_its_docstring_is_its_help_and_says_how_it_is_called(name):
     module = importlib.import_module(f"bench.{name}")
-    assert f"python -m bench.{name}" in module.__doc__ or not hasattr(module, "command"), (
-        "its docstring is its help, and says how it is called"
-    )
+    is_command = hasattr(module, "command")
+    assert f"python -m bench.{name}" in (module.__doc__ or "") or not is_command
 
 
 def stretch(depth: int, bundles: int, loop: bool = False, mxu: float = 0.0) -> Stretch:
@@ -68,9 +61,9 @@ def test_decode_counts_a_rows_cycles_and_bytes(kind):
     found = decode.figures(kind, 1e12, {16: attend}, select)
     (heads,), row = found["attention"], found["rows"][-1]
     cycles = (
+        # The first 256 copies, sixteen at a time; seven chunks among the copies of the next; the
+        # last without.
         80 * 16 + 7 * 1_200 + 300
-        # the first 256 copies, sixteen at a time; seven chunks among the copies of the next; the last
-        # without
     )
     assert heads["cycles"] == cycles and heads["first_copies"] == round(80 * 16 / cycles, 3)
     assert heads["microseconds"] == round(cycles / kernels.CLOCK[kind][0] * 1e6, 2), "a core's"
@@ -177,7 +170,7 @@ def test_selection_by_counting_is_the_sorts(capsys, monkeypatch):
     assert printed(capsys)["rows"][0]["same"]
 
 
-def test_two_by_turns(capsys, monkeypatch):
+def test_the_ratio_of_two_commands_is_that_of_their_speeds(capsys, monkeypatch):
     commands = [
         f'{sys.executable} -c \'print("{{\\"tokens_per_s\\": {speed}}}")\'' for speed in (3, 2)
     ]
@@ -186,36 +179,6 @@ def test_two_by_turns(capsys, monkeypatch):
     assert printed(capsys)["ratio"] == 1.5
 
 
-def test_times_are_of_the_calls_after_two():
+def test_only_calls_after_the_first_two_are_timed():
     calls = []
     assert len(workload.seconds(calls.append, 3)) == 3 and calls == [-2, -1, 0, 1, 2]
-
-
-@pytest.mark.parametrize("rows", [1, 4_000], ids=["experts side by side", "experts as they are"])
-@pytest.mark.parametrize("stage", ["sparse", "dense"])
-def test_twilight_reads_what_decoding_would(stage, rows):
-    """However decoding laid the experts out. With all of the mass nothing is left out, and nothing
-    changes.
-    """
-    weights = decode_weights(MODEL, variables(MODEL), rows)
-    assert weights.side_by_side == (rows == 1)
-    batch = {name: np.asarray(rows) for name, rows in batch_of().items()}
-    whole, (nats_B, count_B) = twilight.measure(MODEL, weights, batch, stage, 1.0)
-    less, (less_B, same_B) = twilight.measure(MODEL, weights, batch, stage, 0.5)
-    assert (
-        whole["kept"] == whole["of"]
-        and whole["output_error"] == 0
-        and whole["true_mass"] == pytest.approx(1, abs=1e-5)
-    )
-    assert (
-        1 <= less["kept"] < less["of"] == whole["of"]
-        and 0 < less["true_mass"] < 1
-        and less["output_error"] > 0
-    )
-    np.testing.assert_array_equal(count_B, same_B)
-    assert twilight.change(nats_B, nats_B, count_B) == {
-        "nll": pytest.approx(nats_B.sum() / count_B.sum(), abs=1e-5),
-        "nll_change": 0.0,
-        "error": 0.0,
-    }
-    assert np.any(less_B != nats_B)
