@@ -9,7 +9,7 @@ import pytest
 from checkpoints.hf.config import model_fields
 from checkpoints.hf.safetensors import TensorFiles
 from errors import UserError
-from tests.model.test_golden import GOLDEN
+from tests.model.golden import GOLDEN
 
 
 def fields(case: str, tmp_path, change) -> dict:

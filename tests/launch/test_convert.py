@@ -23,7 +23,7 @@ from launch import convert
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from tests import tiny
-from tests.model.test_golden import CASES, GOLDEN, model
+from tests.model.golden import CASES, GOLDEN, model
 from train.restore import load_variables
 
 ONE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1)

@@ -13,7 +13,7 @@ from errors import UserError
 from experiment.config_files import base_config_from, with_checkpoint_fields
 from experiment.schema import Config, parse
 from launch import score
-from tests.model.test_golden import GOLDEN, golden
+from tests.model.golden import GOLDEN, golden
 from tests.tiny_checkpoint import write_checkpoint
 
 OFF: dict[str, Any] = {
