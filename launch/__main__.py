@@ -1,7 +1,7 @@
 """Runs a command by its name: `athanor pretrain ...` is `python -m launch.pretrain ...`.
 
-athanor --help
-athanor pretrain --config=configs/quickstart.py:pretrain --workdir=runs/mine
+    athanor --help
+    athanor pretrain --config=configs/quickstart.py:pretrain --workdir=runs/mine
 """
 
 import difflib

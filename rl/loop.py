@@ -21,6 +21,7 @@ from checkpoints.training import Checkpoints
 from data.tasks.draw import draw_problems
 from data.tasks.problem import Problem
 from model.sharding import batch_sharding
+from model.transformer import boxed_shapes
 from rl.algorithms import Algorithm, get_algorithm
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.generate import Generation, Generator
@@ -78,7 +79,8 @@ def train_policy(
     algorithm = get_algorithm(
         reinforce.algorithm, max_completion=sampling.max_new_tokens, kl_weight=reinforce.kl_weight
     )
-    optimizer = make_optimizer(per_update(train, updates))
+    parameters = boxed_shapes(setup.model)["params"]
+    optimizer = make_optimizer(per_update(train, updates), parameters)
     problems = draw_problems(reinforce.task, "train", PROBLEMS, seed=seed)
     with (
         jax.set_mesh(setup.mesh),

@@ -13,6 +13,7 @@ import optax
 
 from checkpoints.training import Checkpoints
 from data.config import DataConfig
+from model.transformer import boxed_shapes
 from train.config import TrainConfig
 from train.evaluate import validation_means
 from train.interrupt import Interrupt
@@ -58,7 +59,7 @@ def train_language_model(
     """
     stream = open_batches(setup, data, "train", seed=seed, chat=chat)
     objective = language_objective(setup.model, train)
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(train, boxed_shapes(setup.model)["params"])
     with (
         jax.set_mesh(setup.mesh),
         Checkpoints(workdir / "checkpoints", train.max_to_keep) as checkpoints,
