@@ -1,5 +1,5 @@
-"""bench.kernels without a TPU: what it would time on one is run once by the interpreter, and what
-it counts is counted anew.
+"""bench.kernels without a TPU: the interpreter runs once what would be timed on one, and what is
+counted is counted anew.
 """
 
 import numpy as np
@@ -23,17 +23,16 @@ def test_causal_tiles_are_those_with_a_pair():
         assert causal_tiles(4_096, queries, keys) == np.sum(tiles)
 
 
-def test_the_same_mathematics_is_counted_of_both():
-    """Ours and splash's tiles cover the same pairs but for the larger ones backward; its two
-    kernels backward make the logits and dP twice.
+def test_our_kernels_and_splash_count_the_same_mathematics():
+    """Our tiles and splash's cover the same pairs but for the larger ones backward; its two
+    backward kernels compute the logits and dP twice.
     """
     L, ours, theirs = 131_072, works(131_072), splash_works(131_072, causal=False)
     forward, backward, *_ = (work.tiles * work.flops for work in ours)
     forward_theirs, *backward_theirs = (work.tiles * work.flops for work in theirs)
     assert forward == forward_theirs
-    assert (
-        0.98 < backward / (sum(backward_theirs) * (3 * 192 + 2 * 128) / (4 * 192 + 3 * 128)) < 1.02
-    )
+    once = sum(backward_theirs) * (3 * 192 + 2 * 128) / (4 * 192 + 3 * 128)
+    assert 0.98 < backward / once < 1.02
     assert all(work.tile_bytes * work.tiles < L * L * 16 * 8 for work in ours), (
-        "a few bytes a pair and head, at most"
+        "a few bytes for each pair and head, at most"
     )

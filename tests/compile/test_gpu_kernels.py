@@ -1,7 +1,8 @@
-"""NVIDIA's compiler takes every kernel for an H200, at DeepSeek-V3.2's sizes, and says what it
-makes of it: registers that did not suffice, products that wait for each other. Compiled, not run,
-and without a GPU, by XLA's CUDA plugin and ptxas. Skipped where they are not installed: `make
-test-compile` does.
+"""Every kernel compiled for an H200, at DeepSeek-V3.2's sizes, by XLA's CUDA plugin and ptxas.
+
+NVIDIA's compiler says what it makes of a kernel: registers that did not suffice, products that wait
+for each other. Compiled, not run, and without a GPU. Skipped where the compilers are not installed:
+`make test-compile` installs them.
 """
 
 import importlib.util
@@ -16,16 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from kernels.bitmask import words
 from kernels.reference import IndexerQuery
 from kernels.sparse_attention_gpu import attend_gpu
 from model.attention.reference import IndexerInputs
 from model.attention.tiled import CHUNK_BYTES, KERNELS, attend_tiled
-from model.mesh import MESH_AXES
-from tests.compile.test_tpu_decode import decode_step_of, v32
+from model.sharding import MESH_AXES
+from tests.compile.ahead_of_time import (
+    BF16,
+    F32,
+    assert_cache_is_written_in_place,
+    compile_decode_step,
+    compiled,
+    temporary_bytes,
+    text_of,
+    v32_without_experts,
+)
 
 MISSING = [
     name
@@ -35,28 +44,34 @@ MISSING = [
     )
     if not there
 ]
-NO_COMPILER = f"no compiler for NVIDIA GPUs, {' and '.join(MISSING)} not found: make test-compile installs them"
+NO_COMPILER = (
+    f"no compiler for NVIDIA GPUs, {' and '.join(MISSING)} not found: "
+    "make test-compile installs them"
+)
 pytestmark = [pytest.mark.compile, pytest.mark.skipif(bool(MISSING), reason=NO_COMPILER)]
 
 I, C, H, V, TOPK = 64, 128, 192, 128, 2_048  # V3.2's indexer and, expanded, its attention
-BF16, F32 = jnp.bfloat16, jnp.float32
-# What XLA asks a GPU for when there is one: NVIDIA's data sheet, and the limits of compute
-# capability 9.0 (CUDA programming guide, table of those).
+# What XLA asks of a GPU when there is one: NVIDIA's data sheet, and the limits of compute
+# capability 9.0 (CUDA programming guide).
 H200 = """gpu_device_info {
-  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
-  threads_per_block_limit: 1024 threads_per_core_limit: 2048 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: 4800000000000 l2_cache_size: 62914560 device_memory_size: 150754820096
 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 } device_description_str: "NVIDIA H200"
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }
+device_description_str: "NVIDIA H200"
 """
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> Path:
-    """Where ptxas leaves what it says of each Mosaic kernel. Said before the plugin is loaded,
-    which reads it once.
+    """Makes the directory where ptxas leaves its report of each Mosaic kernel.
+
+    It is set before the plugin is loaded, which reads it once.
     """
     directory = tmp_path_factory.mktemp("ptxas")
     os.environ |= {
@@ -74,9 +89,8 @@ def h200(reports) -> Iterator[Mesh]:
     devices = topologies.get_topology_desc(
         platform="cuda", topology_name="h200", topology="1x1x1", target_config=H200
     ).devices
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # what is found there comes without a report
+    # What is found in the cache comes without a report.
+    jax.config.update("jax_enable_compilation_cache", False)
     yield Mesh(
         np.array(devices[:1]).reshape(1, 1, 1, 1),
         MESH_AXES,
@@ -85,22 +99,12 @@ def h200(reports) -> Iterator[Mesh]:
     jax.config.update("jax_enable_compilation_cache", True)
 
 
-def compiled(mesh: Mesh, function, *shapes):
-    """For that device; `shapes`: (shape, dtype) of each argument."""
-    arguments = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
-        for shape, dtype in shapes
-    ]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).lower(*arguments).compile()
-
-
-def arrays_of(program) -> dict[str, int]:
-    """Bytes of every array in it, those inside fusions too, by how it is written:
-    "bf16[1,16,4096,192]".
+def bytes_of_arrays(program: jax.stages.Compiled) -> dict[str, int]:
+    """Returns the bytes of every array in a program, those inside fusions too, by how it is
+    written: "bf16[1,16,4096,192]".
     """
     size = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-    found = re.findall(rf"\b(({'|'.join(size)})\[([\d,]*)\])", program.as_text())
+    found = re.findall(rf"\b(({'|'.join(size)})\[([\d,]*)\])", text_of(program))
     return {
         whole: size[kind] * math.prod(int(one) for one in shape.split(",") if one)
         for whole, kind, shape in found
@@ -128,21 +132,25 @@ def test_sparse_attention_forward_and_backward(h200, reports, L, heads):
         ((1, L, words(L)), jnp.int32),
     )
     arrays = L * heads * (2 * H + 2 * V) * 2  # of one pass: q, k, v, out
-    assert program.memory_analysis().temp_size_in_bytes < arrays + 4 * L * L // 8, (
+    assert temporary_bytes(program) < arrays + 4 * L * L // 8, (
         "a few arrays of the inputs' size, and of L x L bits alone"
     )
-    assert not [array for array in arrays_of(program) if array.count(str(L)) > 1], (
+    assert not [array for array in bytes_of_arrays(program) if array.count(str(L)) > 1], (
         "none of L x L, however many its heads"
     )
 
-    said = {re.sub(r"_\d+$", "", file.stem): file.read_text() for file in reports.glob("*.ptxas")}
-    assert sorted(said) == ["sparse_attention", "sparse_attention_dkv", "sparse_attention_dq"]
-    spilled = {
-        name: int(re.search(r"(\d+) bytes spill stores", text)[1]) for name, text in said.items()
+    report_of = {
+        re.sub(r"_\d+$", "", file.stem): file.read_text() for file in reports.glob("*.ptxas")
     }
-    assert all("serialized" not in text for text in said.values()), (
+    assert sorted(report_of) == ["sparse_attention", "sparse_attention_dkv", "sparse_attention_dq"]
+    assert all("serialized" not in report for report in report_of.values()), (
         "a product waits for the one before it"
     )
+    spilled = {}
+    for name, report in report_of.items():
+        found = re.search(r"(\d+) bytes spill stores", report)
+        assert found, report
+        spilled[name] = int(found[1])
     assert spilled["sparse_attention"] == spilled["sparse_attention_dq"] == 0
     assert spilled["sparse_attention_dkv"] < 300, (
         "of scalars: 160 of its 240 registers hold dk and dv"
@@ -150,8 +158,8 @@ def test_sparse_attention_forward_and_backward(h200, reports, L, heads):
 
 
 def assert_no_sort(program):
-    """Neither XLA's own, nor NVIDIA's that it may take in its place."""
-    assert not re.search(r"\bsort\(|RadixSort|TopK", program.as_text())
+    """Asserts that there is neither XLA's own, nor NVIDIA's that it may take in its place."""
+    assert not re.search(r"\bsort\(|RadixSort|TopK", text_of(program))
 
 
 @pytest.mark.parametrize("L", [4_096, 131_072])
@@ -165,14 +173,14 @@ def test_selection(h200, L):
     ]
     program = compiled(h200, lambda *inputs: KERNELS["gpu"].select(*inputs, TOPK), *shapes)
     assert_no_sort(program)
-    assert program.memory_analysis().temp_size_in_bytes < 2 * L * I * C * 2 + 3 * CHUNK_BYTES, (
+    assert temporary_bytes(program) < 2 * L * I * C * 2 + 3 * CHUNK_BYTES, (
         "a chunk's products of every head, not all queries'"
     )
 
 
 def test_the_sparse_stage_over_128k(h200):
-    """Selection, attention of 16 heads and the loss, forward and backward. The largest arrays are
-    the set, and the indexer's queries in float32.
+    """It has selection, attention of 16 heads and the loss, forward and backward. The largest
+    arrays are the bitmask, and the indexer's queries in float32.
     """
     L, heads = 131_072, 16
 
@@ -196,23 +204,20 @@ def test_the_sparse_stage_over_128k(h200):
         ((1, L, C), BF16),
         ((1, L), jnp.int32),
     )
-    arrays, bits, index_q = arrays_of(program), 4 * L * words(L), 4 * L * I * C
+    arrays, bits, index_q = bytes_of_arrays(program), 4 * L * words(L), 4 * L * I * C
     assert not [array for array in arrays if array.count(str(L)) > 1]
     assert max(arrays.values()) <= max(bits, index_q)
-    assert program.memory_analysis().temp_size_in_bytes < L * L, (
+    assert temporary_bytes(program) < L * L, (
         "all together less than an array of L x L would have in bytes"
     )
 
 
 def test_a_decode_step_neither_sorts_nor_copies_the_cache(h200):
-    """Two layers of V3.2, rows of 128K slots."""
-    program, cache = decode_step_of(h200, v32(layers=2), rows=2, slots=131_072)
+    """It has two layers of V3.2, and rows of 128K slots."""
+    program, cache = compile_decode_step(h200, v32_without_experts(layers=2), rows=2, slots=131_072)
     assert cache.layers[0].attention.latent_BSR.shape == (2, 131_072, 576), (
         "rows: the kernels are a TPU's"
     )
     assert_no_sort(program)
-    memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers)
-    ), "each is written in place"
-    assert memory.temp_size_in_bytes < 2 * 131_072 * 576 * 2, "no copy of one"
+    assert_cache_is_written_in_place(program, cache)
+    assert temporary_bytes(program) < 2 * 131_072 * 576 * 2, "no copy of one"
