@@ -1,4 +1,4 @@
-"""The checkpoints: what each case's config.json says, and how its weights are drawn."""
+"""The cases: the config.json of each checkpoint, and how its weights are drawn."""
 
 import re
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ NEW_TOKENS = 10
 
 @dataclass(frozen=True)
 class Case:
-    """`released`: `config` is config.json word for word, in the keys that the model's makers
-    released; otherwise `save_pretrained` writes config.json.
-    """
+    """A checkpoint that is made, and the tokens that it is run on."""
 
     config: dict[str, Any]
     length: int  # tokens a row
-    seed: int  # chosen so that no discrete choice hangs on rounding (margins.py)
+    seed: int  # such that no discrete choice hangs on rounding (margins.py)
+    # `config` is config.json word for word, in the keys that the model's makers released; otherwise
+    # `save_pretrained` writes config.json.
     released: bool = False
     dtype: torch.dtype = torch.float32
     fp8: bool = False
@@ -293,12 +293,8 @@ CASES = {
 RULES = [
     (r"lm_head", 0.0, 3.0, True),
     (r"embed_tokens", 0.0, 1.0, False),
-    (
-        r"e_score_correction_bias",
-        -0.35,
-        0.35,
-        False,
-    ),  # of both signs; negative enough for a score with it to fall below the 0 of a careless mask
+    # Of both signs, and negative enough for a score with it to fall below the 0 of a careless mask.
+    (r"e_score_correction_bias", -0.35, 0.35, False),
     (r"indexer\.k_norm\.bias", 0.0, 0.5, False),
     (r"A_log", -1.0, 0.7, False),
     (r"dt_bias", 0.0, 1.0, False),
@@ -349,7 +345,7 @@ def draw(model: torch.nn.Module, seed: int) -> None:
 
 
 def prompts(case: Case) -> torch.Tensor:
-    """[B, T] token ids."""
+    """Returns the token ids [B, T] that a case is run on."""
     return torch.randint(
         case.config["vocab_size"],
         (ROWS, case.length),

@@ -15,13 +15,12 @@ from transformers.modeling_layers import MtpLayer
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
-QUANTISED = re.compile(
-    r"(self_attn\.\w*_proj(_with_mqa)?|mlp\..*(gate|up|down)_proj)\.weight"
-)  # not the router, whose name is mlp.gate
+# The router is not among them: its name is mlp.gate.
+QUANTISED = re.compile(r"(self_attn\.\w*_proj(_with_mqa)?|mlp\..*(gate|up|down)_proj)\.weight")
 
 
 def empty(case: Case) -> PreTrainedModel:
-    """A model of the case's configuration, float32, every operation the plain one."""
+    """Makes a model of the case's configuration in float32, every operation the plain one."""
     if case.released:
         with tempfile.TemporaryDirectory() as directory:
             write_config(
@@ -37,8 +36,9 @@ def empty(case: Case) -> PreTrainedModel:
 
 
 def load(directory: Path) -> PreTrainedModel:
-    """The checkpoint as transformers reads it, in float32; float8 weights are dequantised here
-    first, in a copy (transformers would want a GPU).
+    """Reads the checkpoint as transformers does, in float32.
+
+    Float8 weights are dequantised here first, in a copy (transformers would want a GPU).
     """
     config = json.loads((directory / "config.json").read_text())
     with tempfile.TemporaryDirectory() as copy:
@@ -55,7 +55,7 @@ def load(directory: Path) -> PreTrainedModel:
 
 
 def saved(model: PreTrainedModel) -> tuple[dict, dict[str, torch.Tensor]]:
-    """config.json and the tensors, as `save_pretrained` writes them."""
+    """Returns config.json and the tensors, as `save_pretrained` writes them."""
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         return json.loads(Path(directory, "config.json").read_text()), load_file(
@@ -64,8 +64,10 @@ def saved(model: PreTrainedModel) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def unfused(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A parameter's names on disk: in memory transformers holds all experts' matrices in one
-    tensor, gate [E, F, D] and up [E, F, D] joined on F.
+    """Yields the tensors that a parameter is on disk, by name.
+
+    In memory transformers has all experts' matrices in one tensor, gate [E, F, D] and up [E, F, D]
+    joined on F.
     """
     stem, fused, matrix = name.partition(".experts.")
     if not fused:
@@ -78,31 +80,33 @@ def unfused(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor
 
 
 def mtp_layer(model: PreTrainedModel) -> MtpLayer:
-    """An MTP module for `model`: a decoder layer of its class, with experts, full attention, and an
-    indexer if the model has one.
+    """Makes an MTP module for `model`.
+
+    It is a decoder layer of the model's class, with experts, full attention, and an indexer if the
+    model has one.
     """
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = 1
-    for field, kinds in (
+    layer_types = getattr(model.config, "layer_types", None)
+    for field, value in (
         ("first_k_dense_replace", 0),
         ("mlp_only_layers", []),
         ("mlp_layer_types", ["sparse"]),
-        (
-            "layer_types",
-            [model.config.layer_types[-1]] if getattr(model.config, "layer_types", None) else None,
-        ),
+        ("layer_types", layer_types[-1:] if layer_types else None),
     ):
         if hasattr(config, field):
-            setattr(config, field, kinds)
+            setattr(config, field, value)
     return MtpLayer(config, type(model.model.layers[-1]), type(model.model.norm), 0).eval()
 
 
 def mtp_tensors(
     layer: MtpLayer, main: dict[str, torch.Tensor], layers: int
 ) -> dict[str, torch.Tensor]:
-    """The module as it is released. DeepSeek-V3's: a decoder layer beyond the last, with the
-    projection, its norms, and copies of embedding and head. Qwen3-Next's: tensors of the prefix
-    `mtp` (transformers drops them; names as in vLLM, which runs them).
+    """Returns the tensors of an MTP module as they are released.
+
+    DeepSeek-V3's are a decoder layer beyond the last, with the projection, its norms, and copies of
+    embedding and head. Qwen3-Next's have the prefix `mtp` (transformers drops them; names as in
+    vLLM, which runs them).
     """
     own = {
         name: part
@@ -110,19 +114,17 @@ def mtp_tensors(
         for name, part in unfused(disk, tensor)
     }
     if layer.config.model_type == "qwen3_next":
-        ends = {
+        renamed = {
             "enorm": "pre_fc_norm_embedding",
             "hnorm": "pre_fc_norm_hidden",
             "eh_proj": "fc",
             "post_norm": "norm",
         }
-        return {
-            "mtp."
-            + ".".join(
-                ends.get(part, part) for part in name.replace("mtp_block.", "layers.0.").split(".")
-            ): own[name]
-            for name in own
-        }
+        found = {}
+        for name, tensor in own.items():
+            parts = name.replace("mtp_block.", "layers.0.").split(".")
+            found[".".join(["mtp", *(renamed.get(part, part) for part in parts)])] = tensor
+        return found
     own = {
         name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm."): part
         for name, part in own.items()
@@ -135,13 +137,15 @@ def mtp_tensors(
 
 
 def over_blocks(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A number a block [ceil(out/128), ceil(in/128)], repeated over its block: [out, in]."""
+    """Repeats the numbers of blocks, [ceil(out/128), ceil(in/128)], over them: [out, in]."""
     return scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: shape[0], : shape[1]]
 
 
 def quantise(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """Blocks of 128x128 in float8, each with the scale that takes its largest weight to float8's
-    largest. Blocks are first made of unlike sizes.
+    """Returns the tensors with matrices in float8, and the scales of their blocks of 128x128.
+
+    A block's scale takes its largest weight to float8's largest. Blocks are first made of unlike
+    sizes.
     """
     rng = torch.Generator().manual_seed(seed)
     quantised = {}
@@ -166,7 +170,7 @@ def quantise(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Ten
 
 
 def dequantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """float32 = float8 times its block's scale; what is not float8 as it is."""
+    """Multiplies float8 by its blocks' scales, in float32; other tensors stay as they are."""
     scales = {
         name.removesuffix("_scale_inv"): tensor
         for name, tensor in tensors.items()
@@ -180,12 +184,14 @@ def dequantise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_config(directory: Path, config: dict) -> None:
+    """Writes config.json."""
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write(directory: Path, config: dict, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
-    """config.json and model.safetensors, or that many shards of about one size, in the order of the
-    names, and their index.
+    """Writes config.json and the tensors, in the order of their names.
+
+    They go into model.safetensors, or into shards of about one size, and their index.
     """
     write_config(directory, config)
     size = {

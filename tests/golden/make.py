@@ -1,5 +1,6 @@
-"""Makes tiny random checkpoints and records what Hugging Face transformers computes from them:
-README.md beside this file.
+"""Makes tiny random checkpoints and records what Hugging Face transformers computes from them.
+
+README.md beside this file describes them.
 
 pip install torch transformers          in an environment of its own; CPU is enough
 python tests/golden/make.py [CASE ...]  all cases, or some of cases.py's
@@ -51,35 +52,38 @@ def build(case: Case, directory: Path) -> torch.Tensor:
 
 
 def drawn_mtp(case: Case, model: transformers.PreTrainedModel) -> MtpLayer:
+    """Makes a random MTP module for a model of the case."""
     layer = mtp_layer(model)
     draw(layer, case.seed + 1)
     return layer
 
 
 def load_mtp(case: Case, model: transformers.PreTrainedModel, directory: Path) -> MtpLayer | None:
-    """The MTP module. DeepSeek-V3's with the weights that transformers itself finds in the
-    checkpoint; of the other families transformers reads none, so it is drawn again.
+    """Returns the MTP module of a case, if it has one.
+
+    DeepSeek-V3's has the weights that transformers itself finds in the checkpoint. Transformers
+    reads no module of the other families, so that one is drawn again.
     """
     if not case.mtp:
         return None
-    return (
-        own_mtp(model, directory).layers[0]
-        if model.config.model_type == "deepseek_v3"
-        else drawn_mtp(case, model)
-    )
+    if model.config.model_type == "deepseek_v3":
+        return own_mtp(model, directory).layers[0]
+    return drawn_mtp(case, model)
 
 
 def own_mtp(model: transformers.PreTrainedModel, directory: Path) -> MtpModel:
+    """Reads DeepSeek-V3's MTP module as transformers does."""
     model.config.name_or_path = str(directory)
-    model._keys_to_ignore_on_load_unexpected = [
-        rf"model\.layers\.{model.config.num_hidden_layers}\."
-    ]  # the class knows of a 61st layer only
+    # The class knows of a 61st layer only.
+    layer = rf"model\.layers\.{model.config.num_hidden_layers}\."
+    model._keys_to_ignore_on_load_unexpected = [layer]
     return MtpModel.from_pretrained(model).eval()
 
 
 def check(case: Case, directory: Path, drawn: torch.Tensor) -> dict[str, float]:
-    """The files give the recorded values again, and a case is of use: nothing hangs on rounding,
-    every expert works. Raises AssertionError.
+    """Checks that the files give the recorded values again, and that the case is of use.
+
+    Of use means that nothing hangs on rounding and every expert works. Raises AssertionError.
     """
     recorded = np.load(directory / "golden.npz")
     ids = prompts(case)
@@ -92,24 +96,7 @@ def check(case: Case, directory: Path, drawn: torch.Tensor) -> dict[str, float]:
         assert np.array_equal(greedy(model, ids, cache=False)[0].numpy(), recorded["greedy"])
         mtp = load_mtp(case, model, directory)
         if mtp is not None:
-            assert (
-                np.abs(
-                    mtp_trace(model, mtp, again.normed, ids).logits.numpy() - recorded["mtp_logits"]
-                ).max()
-                <= 1e-5
-            )
-            early = ids.clone()
-            early[:, -1] = (early[:, -1] + 1) % case.config["vocab_size"]
-            changed = (
-                np.abs(
-                    mtp_trace(model, mtp, again.normed, early).logits.numpy()
-                    - recorded["mtp_logits"]
-                )
-                > 1e-5
-            )
-            assert not changed[:, :-1].any() and changed[:, -1].any(-1).all(), (
-                "the MTP module is not causal"
-            )
+            check_mtp(model, mtp, again.normed, ids, recorded["mtp_logits"])
             if model.config.model_type == "deepseek_v3":
                 whole, positions = own_mtp(model, directory), torch.arange(1, ids.shape[1])[None]
                 out = whole.forward_layer(
@@ -119,10 +106,8 @@ def check(case: Case, directory: Path, drawn: torch.Tensor) -> dict[str, float]:
                     MtpCache(config=whole.config),
                     input_ids=ids[:, 1:],
                 )
-                assert (
-                    np.abs(whole._project_to_logits(out).numpy() - recorded["mtp_logits"]).max()
-                    <= 1e-5
-                )
+                found = whole._project_to_logits(out).numpy()
+                assert np.abs(found - recorded["mtp_logits"]).max() <= 1e-5
     tensors = {
         name: tensor
         for file in directory.glob("*.safetensors")
@@ -144,8 +129,24 @@ def check(case: Case, directory: Path, drawn: torch.Tensor) -> dict[str, float]:
     return gaps | facts
 
 
+def check_mtp(
+    model: transformers.PreTrainedModel,
+    mtp: MtpLayer,
+    normed: torch.Tensor,
+    ids: torch.Tensor,
+    recorded: np.ndarray,
+) -> None:
+    """Checks that an MTP module gives the recorded logits, and that it is causal."""
+    found = mtp_trace(model, mtp, normed, ids).logits.numpy()
+    assert np.abs(found - recorded).max() <= 1e-5
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % model.config.vocab_size
+    changed = np.abs(mtp_trace(model, mtp, normed, other).logits.numpy() - recorded) > 1e-5
+    assert not changed[:, :-1].any() and changed[:, -1].any(-1).all(), "the module is not causal"
+
+
 def make(name: str) -> None:
-    """One case, into a temporary directory and from there into place."""
+    """Makes one case in a temporary directory, and moves it into place."""
     case = CASES[name]
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary, name)
@@ -167,6 +168,7 @@ def make(name: str) -> None:
 
 
 def main() -> None:
+    """Makes the cases that the command line names, or all."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     transformers.logging.set_verbosity_error()

@@ -1,5 +1,6 @@
-"""How far each discrete choice is from going the other way, and whether the checkpoint tells the
-right rule from the likely wrong ones.
+"""How far each discrete choice is from going the other way.
+
+And whether a checkpoint tells the right rule from the likely wrong ones.
 """
 
 import copy
@@ -18,31 +19,32 @@ GROUP_SCORE = {
 
 
 def gap(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th largest less the next."""
+    """Returns the k-th largest score less the next."""
     best = scores.topk(k + 1).values
     return best[..., k - 1] - best[..., k]
 
 
 def expert_scores(router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    """[N, E], what experts are chosen by, before groups. A softmax's order is its logits'."""
-    return (
-        logits.sigmoid() + router.e_score_correction_bias
-        if hasattr(router, "e_score_correction_bias")
-        else logits
-    )
+    """Returns the scores [N, E] that experts are chosen by, before groups.
+
+    A softmax has the order of its logits.
+    """
+    if hasattr(router, "e_score_correction_bias"):
+        return logits.sigmoid() + router.e_score_correction_bias
+    return logits
 
 
 def group_scores(
     router: torch.nn.Module, scores: torch.Tensor, rule: str = "best two"
 ) -> torch.Tensor:
-    """[N, G]; of one group where the model has none."""
+    """Returns the scores of groups [N, G], of one group where the model has none."""
     return GROUP_SCORE[rule](scores.unflatten(-1, (getattr(router, "num_group", 1), -1)))
 
 
 def in_best_groups(
     router: torch.nn.Module, scores: torch.Tensor, rule: str = "best two", fill: float = -torch.inf
 ) -> torch.Tensor:
-    """`scores` with those of the losing groups' experts at `fill`."""
+    """Returns `scores` with those of the losing groups' experts at `fill`."""
     ranks = group_scores(router, scores, rule).argsort(descending=True).argsort()
     lost = (ranks >= getattr(router, "topk_group", 1)).repeat_interleave(
         scores.shape[-1] // ranks.shape[-1], -1
@@ -51,8 +53,9 @@ def in_best_groups(
 
 
 def wrong_rules(seen: Trace, routers: dict[int, torch.nn.Module]) -> dict[str, float]:
-    """The share of tokens whose set of experts each mistake would change, in a model with
-    groups.
+    """Returns the share of tokens whose set of experts each mistake would change.
+
+    Only models with groups of experts have such mistakes.
     """
     changed = {}
     for number, (logits, _, experts) in seen.routers.items():
@@ -78,7 +81,7 @@ def wrong_rules(seen: Trace, routers: dict[int, torch.nn.Module]) -> dict[str, f
 
 
 def route_gaps(router: torch.nn.Module, outputs: tuple) -> dict[str, float]:
-    """The smallest gap between the last expert chosen and the first not, and the same of groups."""
+    """Returns the smallest gap between the last expert chosen and the first not; so for groups."""
     logits, _, experts = outputs
     scores = expert_scores(router, logits)
     gaps = {"expert": gap(in_best_groups(router, scores), experts.shape[-1]).min().item()}
@@ -88,6 +91,7 @@ def route_gaps(router: torch.nn.Module, outputs: tuple) -> dict[str, float]:
 
 
 def routers_of(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
+    """Returns the router of each layer that has one."""
     return {
         number: layer.mlp.gate
         for number, layer in enumerate(model.model.layers)
@@ -97,7 +101,7 @@ def routers_of(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
 
 @torch.no_grad()
 def margins(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpLayer | None) -> dict[str, float]:
-    """Smallest gaps over `ids` and the tokens generated after them."""
+    """Returns the smallest gaps over `ids` and the tokens generated after them."""
     new, scores = greedy(model, ids)
     everything = torch.cat([ids, new], 1)
     seen, routers = trace(model, everything), routers_of(model)
@@ -123,8 +127,10 @@ def margins(model: PreTrainedModel, ids: torch.Tensor, mtp: MtpLayer | None) -> 
 
 @torch.no_grad()
 def character(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
-    """What makes the case worth comparing with, and its noise: how far logits, and the scores that
-    choices are made by, move with a rounding of each weight.
+    """Returns what makes the case worth comparing with, and its noise.
+
+    Noise is how far logits, and the scores that choices are made by, move with a rounding of each
+    weight.
     """
     moved, rng = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for weight in moved.parameters():
@@ -135,16 +141,12 @@ def character(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
         for n, outputs in seen.routers.items()
     ]
     noise += [(scores - other.indexers[n][0]).tril() for n, (scores, _) in seen.indexers.items()]
-    return {
+    best = torch.stack([weights.amax(-1).mean() for weights in seen.attention])
+    facts = {
         "logits std": seen.logits.std().item(),
-        "best attention": torch.stack([weights.amax(-1).mean() for weights in seen.attention])
-        .mean()
-        .item(),
+        "best attention": best.mean().item(),
         "noise": (other.logits - seen.logits).abs().max().item(),
-        **(
-            {"choice noise": max(difference.abs().max().item() for difference in noise)}
-            if noise
-            else {}
-        ),
-        **wrong_rules(seen, routers),
     }
+    if noise:
+        facts["choice noise"] = max(difference.abs().max().item() for difference in noise)
+    return facts | wrong_rules(seen, routers)

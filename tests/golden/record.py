@@ -1,7 +1,9 @@
-"""What the public implementation computes from a checkpoint: forward hooks, and the arrays of
-golden.npz.
+"""What the public implementation computes from a checkpoint.
+
+Forward hooks see it, and golden.npz has it as arrays.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,29 +20,25 @@ PADDED = 11
 
 @dataclass
 class Trace:
-    """One forward pass over [B, T] tokens; the dictionaries hold the layers that have such a
-    module.
-    """
+    """One forward pass over [B, T] tokens; the dictionaries have the layers with such a module."""
 
     logits: torch.Tensor = None  # [B, T, V]
     normed: torch.Tensor = None  # [B, T, D] after the final norm
-    attention: list[torch.Tensor] = field(
-        default_factory=list
-    )  # [B, N, T, T] for each layer with softmax attention
+    # [B, N, T, T] for each layer with softmax attention
+    attention: list[torch.Tensor] = field(default_factory=list)
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # [B, T, D] leaving the layer
-    routers: dict[int, tuple] = field(
-        default_factory=dict
-    )  # logits [BT, E], gates [BT, K], experts [BT, K]
-    indexers: dict[int, tuple] = field(
-        default_factory=dict
-    )  # scores [B, T, T], chosen positions [B, T, k], some of them not causal where t < k
+    # logits [BT, E], gates [BT, K], experts [BT, K]
+    routers: dict[int, tuple] = field(default_factory=dict)
+    # scores [B, T, T], chosen positions [B, T, k], some of them not causal where t < k
+    indexers: dict[int, tuple] = field(default_factory=dict)
 
 
 def index_scores(
     indexer: torch.nn.Module, x: torch.Tensor, q_latent: torch.Tensor, rope: tuple
 ) -> torch.Tensor:
-    """The indexer's scores [B, T, S], which its forward keeps to itself. Its own projections;
-    `trace` checks the choices.
+    """Returns the indexer's scores [B, T, S], which its forward does not return.
+
+    The projections are its own; `trace` checks the choices.
     """
     rotated = indexer.qk_rope_head_dim
     q_BTHD = indexer.wq_b(q_latent).unflatten(-1, (indexer.n_heads, indexer.head_dim))
@@ -50,51 +48,30 @@ def index_scores(
     )
     q_BTHD = torch.cat([q_rope, q_BTHD[..., rotated:]], -1)
     k_BSD = torch.cat([k_rope[:, :, 0], k_BSD[..., rotated:]], -1)
-    return (
-        torch.einsum(
-            "bth,bths->bts",
-            indexer.weights_proj(x),
-            torch.einsum("bthd,bsd->bths", q_BTHD, k_BSD).relu(),
-        )
-        / (indexer.n_heads * indexer.head_dim) ** 0.5
-    )
+    dot_BTHS = torch.einsum("bthd,bsd->bths", q_BTHD, k_BSD).relu()
+    scores_BTS = torch.einsum("bth,bths->bts", indexer.weights_proj(x), dot_BTHS)
+    return scores_BTS / (indexer.n_heads * indexer.head_dim) ** 0.5
 
 
 def trace(model: PreTrainedModel, ids: torch.Tensor) -> Trace:
-    """`model` over `ids`, without a cache; with gradients unless the caller has switched them
-    off.
+    """Runs `model` over `ids` without a cache.
+
+    Gradients are computed unless the caller has switched them off.
     """
     seen, hooks = Trace(), []
     for number, layer in enumerate(model.model.layers):
-        hooks.append(
-            layer.register_forward_hook(
-                lambda _, inputs, out, n=number: seen.hidden.__setitem__(n, out)
-            )
-        )
+        hooks.append(layer.register_forward_hook(keeper(seen.hidden, number)))
         if hasattr(layer.mlp, "gate"):
-            hooks.append(
-                layer.mlp.gate.register_forward_hook(
-                    lambda _, inputs, out, n=number: seen.routers.__setitem__(n, out)
-                )
-            )
+            hooks.append(layer.mlp.gate.register_forward_hook(keeper(seen.routers, number)))
         if indexer := getattr(getattr(layer, "self_attn", None), "indexer", None):
-            hooks.append(
-                indexer.register_forward_hook(
-                    lambda module, inputs, out, n=number: seen.indexers.__setitem__(
-                        n, (index_scores(module, *inputs[:3]), out)
-                    )
-                )
-            )
-    hooks.append(
-        model.model.norm.register_forward_hook(lambda _, inputs, out: setattr(seen, "normed", out))
-    )
+            hooks.append(indexer.register_forward_hook(indexer_keeper(seen.indexers, number)))
+    normed = {}
+    hooks.append(model.model.norm.register_forward_hook(keeper(normed, 0)))
     out = model(ids, attention_mask=torch.ones_like(ids), use_cache=False, output_attentions=True)
     for hook in hooks:
         hook.remove()
-    seen.logits, seen.attention = (
-        out.logits,
-        [weights for weights in out.attentions if weights is not None],
-    )
+    seen.logits, seen.normed = out.logits, normed[0]
+    seen.attention = [weights for weights in out.attentions if weights is not None]
     for scores, chosen in seen.indexers.values():
         causal = scores.masked_fill(
             torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf
@@ -105,8 +82,26 @@ def trace(model: PreTrainedModel, ids: torch.Tensor) -> Trace:
     return seen
 
 
+def keeper(kept: dict, number: int) -> Callable:
+    """Returns a forward hook that keeps what a module gives out as kept[number]."""
+
+    def hook(module, inputs, out):
+        kept[number] = out
+
+    return hook
+
+
+def indexer_keeper(kept: dict, number: int) -> Callable:
+    """Returns a forward hook that keeps an indexer's scores and choices as kept[number]."""
+
+    def hook(module, inputs, out):
+        kept[number] = index_scores(module, *inputs[:3]), out
+
+    return hook
+
+
 def set_of(indices: torch.Tensor) -> torch.Tensor:
-    """[..., T, k] positions -> the causal ones, sorted, then -1."""
+    """Returns the causal ones of positions [..., T, k], sorted, then -1."""
     limit = torch.arange(indices.shape[-2])[:, None]
     allowed = (
         torch.where(indices <= limit, indices, torch.iinfo(torch.int32).max)
@@ -120,23 +115,14 @@ def set_of(indices: torch.Tensor) -> torch.Tensor:
 def mtp_trace(
     model: PreTrainedModel, layer: MtpLayer, normed: torch.Tensor, ids: torch.Tensor
 ) -> Trace:
-    """The module over T-1 positions: t has seen tokens 0..t+1 and predicts t+2. Positions count
-    from 1, as transformers' own.
+    """Runs the module over T-1 positions: t has seen tokens 0..t+1 and predicts t+2.
+
+    Positions count from 1, as transformers' own.
     """
     seen, block = Trace(), layer.mtp_block
-    hooks = [
-        block.mlp.gate.register_forward_hook(
-            lambda _, inputs, out: seen.routers.__setitem__(0, out)
-        )
-    ]
+    hooks = [block.mlp.gate.register_forward_hook(keeper(seen.routers, 0))]
     if indexer := getattr(block.self_attn, "indexer", None):
-        hooks.append(
-            indexer.register_forward_hook(
-                lambda module, inputs, out: seen.indexers.__setitem__(
-                    0, (index_scores(module, *inputs[:3]), out)
-                )
-            )
-        )
+        hooks.append(indexer.register_forward_hook(indexer_keeper(seen.indexers, 0)))
     embedded = model.model.embed_tokens(ids[:, 1:])
     positions = torch.arange(1, ids.shape[1])[None]
     later = torch.full(
@@ -160,7 +146,7 @@ def mtp_trace(
 def greedy(
     model: PreTrainedModel, ids: torch.Tensor, cache: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that follow `ids` [B, N], and the scores they were the largest of [B, N, V]."""
+    """Returns the tokens that follow `ids` [B, N], and the scores [B, N, V] they are best of."""
     model.generation_config.eos_token_id = None
     out = model.generate(
         ids,
@@ -175,7 +161,7 @@ def greedy(
 
 
 def gradient_norms(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, float]:
-    """The norm of the loss's gradient for each tensor on disk that has one."""
+    """Returns the norm of the loss's gradient for each tensor on disk that has one."""
     model.zero_grad(set_to_none=True)
     loss.backward()
     gradients = {
@@ -190,7 +176,7 @@ def gradient_norms(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, floa
 def golden(
     model: PreTrainedModel, ids: torch.Tensor, mtp: MtpLayer | None
 ) -> dict[str, np.ndarray]:
-    """The arrays of golden.npz."""
+    """Returns the arrays of golden.npz."""
     seen = trace(model, ids)
     loss = F.cross_entropy(seen.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     norms = gradient_norms(model, loss)
