@@ -12,17 +12,19 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from bench.workload import print_result, random_tokens, seconds, workload
 from experiment.command_line import command
 from experiment.schema import Config
 from model.sharding import make_mesh
+from model.transformer import boxed_shapes
 from rl.algorithms import get_algorithm
 from rl.objective import policy_objective
 from rl.rollout import policy_batch
 from rl.sampler import sample
 from train.optimizer import make_optimizer
-from train.state import TrainState, fresh_state
+from train.state import fresh_state
 from train.step import make_step
 
 
@@ -32,8 +34,10 @@ class Steps:
     The reward of a completion is the mean of its token ids over the size of the vocabulary.
     """
 
-    def __init__(self, config: Config, state: TrainState):
-        self.config, self.state = config, state
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config = config
+        optimizer = make_optimizer(config.train, boxed_shapes(config.model)["params"])
+        self.state = fresh_state(config.model, optimizer, mesh, jax.random.key(0))
         self.sample_seconds: list[float] = []
         self.update_seconds: list[float] = []
         reinforce, sampling = config.reinforce, config.sampling
@@ -46,7 +50,7 @@ class Steps:
             functools.partial(sample, config.model, sampling, (), 0, group=reinforce.group_size)
         )
         objective = policy_objective(config.model, config.train, self.algorithm, 1.0)
-        step = make_step(config.model, config.train, objective, make_optimizer(config.train))
+        step = make_step(config.model, config.train, objective, optimizer)
         self._step = jax.jit(step, donate_argnums=0)
         prompts = reinforce.prompts_per_step
         self._segments = jnp.ones((prompts, sampling.max_prompt_tokens), jnp.int32)
@@ -82,8 +86,7 @@ def main() -> None:
     config = workload("sampling.max_new_tokens=64", "train.mtp_weight=0.0")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.train)
-        steps = Steps(config, fresh_state(config.model, optimizer, mesh, jax.random.key(0)))
+        steps = Steps(config, mesh)
         times = seconds(steps.take)
     completions = config.reinforce.prompts_per_step * config.reinforce.group_size
     print_result(

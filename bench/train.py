@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bench.workload import print_result, random_tokens, seconds, workload
 from experiment.command_line import command
 from model.sharding import make_mesh
+from model.transformer import boxed_shapes
 from train.objective import language_objective
 from train.optimizer import make_optimizer
 from train.state import fresh_state
@@ -21,7 +22,7 @@ def main() -> None:
     """Trains on random tokens and prints the speed."""
     config = workload()
     model, train = config.model, config.train
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(train, boxed_shapes(model)["params"])
     mesh = make_mesh(config.mesh)
     B, T = config.data.batch_size, config.data.seq_len
     with jax.set_mesh(mesh):

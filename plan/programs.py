@@ -18,6 +18,7 @@ from data.config import DataConfig, TokenizerConfig
 from errors import UserError
 from model.config import ModelConfig
 from model.sharding import batch_sharding, batch_shards, replicated
+from model.transformer import boxed_shapes
 from plan.flops import rollout_formula, train_formula
 from rl.algorithms import get_algorithm
 from rl.config import ReinforceConfig, SamplingConfig
@@ -78,7 +79,7 @@ def train_program(model: ModelConfig, train: TrainConfig, data: DataConfig, mesh
     """
     rows = data.batch_size // train.microbatches
     _require_divisible("data.batch_size / train.microbatches", rows, mesh)
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(train, boxed_shapes(model)["params"])
     state = abstract_state(model, optimizer, mesh)
     objective = language_objective(model, train)
     step = jit_step(make_step(model, train, objective, optimizer), state, mesh)
@@ -110,7 +111,7 @@ def rollout_program(
     """
     prompts = reinforce.prompts_per_step
     _require_divisible("reinforce.prompts_per_step", prompts, mesh)
-    state = abstract_state(model, make_optimizer(train), mesh)
+    state = abstract_state(model, make_optimizer(train, boxed_shapes(model)["params"]), mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     tokens = jax.ShapeDtypeStruct(
         (prompts, sampling.max_prompt_tokens), jnp.int32, sharding=batch_sharding(mesh)

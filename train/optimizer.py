@@ -1,76 +1,112 @@
 """The optimizers and their schedule, by optax; what is trained, and what decays."""
 
+import itertools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from errors import UserError
+from model.sharding import Named, is_named
 from train.config import TrainConfig
 
-# Parameters that no matrix multiplies.
-PER_CHANNEL = (
-    "scale",
-    "bias",
-    "taps",
-    "query_taps",
-    "key_taps",
-    "value_taps",
-    "decay_rate",
-    "decay_bias",
-)
 MUON_MOMENTUM = 0.95
 # Five times the same coefficients (optax's own): given a row a step, optax scans over the steps;
 # given one row it unrolls them for every matrix, and the quickstart's step takes a sixth longer to
 # compile.
 NEWTON_SCHULZ = ((3.4445, -4.775, 2.0315),) * 5
-# root mean square of an update at learning rate 1: about that of AdamW's (arXiv 2502.16982, section
-# 2.2), so one rate serves both
+# The root mean square of an update at learning rate 1: about that of AdamW's (arXiv 2502.16982,
+# section 2.2), so one rate serves both.
 MUON_RMS = 0.2
 
 
+def make_optimizer(config: TrainConfig, parameters: Any) -> optax.GradientTransformation:
+    """Builds AdamW, or Muon for matrices and AdamW for the rest.
+
+    AdamW is arXiv 1711.05101. Muon's updates are as large as AdamW's (arXiv 2502.16982, section
+    2.2). Frozen parameters have no moments and do not count in the gradient's norm.
+
+    Args:
+      parameters: the tree of parameters in their boxes (`model.transformer.boxed_shapes`), which
+        say how each is used: what decays, and what is a matrix over which axes.
+    """
+    boxes = {
+        path_of(path): box
+        for path, box in jax.tree_util.tree_leaves_with_path(parameters, is_leaf=is_named)
+    }
+
+    def for_each(choose: Callable[[Named], Any]) -> Callable[[Any], Any]:
+        """Returns a function of a tree of some of the parameters: `choose` of the box of each."""
+        return lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: choose(boxes[path_of(path)]), params
+        )
+
+    rate, decay = schedule(config), config.weight_decay
+    method = optax.adamw(
+        rate, b1=config.beta1, b2=config.beta2, weight_decay=decay, mask=for_each(decays)
+    )
+    if config.optimizer == "muon":
+        orthogonal = muon(
+            rate,
+            NEWTON_SCHULZ,
+            beta=MUON_MOMENTUM,
+            consistent_rms=MUON_RMS,
+            weight_decay=decay,
+            muon_weight_dimension_numbers=for_each(matrix_axes),
+        )
+        method = optax.transforms.partition(
+            {True: orthogonal, False: method}, for_each(is_hidden_matrix)
+        )
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.transforms.partition(
+        {True: optax.chain(clip, method), False: optax.set_to_zero()},
+        lambda params: trainable(config, params),
+    )
+
+
 def schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, constant, cosine, constant: the shape of DeepSeek-V3's (arXiv 2412.19437,
-    section 4.2).
+    """Builds the learning rate: linear warm-up, constant, cosine, constant.
+
+    That is the shape of DeepSeek-V3's (arXiv 2412.19437, section 4.2).
     """
     peak = config.learning_rate
     cosine_steps = config.cosine_steps
     if cosine_steps == -1:
         cosine_steps = max(config.steps - config.warmup_steps - config.constant_steps, 0)
-    pieces = [
+    cosine = optax.cosine_decay_schedule(peak, max(cosine_steps, 1), alpha=config.final_ratio)
+    parts = [
         (optax.linear_schedule(0.0, peak, config.warmup_steps), config.warmup_steps),
         (optax.constant_schedule(peak), config.constant_steps),
-        (
-            optax.cosine_decay_schedule(peak, max(cosine_steps, 1), alpha=config.final_ratio),
-            cosine_steps,
-        ),
+        (cosine, cosine_steps),
     ]
-    end = config.final_ratio * peak if cosine_steps else peak
-    pieces = [(piece, steps) for piece, steps in pieces if steps] + [
-        (optax.constant_schedule(end), None)
-    ]
-    boundaries, at = [], 0
-    for _, steps in pieces[:-1]:
-        at += steps
-        boundaries.append(at)
+    parts = [(part, steps) for part, steps in parts if steps]
+    end = optax.constant_schedule(config.final_ratio * peak if cosine_steps else peak)
+    boundaries = list(itertools.accumulate(steps for _, steps in parts))
+    joined = optax.join_schedules([*(part for part, _ in parts), end], boundaries)
     # A step that starts at 0 would be wasted at learning rate 0: the schedule is read one step on.
-    joined = optax.join_schedules([piece for piece, _ in pieces], boundaries)
     return lambda count: joined(count + 1) if config.warmup_steps else joined(count)
 
 
-def path_of(path) -> str:
+def path_of(path: Any) -> str:
+    """Returns the path of a leaf as in checkpoints: "layers_0/block_0/attention/out"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def trainable(config: TrainConfig, params) -> dict:
-    """A tree of bools. What no loss reaches is frozen, so that decay cannot wear it away: the
-    indexer in stage "dense" or without its loss, all else in stage "warmup", the MTP modules
-    without theirs.
+def trainable(config: TrainConfig, params: Any) -> dict:
+    """Returns a tree of bools, which parameters learn.
+
+    What no loss reaches is frozen, so that decay cannot wear it away: the indexer in stage "dense"
+    or without its loss, all else in stage "warmup", the MTP modules without theirs.
+
+    Raises:
+      UserError: nothing learns.
     """
     pattern = re.compile(config.trainable)
 
-    def one(path, _):
+    def learns(path: Any, _: Any) -> bool:
         name = path_of(path)
         if "indexer" in name.split("/"):
             reached = config.stage != "dense" and config.indexer_weight > 0
@@ -79,74 +115,38 @@ def trainable(config: TrainConfig, params) -> dict:
         used = config.mtp_weight > 0 or not name.startswith("mtp_")
         return reached and used and pattern.search(name) is not None
 
-    mask = jax.tree_util.tree_map_with_path(one, params)
+    mask = jax.tree_util.tree_map_with_path(learns, params)
     if not any(jax.tree.leaves(mask)):
-        indexer = (
-            " (this stage trains the indexer alone: model.indexer.n_heads must not be 0)"
-            if config.stage == "warmup"
-            else ""
-        )
+        indexer = ""
+        if config.stage == "warmup":
+            indexer = " (it trains the indexer alone: model.indexer.n_heads must not be 0)"
         raise UserError(
-            f"train.trainable = {config.trainable!r}: matches no parameter that stage {config.stage!r} trains{indexer}"
+            f"train.trainable = {config.trainable!r}: matches no parameter that "
+            f"stage {config.stage!r} trains{indexer}"
         )
     return mask
 
 
-def decays(params) -> dict:
-    """Weight decay falls on matrices, not on the scales and biases of norms, the taps of a
-    convolution or the rates of a decay.
+def decays(box: Named) -> bool:
+    """Returns whether weight decay falls on a parameter.
+
+    It falls on what is part of a matrix product, and not on the scales and biases of norms, the
+    kernels of convolutions or the rates of a decay.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in PER_CHANNEL, params)
+    return not box.use.per_channel
 
 
-def is_matrix(params) -> dict:
-    """What Muon is for: matrices between hidden states. Embedding, output head, norms, biases and
-    taps are AdamW's.
+def is_hidden_matrix(box: Named) -> bool:
+    """Returns whether Muon trains a parameter: a matrix between hidden states.
+
+    The embedding, the output head, norms, biases and convolution kernels are AdamW's.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in (*PER_CHANNEL, "embedding", "head"), params
-    )
+    return decays(box) and "vocab" not in box.names
 
 
-def matrix_axes(params) -> dict:
-    """The axes a matrix sums over and those it writes to, all heads together. Layers and experts
-    are stacked: each of theirs is a matrix of its own.
+def matrix_axes(box: Named) -> MuonDimensionNumbers:
+    """Returns the axes that a matrix sums over and those that it writes to, all heads together.
+
+    Layers and experts are stacked: each of theirs is a matrix of its own.
     """
-
-    def one(path, leaf):
-        keys = path_of(path).split("/")
-        stacked = (
-            keys[0].startswith("layers_")
-            + (keys[-2] == "moe" and keys[-1] in ("gate", "up", "down"))
-            + (keys[-1] == "merge")
-        )
-        inputs = 2 if keys[-1] == "out" else 1
-        axes = tuple(range(stacked, leaf.ndim))
-        return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101); or Muon for matrices, with updates as large as AdamW's (arXiv
-    2502.16982, section 2.2), and AdamW for the rest.
-
-    Frozen parameters have no moments and do not count in the gradient's norm.
-    """
-    rate, decay = schedule(config), config.weight_decay
-    method = optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=decay, mask=decays)
-    if config.optimizer == "muon":
-        orthogonal = muon(
-            rate,
-            NEWTON_SCHULZ,
-            beta=MUON_MOMENTUM,
-            consistent_rms=MUON_RMS,
-            weight_decay=decay,
-            muon_weight_dimension_numbers=matrix_axes,
-        )
-        method = optax.transforms.partition({True: orthogonal, False: method}, is_matrix)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.transforms.partition(
-        {True: optax.chain(clip, method), False: optax.set_to_zero()},
-        lambda params: trainable(config, params),
-    )
+    return MuonDimensionNumbers(*box.matrix_axes)

@@ -1,4 +1,8 @@
+"""The schedule, what learns, what decays, and the updates of AdamW and Muon."""
+
 import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +10,13 @@ import numpy as np
 import pytest
 
 from errors import UserError
+from model.sharding import Named, is_named
+from model.transformer import boxed_shapes
 from tests import tiny
 from train.optimizer import decays, make_optimizer, path_of, schedule, trainable
 
 CONFIG = tiny.model_config()
+PARAMETERS = boxed_shapes(CONFIG)["params"]
 
 
 def paths(mask) -> set[str]:
@@ -17,9 +24,9 @@ def paths(mask) -> set[str]:
 
 
 def one_step(config, gradients):
-    """The parameters' paths that a step moves, and by how much."""
+    """Returns by how much a step moves each parameter, by its path."""
     params = tiny.variables(CONFIG)["params"]
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, PARAMETERS)
     updates, _ = jax.jit(lambda g: optimizer.update(g, optimizer.init(params), params))(gradients)
     return {
         path_of(path): float(jnp.max(jnp.abs(leaf)))
@@ -34,7 +41,9 @@ def test_schedule():
     rate = schedule(tiny.train_config(learning_rate=1.0))
     cosine = [0.1 + 0.9 * (1 + np.cos(np.pi * n / 5)) / 2 for n in range(6)]
     np.testing.assert_allclose(
-        [float(rate(step)) for step in range(13)], [0.5, 1, 1, 1, *cosine, 0.1, 0.1, 0.1], atol=1e-6
+        [np.asarray(rate(step)) for step in range(13)],
+        [0.5, 1, 1, 1, *cosine, 0.1, 0.1, 0.1],
+        atol=1e-6,
     )
 
 
@@ -42,16 +51,14 @@ def test_schedule():
     "changes, expected",
     [
         ({"warmup_steps": 0, "constant_steps": 0, "cosine_steps": 2}, [1, 0.55, 0.1, 0.1]),
-        (
-            {"warmup_steps": 0, "constant_steps": 2, "cosine_steps": 0},
-            [1, 1, 1, 1],
-        ),  # without a cosine nothing falls
+        # Without a cosine nothing falls.
+        ({"warmup_steps": 0, "constant_steps": 2, "cosine_steps": 0}, [1, 1, 1, 1]),
         ({"warmup_steps": 4, "steps": 2}, [0.25, 0.5, 0.75, 1]),
     ],
 )
 def test_schedule_without_some_of_its_parts(changes, expected):
     rate = schedule(tiny.train_config(learning_rate=1.0, **changes))
-    np.testing.assert_allclose([float(rate(step)) for step in range(4)], expected, atol=1e-6)
+    np.testing.assert_allclose([np.asarray(rate(step)) for step in range(4)], expected, atol=1e-6)
 
 
 def test_each_stage_trains_what_its_loss_reaches():
@@ -70,23 +77,18 @@ def test_each_stage_trains_what_its_loss_reaches():
     assert trained(stage="warmup") == indexer
     assert trained(stage="sparse") == everything
     assert trained(stage="sparse", indexer_weight=0.0) == everything - indexer
-    assert (
-        trained(stage="sparse", mtp_weight=0.0) == everything - mtp
-    )  # RL: no loss reaches an MTP module, its indexer included
+    # As in reinforcement: no loss reaches an MTP module, its indexer included.
+    assert trained(stage="sparse", mtp_weight=0.0) == everything - mtp
     assert trained(stage="dense", trainable="attention/(gate|out)$") == {
         path for path in everything if path.endswith(("attention/gate", "attention/out"))
     }
 
 
 def test_a_pattern_that_trains_nothing_is_an_error():
-    with pytest.raises(
-        UserError,
-        match=r"train.trainable = 'attention/gate': matches no parameter that stage 'warmup' trains",
-    ):
-        trainable(
-            tiny.train_config(stage="warmup", trainable="attention/gate"),
-            tiny.variables(CONFIG)["params"],
-        )
+    config = tiny.train_config(stage="warmup", trainable="attention/gate")
+    message = "'attention/gate': matches no parameter that stage 'warmup' trains"
+    with pytest.raises(UserError, match=f"train.trainable = {message}"):
+        trainable(config, tiny.variables(CONFIG)["params"])
 
 
 def test_what_is_frozen_does_not_move():
@@ -108,7 +110,7 @@ def test_what_is_frozen_does_not_move():
 def test_decay_falls_on_matrices():
     """Without any gradient a step is decay alone: learning rate 1/2 * 1e-2, weight decay 0.1."""
     params = tiny.variables(CONFIG)["params"]
-    decayed = paths(decays(params))
+    decayed = paths(jax.tree.map(decays, PARAMETERS, is_leaf=is_named))
     everything = paths(jax.tree.map(lambda _: True, params))
     assert everything - decayed == {
         path for path in everything if path.endswith(("/scale", "/bias", "/taps"))
@@ -124,9 +126,11 @@ def test_adamw_by_hand():
     config = tiny.train_config(
         stage="dense", weight_decay=0.0, learning_rate=1.0, warmup_steps=0, constant_steps=5
     )
-    optimizer, params = make_optimizer(config), {"w": jnp.zeros(())}
-    once, state = optimizer.update({"w": jnp.asarray(3.0)}, optimizer.init(params), params)
-    twice, _ = optimizer.update({"w": jnp.asarray(0.5)}, state, params)
+    optimizer = make_optimizer(config, {"w": Named(jnp.zeros(()), ())})
+    params = {"w": jnp.zeros(())}
+    update = cast(Callable[..., tuple[dict, Any]], optimizer.update)
+    once, state = update({"w": jnp.asarray(3.0)}, optimizer.init(params), params)
+    twice, _ = update({"w": jnp.asarray(0.5)}, state, params)
     assert float(once["w"]) == pytest.approx(-1.0, rel=1e-6)
     mean, square = 0.9 * 0.1 * 1.0 + 0.1 * 0.5, 0.95 * 0.05 * 1.0 + 0.05 * 0.25
     assert float(twice["w"]) == pytest.approx(
@@ -145,7 +149,7 @@ def test_muon_orthogonalises_each_matrix_of_each_layer():
     config = tiny.train_config(
         optimizer="muon", weight_decay=0.0, learning_rate=1.0, warmup_steps=0, constant_steps=5
     )
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, PARAMETERS)
     updates, _ = jax.jit(lambda g: optimizer.update(g, optimizer.init(params), params))(gradients)
     layers = ("layers_1", "block_0")
     cases = {

@@ -3,6 +3,7 @@ order.
 """
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from model.mesh import MeshConfig
 from model.sharding import batch_sharding, make_mesh
+from model.transformer import boxed_shapes
 from rl.algorithms import get_algorithm
 from rl.config import SamplingConfig
 from rl.objective import policy_objective
@@ -19,7 +21,14 @@ from rl.sampler import sample
 from tests import tiny
 from train.objective import language_objective
 from train.optimizer import make_optimizer, path_of
-from train.state import TrainState, abstract_state, fresh_state, make_state, state_shardings
+from train.state import (
+    TrainState,
+    abstract_state,
+    first_state,
+    fresh_state,
+    make_state,
+    state_shardings,
+)
 from train.step import make_step
 
 ONE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1)
@@ -45,7 +54,8 @@ TRAIN = tiny.train_config(weight_decay=0.0)
 
 @functools.cache
 def optimizer():
-    return make_optimizer(TRAIN)
+    # The other config has some of these parameters.
+    return make_optimizer(TRAIN, boxed_shapes(CONFIGS["language"])["params"])
 
 
 def mesh_of(name: str):
@@ -55,15 +65,7 @@ def mesh_of(name: str):
 def placed_state(config, mesh) -> TrainState:
     """The tests' own parameters, in the places a trainer would give them."""
     where = state_shardings(abstract_state(config, optimizer(), mesh))
-    variables, count = tiny.variables(config), np.zeros((), np.int32)
-    state = TrainState(
-        count,
-        variables["params"],
-        variables["router"],
-        jax.device_get(optimizer().init(variables["params"])),
-        count,
-        count,
-    )
+    state = jax.device_get(first_state(tiny.variables(config), optimizer()))
     return jax.tree.map(jax.device_put, state, where)
 
 
@@ -134,7 +136,7 @@ def test_moments_lie_where_their_parameters_do(name):
         tuple(key.key for key in path): leaf.sharding
         for path, leaf in jax.tree.leaves_with_path(abstract.params)
     }
-    adam = abstract.opt_state.inner_states[True].inner_state[1][0]
+    adam = cast(Any, abstract.opt_state).inner_states[True].inner_state[1][0]
     for moments in (adam.mu, adam.nu):
         found = {
             tuple(key.key for key in path): leaf.sharding
@@ -153,7 +155,8 @@ def test_muon_moments_lie_where_their_parameters_do():
     """Muon has a momentum for each matrix and AdamW's two moments for the rest, in trees of their
     own.
     """
-    muon = make_optimizer(tiny.train_config(optimizer="muon"))
+    parameters = boxed_shapes(CONFIGS["language"])["params"]
+    muon = make_optimizer(tiny.train_config(optimizer="muon"), parameters)
     abstract = abstract_state(CONFIGS["language"], muon, mesh_of("data 2, fsdp 2, expert 2"))
     of_parameter = {
         tuple(key.key for key in path): leaf.sharding

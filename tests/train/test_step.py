@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.sharding import Named
 from tests import tiny
 from train.objective import Objective, Term, Totals
 from train.optimizer import make_optimizer
@@ -36,7 +37,7 @@ OBJECTIVE = Objective((Term("square", weight, coefficient=2.0), Term("bias", wei
 
 
 def fresh(train):
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(train, {"w": Named(jnp.zeros(()), ())})
     params = {"w": jnp.asarray(1.0)}
     count = jnp.zeros((), jnp.int32)
     return TrainState(count, params, {}, optimizer.init(params), count, count), jax.jit(
