@@ -30,7 +30,7 @@ from train.config import TrainConfig
 
 VOCAB = 61
 T = 24
-# Rows as runs of (segment, length); segment 0 is padding. Packed, full, padded on the left, and
+# Rows as lists of (segment, length); segment 0 is padding. Packed, full, padded on the left, and
 # almost empty.
 LAYOUT = (
     ((1, 7), (2, 11), (0, 6)),
@@ -96,8 +96,8 @@ def model_config(**changes) -> ModelConfig:
     return dataclasses.replace(MODEL, **changes | sections)
 
 
-# Qwen3-Next's parts: a period of two kinds of layer run twice, softmax routing without a bias, a
-# gated shared expert, zero-centred norms.
+# Qwen3-Next's parts: two repeats of a period of two kinds of layer, softmax routing without a bias,
+# a gated shared expert, zero-centred norms.
 HYBRID = model_config(
     num_hidden_layers=4,
     layer_types=("delta", "gqa"),
@@ -151,9 +151,9 @@ def batch_of(layout=LAYOUT, width: int = T, seed: int = 0) -> dict[str, jax.Arra
     rng = np.random.default_rng(seed)
     rows = len(layout)
     segments_BT, positions_BT = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
-    for row, runs in enumerate(layout):
+    for row, spans in enumerate(layout):
         at = 0
-        for segment, length in runs:
+        for segment, length in spans:
             segments_BT[row, at : at + length] = segment
             positions_BT[row, at : at + length] = np.arange(length) if segment else 0
             at += length

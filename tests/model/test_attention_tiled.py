@@ -102,14 +102,14 @@ def test_tiles_are_chunks(stage, kernels):
 def test_the_mesh_changes_nothing(stage, mesh, kernels, monkeypatch):
     monkeypatch.setattr(
         "kernels.indexer_kl.KEYS_AT_ONCE", 128
-    )  # three pieces of a row's keys, gathered one after the other
+    )  # three chunks of a row's keys, gathered one after the other
     attend = functools.partial(attend_tiled, stage=stage, topk=TOPK, kernels=KERNELS[kernels])
     assert_same(result(attend, make_mesh(MeshConfig(*mesh))), by_chunks(stage))
 
 
-def test_keys_of_all_heads_are_held_a_piece_at_a_time(monkeypatch):
+def test_keys_of_all_heads_live_a_chunk_at_a_time(monkeypatch):
     """As a block is trained, computed again in the backward pass. A device has one row of B, two of
-    N heads and, of pieces of 128 keys, three.
+    N heads and, of chunks of 128 keys, three.
     """
     monkeypatch.setattr("kernels.indexer_kl.KEYS_AT_ONCE", 128)
     attend = functools.partial(attend_tiled, stage="sparse", topk=TOPK, kernels=KERNELS["cpu"])
@@ -120,7 +120,7 @@ def test_keys_of_all_heads_are_held_a_piece_at_a_time(monkeypatch):
             )
         )
         program = gradient.lower(inputs(), segments()).as_text()
-    assert f"tensor<1x{N}x128x{H}xf32>" in program, "a piece"
+    assert f"tensor<1x{N}x128x{H}xf32>" in program, "a chunk"
     assert f"tensor<3x1x{N}x128x{H}xf32>" not in program, "all of them"
 
 

@@ -16,8 +16,8 @@ from tests.tiny import T
 PROMPT = 16
 PADDING = (0, 3, 9, 15)  # on the left: the last prompt is one token
 LAYOUT = tuple(((0, n), (1, T - n)) for n in PADDING)
-# no key or expert of these tokens is chosen by so little that weights 1e-6 off would turn it (with
-# 0 one key is, by 1e-7)
+# With this seed no choice of a key or expert is so close that weights 1e-6 off would turn it (with
+# 0 one key is, by 1e-7).
 SEED = 1
 
 prefill = jax.jit(prefill, static_argnums=(0, 4, 5))
@@ -105,19 +105,17 @@ def test_the_cache_holds_latents_index_keys_and_recent_states_alone(case):
     "case", ["sparse, gate per element, query latent", "hybrid with a convolution"]
 )
 def test_a_step_writes_its_token_into_the_cache_it_is_given(case):
-    """What launch.sample and launch.score run: every array of the cache is the result's too, and
+    """As launch.sample and launch.score decode: every array of the cache is the result's too, and
     gone afterwards.
     """
     stage, config = CASES[case]
     cache = jax.jit(lambda: Cache.empty(config, 4, T, stage))()
-    given, held = (
-        (decode_weights(config, tiny.variables(config), 4), jnp.arange(4), cache),
-        jax.tree.leaves(cache),
-    )
+    given = decode_weights(config, tiny.variables(config), 4), jnp.arange(4), cache
+    leaves = jax.tree.leaves(cache)
     program = jitted_step(config, stage).lower(*given).compile()
-    assert program.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in held)
+    assert program.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in leaves)
     program(*given)
-    assert all(leaf.is_deleted() for leaf in held)
+    assert all(leaf.is_deleted() for leaf in leaves)
 
 
 def test_topk_of_everything_is_dense():

@@ -77,9 +77,9 @@ def test_packed_is_separate():
     empty = jnp.zeros((B, N, H, V))
     for chunk in (4, 8, 64):
         o_BTNV, state_BNHV = chunked(*inputs, batch["segments"], empty, chunk=chunk)
-        for row, runs in enumerate(tiny.LAYOUT):
+        for row, spans in enumerate(tiny.LAYOUT):
             at = 0
-            for segment, length in runs:
+            for segment, length in spans:
                 segment_inputs = jax.tree.map(
                     lambda x, at=at, row=row, length=length: x[row : row + 1, at : at + length],
                     inputs,

@@ -23,22 +23,26 @@ def turned(x, positions, rope, width, interleaved):
     columns = list(jnp.moveaxis(x, -1, 0))
 
     def channel(turns):
-        return width * np.log(rope.context / (turns * 2 * np.pi)) / (2 * np.log(rope.theta))
+        return (
+            width
+            * np.log(rope.original_max_position_embeddings / (turns * 2 * np.pi))
+            / (2 * np.log(rope.rope_theta))
+        )
 
     low, high = (
         max(np.floor(channel(rope.beta_fast)), 0),
         min(np.ceil(channel(rope.beta_slow)), width - 1),
     )
     for pair in range(width // 2):
-        plain = rope.theta ** (-2 * pair / width)
+        plain = rope.rope_theta ** (-2 * pair / width)
         slow = min(max((pair - low) / (high - low), 0), 1)
-        angle = positions * (plain * (1 - slow) + plain / rope.stretch * slow)
+        angle = positions * (plain * (1 - slow) + plain / rope.factor * slow)
         one, two = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
         a, b = columns[one], columns[two]
         angle = angle.reshape((1, -1) + (1,) * (x.ndim - 3))
         columns[one], columns[two] = (
-            rope.scale * (a * jnp.cos(angle) - b * jnp.sin(angle)),
-            rope.scale * (a * jnp.sin(angle) + b * jnp.cos(angle)),
+            rope.attention_factor * (a * jnp.cos(angle) - b * jnp.sin(angle)),
+            rope.attention_factor * (a * jnp.sin(angle) + b * jnp.cos(angle)),
         )
     return jnp.stack(columns, axis=-1)
 
@@ -133,8 +137,8 @@ def ours(stage: str):
         variables(CASE)["params"]
     )
     outputs = [
-        record[run]["block_0"]["hidden"][0][index]
-        for run, index in (("layers_0", 0), ("layers_1", 0))
+        record[stack]["block_0"]["hidden"][0][index]
+        for stack, index in (("layers_0", 0), ("layers_1", 0))
     ]
     return (
         kl_L,
@@ -144,8 +148,8 @@ def ours(stage: str):
 
 
 def layer_of(params, number):
-    run, index = (("layers_0", 0), ("layers_1", 0), ("layers_1", 1))[number]
-    return jax.tree.map(lambda leaf: leaf[index], params[run]["block_0"])
+    stack, index = (("layers_0", 0), ("layers_1", 0), ("layers_1", 1))[number]
+    return jax.tree.map(lambda leaf: leaf[index], params[stack]["block_0"])
 
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])

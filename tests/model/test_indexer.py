@@ -34,9 +34,9 @@ class Scores(chex.TestCase):
 def brute_force(scores_S, allowed_S, topk):
     """By score, then by position."""
     order = sorted(np.flatnonzero(allowed_S), key=lambda s: (-scores_S[s], s))
-    chosen = np.zeros(len(scores_S), bool)
-    chosen[order[:topk]] = True
-    return chosen
+    selected = np.zeros(len(scores_S), bool)
+    selected[order[:topk]] = True
+    return selected
 
 
 class Selection(chex.TestCase):

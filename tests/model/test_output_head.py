@@ -1,3 +1,5 @@
+"""The output head in chunks is the output head: values, gradients, and against numpy."""
+
 import dataclasses
 
 import chex
@@ -23,7 +25,7 @@ def inputs():
     return *draw, jnp.asarray(rng.integers(0, tiny.VOCAB, (3, 10)))
 
 
-def run(chunk, head, hidden_BTD, targets_BT):
+def chunked_loss(chunk, head, hidden_BTD, targets_BT):
     config = dataclasses.replace(CONFIG, logit_chunk=chunk)
 
     def loss(head, hidden_BTD):
@@ -43,13 +45,15 @@ def test_chunks_change_nothing(inputs, chunk):
     """Two, three of which the last is ragged, ten: only gradients to the head are summed in another
     order.
     """
-    tiny.assert_close(run(chunk, *inputs), run(1024, *inputs), rtol=1e-5, atol=1e-4)
+    tiny.assert_close(
+        chunked_loss(chunk, *inputs), chunked_loss(1024, *inputs), rtol=1e-5, atol=1e-4
+    )
 
 
 def test_against_numpy(inputs):
     """In float64, at temperature 0.7; float32 logits of size 10 keep 1e-6 of that."""
     head, hidden_BTD, targets_BT = (np.asarray(x) for x in inputs)
-    (_, (logprobs_BT, entropy_BT)), _ = run(4, *inputs)
+    (_, (logprobs_BT, entropy_BT)), _ = chunked_loss(4, *inputs)
     logits_BTV = hidden_BTD.astype(np.float64) @ head / 0.7
     probs_BTV = np.exp(logits_BTV - logits_BTV.max(-1, keepdims=True))
     probs_BTV /= probs_BTV.sum(-1, keepdims=True)

@@ -1,3 +1,5 @@
+"""Rotary positions: relative, in two layouts, stretched by YaRN, over a part of the channels."""
+
 import dataclasses
 
 import chex

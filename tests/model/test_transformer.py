@@ -33,10 +33,10 @@ def case(request):
 def whole(case):
     """The canonical batch and what the model makes of it."""
     batch = tiny.batch_of()
-    return batch, run(batch, case)
+    return batch, outputs_of(batch, case)
 
 
-def run(batch, case):
+def outputs_of(batch, case):
     stage, config = CASES[case]
     return tiny.forward(config, tiny.variables(config), batch, stage)
 
@@ -81,10 +81,10 @@ def test_the_future_has_no_gradient(case):
         assert jnp.all(main_TS[s_S <= t_T1] > 0) and jnp.all(mtp_TS[s_S <= t_T1] > 0)
 
 
-def test_the_future_has_no_say(whole, case):
+def test_the_future_changes_no_value(whole, case):
     """Choices have no gradient: top-k and the router could look ahead unseen by it. Values tell."""
     batch, before = whole
-    after = run(batch | {"tokens": batch["tokens"].at[:, 12:].add(5) % VOCAB}, case)
+    after = outputs_of(batch | {"tokens": batch["tokens"].at[:, 12:].add(5) % VOCAB}, case)
     tiny.assert_close(after["logits_BTV"][:, :12], before["logits_BTV"][:, :12], **ROUNDING)
     tiny.assert_close(after["mtp_BTV"][0][:, :11], before["mtp_BTV"][0][:, :11], **ROUNDING)
     assert jnp.max(jnp.abs(after["logits_BTV"][1, 12:] - before["logits_BTV"][1, 12:])) > 0.1
@@ -96,7 +96,7 @@ def test_segments_do_not_see_each_other(whole, case):
     """
     batch, before = whole
     changed_BT = batch["tokens"].at[0, :7].add(5).at[2, 5:17].add(5) % VOCAB
-    after = run(batch | {"tokens": changed_BT}, case)
+    after = outputs_of(batch | {"tokens": changed_BT}, case)
     for row, second in ((0, slice(7, 18)), (2, slice(17, 24))):
         tiny.assert_close(
             after["logits_BTV"][row, second], before["logits_BTV"][row, second], **ROUNDING
@@ -124,7 +124,7 @@ def test_packed_is_separate(whole, case):
     tokens_BT = (
         tokens_BT.at[2, 17:].set(batch["tokens"][0, :7]).at[3, 13:].set(batch["tokens"][0, 7:18])
     )
-    after = run(alone | {"tokens": tokens_BT}, case)
+    after = outputs_of(alone | {"tokens": tokens_BT}, case)
     for document, rows in (
         (slice(0, 7), ((0, slice(0, 7)), (2, slice(17, 24)))),
         (slice(7, 18), ((1, slice(0, 11)), (3, slice(13, 24)))),
@@ -143,11 +143,11 @@ def test_packed_is_separate(whole, case):
 
 
 def test_what_padding_holds_changes_nothing(whole, case):
-    """Neither outputs nor what the layers report. An MTP module reads one token on, which at the
+    """Neither outputs nor the layers' statistics. An MTP module reads one token on, which at the
     end of a segment is padding or another document.
     """
     batch, before = whole
-    after = run(
+    after = outputs_of(
         batch
         | {
             "tokens": jnp.where(
@@ -167,7 +167,7 @@ def test_a_row_alone_is_the_row_in_a_batch(whole, case):
     counts or the losses.
     """
     batch, before = whole
-    singles = [run(tiny.without_rows(batch, [row]), case) for row in range(4)]
+    singles = [outputs_of(tiny.without_rows(batch, [row]), case) for row in range(4)]
     for row, single in enumerate(singles):
         tiny.assert_close(
             real(single["logits_BTV"], batch)[row],
@@ -220,7 +220,7 @@ def loss_and_gradients(config):
     batch = tiny.batch_of()
 
     @jax.jit
-    def run(params, router):
+    def value_and_grad(params, router):
         def loss(params):
             output = Transformer(config).apply(
                 {"params": params, "router": router},
@@ -236,7 +236,7 @@ def loss_and_gradients(config):
         return jax.value_and_grad(loss)(params)
 
     variables = tiny.variables(SMALL)
-    return run(variables["params"], variables["router"])
+    return value_and_grad(variables["params"], variables["router"])
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,10 @@ def test_bfloat16_is_close(stage):
     """
     config = tiny.model_config(dtype="bfloat16")
     batch = tiny.batch_of()
-    exact, rounded = run(batch, stage), tiny.forward(config, tiny.variables(config), batch, stage)
+    exact, rounded = (
+        outputs_of(batch, stage),
+        tiny.forward(config, tiny.variables(config), batch, stage),
+    )
     gap = jnp.abs(rounded["logits_BTV"] - exact["logits_BTV"])[batch["segments"] > 0]
     size = jnp.std(exact["logits_BTV"])
     assert 0 < jnp.median(gap) < 0.05 * size
