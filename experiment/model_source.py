@@ -9,6 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from files import read_json
+
 # Fields of the model section that say how it is computed or trained, and nothing of what it is. Its
 # dtype is the checkpoint's.
 COMPUTATION = (
@@ -32,7 +34,6 @@ def with_hf_fields(config: ConfigDict, directory: Path) -> ConfigDict:
     from checkpoints.hf.config import model_fields
     from checkpoints.hf.safetensors import TensorFiles
     from data.chat_template import find_chat_template
-    from files import read_json
 
     config = with_model(config, model_fields(directory, TensorFiles(directory).tensors))
     if (directory / "tokenizer.json").exists():
