@@ -11,6 +11,7 @@ from typing import Any
 
 from errors import UserError
 from experiment.config_files import ConfigSource, errors_in, load_config_module
+from experiment.renamed import with_new_names
 from experiment.schema import parse
 from files import write_json
 
@@ -40,7 +41,7 @@ class SweepRun:
             record = json.loads((self.workdir / "sweep.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        return record if record.get("config") == self.config else None
+        return record if with_new_names(record.get("config") or {}) == self.config else None
 
     def exit_code(self) -> int | None:
         """Returns the recorded exit code, None if the run has not ended."""
