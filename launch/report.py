@@ -6,7 +6,7 @@
 Writes WORKDIR/report.html, one file that needs no network. Reads what it finds:
 WORKDIR/summary.json, metrics.jsonl in WORKDIR and in the directories of its phases (copying,
 pretrain, warmup, sparse, finetune, reinforce), and {before,after}/samples.jsonl. What is missing is
-said in a line and left out.
+left out, and a line names it.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Puts report.html together: numbers, charts, and what the model wrote before and after.
 
-One file that needs no network. What is missing is said in a line and left out.
+One file that needs no network. What is missing is left out, and a line names it.
 """
 
 import html
