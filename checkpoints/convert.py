@@ -40,9 +40,8 @@ DTYPES = {
 }
 
 Block = tuple[Tensor, int, int]  # a tensor, and the rows of it from a start to a stop
-Track = Callable[
-    [Sequence[Block]], Iterable[Block]
-]  # yields the blocks, and shows how many are done
+# Yields the blocks that it is given, and may show how many are done.
+Track = Callable[[Sequence[Block]], Iterable[Block]]
 
 
 def import_checkpoint(

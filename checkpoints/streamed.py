@@ -13,7 +13,7 @@ A checkpoint that is being written is the directory `<step>.unfinished`, which n
 take for a checkpoint:
 
     journal      JSON lines: what is being written and from where, then one line for each block
-                 that is on the disk
+                 that is on the disk ("piece": its name, "elements": how many of each leaf)
     checkpoint/  what becomes `<step>` by one rename, at the end
 """
 

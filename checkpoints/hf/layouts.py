@@ -4,11 +4,12 @@ A tensor there belongs to one layer, and to one expert. A parameter of ours is s
 layers that are scanned together, and over experts. So a tensor is a `Slice` of one parameter, or of
 several, and its rows are in another order:
 
-    there, [out, in] each                     ours, [layer, expert, in, out]
-    model.layers.1.mlp.experts.0.up_proj      params/layers_1/block_0/moe/up
-    model.layers.1.mlp.experts.1.up_proj          [0:1, 0:1, :, :]   [0:1, 1:2, :, :]
-    model.layers.2.mlp.experts.0.up_proj          [1:2, 0:1, :, :]   [1:2, 1:2, :, :]
-    model.layers.2.mlp.experts.1.up_proj
+    tensors of a checkpoint, [out, in] each          params/layers_1/block_0/moe/up,
+                                                     [layer, expert, in, out]
+    model.layers.1.mlp.experts.0.up_proj.weight  ->      [0:1, 0:1, :, :]
+    model.layers.1.mlp.experts.1.up_proj.weight  ->      [0:1, 1:2, :, :]
+    model.layers.2.mlp.experts.0.up_proj.weight  ->      [1:2, 0:1, :, :]
+    model.layers.2.mlp.experts.1.up_proj.weight  ->      [1:2, 1:2, :, :]
 
 `Tensor.decode` turns rows of a tensor into values of our slices, `Tensor.encode` turns them back.
 Neither side ever needs a whole tensor in memory.
@@ -178,7 +179,7 @@ class ConvKernel:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint, and the slices of our parameters that it holds.
+    """One tensor of a checkpoint, and the slices of our parameters that it consists of.
 
     Attributes:
       name: its name in the checkpoint.
@@ -197,6 +198,10 @@ class Tensor:
     axis: int
     step: int = 1
     copy_of: str = ""
+
+    def as_copy_of(self, name: str) -> "Tensor":
+        """Returns this tensor as one that repeats another, which has this name."""
+        return dataclasses.replace(self, copy_of=name)
 
     def blocks(self, most: int) -> Iterator[tuple[int, int]]:
         """Yields (start, stop) of consecutive rows, of at most about `most` elements each."""

@@ -108,14 +108,14 @@ def write_qwen3_next(writer: ConfigWriter) -> dict[str, Any]:
     writer.require(model.moe_layers > 0, "first_k_dense_replace", "some layer with experts")
     shared = m.n_shared_experts == 1 and m.shared_expert_gate
     writer.require(shared, "moe.n_shared_experts", "1, with moe.shared_expert_gate")
-    theirs = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
+    names = {kind: name for name, kind in LAYER_TYPES.items()}
     rope = write_rope(writer, partial_rotary_factor=g.rotary_dim / g.head_dim)
     return (
         writer.keys((*ATTENTION_KEYS, *DELTA_KEYS))
         | _write_experts(writer)
         | {
             "head_dim": g.head_dim,
-            "layer_types": [theirs[kind.attention] for kind in model.kinds],
+            "layer_types": [names[kind.attention] for kind in model.kinds],
             "shared_expert_intermediate_size": m.shared_intermediate_size,
             "rope_parameters": rope,
         }

@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face checkpoint is which slice of which parameter of ours.
+"""Which tensor of a Hugging Face checkpoint is which slice of which of our parameters.
 
 This is one table, read in both directions. Names on the left are those of the checkpoint, names on
 the right are the paths of our parameters below the layer they stand in. `layouts.py` says how a
@@ -44,7 +44,7 @@ def tensors(model: ModelConfig, fused_experts: bool = False) -> list[Tensor]:
         found += _layer(model, kind, module, fused_experts)
     found.append(top.same("model.norm.weight", "final_norm/scale", (D,)))
     if model.tie_word_embeddings:
-        head = dataclasses.replace(top.same(HEAD, "embedding", (V, D)), copy_of=EMBEDDING)
+        head = top.same(HEAD, "embedding", (V, D)).as_copy_of(EMBEDDING)
     else:
         head = top.linear(HEAD, (D,), ("head", (V,)))
     found.append(head)
@@ -58,25 +58,25 @@ class Module:
     """A part of the model: where its tensors are in the checkpoint, and where among our parameters.
 
     Attributes:
-      theirs: the beginning of its tensors' names, such as "model.layers.3.mlp.".
-      ours: the beginning of its parameters' paths, such as "layers_1/block_0/moe/".
+      prefix: the beginning of its tensors' names, such as "model.layers.3.mlp.".
+      path: the beginning of its parameters' paths, such as "layers_1/block_0/moe/".
       stacked: its place on the leading axes of our parameters: the layer, and the expert.
     """
 
-    theirs: str
-    ours: str
+    prefix: str
+    path: str
     stacked: tuple[int, ...] = ()
 
-    def inner(self, theirs: str, ours: str, *stacked: int) -> "Module":
+    def inner(self, prefix: str, path: str, *stacked: int) -> "Module":
         """Returns the module of these names within this one."""
-        return Module(self.theirs + theirs, self.ours + ours, (*self.stacked, *stacked))
+        return Module(self.prefix + prefix, self.path + path, (*self.stacked, *stacked))
 
     def same(
         self, name: str, leaf: str, shape: tuple[int, ...], collection: str = "params"
     ) -> Tensor:
         """Returns a tensor that is the same array here: an embedding, a norm, a bias."""
-        part = whole(f"{collection}/{self.ours}{leaf}", self.stacked, shape)
-        return Tensor(self.theirs + name, shape, SameOrder(), (part,), axis=len(self.stacked))
+        part = whole(f"{collection}/{self.path}{leaf}", self.stacked, shape)
+        return Tensor(self.prefix + name, shape, SameOrder(), (part,), axis=len(self.stacked))
 
     def linear(
         self,
@@ -97,11 +97,11 @@ class Module:
         columns, groups = math.prod(inputs), groups or outputs[0][1][0]
         widths = tuple(math.prod(shape) // groups for _, shape in outputs)
         return Tensor(
-            self.theirs + name,
+            self.prefix + name,
             (groups * sum(widths), columns),
             Transposed(columns, widths),
             tuple(
-                whole(f"params/{self.ours}{leaf}", self.stacked, (*inputs, *shape))
+                whole(f"params/{self.path}{leaf}", self.stacked, (*inputs, *shape))
                 for leaf, shape in outputs
             ),
             axis=len(self.stacked) + len(inputs),
@@ -114,11 +114,11 @@ class Module:
         """Returns the matrices of all experts: `outputs` are the paths and widths of our own."""
         widths = tuple(width for _, width in outputs)
         return Tensor(
-            self.theirs + name,
+            self.prefix + name,
             (experts, sum(widths), inputs),
             StackedExperts(inputs, widths),
             tuple(
-                whole(f"params/{self.ours}{leaf}", self.stacked, (experts, inputs, width))
+                whole(f"params/{self.path}{leaf}", self.stacked, (experts, inputs, width))
                 for leaf, width in outputs
             ),
             axis=len(self.stacked),
@@ -133,11 +133,11 @@ class Module:
         """
         channels = tuple(math.prod(shape) for _, shape in outputs)
         return Tensor(
-            self.theirs + name,
+            self.prefix + name,
             (sum(channels), 1, kernel_size),
             ConvKernel(kernel_size, channels),
             tuple(
-                whole(f"params/{self.ours}{leaf}", self.stacked, (kernel_size, *shape))
+                whole(f"params/{self.path}{leaf}", self.stacked, (kernel_size, *shape))
                 for leaf, shape in outputs
             ),
             axis=len(self.stacked) + 1,
@@ -277,12 +277,12 @@ def _mtp(model: ModelConfig, depth: int, fused: bool) -> list[Tensor]:
     D, V = model.hidden_size, model.vocab_size
     deepseek = model.mtp_kind.attention == "mla"
     if deepseek:
-        theirs = f"model.layers.{model.num_hidden_layers + depth}."
+        prefix = f"model.layers.{model.num_hidden_layers + depth}."
         layer, names = "", ("enorm", "hnorm", "eh_proj", "shared_head.norm")
     else:
-        theirs, layer = "mtp.", f"layers.{depth}."
+        prefix, layer = "mtp.", f"layers.{depth}."
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
-    top, module = Module(theirs, ""), Module(theirs, f"mtp_{depth}/")
+    top, module = Module(prefix, ""), Module(prefix, f"mtp_{depth}/")
     embedding, hidden, merge, norm = (f"{name}.weight" for name in names)
     found = [
         module.same(embedding, "embedding_norm/scale", (D,)),
@@ -292,13 +292,7 @@ def _mtp(model: ModelConfig, depth: int, fused: bool) -> list[Tensor]:
         top.same(norm, f"mtp_norm_{depth}/scale", (D,)),
     ]
     if deepseek:
-        copies = (
-            dataclasses.replace(
-                top.same("embed_tokens.weight", "embedding", (V, D)), copy_of=EMBEDDING
-            ),
-            dataclasses.replace(
-                top.linear("shared_head.head.weight", (D,), ("head", (V,))), copy_of=HEAD
-            ),
-        )
-        found = [copies[0], *found, copies[1]]
+        embedding_copy = top.same("embed_tokens.weight", "embedding", (V, D)).as_copy_of(EMBEDDING)
+        head_copy = top.linear("shared_head.head.weight", (D,), ("head", (V,))).as_copy_of(HEAD)
+        found = [embedding_copy, *found, head_copy]
     return found
