@@ -230,7 +230,7 @@ def consume(
 
     values = compute(resident, fold_tiles)
     plgpu.barrier_arrive(scratch.computed)
-    plgpu.barrier_wait(scratch.computed)  # now nobody reads the rings any more
+    plgpu.barrier_wait(scratch.computed)  # now both have read their last tile
     destinations = [ref.at[b, n, rows] for ref in result_refs]
     write_back(values, results, destinations, resident, rings, scratch.row_result.at[group], group)
 

@@ -145,6 +145,7 @@ class Operand(NamedTuple):
 
 
 def _forward(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array, tiles: Tiles):
+    """Returns (out_BNTV, lse_BNT), and what the backward pass needs."""
     operands = q, _, v, _ = _operands(
         q_BNTH, k_BKSH, v_BKSV, bits_BTW, tiles.queries, tiles.keys, tiles.heads
     )
@@ -165,6 +166,7 @@ def _forward(q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array, tiles
 
 
 def _backward(tiles: Tiles, saved: tuple[Array, ...], cotangents: tuple[Array, Array]):
+    """Returns the gradients to q, k and v."""
     q_BNTH, k_BKSH, v_BKSV, bits_BTW, out_BNTV, lse_BNT = saved
     dout_BNTV, dlse_BNT = cotangents
     delta_BNT = jnp.sum(out_BNTV.astype(F32) * dout_BNTV.astype(F32), axis=-1) - dlse_BNT

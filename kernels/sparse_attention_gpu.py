@@ -79,6 +79,7 @@ def _attend(
 
 
 def _forward(q_BNTH: Array, k_BNSH: Array, v_BNSV: Array, bits_BTW: Array, tiles: Tiles):
+    """Returns (out_BNTV, lse_BNT), and what the backward pass needs."""
     T, V = q_BNTH.shape[2], v_BNSV.shape[3]
     q, k, v = (
         _whole_blocks(name, x, tiles) for name, x in (("q", q_BNTH), ("k", k_BNSH), ("v", v_BNSV))
@@ -98,6 +99,7 @@ def _forward(q_BNTH: Array, k_BNSH: Array, v_BNSV: Array, bits_BTW: Array, tiles
 
 
 def _backward(tiles: Tiles, saved: tuple[Array, ...], cotangents: tuple[Array, Array]):
+    """Returns the gradients to q, k and v."""
     q_BNTH, k_BNSH, v_BNSV, bits_BTW, out_BNTV, lse_BNT = saved
     dout_BNTV, dlse_BNT = cotangents
     (T, H), (S, V) = q_BNTH.shape[2:], v_BNSV.shape[2:]

@@ -149,6 +149,16 @@ def experts_bucketed(
 def _forward(
     x_TD: Array, expert_TK: Array, gates_TK: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array
 ):
+    """Computes the mixture, and what the backward pass needs.
+
+    Args:
+      x_TD: tokens.
+      expert_TK: ids of each token's experts.
+      gates_TK: how much each of them weighs.
+      gate_EDF: each expert's gate projection.
+      up_EDF: each expert's up projection.
+      down_EFD: each expert's down projection.
+    """
     E, F, D = down_EFD.shape
     token_S, gate_S, slot_of_TK, windows, sizes = sorted_by_expert(expert_TK, gates_TK, E)
 
@@ -172,6 +182,7 @@ def _forward(
 
 
 def _backward(saved: tuple[Array, ...], dout_TD: Array):
+    """Computes the gradients to all arguments of `experts_bucketed`; none to the ids."""
     gate_SF, up_SF, x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD = saved
     token_S, gate_S, slot_of_TK, windows, sizes = sorted_by_expert(
         expert_TK, gates_TK, down_EFD.shape[0]
