@@ -6,5 +6,5 @@ trainer's own program, `rewards/` scores the texts, `algorithms.py` is the table
 divergence, and `objective.py` makes any row an objective of the ordinary train step.
 
 It may import train, checkpoints, data, model and what lies below. Start reading at
-`rl/algorithms.py`, then `rl/loop.py`.
+`rl/algorithms.py`, then `rl/loop.py`. Here C is the length of a completion, as in `tokens_BC`.
 """

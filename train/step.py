@@ -46,7 +46,7 @@ def make_step(
             router = state.router
             if train.stage != "warmup":
                 router = update_router(config, router, totals.counts_LE, train.router_bias_rate)
-            new_state = advance(state, params, router, opt_state, finite=jnp.isfinite(norm))
+            new_state = next_state(state, params, router, opt_state, finite=jnp.isfinite(norm))
         metrics = {name: mean.value for name, mean in means.items()} | totals.maxima
         metrics |= {
             "loss": objective.loss(means),
@@ -99,7 +99,7 @@ def loss_and_gradient(
     return gradients, means_of(totals, weights), totals
 
 
-def advance(
+def next_state(
     state: TrainState, params: optax.Params, router: dict, opt_state: optax.OptState, finite: Array
 ) -> TrainState:
     """Returns the next state: the new trees if the gradients were finite, else the old ones."""
