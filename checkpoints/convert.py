@@ -73,13 +73,16 @@ def import_checkpoint(
     if (directory / "tokenizer.json").exists():
         load_tokenizer(directory / "tokenizer.json").save(workdir / "tokenizer.json")
     checkpoint.check_copies()
-    own = [tensor for tensor in checkpoint.tensors if not tensor.copy_of]
     state = _abstract_variables(checkpoint.model, DTYPES[dtype])
     leaves = by_path(state)
     writer = StreamedWriter(
-        workdir / "checkpoints", 0, state, source=f"{origin}, {dtype}", chunks=_chunks(own)
+        workdir / "checkpoints",
+        0,
+        state,
+        source=f"{origin}, {dtype}",
+        chunks=_chunks(checkpoint.own_tensors),
     )
-    for tensor, start, stop in track(_blocks(own)):
+    for tensor, start, stop in track(_blocks(checkpoint.own_tensors)):
         name = f"{tensor.name}:{start}"
         if name in writer.done:
             continue

@@ -28,7 +28,8 @@ class HFCheckpoint:
       directory: where the files are.
       model: the model that config.json describes.
       files: the tensors on disk.
-      tensors: what they are of our parameters; copies that the checkpoint lacks are left out.
+      tensors: which slices of our parameters they are; copies that the checkpoint lacks are left
+        out.
 
     Raises:
       UserError: a tensor is missing, extra, misshapen or of a type that is not supported.
@@ -65,14 +66,19 @@ class HFCheckpoint:
         Raises:
           UserError: one of them differs from what it repeats.
         """
-        for tensor in self.tensors:
-            for start, stop in self.blocks(tensor) if tensor.copy_of else ():
+        for tensor in [tensor for tensor in self.tensors if tensor.copy_of]:
+            for start, stop in self.blocks(tensor):
                 rows = self.rows(tensor.name, start, stop)
                 if not np.array_equal(rows, self.rows(tensor.copy_of, start, stop)):
                     raise UserError(
                         f"{self.directory}: tensor {tensor.name} differs from {tensor.copy_of};"
                         " models that do not share it are not supported"
                     )
+
+    @property
+    def own_tensors(self) -> list[Tensor]:
+        """The tensors that are no copies of others; they have every parameter once."""
+        return [tensor for tensor in self.tensors if not tensor.copy_of]
 
     @functools.cached_property
     def _fp8_block(self) -> tuple[int, int]:

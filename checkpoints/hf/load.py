@@ -36,8 +36,8 @@ def load_checkpoint(
     """
     checkpoint.check_copies()
     tensors_of: dict[str, list[Tensor]] = {}
-    for tensor in checkpoint.tensors:
-        for part in () if tensor.copy_of else tensor.slices:
+    for tensor in checkpoint.own_tensors:
+        for part in tensor.slices:
             tensors_of.setdefault(part.leaf, []).append(tensor)
 
     def load_leaf(path: Any, wanted: jax.ShapeDtypeStruct) -> jax.Array:
