@@ -24,6 +24,7 @@ from experiment.processes import pretend_devices
 from experiment.workdir import checked_workdir
 
 WORKDIR = {"workdir": Flag("", "where this run keeps everything it writes")}
+DEVICES = {"pretend_devices": Flag(0, "dry run: pretend this CPU is so many devices")}
 
 
 def command(
@@ -59,7 +60,8 @@ def command(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     source, own = INPUTS[config], dict(flags or {})
-    known = source.flags() | (WORKDIR if workdir else {}) | own
+    known = source.flags() | (WORKDIR if workdir else {})
+    known |= (DEVICES if source.has_config else {}) | own
     before_dashes = argv[: argv.index("--")] if "--" in argv else argv
     if {"--help", "-h", "-help"} & set(before_dashes):
         print(_help(run, known))
@@ -89,7 +91,7 @@ def _arguments(
     Whatever can be wrong with a command line raises UserError here.
     """
     overrides, words = split_overrides(argv)
-    if overrides and not source.takes_overrides:
+    if overrides and not source.has_config:
         raise UserError(f"{overrides[0]}: this command takes no --config")
     values, strays = parse_flags(words, known)
     if strays and not rest:

@@ -24,13 +24,13 @@ from experiment.schema import Config, parse
 from experiment.workdir import recorded_config
 
 OVERRIDES = "--config.a.b=VALUE overrides a field"
-PRETEND = {"pretend_devices": Flag(0, "dry run: pretend this CPU is so many devices")}
 
 
 class Input:
     """Where the config comes from: nowhere. The other kinds of input refine this one."""
 
-    takes_overrides = False  # of fields, --config.a.b=VALUE
+    # Whether there is a config: its fields may be overridden, and it runs on devices.
+    has_config = False
 
     def flags(self) -> dict[str, Flag]:
         """Returns the flags that this input needs."""
@@ -65,12 +65,12 @@ class Input:
 class File(Input):
     """The config is a config file with overrides."""
 
-    takes_overrides = True
+    has_config = True
     help = f"the experiment, configs/x.py or configs/x.py:ARGUMENT; {OVERRIDES}"
 
     def flags(self) -> dict[str, Flag]:
-        """Returns --config and --pretend_devices."""
-        return {"config": Flag("", self.help)} | PRETEND
+        """Returns --config."""
+        return {"config": Flag("", self.help)}
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Raises UserError if --config is missing."""
@@ -126,15 +126,15 @@ class Model(Input):
     `run` gets the model as `model` too.
     """
 
-    takes_overrides = True
+    has_config = True
 
     def flags(self) -> dict[str, Flag]:
-        """Returns --model and --pretend_devices."""
+        """Returns --model."""
         model = (
             "the workdir of a run, or hf:DIR, a Hugging Face checkpoint; --config.a.b=VALUE "
             "overrides a field of its config"
         )
-        return {"model": Flag("", model)} | PRETEND
+        return {"model": Flag("", model)}
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Raises UserError if --model is missing."""
