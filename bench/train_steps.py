@@ -102,8 +102,10 @@ def step_memory(program: jax.stages.Compiled, length: int) -> StepMemory:
     memory, text = program.memory_analysis(), program.as_text()
     assert memory is not None and text is not None
     computations, entry = parse(text)
-    scheduled = [run for run in executions(computations, entry, set()) if not run.fused]
-    shapes = (shape for run in scheduled for shape in run.instruction.shapes)
+    scheduled = [
+        execution for execution in executions(computations, entry, set()) if not execution.fused
+    ]
+    shapes = (shape for execution in scheduled for shape in execution.instruction.shapes)
     return StepMemory(
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -113,7 +115,7 @@ def step_memory(program: jax.stages.Compiled, length: int) -> StepMemory:
         _square_array(text, length),
         max(
             live_bitmasks(computations[name], text, length)
-            for name in {run.computation for run in scheduled}
+            for name in {execution.computation for execution in scheduled}
         ),
         frozenset(
             name.partition(".")[0]

@@ -3,7 +3,7 @@ r"""Plans a run without its devices: whether it fits, and how long it must take 
 Compiles a config's train step and rollout for a TPU topology, without a TPU, and runs nothing.
 
     .venv-compile/bin/python -m launch.plan --config=configs/deepseek_v32.py --topology=v5p:8x8x8
-    .venv-compile/bin/python -m launch.plan --config=configs/moe_16b.py --topology=v5p:2x2x4 \\
+    .venv-compile/bin/python -m launch.plan --config=configs/moe_16b.py --topology=v5p:2x2x4 \
         --what=rollout --json=plan.json
     python -m launch.plan --config=configs/base.py --pretend_devices=8
 
@@ -18,7 +18,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from experiment.command_line import Flag, command
+from experiment.command_line import command
+from experiment.flags import Flag
 from experiment.schema import Config
 from experiment.setup import print_summary
 from files import write_json

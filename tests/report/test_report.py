@@ -330,6 +330,7 @@ def test_running_mean_keeps_to_its_phase():
     np.testing.assert_allclose(np.asarray(axes.lines[-1].get_ydata(), float), y)
 
 
+@pytest.mark.command
 def test_matplotlib_is_loaded_only_to_draw():
     code = "import sys, launch.report, report.page; assert 'matplotlib' not in sys.modules"
     assert (
