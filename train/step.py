@@ -56,7 +56,7 @@ def make_step(
             "skipped": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
         }
-        return new_state, metrics | load_metrics(config, totals.counts_LE)
+        return new_state, metrics | expert_load_metrics(config, totals.counts_LE)
 
     return step
 
@@ -117,14 +117,14 @@ def next_state(
     )
 
 
-def load_metrics(config: ModelConfig, counts_LE: Array) -> dict[str, Array]:
+def expert_load_metrics(config: ModelConfig, counts_LE: Array) -> dict[str, Array]:
     """Returns the expert load of the MoE layers [L, E], MTP modules last, and its maximum."""
     if not config.moe_layers:
         return {}
     mtp_modules = counts_LE.shape[0] - config.num_hidden_layers
     kinds = (*config.kinds, *[config.mtp_kind] * mtp_modules)
-    load_LE = expert_load(counts_LE[np.asarray([kind.moe for kind in kinds])])
-    return {"expert_load_max": jnp.max(load_LE), "expert_load": load_LE}
+    expert_load_LE = expert_load(counts_LE[np.asarray([kind.moe for kind in kinds])])
+    return {"expert_load_max": jnp.max(expert_load_LE), "expert_load": expert_load_LE}
 
 
 def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
