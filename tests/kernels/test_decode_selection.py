@@ -1,5 +1,7 @@
-"""The tokens that one new query a row reads: the reference against the definition, and the kernel
-in Pallas' interpreters against the reference.
+"""The tokens that one new query a row reads are the best ones, in order.
+
+The reference is tested against sorting, and the kernel in Pallas' interpreters against the
+reference.
 """
 
 import jax.numpy as jnp
@@ -14,8 +16,9 @@ pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def inputs(S: int, integers: bool, heads: int = 2):
-    """Of three rows one may read nothing, one a few tokens, one most. Integers tie, and are exact
-    in whatever order they are summed.
+    """Makes the indexer's q, k and w, and which tokens three rows may read: none, a few and most.
+
+    Integers tie, and are exact in whatever order they are summed.
     """
     rng = np.random.default_rng(0)
     draw = (
@@ -56,24 +59,24 @@ def test_behind_a_list_stand_slots_of_their_own():
     np.testing.assert_array_equal(count, [2, 0])
 
 
-CASES = {  # tokens, k, mass, integers
+CASES = {  # tokens, k, top-p, integers
     "ties": (1_500, 100, 1.0, True),
-    "ties, some mass": (1_500, 100, 0.8, True),
-    "two groups of blocks": (20_000, 700, 1.0, False),  # and lists longer than a piece
-    "two groups of blocks, some mass": (20_000, 700, 0.8, False),
+    "ties, top-p": (1_500, 100, 0.8, True),
+    "two groups of blocks": (20_000, 700, 1.0, False),  # and lists longer than a chunk
+    "two groups of blocks, top-p": (20_000, 700, 0.8, False),
     "k beyond the tokens": (700, 1_000, 1.0, False),
-    "k beyond the tokens, some mass": (700, 1_000, 0.5, True),
+    "k beyond the tokens, top-p": (700, 1_000, 0.5, True),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_lists_what_the_reference_does(case):
-    S, topk, mass, integers = CASES[case]
+    S, topk, top_p, integers = CASES[case]
     made = inputs(S, integers)
     index, count = select_tpu(
-        *made, topk, mass, keys=1_024, interpret=STRICT if S < 2_000 else True
+        *made, topk, top_p, keys=1_024, interpret=STRICT if S < 2_000 else True
     )
-    expected_index, expected_count = select_reference(*made, topk, mass)
+    expected_index, expected_count = select_reference(*made, topk, top_p)
     np.testing.assert_array_equal(count, expected_count)
     np.testing.assert_array_equal(index, expected_index)
 

@@ -1,6 +1,7 @@
-"""The indexer's loss by tiles, in Pallas' TPU interpreter, which fills memory with NaN and watches
-for races: value and gradients against autodiff through the dense definition, of a whole set
-(warm-up) and of a selected one.
+"""The indexer's KL by tiles has the values and gradients of the dense definition.
+
+The kernels run in Pallas' TPU interpreter, which fills memory with NaN and watches for races; the
+gradients are compared with autodiff, over all keys (the warm-up stage) and over selected ones.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
-    """(attention's; the indexer's q, w, k; the set; a part of it; p). The set is causal, with two
-    segments and a query without keys.
+    """Makes the attention's inputs; the indexer's q, w and k; a mask, a part of it; and p.
+
+    The mask is causal, with two segments and a query without keys.
     """
     rng = np.random.default_rng(0)
     shapes = (B, N, T, H), (B, N, T, H), (B, T, I, C), (B, T, I), (B, T, C)
@@ -53,23 +55,21 @@ def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
     [
         ((1, 3, 200, 24, 2, 16), 1.0, Tiles(128, 128), 32),  # all keys: the warm-up
         ((2, 1, 280, 8, 3, 8), 0.2, Tiles(128, 256), 32),  # selected ones, one head
-        (
-            (1, 6, 300, 8, 1, 8),
-            0.1,
-            Tiles(128, 128),
-            4,
-        ),  # heads three by three, tiles without a key before and behind
+        # Heads come three by three, and tiles without a key before and behind others.
+        ((1, 6, 300, 8, 1, 8), 0.1, Tiles(128, 128), 4),
     ],
-    ids=["warm-up", "sparse", "heads by parts"],
+    ids=["warm-up", "sparse", "groups of heads"],
 )
 @pytest.mark.parametrize("kind", ["kernel", "reference"])
-def test_it_is_the_definition_and_its_gradient(shape, share, tiles, heads, kind, monkeypatch):
+def test_it_is_the_definition_and_its_gradient(
+    shape: tuple[int, int, int, int, int, int], share, tiles, heads, kind, monkeypatch
+):
     monkeypatch.setattr("kernels.indexer_kl.KEYS_AT_ONCE", tiles.keys)  # two calls or three
     monkeypatch.setattr("kernels.indexer_kl_calls.HEADS_AT_ONCE", heads)
     attention, indexer, among_BTS, some_BTS, p_BTS = made(*shape, share)
-    by_tile = {
-        "kernel": lambda *given: total_kl_tpu(*given, tiles._replace(interpret=STRICT)),
-        "reference": lambda *given: total_kl_reference(*given, queries=64),
+    total_kl = {
+        "kernel": functools.partial(total_kl_tpu, tiles=tiles._replace(interpret=STRICT)),
+        "reference": functools.partial(total_kl_reference, queries=64),
     }[kind]
     with jax.default_matmul_precision("highest"):
         definition = jax.value_and_grad(
@@ -78,8 +78,9 @@ def test_it_is_the_definition_and_its_gradient(shape, share, tiles, heads, kind,
         )
         expected, expected_gradients = definition(*indexer)
 
-        def three_times(*given):
-            kl, mass_BT = by_tile(attention, *given, pack(among_BTS), pack(some_BTS))
+        def three_times(q_BTIC, w_BTI, k_BSC):
+            bits_BTW, selected_BTW = pack(among_BTS), pack(some_BTS)
+            kl, mass_BT = total_kl(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW)
             return 3.0 * kl, mass_BT
 
         (found, mass_BT), gradients = jax.value_and_grad(three_times, (0, 1, 2), has_aux=True)(
@@ -94,7 +95,7 @@ def test_it_is_the_definition_and_its_gradient(shape, share, tiles, heads, kind,
 
 
 def test_keys_outside_the_set_may_have_any_logit():
-    """Their exponentials overflow, against a log-sum-exp that they are not in."""
+    """Their exponentials overflow: the log-sum-exp does not count them."""
     attention, indexer, among_BTS, some_BTS, _ = made(1, 2, 130, 8, 1, 8, 0.3)
     q_BNTH, k_BNSH = (
         x.at[..., 0].set(0).at[:, :, at, 0].set(1e4)
@@ -114,24 +115,19 @@ def test_keys_outside_the_set_may_have_any_logit():
     np.testing.assert_allclose(found_mass_BT, mass_BT, atol=1e-5)
 
 
-def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
+def test_rows_whose_tables_do_not_fit_come_one_by_one(monkeypatch):
     attention, indexer, among_BTS, some_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
 
     def graded():
-        def total(*indexer):
-            kl, mass_BT = total_kl_tpu(
-                attention,
-                *indexer,
-                pack(among_BTS),
-                pack(some_BTS),
-                Tiles(128, 128, interpret=True),
-            )
-            return kl, mass_BT
+        def total(q_BTIC, w_BTI, k_BSC):
+            bits_BTW, selected_BTW = pack(among_BTS), pack(some_BTS)
+            tiles = Tiles(128, 128, interpret=True)
+            return total_kl_tpu(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles)
 
         (kl, mass_BT), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*indexer)
         return mass_BT, *gradients, kl
 
-    *together, kl = graded()
+    *at_once, kl = graded()
     monkeypatch.setattr("kernels.tiles.TABLE_BYTES", 8 * 4)
     called, loss = [], kernels.loss_and_gradients
     monkeypatch.setattr(
@@ -144,24 +140,22 @@ def test_rows_whose_tables_do_not_fit_together_come_one_by_one(monkeypatch):
     np.testing.assert_allclose(
         same_kl, kl, rtol=1e-6
     )  # the same 400 numbers, summed in another order
-    for one, other in zip(one_by_one, together, strict=True):
+    for one, other in zip(one_by_one, at_once, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
-    """Against the reference of the same numbers in float32; two groups of heads, two pieces of
-    keys. Products of bfloat16 are exact and their sums float32's, so the loss is as exact as
+    """The reference takes the same numbers in float32; there are two groups of heads and two chunks
+    of keys. Products of bfloat16 are exact and their sums float32's, so the loss is as exact as
     float32's. A gradient's terms have one factor that was rounded, dI w or relu(q k), and the
-    gradients of q and w or k are rounded
-    once more at their end: each by 2^-9 of itself at most.
+    gradients of q and w or k are rounded once more at their end: each by 2^-9 of itself at most.
     """
     monkeypatch.setattr("kernels.indexer_kl_calls.HEADS_AT_ONCE", 2)
     monkeypatch.setattr("kernels.indexer_kl.KEYS_AT_ONCE", 128)
     (q_BNTH, k_BNSH, _), indexer, among_BTS, some_BTS, _ = made(1, 4, 200, 8, 2, 8, 0.5)
-    *attended, q_BTIC, k_BSC = (
-        x.astype(jnp.bfloat16) for x in (q_BNTH, k_BNSH, indexer[0], indexer[2])
-    )
-    exact = [x.astype(jnp.float32) for x in attended]
+    attended = q_BNTH.astype(jnp.bfloat16), k_BNSH.astype(jnp.bfloat16)
+    q_BTIC, k_BSC = indexer[0].astype(jnp.bfloat16), indexer[2].astype(jnp.bfloat16)
+    exact = tuple(x.astype(jnp.float32) for x in attended)
     logits_BNTS = jnp.where(
         among_BTS[:, None], jnp.einsum("BNTH,BNSH->BNTS", *exact, precision="highest"), -1e30
     )
@@ -170,10 +164,10 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
     )
 
     def graded(total_kl, attended, q_BTIC, k_BSC):
+        attention = Attention(attended[0], attended[1], lse_BNT)
+
         def total(q_BTIC, w_BTI, k_BSC):
-            return total_kl(
-                Attention(*attended, lse_BNT), q_BTIC, w_BTI, k_BSC, pack(among_BTS), pack(some_BTS)
-            )
+            return total_kl(attention, q_BTIC, w_BTI, k_BSC, pack(among_BTS), pack(some_BTS))
 
         return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q_BTIC, indexer[1], k_BSC)
 
@@ -200,9 +194,7 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
 
 
 def test_two_cores_do_not_race():
-    """Sequences lie over the cores of a chip that has two, in the normaliser blocks of queries
-    too.
-    """
+    """Sequences lie over the two cores of a chip, and in the normaliser blocks of queries too."""
     attention, indexer, among_BTS, some_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
     given = attention, *indexer, pack(among_BTS), pack(some_BTS)
     two_cores = dataclasses.replace(STRICT, num_cores_or_threads=2)

@@ -1,5 +1,6 @@
-"""The selection kernel in Pallas' TPU interpreter, which fills memory with NaN and watches for
-races, against the reference; and the sets it hands on.
+"""The selection kernel selects what the reference does, and bitmasks keep what they are given.
+
+The kernel runs in Pallas' TPU interpreter, which fills memory with NaN and watches for races.
 """
 
 import functools
@@ -22,15 +23,17 @@ from kernels.bitmask import (
     words,
 )
 from kernels.reference import indexer_scores, select_topk
-from kernels.selection import BLOCK, GUESSES, select_reference, select_tpu
+from kernels.selection import BLOCK, select_reference, select_tpu
+from kernels.threshold import GUESSES
 from tests.interpreter import STRICT
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def inputs(B: int, T: int, I: int, C: int, dtype=jnp.float32, segments: int = 1, seed: int = 0):
-    """Integers, so that scores are exact in whatever order they are summed, and tie; rows of
-    several segments and padding at both ends.
+    """Makes the indexer's q, k and w, and rows of several segments with padding at both ends.
+
+    They are integers, so that scores tie and are exact in whatever order they are summed.
     """
     rng = np.random.default_rng(seed)
     q_BTIC, k_BSC, w_BTI = (
@@ -47,7 +50,7 @@ def inputs(B: int, T: int, I: int, C: int, dtype=jnp.float32, segments: int = 1,
 
 
 def scored(q_BTIC, k_BSC, w_BTI, segments_BT):
-    """(scores_BTS, allowed_BTS)"""
+    """Returns scores_BTS and allowed_BTS."""
     place = jnp.arange(segments_BT.shape[1])
     allowed_BTS = (
         (place[:, None] >= place)
@@ -63,7 +66,7 @@ def expected(*made_and_topk):
 
 
 def select(kind, made, topk: int, **options):
-    """(the selection as bool, thresholds) of whole sequences."""
+    """Returns the selection as bool and the thresholds of whole sequences."""
     q_BTIC, k_BSC, w_BTI, segments_BT = made
     bits_BTW, threshold_BT = kind(
         q_BTIC,
@@ -104,7 +107,7 @@ def assert_bounds(threshold_BT, chosen_BTS, made, topk: int):
 def test_the_kernel_selects_what_the_reference_does(shape, segments, topk, block):
     made = inputs(*shape, segments=segments)
     T = shape[1]
-    # Of thousands of keys the watchful interpreter would take minutes.
+    # The watchful interpreter would take minutes for thousands of keys.
     chosen_BTS, threshold_BT = select(
         select_tpu, made, topk, interpret=STRICT if T <= 300 else True, **block
     )
@@ -125,7 +128,7 @@ def test_bfloat16_and_scores_that_do_not_tie():
 
 
 @pytest.mark.parametrize("queries", [64, 77, 512])
-def test_the_reference_in_pieces_is_the_whole(queries):
+def test_the_reference_in_chunks_is_the_whole(queries):
     made = inputs(2, 200, 2, 8, segments=3)
     chosen_BTS, threshold_BT = select(select_reference, made, 20, queries=queries)
     np.testing.assert_array_equal(chosen_BTS, expected(*made, 20))
@@ -138,7 +141,7 @@ def test_the_reference_in_pieces_is_the_whole(queries):
     ids=["kernel", "reference"],
 )
 def test_every_other_block_of_queries(kind):
-    """As two devices have them."""
+    """Two devices have every other block each."""
     made = inputs(2, 4 * BLOCK, 1, 8, segments=3)
     q_BTIC, k_BSC, w_BTI, segments_BT = made
     whole_BTS = select(kind, made, 20)[0]
@@ -159,8 +162,8 @@ def test_every_other_block_of_queries(kind):
 @pytest.mark.parametrize("L", [8_192, 32_768, 131_072])
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_passes_find_the_threshold(kind, L, seed):
-    """Of the 2,048 best, where settling a float bit by bit takes 32. Where fewer scores are not
-    zero, the bound is.
+    """The threshold is that of the 2,048 best; settling a float bit by bit would take 32 passes.
+    Where fewer scores are not zero, the threshold is zero.
     """
     scores = KINDS[kind](np.random.default_rng(1_000 + seed), L).astype(np.float32)
     threshold, at, tried = passes(scores, 2_048)
@@ -190,14 +193,14 @@ def test_it_ends_whatever_the_scores(kind):
     assert tried <= GUESSES + 33
 
 
-def test_a_set_comes_back_as_it_went():
+def test_a_bitmask_unpacks_to_what_was_packed():
     among_BTS = np.random.default_rng(0).random((2, 3, KEYS + 130)) < 0.5
     bits_BTW = pack(jnp.asarray(among_BTS))
     assert bits_BTW.shape == (2, 3, words(KEYS + 130)) and bits_BTW.dtype == jnp.int32
     np.testing.assert_array_equal(unpack(bits_BTW, KEYS + 130), among_BTS)
 
 
-def test_the_set_of_every_key_a_query_may_see():
+def test_the_causal_bitmask_has_every_key_a_query_may_see():
     made = inputs(2, 200, 1, 4, segments=3)
     _, allowed_BTS = scored(*made)
     bits_BTW = causal(made[3], made[3], jnp.arange(200))
@@ -208,14 +211,14 @@ def test_the_set_of_every_key_a_query_may_see():
 
 
 @pytest.mark.parametrize("keys", [128, 512, 4_096])
-def test_tiles_of_a_set(keys):
+def test_tiles_are_nonempty_where_a_query_has_a_key(keys):
     rng = np.random.default_rng(1)
     among_BTS = (rng.random((1, 32, 2 * KEYS)) < 0.001) & (rng.random((1, 32, 1)) < 0.3)
     bits_BTW = pack(jnp.asarray(among_BTS))
     by_tile_BnmQK = among_BTS.reshape(1, 4, 8, -1, keys).swapaxes(2, 3)
-    held_Bnm = nonempty_tiles(bits_BTW, 8, keys)
-    np.testing.assert_array_equal(held_Bnm, by_tile_BnmQK.any(axis=(3, 4)))
-    assert not np.all(held_Bnm)
+    nonempty_Bnm = nonempty_tiles(bits_BTW, 8, keys)
+    np.testing.assert_array_equal(nonempty_Bnm, by_tile_BnmQK.any(axis=(3, 4)))
+    assert not np.all(nonempty_Bnm)
     biased = jax.jit(functools.partial(tile_bias, keys=keys))
     for tile in range(2 * KEYS // keys):
         first = tile * keys // KEYS * 128
@@ -225,8 +228,8 @@ def test_tiles_of_a_set(keys):
         )
 
 
-def test_only_held_tiles_are_fetched():
-    held_Bnm = jnp.asarray([[[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]]], bool)
+def test_only_nonempty_tiles_are_fetched():
+    nonempty_Bnm = jnp.asarray([[[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]]], bool)
     np.testing.assert_array_equal(
-        next_nonempty(held_Bnm), [[[1, 1, 4, 4, 4, 4], [0, 0, 0, 0, 0, 0], [0, 5, 5, 5, 5, 5]]]
+        next_nonempty(nonempty_Bnm), [[[1, 1, 4, 4, 4, 4], [0, 0, 0, 0, 0, 0], [0, 5, 5, 5, 5, 5]]]
     )

@@ -1,4 +1,4 @@
-"""The smallest set with a given mass, against sorting in float64."""
+"""Top-p keeps the smallest set of keys with a share of the softmax, as sorting in float64 does."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from kernels.reference import top_p_keys
 
-EXACT = 1e-5  # of a sum of float32 weights, over a few hundred of them
+EXACT = 1e-5  # error of a sum of a few hundred float32 weights
 
 
 def softmax(scores_S: np.ndarray) -> np.ndarray:
@@ -27,19 +27,19 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("mass", [0.01, 0.5, 0.85, 0.99])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.85, 0.99])
 @pytest.mark.parametrize("kind", SCORES)
-def test_it_is_the_smallest_set_with_the_mass(kind, mass):
+def test_it_is_the_smallest_set_with_the_share(kind, top_p):
     rng = np.random.default_rng(0)
     scores_BS = SCORES[kind](rng).astype(np.float32)
     among_BS = rng.random(scores_BS.shape) < 0.8
-    kept_BS = np.asarray(top_p_keys(jnp.asarray(scores_BS), jnp.asarray(among_BS), mass))
+    kept_BS = np.asarray(top_p_keys(jnp.asarray(scores_BS), jnp.asarray(among_BS), top_p))
     assert not np.any(kept_BS & ~among_BS)
     for scores_S, among_S, kept_S in zip(scores_BS, among_BS, kept_BS, strict=True):
         p_S, kept_S = softmax(scores_S[among_S]), kept_S[among_S]
-        assert kept_S.any() and p_S[kept_S].sum() >= mass - EXACT
+        assert kept_S.any() and p_S[kept_S].sum() >= top_p - EXACT
         descending = np.sort(p_S)[::-1]
-        assert descending[: kept_S.sum() - 1].sum() < mass + EXACT, (
+        assert descending[: kept_S.sum() - 1].sum() < top_p + EXACT, (
             "with one fewer no set would have it"
         )
         if not kept_S.all():

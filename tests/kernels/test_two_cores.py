@@ -1,12 +1,16 @@
-"""A TPU whose two cores are one device shares out the axes that a kernel calls parallel. So does
-the interpreter: what both do to the same place is a race. Values are those of one core, bit for
-bit.
+"""Two cores of a chip, each with its share of a kernel's work, do not get in each other's way.
+
+A TPU whose two cores are one device shares out the axes that a kernel calls parallel. So does the
+interpreter: what both do to the same place is a race. Values are those of one core, bit for bit.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels import decode_selection, selection, sparse_attention, sparse_decode
 from kernels.bitmask import pack
@@ -17,14 +21,13 @@ from tests.kernels import (
     test_sparse_attention,
     test_sparse_decode,
 )
-from tests.kernels.test_plants import planted
 
 
 def attention(interpret, heads: int = 2):
-    """Forward by rows, heads and tiles of queries; backward by rows and heads."""
-    *qkv, among_BTS = test_sparse_attention.made(1, heads, heads, 140, 8, 8)
+    """Lies over the cores by rows, heads and tiles of queries; its gradients by rows and heads."""
+    q, k, v, among_BTS = test_sparse_attention.made(1, heads, heads, 140, 8, 8)
     tiles = sparse_attention.Tiles(128, 128, 1, 128, 1, interpret=interpret)
-    (out, lse), saved = sparse_attention._forward(*qkv, pack(among_BTS), tiles)
+    (out, lse), saved = sparse_attention._forward(q, k, v, pack(among_BTS), tiles)
     return (
         out,
         lse,
@@ -33,7 +36,7 @@ def attention(interpret, heads: int = 2):
 
 
 def select(interpret):
-    """By rows and blocks of queries."""
+    """Lies over the cores by rows and blocks of queries."""
     return test_selection.select(
         selection.select_tpu,
         test_selection.inputs(1, 20, 1, 8, segments=2),
@@ -45,7 +48,7 @@ def select(interpret):
 
 
 def decode(interpret):
-    """By rows and parts of a row."""
+    """Lies over the cores by rows and splits of a row."""
     q, latent, index, count = test_sparse_decode.inputs((0, 23, 40), 2, 24)
     return sparse_decode.decode_tpu(
         q,
@@ -60,7 +63,7 @@ def decode(interpret):
 
 
 def select_for_decoding(interpret):
-    """By rows."""
+    """Lies over the cores by rows."""
     return decode_selection.select_tpu(
         *test_decode_selection.inputs(1_500, False), 100, 0.8, keys=1_024, interpret=interpret
     )
@@ -78,12 +81,12 @@ def test_cores_do_not_meet(kernel):
 
 
 def test_cores_that_meet_are_seen(monkeypatch, capfd, caplog):
-    """Two tiles of keys of one head add to the same dq, were they not one after the other."""
-    planted(
-        monkeypatch,
-        sparse_attention,
-        "_call",
-        '"arbitrary" if by_key else "parallel"',
-        '"parallel"',
+    """All axes are called parallel: two tiles of keys of one head add to the same dq."""
+
+    def all_parallel(real, dimension_semantics, **options):
+        return real(dimension_semantics=("parallel",) * len(dimension_semantics), **options)
+
+    monkeypatch.setattr(
+        pltpu, "CompilerParams", functools.partial(all_parallel, pltpu.CompilerParams)
     )
     assert "RACE DETECTED" in complaints(lambda: attention(TWO_CORES, heads=1), capfd, caplog)
