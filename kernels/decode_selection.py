@@ -21,7 +21,7 @@ Letters: k slots of the list, b blocks of 128 tokens, L the 128 tokens of a bloc
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def select_tpu(
     top_p: float = 1.0,
     *,
     keys: int = 2_048,
-    interpret=False,
+    interpret: Any = False,
 ) -> tuple[Array, Array]:
     """Lists the tokens that each row's query reads, in a TPU kernel.
 
@@ -192,15 +192,15 @@ def _kernel(
     keys, stop = k_ref.shape[1], stop_ref[b]
 
     @pl.when(j == 0)
-    def _():
+    def _begin():
         values_ref[...] = jnp.full(values_ref.shape, -jnp.inf, F32)
 
     @pl.when(j * keys < stop)
-    def _():
+    def _add_tile():
         _score_tile(q_ref, w_ref, k_ref, allowed_ref, values_ref, j)
 
     @pl.when(j == pl.num_programs(1) - 1)
-    def _():
+    def _end():
         groups = lax.div(stop + GROUP - 1, GROUP)
         bound, largest = _best_k(values_ref, groups, topk)
         if top_p < 1:
@@ -250,7 +250,7 @@ def _scores_to_weights(values_ref, groups, bound: _Bound, largest: Array) -> Non
     """Overwrites a row's scores with exp(score - largest), and with 0 outside the set."""
 
     @pl.loop(0, groups)
-    def _(group):
+    def _overwrite_group(group):
         x, position = _group_of(values_ref, group)
         values_ref[pl.ds(pl.multiple_of(group * LANES, LANES), LANES)] = jnp.where(
             bound.contains(x, position), jnp.exp(x - largest), 0.0
@@ -302,16 +302,7 @@ def _fold(
     combine: Callable[[Array, Array], Array],
     reduce: Callable[..., Array],
 ) -> Array:
-    """Folds `value(values, positions)` of all tokens of a row to [1, 1].
-
-    Args:
-      values_ref: see `_kernel`.
-      groups: how many groups of GROUP tokens to read.
-      value: what to fold.
-      start: where the fold begins.
-      combine: folds two arrays element by element.
-      reduce: folds one over its axes.
-    """
+    """Folds `value(values, positions)` of the tokens of so many groups to [1, 1]."""
 
     def add_group(group, found):
         x, position = _group_of(values_ref, group)
@@ -324,29 +315,27 @@ def _fold(
 
 def _count(values_ref, groups, test: Callable[[Array, Array], Array]) -> Array:
     """Counts the tokens that pass `test(values, positions)`: [1, 1] int32."""
-    return _fold(
-        values_ref,
-        groups,
-        lambda x, position: jnp.where(test(x, position), 1, 0),
-        jnp.int32(0),
-        jnp.add,
-        jnp.sum,
-    )
+
+    def counted(x, position):
+        return jnp.where(test(x, position), 1, 0)
+
+    return _fold(values_ref, groups, counted, jnp.int32(0), jnp.add, jnp.sum)
 
 
 def _total(weights_ref, groups, test: Callable[[Array], Array]) -> Array:
     """Adds up the weights that pass `test(weights)`: [1, 1]."""
-    return _fold(
-        weights_ref, groups, lambda x, _: jnp.where(test(x), x, 0.0), 0.0, jnp.add, jnp.sum
-    )
+
+    def counted(x, _):
+        return jnp.where(test(x), x, 0.0)
+
+    return _fold(weights_ref, groups, counted, 0.0, jnp.add, jnp.sum)
 
 
 def _group_of(values_ref, group) -> tuple[Array, Array]:
     """Returns the values of a group, 128 blocks of 128 tokens, and their positions."""
     x = values_ref[pl.ds(pl.multiple_of(group * LANES, LANES), LANES)]
-    return x, group * GROUP + lax.broadcasted_iota(
-        jnp.int32, x.shape, 0
-    ) * LANES + lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    iota = functools.partial(lax.broadcasted_iota, jnp.int32, x.shape)
+    return x, group * GROUP + iota(0) * LANES + iota(1)
 
 
 def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: _ListRefs) -> None:
@@ -354,7 +343,7 @@ def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: 
 
     Args:
       values_ref, index_ref, count_ref: see `_kernel`.
-      groups: how many groups of GROUP tokens to read.
+      groups: how many groups of GROUP tokens the row has.
       bound: the set.
       refs: scratch.
     """
@@ -375,7 +364,7 @@ def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: 
         mask_Lb = mask_bL.T.astype(jnp.bfloat16)
 
         @pl.loop(lax.div(total, LISTED), lax.div(found + LISTED - 1, LISTED))
-        def _(chunk):
+        def _fill_chunk(chunk):
             slot_1k = _slots_of(chunk)
             over_bk = jnp.where(first_b1 + count_bL[:, :1] <= slot_1k, 1.0, 0.0)
             here_bk = jnp.where(first_b1 <= slot_1k, 1.0, 0.0) - over_bk  # the slot's block: 1

@@ -120,11 +120,11 @@ def normaliser_kernel(
     b, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
 
     @pl.when(j == 0)
-    def _():
+    def _begin():
         _reset_normaliser(largest_ref, total_ref)
 
     @pl.when(nonempty_ref[b, i, j] != 0)
-    def _():
+    def _add_tile():
         scores_QK = score_tile(q_ref[0], k_ref[0], w_ref[0]) + tile_bias(
             bits_ref[0], first_ref[0] + j, k_ref.shape[1]
         )
@@ -136,7 +136,7 @@ def normaliser_kernel(
         largest_ref[...] = largest_QL
 
     @pl.when(j == pl.num_programs(2) - 1)
-    def _():
+    def _end():
         # A query without keys keeps what it began with: another chunk may have some.
         lse_ref[0] = (largest_ref[...] + jnp.log(jnp.maximum(total_ref[...], 1e-30))).T[:1]
 
@@ -165,14 +165,14 @@ def kl_kernel(*refs, groups: int):
     dq_here = outputs.dq.at[b, :, :, pl.ds(pl.multiple_of(i * queries, LANES), queries)]
 
     @pl.when((j == 0) & (group == 0))
-    def _():
+    def _begin():
         arrival = pltpu.make_async_copy(dq_here, scratch.dq, scratch.dq_copied)
         arrival.start()
         _reset_sums(scratch)
         arrival.wait()
 
     @pl.when(tables.nonempty[b, i, j] != 0)
-    def _():
+    def _add_tile():
         first_key = pl.multiple_of((tables.first[0] + j) * keys, LANES)
         dk_here = outputs.dk.at[b, pl.ds(first_key, keys)]
         arrival = pltpu.make_async_copy(dk_here, scratch.dk, scratch.dk_copied)
@@ -180,7 +180,7 @@ def kl_kernel(*refs, groups: int):
         p_KQ = _sum_probabilities(inputs, scratch, group, groups)
 
         @pl.when(last_group)
-        def _():
+        def _add_loss_and_gradients():
             among_KQ, selected_KQ = (
                 tile_bias(ref[0], tables.first[0] + j, keys).T == 0
                 for ref in (inputs.bits, inputs.selected)
@@ -196,7 +196,7 @@ def kl_kernel(*refs, groups: int):
             departure.wait()
 
     @pl.when((j == pl.num_programs(2) - 1) & last_group)
-    def _():
+    def _end():
         departure = pltpu.make_async_copy(scratch.dq, dq_here, scratch.dq_copied)
         departure.start()
         _write_sums(outputs, scratch)
@@ -253,7 +253,9 @@ def _add_loss(inputs: Inputs, scratch: Scratch, mean_KQ: Array, among_KQ: Array)
 def _add_gradients(inputs: Inputs, scratch: Scratch, dscores_KQ: Array, index_k_CK: Array) -> None:
     """Adds a tile's gradients to dw, dq and dk, from the loss' gradient for the scores.
 
-    dw = dscores relu(q . k)      ddot = dscores w [q . k > 0]      dq = ddot k      dk = ddot q
+    For each indexer head, with ddot = dscores w [q . k > 0] the gradient for q . k,
+
+        dw = sum of dscores relu(q . k)        dq = sum of ddot k        dk = sum of ddot q
     """
     dk_KC = scratch.dk[...]
     for head in range(inputs.index_q.shape[1]):

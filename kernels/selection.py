@@ -34,7 +34,7 @@ TILE = 2**16  # pairs of a query and a key that are scored at a time
 # loaded.
 PRODUCT = 512
 
-LARGEST, LEAST, TOTAL, SQUARES = range(4)  # what is known of a row's scores before the search
+LARGEST, LEAST, TOTAL, SQUARES = range(4)  # the stats of a row's scores before the search
 
 
 def select_reference(
@@ -181,7 +181,7 @@ def _kernel(
     bits_ref,
     threshold_ref,
     scores_ref,
-    seen_ref,
+    stats_ref,
     *,
     heads: int,
     topk: int,
@@ -196,62 +196,62 @@ def _kernel(
       segments_ref [1, 1, K]: the keys' segments.
       bits_ref [1, Q, W], threshold_ref [1, 1, 1, Q]: the results.
       scores_ref [blocks of words, Q, KEYS]: the block's scores, -inf where not allowed.
-      seen_ref [4, Q, 128]: their LARGEST, LEAST, TOTAL and SQUARES, lane by lane.
+      stats_ref [4, Q, 128]: their LARGEST, LEAST, TOTAL and SQUARES, lane by lane.
       heads: I.
       topk: how many keys to select.
       tiles: how many tiles a sequence has.
     """
     j, first = pl.program_id(2), first_ref[pl.program_id(1)]
     queries, keys = scores_ref.shape[1], k_ref.shape[1]
-    # Tiles that any of these queries may see.
-    live = jnp.minimum(lax.div(first + queries - 1, keys) + 1, tiles)
+    # Any of these queries may attend to keys of so many tiles.
+    visible = jnp.minimum(lax.div(first + queries - 1, keys) + 1, tiles)
 
     @pl.when(j == 0)
-    def _():
+    def _begin():
         for which, start in ((LARGEST, -jnp.inf), (LEAST, jnp.inf), (TOTAL, 0.0), (SQUARES, 0.0)):
-            seen_ref[which] = jnp.full((queries, LANES), start, F32)
+            stats_ref[which] = jnp.full((queries, LANES), start, F32)
 
-    @pl.when(j < live)
-    def _():
+    @pl.when(j < visible)
+    def _add_tile():
         scores = score_tile(q_ref[0], k_ref[0], w_ref[0])
         query = first + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         key = j * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         own = w_ref[0, :, heads : heads + 1]
         allowed = (key <= query) & (own == segments_ref[0]) & (own > 0)
-        scores_ref[_place_of(j, keys, slice(None))] = jnp.where(allowed, scores, -jnp.inf)
-        _note_scores(seen_ref, scores, allowed)
+        scores_ref[_tile_index(j, keys, slice(None))] = jnp.where(allowed, scores, -jnp.inf)
+        _update_stats(stats_ref, scores, allowed)
 
     @pl.when(j == tiles - 1)
-    def _():
+    def _end():
         @pl.loop(0, queries // ROWS)
-        def _(group):
+        def _select_group(group):
             rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
-            # What was seen of these rows' scores has been read: their thresholds take its place.
-            seen_ref[LARGEST, rows] = jnp.broadcast_to(
-                _select_rows(scores_ref, seen_ref, bits_ref, rows, live * keys, keys, topk),
+            # These rows' stats have been read: their thresholds take the place of the largest.
+            stats_ref[LARGEST, rows] = jnp.broadcast_to(
+                _select_rows(scores_ref, stats_ref, bits_ref, rows, visible * keys, keys, topk),
                 (ROWS, LANES),
             )
 
-        threshold_ref[0, 0] = seen_ref[LARGEST].T[:1]
+        threshold_ref[0, 0] = stats_ref[LARGEST].T[:1]
 
 
-def _place_of(tile, keys: int, rows) -> tuple[Any, ...]:
+def _tile_index(tile, keys: int, rows) -> tuple[Any, ...]:
     """Returns the index of some rows of a tile in scores_ref."""
     per = KEYS // keys
     return lax.div(tile, per), rows, pl.ds(pl.multiple_of(lax.rem(tile, per) * keys, LANES), keys)
 
 
-def _note_scores(seen_ref, scores_QK: Array, allowed_QK: Array) -> None:
-    """Adds a tile's allowed scores to what is known of each row."""
+def _update_stats(stats_ref, scores_QK: Array, allowed_QK: Array) -> None:
+    """Adds a tile's allowed scores to the stats of each row."""
     kept = jnp.where(allowed_QK, scores_QK, 0.0)
-    seen_ref[LARGEST] = jnp.maximum(
-        seen_ref[LARGEST], fold_lanes(jnp.maximum, jnp.where(allowed_QK, scores_QK, -jnp.inf))
+    stats_ref[LARGEST] = jnp.maximum(
+        stats_ref[LARGEST], fold_lanes(jnp.maximum, jnp.where(allowed_QK, scores_QK, -jnp.inf))
     )
-    seen_ref[LEAST] = jnp.minimum(
-        seen_ref[LEAST], fold_lanes(jnp.minimum, jnp.where(allowed_QK, scores_QK, jnp.inf))
+    stats_ref[LEAST] = jnp.minimum(
+        stats_ref[LEAST], fold_lanes(jnp.minimum, jnp.where(allowed_QK, scores_QK, jnp.inf))
     )
-    seen_ref[TOTAL] += fold_lanes(jnp.add, kept)
-    seen_ref[SQUARES] += fold_lanes(jnp.add, kept * kept)
+    stats_ref[TOTAL] += fold_lanes(jnp.add, kept)
+    stats_ref[SQUARES] += fold_lanes(jnp.add, kept * kept)
 
 
 def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array) -> Array:
@@ -279,11 +279,11 @@ def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array) -> Array:
     return total_QK
 
 
-def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: int) -> Array:
+def _select_rows(scores_ref, stats_ref, bits_ref, rows, stop, keys: int, topk: int) -> Array:
     """Writes the bits of ROWS queries.
 
     Args:
-      scores_ref, seen_ref, bits_ref: see `_kernel`.
+      scores_ref, stats_ref, bits_ref: see `_kernel`.
       rows: which of the block's queries.
       stop: the key behind the last one that they may see.
       keys: the keys of a tile.
@@ -294,16 +294,16 @@ def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: in
     blocks = lax.div(stop + KEYS - 1, KEYS)  # of KEYS keys
 
     @pl.loop(lax.div(stop, keys), blocks * (KEYS // keys))
-    def _(tile):  # which nothing was scored for
-        scores_ref[_place_of(tile, keys, rows)] = jnp.full((ROWS, keys), -jnp.inf)
+    def _fill_unscored(tile):
+        scores_ref[_tile_index(tile, keys, rows)] = jnp.full((ROWS, keys), -jnp.inf)
 
     count = functools.partial(_count, scores_ref, rows, blocks)
     allowed = count(lambda x, _: x > -jnp.inf)
     few = allowed <= topk
-    low = jnp.where(few, 0.0, jnp.min(seen_ref[LEAST, rows], axis=1, keepdims=True))
-    high = jnp.where(few, 0.0, jnp.max(seen_ref[LARGEST, rows], axis=1, keepdims=True))
+    low = jnp.where(few, 0.0, jnp.min(stats_ref[LEAST, rows], axis=1, keepdims=True))
+    high = jnp.where(few, 0.0, jnp.max(stats_ref[LARGEST, rows], axis=1, keepdims=True))
     total, squares = (
-        jnp.sum(seen_ref[which, rows], axis=1, keepdims=True) for which in (TOTAL, SQUARES)
+        jnp.sum(stats_ref[which, rows], axis=1, keepdims=True) for which in (TOTAL, SQUARES)
     )
     guess = normal_quantile(total, squares, allowed, topk)
     threshold, at_threshold, above = find_threshold(
@@ -315,11 +315,11 @@ def _select_rows(scores_ref, seen_ref, bits_ref, rows, stop, keys: int, topk: in
     write = functools.partial(_write_bits, scores_ref, bits_ref, rows, blocks)
 
     @pl.when(~some_crowded)
-    def _():
+    def _write_without_ties():
         write(lambda x, _: x >= level)
 
     @pl.when(some_crowded)
-    def _():
+    def _write_with_ties():
         def tied_before(position):
             return count(lambda x, first: (x == level) & (_positions(x, first) < position))
 
@@ -356,7 +356,7 @@ def _write_bits(scores_ref, bits_ref, rows, blocks, test: Callable[[Array, Array
     """Writes the bits of the keys whose scores pass `test(scores, position of the first)`."""
 
     @pl.loop(0, bits_ref.shape[2] // LANES)
-    def _(block):
+    def _write_block(block):
         where = pl.ds(pl.multiple_of(block * LANES, LANES), LANES)
 
         @pl.when(block < blocks)
