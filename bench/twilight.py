@@ -2,12 +2,13 @@
 
     python -m bench.twilight --workdir=runs/quickstart/sparse
 
-Against p stand keys kept, true attention mass kept, output error and loss. Every token of held-out
-rows is read as decoding would read it: through the cache, each with the fewest keys that by
-estimate have p of attention (Twilight). For DSA ("indexer") the estimate is the softmax of the
-indexer's scores over the keys it selected; for dense latent attention ("int4") it is attention by
-latents in four bits, and what any head keeps is kept. Only tokens with more keys before them than
-the indexer selects are counted. One JSON line; `error` is a change's standard error, over rows.
+For each p it prints the keys kept, the true attention mass on them, the error of attention's output
+and the loss. Every token of held-out rows is read as decoding would read it: through the cache,
+each with the fewest keys that by estimate have p of attention (Twilight). For DSA ("indexer") the
+estimate is the softmax of the indexer's scores over the keys it selected; for dense latent
+attention ("int4") it is attention by latents in four bits, and what any head keeps is kept. Only
+tokens with more keys before them than the indexer selects are counted. One JSON line; `error` is a
+change's standard error, over rows.
 """
 
 import dataclasses
