@@ -47,7 +47,7 @@ class Cursor(Protocol):
         ...
 
 
-class _Bytes:
+class _CursorState:
     """A cursor at one moment, in the form that grain's handler writes and reads.
 
     There is one file for each process.
@@ -112,7 +112,7 @@ class Checkpoints:
             "state": ocp.args.PyTreeSave(state, save_args=jax.tree.map(save_args, state))
         }
         if cursor is not None:
-            items["cursor"] = CheckpointSave(_Bytes(_to_bytes(cursor.get_state())))
+            items["cursor"] = CheckpointSave(_CursorState(_to_bytes(cursor.get_state())))
         with disk_errors(self._clean_up):
             try:
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -180,7 +180,7 @@ class Checkpoints:
         try:
             self.close()
         except UserError:
-            if kind is None:  # what broke the run speaks first
+            if kind is None:  # else the error that ended the run is the one to see
                 raise
 
     def _clean_up(self, reason: str) -> str:
@@ -323,7 +323,7 @@ def _restore_cursor(manager: ocp.CheckpointManager, checkpoint: Path, like: Any)
             f"{checkpoint}: saved by {counts.pop()} processes, this run has {here};"
             " the data cursor needs as many"
         )
-    cursor = _Bytes()
+    cursor = _CursorState()
     manager.restore(int(checkpoint.name), args=ocp.args.Composite(cursor=CheckpointRestore(cursor)))
     return cursor.state if isinstance(like, bytes) else json.loads(cursor.state)
 

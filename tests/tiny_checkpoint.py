@@ -1,5 +1,6 @@
-"""A small Hugging Face checkpoint of random numbers, made by our own writer: for tests of what is
-done with one, where tests/golden is for what is in it.
+"""A small Hugging Face checkpoint of random numbers, made by our own writer.
+
+It serves tests of what commands do with a checkpoint; tests/golden is for what models compute.
 """
 
 import json
@@ -35,7 +36,7 @@ MODEL = tiny.model_config(
 
 
 def write_checkpoint(directory: Path, model: ModelConfig = MODEL, **keys) -> Path:
-    """config.json, with these keys besides, and model.safetensors."""
+    """Writes config.json, with these keys too, and model.safetensors."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config_json(model, "float32") | keys))
     rng, own = np.random.default_rng(0), [tensor for tensor in tensors(model) if not tensor.copy_of]

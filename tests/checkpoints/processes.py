@@ -48,8 +48,9 @@ def killed_before_the_last_rename(directory: Path) -> None:
 
 
 def full_disk(directory: Path) -> None:
-    """Writes a leaf larger than a file may be, and one behind it; prints what `finish` says, three
-    times.
+    """Writes a leaf larger than a file may be, and one behind it.
+
+    It prints what `finish` raises, three times.
     """
     leaves = {
         "large": jax.ShapeDtypeStruct((1024, 1024), np.float32),

@@ -1,5 +1,5 @@
-"""config.json in other words: keys moved, dropped or added that mean the same, and such that do
-not.
+"""Keys of config.json that are moved, dropped or added: those that mean the same, those that mean
+something else, and those that are refused.
 """
 
 import json
@@ -13,6 +13,7 @@ from tests.model.golden import GOLDEN
 
 
 def fields(case: str, tmp_path, change) -> dict:
+    """The fields that a golden case's config.json has after a change of its keys."""
     keys = json.loads((GOLDEN / case / "config.json").read_text())
     change(keys)
     (tmp_path / "config.json").write_text(json.dumps(keys))
@@ -20,7 +21,7 @@ def fields(case: str, tmp_path, change) -> dict:
 
 
 def moved_rope(keys):
-    """To where the releases have it."""
+    """Moves the rope keys to where the releases have them."""
     rope = keys.pop("rope_parameters")
     keys["rope_theta"] = rope.pop("rope_theta")
     keys["partial_rotary_factor"] = rope.pop("partial_rotary_factor", None)
@@ -29,12 +30,12 @@ def moved_rope(keys):
 
 
 def interval(keys):
-    """Qwen3-Next's release names no layers: every fourth is full attention."""
+    """Drops the kinds of layers, as Qwen3-Next's release does: every fourth is full attention."""
     del keys["layer_types"]
 
 
 def no_factor(keys):
-    """transformers then takes the ratio of the two contexts."""
+    """Drops YaRN's factor: transformers then takes the ratio of the two contexts."""
     rope = keys["rope_parameters"]
     keys["max_position_embeddings"] = int(
         rope.pop("factor") * rope["original_max_position_embeddings"]

@@ -16,7 +16,7 @@ from errors import UserError
 
 
 def file_of(path: Path, header: dict | bytes, data: bytes, length: int | None = None) -> None:
-    """A file by the format's own words, without our writer."""
+    """Writes a file by the format's definition, without our writer."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
 
@@ -31,7 +31,7 @@ PAIR_BYTES = np.arange(6, dtype="<i4").tobytes() + b"\x80\x3f"
 
 
 def tensors() -> dict[str, np.ndarray]:
-    """Every dtype, in an order that does not align them; a scalar, an empty one."""
+    """Tensors of every dtype, in an order that does not align them; a scalar, an empty one."""
     bits = np.random.default_rng(0).integers(0, 2, (3, 5, 8), dtype=np.uint8)
     every = {f"of.{name}": bits.astype(dtype) for name, dtype in reversed(DTYPES.items())}
     return every | {
@@ -53,8 +53,8 @@ def save(
     stop: int | None = None,
     source: str = "here",
 ) -> list[str]:
-    """Writes what is not yet done, row by row; of the tensor after the first `stop` only half, as
-    if killed. Returns what it wrote.
+    """Writes the tensors that are not done yet, row by row; after `stop` of them a part of the next,
+    as if killed. Returns the names of those it wrote.
     """
     writer = TensorWriter(directory, plan(of), source, shard_bytes)
     todo = [name for name in of if name not in writer.done]
@@ -96,8 +96,8 @@ def test_reads_a_file_of_another_writer(tmp_path):
 
 @pytest.mark.parametrize("count", range(1, 9))
 def test_what_it_writes_follows_the_format(tmp_path, count):
-    """Aligned: a header of whole eights, and every tensor at a multiple of its items' size, without
-    which torch cannot view it.
+    """The header has whole eights of bytes, and every tensor begins at a multiple of its items'
+    size, without which torch cannot view it.
     """
     of = dict(list(tensors().items())[-count:])
     save(tmp_path, of)
@@ -136,7 +136,7 @@ def test_comes_back(tmp_path, shard_bytes):
 
 
 def test_goes_on_where_it_stopped(tmp_path):
-    """By whole shards of three; what is not whole is refused by readers, and gone at the end."""
+    """Shards have three tensors. What is not whole is refused by readers, and gone at the end."""
     of = {str(i): np.full((2, 8), i, np.float32) for i in range(8)}
     assert len(save(tmp_path, of, 3 * 64, stop=4)) == 4
     with pytest.raises(
