@@ -53,8 +53,8 @@ def save(
     stop: int | None = None,
     source: str = "here",
 ) -> list[str]:
-    """Writes the tensors that are not done yet, row by row; after `stop` of them a part of the next,
-    as if killed. Returns the names of those it wrote.
+    """Writes the tensors that are not done yet, row by row; after `stop` of them a part of the
+    next, as if killed. Returns the names of those it wrote.
     """
     writer = TensorWriter(directory, plan(of), source, shard_bytes)
     todo = [name for name in of if name not in writer.done]
