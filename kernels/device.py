@@ -6,7 +6,7 @@ import jax
 
 
 class Device(Protocol):
-    """What a program must know of a device, present or only described."""
+    """A device, present or only described, as far as a program must know it."""
 
     @property
     def platform(self) -> str:

@@ -17,7 +17,7 @@ WEIGHT_BITS = 30  # bits of a float32 in [0, 1] that can be set: neither the sig
 
 
 class IndexerQuery(NamedTuple):
-    """What an indexer computes for each query.
+    """An indexer's queries and the weights of its heads, for each token.
 
     Attributes:
       q_BTIC: the queries of the I indexer heads, each C wide.

@@ -29,7 +29,7 @@ TINY = 0x00800000
 
 
 class Threshold(NamedTuple):
-    """What `find_threshold` found for each row.
+    """The threshold of each row, as `find_threshold` finds it.
 
     Attributes:
       level: float32, the largest bound with topk scores or more at or above it.

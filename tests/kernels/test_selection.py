@@ -84,12 +84,12 @@ def select(kind, made, topk: int, **options):
     return unpack(bits_BTW, k_BSC.shape[1]), threshold_BT
 
 
-def assert_bounds(threshold_BT, chosen_BTS, made, topk: int):
-    """All allowed keys above the threshold are chosen, none below; where all are, it says so."""
+def assert_bounds(threshold_BT, selected_BTS, made, topk: int):
+    """All allowed keys above the threshold are selected, none below; where all are, it is -inf."""
     scores_BTS, allowed_BTS = scored(*made)
     threshold_BT1 = np.asarray(threshold_BT)[..., None]
-    assert np.all(chosen_BTS[(scores_BTS > threshold_BT1) & allowed_BTS])
-    assert not np.any(chosen_BTS[scores_BTS < threshold_BT1])
+    assert np.all(selected_BTS[(scores_BTS > threshold_BT1) & allowed_BTS])
+    assert not np.any(selected_BTS[scores_BTS < threshold_BT1])
     np.testing.assert_array_equal(threshold_BT == -np.inf, np.sum(allowed_BTS, axis=-1) <= topk)
 
 
@@ -108,11 +108,11 @@ def test_the_kernel_selects_what_the_reference_does(shape, segments, topk, block
     made = inputs(*shape, segments=segments)
     T = shape[1]
     # The watchful interpreter would take minutes for thousands of keys.
-    chosen_BTS, threshold_BT = select(
+    selected_BTS, threshold_BT = select(
         select_tpu, made, topk, interpret=STRICT if T <= 300 else True, **block
     )
-    np.testing.assert_array_equal(chosen_BTS, expected(*made, topk))
-    assert_bounds(threshold_BT, chosen_BTS, made, topk)
+    np.testing.assert_array_equal(selected_BTS, expected(*made, topk))
+    assert_bounds(threshold_BT, selected_BTS, made, topk)
 
 
 def test_bfloat16_and_scores_that_do_not_tie():
@@ -130,9 +130,9 @@ def test_bfloat16_and_scores_that_do_not_tie():
 @pytest.mark.parametrize("queries", [64, 77, 512])
 def test_the_reference_in_chunks_is_the_whole(queries):
     made = inputs(2, 200, 2, 8, segments=3)
-    chosen_BTS, threshold_BT = select(select_reference, made, 20, queries=queries)
-    np.testing.assert_array_equal(chosen_BTS, expected(*made, 20))
-    assert_bounds(threshold_BT, chosen_BTS, made, 20)
+    selected_BTS, threshold_BT = select(select_reference, made, 20, queries=queries)
+    np.testing.assert_array_equal(selected_BTS, expected(*made, 20))
+    assert_bounds(threshold_BT, selected_BTS, made, 20)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_it_ends_whatever_the_scores(kind):
     threshold, at, tried = passes(scores, 32)
     best = np.sort(scores, axis=1)[:, -32:]
     assert np.all((threshold > np.sort(scores, axis=1)[:, -33:-32]) | (threshold == best[:, :1])), (
-        "between the last chosen and the first not, or at a tie"
+        "between the last selected and the first not, or at a tie"
     )
     np.testing.assert_array_equal(at, np.sum(scores >= threshold, axis=1, keepdims=True))
     assert tried <= GUESSES + 33
