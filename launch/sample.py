@@ -1,9 +1,9 @@
-"""Continues a prompt, answers as the assistant of a chat, or fills the gap between two texts.
+r"""Continues a prompt, answers as the assistant of a chat, or fills the gap between two texts.
 
     python -m launch.sample --workdir=runs/quickstart/sparse --prompt="def add(a, b):"
-    python -m launch.sample --workdir=runs/quickstart/sparse --infill \\
-        --prefix="def add(a, b):\\n" --suffix="\\n    return c\\n"
-    python -m launch.sample --workdir=runs/quickstart/reinforce \\
+    python -m launch.sample --workdir=runs/quickstart/sparse --infill \
+        --prefix="def add(a, b):\n" --suffix="\n    return c\n"
+    python -m launch.sample --workdir=runs/quickstart/reinforce \
         --chat="A zoo has 7 lions. 3 leave. 5 are born. How many lions now?"
 
 A Hugging Face checkpoint chats by its own template. Without a prompt, each line of standard input
@@ -12,8 +12,8 @@ is a question:
     python -m launch.sample --workdir=hf:DIR --chat="What is 17 x 23?"
     python -m launch.sample --workdir=runs/quickstart/reinforce
 
-Tokens appear as they are sampled. A prefix, suffix or prompt that begins with @ names a file. \\n
-and \\t are read as line end and tab.
+Tokens appear as they are sampled. A prefix, suffix or prompt that begins with @ names a file. \n
+and \t are read as line end and tab.
 """
 
 import functools

@@ -1,6 +1,6 @@
-"""Writes what a model computes for given tokens or texts to an .npz.
+r"""Writes what a model computes for given tokens or texts to an .npz.
 
-    python -m launch.score --model=hf:DIR --tokens=rows.json --out=scores.npz \\
+    python -m launch.score --model=hf:DIR --tokens=rows.json --out=scores.npz \
         --greedy=16 --hidden --routes --mtp --exact
     python -m launch.score --model=runs/quickstart/sparse --text="notes/*.txt" --out=texts.npz
 
