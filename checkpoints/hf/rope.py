@@ -43,7 +43,7 @@ def read_rope(
     }
     if kind == "yarn":
         fields |= _yarn_fields(reader, rope)
-    for name in rope.keys() - KNOWN[kind]:
+    for name in sorted(rope.keys() - KNOWN[kind]):
         why = f"not a key of rope_type {kind} that is supported"
         raise reader.unsupported(name, rope[name], why)
     return fields, rope
