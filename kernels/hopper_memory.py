@@ -59,13 +59,12 @@ class Result(NamedTuple):
     def shape(self, operands: Operands) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype of the whole result."""
         rows = operands.resident[0].shape[:3]
-        if self.resident is None and self.streamed is None:
+        if self.resident is not None:
+            like = operands.resident[self.resident]
+        elif self.streamed is not None:
+            like = operands.streamed[self.streamed]
+        else:
             return jax.ShapeDtypeStruct(rows, F32)
-        like = (
-            operands.streamed[self.streamed]
-            if self.streamed is not None
-            else operands.resident[self.resident or 0]
-        )
         return jax.ShapeDtypeStruct((*rows, like.shape[3]), like.dtype)
 
 
