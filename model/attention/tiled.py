@@ -59,8 +59,8 @@ class Keys(NamedTuple):
     segments_BS: Array
 
 
-# Shardings of arrays [B, ...], [B, N, ...] and block-cyclic ones [B, n, devices, BLOCK, ...]. Of any
-# type, since they stand in the place of arrays in trees.
+# Shardings of arrays [B, ...], [B, N, ...] and block-cyclic ones [B, n, devices, BLOCK, ...]. They
+# stand in the place of arrays in trees, hence the type.
 ROWS: Any = spec("batch")
 HEADS: Any = spec("batch", "heads")
 BLOCKS: Any = spec("batch", None, "query_blocks")
