@@ -32,8 +32,9 @@ class Threshold(NamedTuple):
     """The threshold of each row, as `find_threshold` finds it.
 
     Attributes:
-      level: float32, the largest bound with topk scores or more at or above it.
-      at_level: how many scores are at or above it; more than topk only where scores tie at it.
+      level: float32, a bound with exactly topk scores at or above it; where scores tie at the k-th
+        best, that score.
+      at_level: how many scores are at or above it: more than topk only where scores tie at it.
       above: how many scores are above it, where scores tie at it.
     """
 
@@ -65,10 +66,10 @@ def find_threshold(
     guess: Array,
     topk: int,
 ) -> Threshold:
-    """Finds the largest bound of each row with `topk` scores or more at or above it.
+    """Finds a bound for each row with exactly `topk` scores at or above it.
 
-    The search ends when exactly `topk` are, or when no float lies between a bound that has more and
-    one that has fewer.
+    Where scores tie at the k-th best there is none: then the search ends when no float lies between
+    a bound that has more and one that has fewer, and finds the former.
 
     Args:
       count_at_least: float32 levels [R, 1] -> how many scores of each row are at or above, int32.
