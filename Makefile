@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # The newest Python that the machine has, for `make test-newest`.
-NEWEST ?= $(shell command -v python3.13 || ls -1 "$$HOME"/.pyenv/versions/3.13.*/bin/python3.13 2>/dev/null | tail -1)
+NEWEST ?= $(shell for python in python3.13 "$$HOME"/.pyenv/versions/3.13.*/bin/python3.13; do \
+    $$python -c '' 2>/dev/null && echo $$python && break; done)
 
 .PHONY: quickstart test test-fast test-all test-newest test-compile test-compile-all lint format clean
 
