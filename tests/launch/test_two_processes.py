@@ -81,7 +81,7 @@ def start(workdir: Path, *flags: str, **environment: str) -> subprocess.Popen:
 
 
 def wait(*processes: subprocess.Popen) -> None:
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(
         output[-3000:] for output in outputs
     )
