@@ -16,8 +16,8 @@ if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
-import jax
-import pytest
+import jax  # noqa: E402  (after the environment it reads)
+import pytest  # noqa: E402
 
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
