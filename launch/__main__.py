@@ -2,6 +2,8 @@
 
     athanor --help
     athanor pretrain --config=configs/quickstart.py:pretrain --workdir=runs/mine
+
+The commands are those of launch/__init__.py.
 """
 
 import difflib
