@@ -3,8 +3,9 @@
     B batch (rows)     T query positions   S key positions     D hidden_size
     N heads            H head width        R latent rank       V vocabulary, or a value's width
     E experts          K top-k experts, or key-value heads     F hidden width of an FFN
-    I indexer heads    C indexer width     L layers            G completions of one prompt
-    P prompts          M microbatches      W words of a bitmask, 32 keys each
+    I indexer heads    L layers            P prompts           G completions of one prompt
+    C indexer width, or tokens of a completion or a chunk      M microbatches
+    W words of a bitmask, 32 keys each
 
 `q_BTNH` is a query of shape [B, T, N, H]. A letter of another meaning is said in the docstring of
 the function that uses it.
