@@ -18,7 +18,7 @@ from plan.hlo import parse
 from plan.topology import GIB
 
 pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("little_effort")]
-SLOW = pytest.mark.slow  # minutes each, or as much as another: `make test-compile-all`
+SLOW = pytest.mark.slow  # minutes each: `make test-compile-all`
 
 KERNELS = {"warmup": {"select", "sparse_attention", "indexer_normaliser", "indexer_kl"}}
 KERNELS["sparse"] = KERNELS["warmup"] | {"sparse_attention_backward"}
@@ -45,16 +45,9 @@ def test_a_layer_of_128k_tokens_and_128_heads_on_eight_chips(stage):
     assert found.live_bitmasks <= 1
 
 
-@pytest.mark.parametrize(
-    ("stage", "layers"),
-    [
-        ("sparse", 5),
-        *(
-            pytest.param(*case, marks=SLOW)
-            for case in [("sparse", 61), ("warmup", 5), ("warmup", 61)]
-        ),
-    ],
-)
+@SLOW
+@pytest.mark.parametrize("layers", [5, 61])
+@pytest.mark.parametrize("stage", ["sparse", "warmup"])
 def test_the_whole_model_on_a_pod(stage, layers):
     """It has 512 chips of v5p, and a row of 4,096 tokens for each group of 8.
 
