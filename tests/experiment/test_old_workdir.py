@@ -1,7 +1,7 @@
 """A workdir made before config fields were renamed still samples, evaluates and resumes.
 
-old_workdir/ has what the code before the renaming (commit 9ba7c40) made, with conftest's flags of
-XLA and old_workdir/config.py:
+old_workdir/ has what the code before the renaming (commit 9ba7c40) made of old_workdir/config.py on
+eight pretended CPU devices, with XLA_FLAGS=--xla_backend_optimization_level=0:
 
     workdir.tar.gz  W of launch.pretrain --config=config.py --workdir=W: two steps, sparse
     expected.json   "sample": launch.sample --workdir=W --chat="1+1?" --config.sampling.max_new=24
@@ -27,8 +27,8 @@ from launch import sample
 
 OLD = Path(__file__).parent / "old_workdir"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
-# The values are the same to the bit where they were made. Another CPU or version of XLA may sum in
-# another order, in float32.
+# With those flags the values are the same to the bit on the machine that made them. Other flags, CPUs
+# and versions of XLA sum in another order, in float32.
 RTOL = 1e-5
 
 
