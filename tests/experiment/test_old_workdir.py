@@ -27,8 +27,8 @@ from launch import sample
 
 OLD = Path(__file__).parent / "old_workdir"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
-# With those flags the values are the same to the bit on the machine that made them. Other flags, CPUs
-# and versions of XLA sum in another order, in float32.
+# With those flags the values are the same to the bit on the machine that made them. Other flags,
+# CPUs and versions of XLA sum in another order, in float32.
 RTOL = 1e-5
 
 
