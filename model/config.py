@@ -28,7 +28,7 @@ from model.layer_configs import (
 )
 from model.stacks import LayerKind, LayerStack, layer_stacks
 
-LAYER_TYPES = ("mla", "gqa", "delta")
+LAYER_TYPES = ("mla", "gqa", "delta")  # each names its section, too
 STAGES = ("dense", "warmup", "sparse")
 NORMS = ("scale", "zero_centred")
 MTP_INPUTS = ("residual", "normed")

@@ -5,11 +5,26 @@ is written once, here, with its default, meaning and unit.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from errors import FieldChecks
 
 SCORING_FUNCS = ("sigmoid", "softmax")
 GATES = ("none", "head", "element")
+
+
+class AttentionCost(NamedTuple):
+    """The multiply-adds of one layer's attention besides those of its parameters.
+
+    Attributes:
+      expanded: for each key that a query attends to, in training and prefill.
+      cached: the same in decoding, over what is cached.
+      constant: for each token, whatever the context.
+    """
+
+    expanded: int = 0
+    cached: int = 0
+    constant: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +95,15 @@ class MLAConfig:
         """The width of a head's query and key, rotated part included."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def cost(self) -> AttentionCost:
+        """The cost of attention per head, and over latents in decoding."""
+        heads = self.num_attention_heads
+        return AttentionCost(
+            expanded=heads * (self.qk_head_dim + self.v_head_dim),
+            cached=heads * (2 * self.kv_lora_rank + self.qk_rope_head_dim),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class GQAConfig:
@@ -106,6 +130,12 @@ class GQAConfig:
         fits = 0 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0
         check.that(fits, "rotary_dim", f"must be even and at most head_dim = {self.head_dim}")
         check.one_of("gate", GATES)
+
+    @property
+    def cost(self) -> AttentionCost:
+        """The cost of attention, the same over a sequence and over a cache."""
+        each = 2 * self.num_attention_heads * self.head_dim
+        return AttentionCost(expanded=each, cached=each)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +164,12 @@ class DeltaConfig:
             f"does not divide model.delta.num_value_heads = {self.num_value_heads}",
         )
         check.that(self.conv_kernel_dim >= 1, "conv_kernel_dim", "must be at least 1")
+
+    @property
+    def cost(self) -> AttentionCost:
+        """The cost of reading, correcting and writing the state."""
+        state = self.num_value_heads * self.key_head_dim * self.value_head_dim
+        return AttentionCost(constant=3 * state)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from model.config import ModelConfig
+from model.layer_configs import AttentionCost
+from model.layers.table import ATTENTION_TYPES
 from rl.config import SamplingConfig
 from train.state import count_parameters
 
@@ -118,38 +120,24 @@ def parameters_per_token(model: ModelConfig, heads: int, *, mtp: bool, indexer: 
     return count_parameters(used)[1] - embeddings + heads * embedding
 
 
-class AttentionCost(NamedTuple):
-    """What one layer's attention multiplies besides parameters, in multiply-adds."""
+class LayerCost(NamedTuple):
+    """What one layer's attention multiplies, and whether an indexer selects its keys."""
 
-    expanded: int  # for each key that a query attends to, in training and prefill
-    cached: int  # the same of a decoder, over what it has cached
-    constant: int  # for each token whatever the context: the products of a delta layer's state
+    attention: AttentionCost
     indexed: bool
 
 
-def attention_costs(model: ModelConfig, mtp: bool) -> list[AttentionCost]:
+def layer_costs(model: ModelConfig, mtp: bool) -> list[LayerCost]:
     """Returns the cost of each layer, followed by that of the MTP modules if `mtp`."""
-    mla, gqa, delta = model.mla, model.gqa, model.delta
-    indexed = model.indexer.n_heads > 0
-    gqa_cost = 2 * gqa.num_attention_heads * gqa.head_dim
-    costs = {
-        "mla": AttentionCost(
-            expanded=mla.num_attention_heads * (mla.qk_head_dim + mla.v_head_dim),
-            cached=mla.num_attention_heads * (2 * mla.kv_lora_rank + mla.qk_rope_head_dim),
-            constant=0,
-            indexed=indexed,
-        ),
-        "gqa": AttentionCost(expanded=gqa_cost, cached=gqa_cost, constant=0, indexed=False),
-        "delta": AttentionCost(
-            expanded=0,
-            cached=0,
-            constant=3 * delta.num_value_heads * delta.key_head_dim * delta.value_head_dim,
-            indexed=False,
-        ),
-    }
     mtp_layers = model.num_nextn_predict_layers if mtp else 0
     kinds = (*model.kinds, *[model.mtp_kind] * mtp_layers)
-    return [costs[kind.attention] for kind in kinds]
+    return [
+        LayerCost(
+            attention=getattr(model, kind.attention).cost,
+            indexed=ATTENTION_TYPES[kind.attention].has_indexer and model.indexer.n_heads > 0,
+        )
+        for kind in kinds
+    ]
 
 
 def train_formula(model: ModelConfig, stage: str, rows: int, length: int) -> float:
@@ -171,11 +159,11 @@ def train_formula(model: ModelConfig, stage: str, rows: int, length: int) -> flo
     heads = 1 + model.num_nextn_predict_layers
     parameters = parameters_per_token(model, heads, mtp=True, indexer=stage != "dense")
     flops = trunk * parameters * tokens
-    for layer in attention_costs(model, mtp=True):
-        topk = indexer.topk if stage == "sparse" and layer.indexed else length
+    for cost, indexed in layer_costs(model, mtp=True):
+        topk = indexer.topk if stage == "sparse" and indexed else length
         keys = attended_keys(queries, topk)
-        flops += trunk * (rows * keys * layer.expanded + tokens * layer.constant)
-        if stage != "dense" and layer.indexed:
+        flops += trunk * (rows * keys * cost.expanded + tokens * cost.constant)
+        if stage != "dense" and indexed:
             scored = attended_keys(queries, length)
             flops += 6 * rows * scored * indexer.n_heads * indexer.head_dim
     return float(flops)
@@ -201,13 +189,13 @@ def rollout_formula(
     layers = parameters_per_token(model, 0, mtp=False, indexer=sparse)
     head = model.vocab_size * model.hidden_size
     flops = 2 * prompts * (layers * prompt + head) + 2 * completions * (layers + head) * new
-    for layer in attention_costs(model, mtp=False):
-        topk = indexer.topk if sparse and layer.indexed else prompt + new
+    for cost, indexed in layer_costs(model, mtp=False):
+        topk = indexer.topk if sparse and indexed else prompt + new
         keys = attended_keys(prefilled, topk)
-        flops += 2 * prompts * (keys * layer.expanded + layer.constant * prompt)
+        flops += 2 * prompts * (keys * cost.expanded + cost.constant * prompt)
         keys = attended_keys(decoded, topk)
-        flops += 2 * completions * (keys * layer.cached + layer.constant * new)
-        if sparse and layer.indexed:
+        flops += 2 * completions * (keys * cost.cached + cost.constant * new)
+        if sparse and indexed:
             scored = prompts * attended_keys(prefilled, prompt)
             scored += completions * attended_keys(decoded, prompt + new)
             flops += 2 * indexer.n_heads * indexer.head_dim * scored
