@@ -34,7 +34,7 @@ class Program(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a kernel does for a sequence.
+    """Counts the work of a kernel for one sequence.
 
     Every tile with a pair of a query and an earlier key counts as computed.
     """

@@ -45,7 +45,7 @@ def run(topology: str, length: int) -> None:
 
 
 class Device(NamedTuple):
-    """What a device can do, by its data sheet."""
+    """Holds the peak rates of a device, by its data sheet."""
 
     clock: float  # cycles a second
     cores: int

@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 class StepMemory(NamedTuple):
-    """What a compiled step takes of one device's memory."""
+    """Describes the memory of one device that a compiled step takes."""
 
     bytes: int
     largest: int  # bytes of the largest array that is written to HBM

@@ -1,4 +1,4 @@
-"""What the scripts share: the config they run, random tokens, and how time is taken."""
+"""Gives the benchmark scripts their config, random tokens and the timing of calls."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How large arrays are cut into the chunks that are compressed, written and read by themselves."""
+"""Cuts large arrays into chunks, each of which is compressed, written and read by itself."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Where a model comes from: the workdir of a run, or `hf:DIR`, a Hugging Face checkpoint."""
+"""Reads the name of a model: the workdir of a run, or `hf:DIR`, a Hugging Face checkpoint."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ PACKINGS = ("split", "fit")
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer a run trains or reads."""
+    """Chooses the tokenizer that a run trains or reads."""
 
     # "bpe": byte-level BPE trained on data.sources | "bytes" | "file": a Hugging Face tokenizer
     kind: str = "bpe"
@@ -38,7 +38,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which documents a run reads, and how they become rows of tokens."""
+    """Chooses the documents that a run reads, and how they become rows of tokens."""
 
     # One string a source: "stdlib" | "text:GLOB" | "jsonl:GLOB#FIELD" (.gz too) |
     # "parquet:GLOB#FIELD" | "arrayrecord:GLOB#FIELD" (records are JSON, or text without #FIELD) |
@@ -90,5 +90,5 @@ class DataConfig:
 
     @property
     def infills_spm(self) -> bool:
-        """Whether infilling has the suffix first, as most of the training documents do."""
+        """True if infilling puts the suffix first, as most of the training documents then do."""
         return self.fim_spm > 0.5

@@ -176,7 +176,7 @@ def slurm(
 
 
 class Cluster(NamedTuple):
-    """What one kind of cluster needs, and how it is spoken to."""
+    """Describes one kind of cluster: what it needs here, its flags, and the commands for it."""
 
     programs: tuple[str, ...]  # that must be installed here
     required: tuple[str, ...]  # flags

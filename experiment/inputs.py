@@ -1,6 +1,6 @@
-"""Where the config of a command comes from: five kinds of input.
+"""Finds the config of a command: five kinds of input.
 
-Each has the flags that name it, and the arguments that `run` gets of it.
+Each kind has the flags that name it, and the arguments that `run` gets of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ OVERRIDES = "--config.a.b=VALUE overrides a field"
 
 
 class Input:
-    """Where the config comes from: nowhere. The other kinds of input refine this one."""
+    """Gives a command no config; the other kinds of input refine this one."""
 
     # Whether there is a config: its fields may be overridden, and it runs on devices.
     has_config = False

@@ -1,4 +1,4 @@
-"""How many devices this process pretends to have, and which other processes it joins.
+"""Sets how many devices this process pretends to have, and which other processes it joins.
 
 Both must be settled before JAX sees its first device.
 """

@@ -1,4 +1,4 @@
-"""What a run came to, in numbers: summary.json of one phase, and of the whole quickstart."""
+"""Writes the results of a run as numbers: summary.json of a phase, and of the whole quickstart."""
 
 import platform
 from collections.abc import Mapping, Sequence

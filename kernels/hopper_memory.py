@@ -107,7 +107,7 @@ class Scratch(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a program divides its shared memory."""
+    """Divides the shared memory of a program into buffers."""
 
     resident: list[Buffer]
     slots: list[list[Buffer]]  # the buffers of one slot of each ring

@@ -51,7 +51,7 @@ Compute = Callable[[list[Any], FoldTiles], Sequence[Array]]
 
 
 class Program(NamedTuple):
-    """Which rows this program computes, and how many tiles it goes over; traced numbers."""
+    """Holds the rows that one program computes, and how many tiles it visits; traced numbers."""
 
     b: Array  # sequence
     n: Array  # head

@@ -47,7 +47,7 @@ VMEM_BYTES = 60 * 2**20  # vector memory that a kernel may have
 
 
 class Tiles(NamedTuple):
-    """How the work is cut.
+    """Sizes of the tiles that the work is cut into.
 
     A tile has multiples of 128 queries and keys; keys divide 4096. Larger tiles would skip less in
     the forward pass; in the backward pass they halve what dq moves between chip and HBM.

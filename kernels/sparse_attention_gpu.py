@@ -40,7 +40,7 @@ LOG2E = math.log2(math.e)  # the hardware's exponential is of base 2
 
 
 class Tiles(NamedTuple):
-    """How many rows of the other side a tile has, 64 or 128."""
+    """Sizes of the tiles: the rows of the other side that each has, 64 or 128."""
 
     forward: int = 128  # keys
     backward: int = 64  # keys (dq) or queries (dk and dv)

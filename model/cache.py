@@ -1,4 +1,4 @@
-"""What decoding remembers of the tokens read so far: per layer what its attention needs.
+"""The cache of decoding: what each layer's attention needs of the tokens read so far.
 
 The caches of the types of attention are in model/attention/caches.py.
 """

@@ -1,4 +1,4 @@
-"""What a model is made of, and the legend of every shape in the codebase.
+"""Describes what a model is made of, with the legend of every shape in the codebase.
 
     B batch (rows)     T query positions   S key positions     D hidden_size
     N heads            H head width        R latent rank       V vocabulary, or a value's width

@@ -10,7 +10,7 @@ from model.transformer import Output, Transformer, layer_paths
 
 
 class Record(NamedTuple):
-    """What the layers of the trunk did, in order; -1 stands for nothing.
+    """Records what the layers of the trunk compute and choose, in order; -1 stands for nothing.
 
     hidden_BLTD: each layer's output; the last one's before the final norm.
     routes_BLTK: the experts of each token, best first; -1 in layers without experts. K is 0 in a

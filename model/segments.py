@@ -10,7 +10,7 @@ from jax import Array
 
 @flax.struct.dataclass
 class TokenInfo:
-    """What every layer is told about its tokens, beside their hidden states.
+    """Describes the tokens of every layer, beside their hidden states.
 
     positions_BT: the position of each token in its segment, for RoPE.
     segments_BT: the segment of each token; 0 is padding.

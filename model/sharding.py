@@ -73,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterUse:
-    """What the optimizer and decoding must know about a parameter, beside its axes.
+    """Tells the optimizer and decoding what they must know about a parameter, beside its axes.
 
     per_channel: no matrix product takes it (scales, biases, convolution kernels, rates of decay):
       it has no weight decay, and Muon leaves it to AdamW.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class LayerKind(NamedTuple):
-    """What a layer is made of: the type of its attention, and whether it has experts."""
+    """Describes a layer by the type of its attention, and by whether it has experts."""
 
     attention: str
     moe: bool

@@ -46,7 +46,7 @@ REMAT = {
 
 @flax.struct.dataclass
 class LayerStats:
-    """What layers did, for the losses and metrics: of one layer, or stacked over L.
+    """Statistics of layers for the losses and metrics: of one layer, or stacked over L.
 
     indexer: zeros of layers without an indexer.
     router: zeros of layers without experts.
@@ -58,7 +58,7 @@ class LayerStats:
 
 @flax.struct.dataclass
 class Output:
-    """What the model makes of whole sequences.
+    """Holds the results of the model for whole sequences.
 
     hidden_BTD: hidden states, normalised: ready for the output head.
     mtp_hidden: those of MTP depth 1, 2, ...; the k-th predicts the token k + 1 places on.

@@ -21,7 +21,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of one program. Bytes are those of one device; seconds are lower bounds."""
+    """Accounts for one program. Bytes are those of one device; seconds are lower bounds."""
 
     program: str
     fits: bool

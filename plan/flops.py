@@ -121,7 +121,7 @@ def parameters_per_token(model: ModelConfig, heads: int, *, mtp: bool, indexer: 
 
 
 class LayerCost(NamedTuple):
-    """What one layer's attention multiplies, and whether an indexer selects its keys."""
+    """Holds the cost of one layer's attention, and whether an indexer selects its keys."""
 
     attention: AttentionCost
     indexed: bool

@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 class Device(Protocol):
-    """What a plan asks of a jax.Device, which has no type that a checker can see."""
+    """Declares what a plan asks of a jax.Device, which has no type that a checker can see."""
 
     @property
     def device_kind(self) -> str:
@@ -34,7 +34,7 @@ class Device(Protocol):
 
 
 class Chip(NamedTuple):
-    """What one JAX device can do at most, by its maker's data sheet.
+    """Holds the limits of one JAX device, by its maker's data sheet.
 
     A TPU v4 or v5p chip is one device, a TPU7x chip two.
     """

@@ -37,7 +37,7 @@ UPDATE = "dynamic-update-slice"
 
 
 class Traffic(NamedTuple):
-    """What one device moves in one run of the program."""
+    """Counts the bytes that one device moves in one execution of the program."""
 
     collectives: dict[str, tuple[int, float]]  # kind -> (how many, bytes received)
     hbm_bytes: float  # read and written

@@ -14,7 +14,7 @@ OLD_LOGPROBS = ("sampler", "trainer")
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are sampled."""
+    """Settings of the sampling of completions."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 for all
@@ -42,7 +42,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReinforceConfig:
-    """Which problems, which algorithm, and how many completions and updates a step."""
+    """Chooses the problems, the algorithm, and how many completions and updates a step has."""
 
     algorithm: str = "dr_grpo"  # a row of rl/algorithms.py
     task: str = "task:arithmetic"  # "task:NAME" or "task:NAME?option=value": data/tasks
@@ -89,7 +89,7 @@ class ReinforceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """How many held-out problems and documents, and how many samples of each."""
+    """Sets how many held-out problems and documents an evaluation has, and samples of each."""
 
     problems: int = 128  # held out; 0 for none
     samples: int = 8  # completions of a problem; pass@k for k up to this

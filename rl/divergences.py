@@ -1,4 +1,4 @@
-"""How far the policy has gone from the reference, token by token.
+"""Estimates how far the policy is from the reference, token by token.
 
 An estimator is a function (logprobs_BT, reference_logprobs_BT, ratio_BT) -> divergence_BT, float32,
 of tokens that pi_old sampled; ratio_BT is the token ratio pi / pi_old with its gradient. With d =

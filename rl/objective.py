@@ -24,9 +24,9 @@ from train.objective import Batch, Objective, Term, Totals, layer_terms, layer_t
 
 @flax.struct.dataclass
 class PredictedTokens:
-    """What is known of the next token at each position, [B, T] each.
+    """Holds what is known of the next token at each position, [B, T] each.
 
-    mask_BT: bool, whether the token was sampled; the rest is meaningful only there.
+    mask_BT: bool, whether the token is a sampled one; the rest is meaningful only there.
     logprobs_BT, entropy_BT: of the policy, with a live gradient; log-probs are 0 outside the mask.
     old_logprobs_BT: of the policy that the ratio is taken to.
     sampler_logprobs_BT: as the sampler recorded them.

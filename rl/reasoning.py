@@ -1,4 +1,4 @@
-"""How many held-out problems the policy solves: completions, their rewards, and pass@k."""
+"""Measures how many held-out problems the policy solves: completions, rewards and pass@k."""
 
 import dataclasses
 from collections.abc import Sequence

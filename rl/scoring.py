@@ -1,4 +1,4 @@
-"""What a model computes for given tokens, row by row.
+"""Computes what a model makes of given tokens, row by row.
 
 A `Scorer` returns logits, hidden states, expert choices, selected keys, greedy continuations and
 log-probabilities as numpy arrays. Rows may differ in length; they are scored a few at a time.

@@ -11,7 +11,7 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """What is minimised, for how long, by which optimizer, and what is written meanwhile."""
+    """Chooses what is minimised, how long, by which optimizer, and what is written meanwhile."""
 
     # "dense": full attention | "warmup": full attention, and the indexer alone learns, by its KL |
     # "sparse": top-k attention, and the indexer learns on the selected keys.

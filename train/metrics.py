@@ -1,4 +1,4 @@
-"""What a run measured: `metrics.jsonl`, one line a step, and the same scalars for TensorBoard."""
+"""Writes and reads a run's metrics: `metrics.jsonl`, one line a step, and TensorBoard's scalars."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""When a training loop evaluates, saves and logs, and how it logs a step."""
+"""Decides when a training loop evaluates, saves and logs, and logs its steps."""
 
 import dataclasses
 from collections.abc import Mapping

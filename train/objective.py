@@ -1,4 +1,4 @@
-"""What a step minimises: a sum of terms, each a `Mean` with a coefficient.
+"""Defines what a step minimises: a sum of terms, each a `Mean` with a coefficient.
 
     loss = sum_j  coefficient_j * total_j / weight_j
 
@@ -31,7 +31,7 @@ Batch = dict[str, Array]
 
 
 class Totals(NamedTuple):
-    """What a microbatch adds to the step.
+    """Holds what a microbatch adds to the step.
 
     terms: the total of each term, a float32 scalar.
     counts_LE: tokens per expert and layer, MTP modules last.

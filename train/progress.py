@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a plain line every few seconds in a log."""
+"""Shows how far a run is: a bar on a terminal, a plain line every few seconds in a log."""
 
 import time
 from collections import deque

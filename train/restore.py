@@ -1,6 +1,6 @@
-"""Where the parameters of a run come from.
+"""Restores or makes the parameters of a run.
 
-That is its own newest checkpoint, another run, a Hugging Face checkpoint, or a random key.
+They come from its own newest checkpoint, another run, a Hugging Face checkpoint, or a random key.
 """
 
 import itertools

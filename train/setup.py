@@ -1,4 +1,4 @@
-"""What stays the same during a run: its model, its tokenizer and its mesh.
+"""Holds what stays the same during a run: its model, its tokenizer and its mesh.
 
 With them goes how arrays and batches travel between a host and the devices of that mesh.
 """

@@ -39,7 +39,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """What the model is applied with."""
+        """The collections of variables that the model is applied with."""
         return {"params": self.params, "router": self.router}
 
 

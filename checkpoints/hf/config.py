@@ -25,7 +25,7 @@ SHARED_KEYS = (
 
 
 class Architecture(NamedTuple):
-    """How a family of models is read from config.json, and written."""
+    """Holds the functions that read and write the config.json of one family of models."""
 
     model_type: str
     read: Callable[[ConfigReader, Iterable[str]], dict[str, Any]]

@@ -69,7 +69,7 @@ def whole(leaf: str, stacked: tuple[int, ...], shape: tuple[int, ...]) -> Slice:
 
 
 class Layout(Protocol):
-    """How rows of a tensor become the values of our slices, but for their shapes."""
+    """Converts rows of a tensor to the values of our slices and back, but for their shapes."""
 
     def decode(self, rows: np.ndarray) -> list[np.ndarray]:
         """Returns the values of each slice; `Tensor.decode` gives them their shapes."""

@@ -1,7 +1,7 @@
-"""What a Hugging Face checkpoint has besides tensors: config.json, tokenizer, template, licence.
+"""Keeps a Hugging Face checkpoint's files beside tensors: config, tokenizer, template, licence.
 
-A workdir keeps it in its hf/ from the day the checkpoint is loaded until it is written back, with a
-record of which tensors there were, and of which type.
+A workdir has these files in its hf/ from the day the checkpoint is loaded until it is written back,
+with a record of which tensors the checkpoint has, and of which type.
 """
 
 import shutil
@@ -19,7 +19,7 @@ from data.tokenizer_files import load_tokenizer
 from files import read_json, replacing, write_json
 from model.config import ModelConfig
 
-TENSOR_RECORD = "noted.json"  # in hf/: where the checkpoint was, and the types of its tensors
+TENSOR_RECORD = "noted.json"  # in hf/: where the checkpoint is, and the types of its tensors
 TENSOR_FILES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"),
     *(".tmp", ".index.json"),

@@ -46,7 +46,7 @@ LONGEST_HEADER = 100_000_000  # bytes; what the safetensors package allows
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies: `bytes` bytes from byte `offset` of `file`."""
+    """Describes a tensor of a file: its `bytes` bytes begin at byte `offset` of `file`."""
 
     dtype: np.dtype
     shape: tuple[int, ...]

@@ -1,8 +1,8 @@
-"""Which tensor of a Hugging Face checkpoint is which slice of which of our parameters.
+"""Maps the tensors of a Hugging Face checkpoint to slices of our parameters.
 
-This is one table, read in both directions. Names on the left are those of the checkpoint, names on
-the right are the paths of our parameters below the layer they stand in. `layouts.py` says how a
-tensor and a parameter differ.
+The mapping is one table, read in both directions. Names on the left are those of the checkpoint,
+names on the right are the paths of our parameters below the layer they stand in. `layouts.py` says
+how a tensor and a parameter differ.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What each type of attention remembers of the tokens read so far.
+"""The caches of the types of attention: what each remembers of the tokens read so far.
 
 | attention | remembers | grows |
 |---|---|---|
@@ -30,7 +30,7 @@ LATENT_GROUP = 64
 
 
 class AttentionCache(Protocol):
-    """What one layer's attention remembers, or the entries of some tokens on their way to it."""
+    """Remembers tokens for one layer's attention, or has the entries of some on their way to it."""
 
     def write(self, entries: Self, slot: ArrayLike) -> Self:
         """Returns the cache with the entries of T tokens at slots `slot` .. `slot` + T - 1."""
@@ -76,7 +76,7 @@ class LatentCache:
     layout: str = flax.struct.field(pytree_node=False, default="rows")
 
     def write(self, entries: "LatentCache", slot: ArrayLike) -> "LatentCache":
-        """See `AttentionCache`. The entries are rows."""
+        """Returns the cache with the new entries, which are rows, in its own layout."""
         new_BTR = entries.latent_BSR
         if self.layout == "tiles":
             new_BTR = sparse_decode.to_tiles(new_BTR)
@@ -91,7 +91,7 @@ class LatentCache:
     def empty(
         cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
     ) -> "LatentCache":
-        """See `AttentionCache`. `sparse_decode.in_tiles` chooses the layout."""
+        """Returns a cache of zeros, in the layout that `sparse_decode.in_tiles` chooses."""
         dtype, indexer = jnp.dtype(config.dtype), config.indexer
         index_width = indexer.head_dim if indexer.n_heads else 0
         width = config.mla.kv_lora_rank + config.mla.qk_rope_head_dim
@@ -123,7 +123,7 @@ class KeyValueCache:
     attention_top_p: float = flax.struct.field(pytree_node=False, default=1.0)
 
     def write(self, entries: "KeyValueCache", slot: ArrayLike) -> "KeyValueCache":
-        """See `AttentionCache`."""
+        """Returns the cache with the new keys and values, and the keys' four bits."""
         return dataclasses.replace(
             self,
             k_BSKH=write_slots(self.k_BSKH, entries.k_BSKH, slot),
@@ -135,7 +135,7 @@ class KeyValueCache:
     def empty(
         cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
     ) -> "KeyValueCache":
-        """See `AttentionCache`. Every stage reads the same keys."""
+        """Returns a cache of zeros, the same for every stage: all read the same keys."""
         del stage
         g = config.gqa
         zeros = jnp.zeros((batch, slots, g.num_key_value_heads, g.head_dim), config.dtype)
@@ -145,7 +145,7 @@ class KeyValueCache:
 
 @flax.struct.dataclass
 class DeltaCache:
-    """The cache of Gated DeltaNet, of one size however many tokens were read.
+    """The cache of Gated DeltaNet, of one size however many tokens are read.
 
     state_BNHV: what each of the N value heads has stored under its keys, float32.
     recent_q, recent_k, recent_v: the last inputs of the convolutions, [B, kernel size - 1, heads,
@@ -173,7 +173,7 @@ class DeltaCache:
     def empty(
         cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
     ) -> "DeltaCache":
-        """See `AttentionCache`. The state holds all there is, whatever is asked for."""
+        """Returns a state of zeros; it holds all there is, whatever slots, stage and share are."""
         del slots, stage, attention_top_p
         d = config.delta
 

@@ -34,7 +34,7 @@ MIN_PART = 64  # queries; smaller parts cost more in small matmuls than the skip
 
 @flax.struct.dataclass
 class IndexerStats:
-    """What one layer's indexer did, summed over queries.
+    """Statistics of one layer's indexer, summed over queries.
 
     kl: its loss, in nats.
     recall: the share of the true attention's mass on the keys that top-k would select.
@@ -53,7 +53,7 @@ class IndexerStats:
 
 
 class IndexerInputs(NamedTuple):
-    """What the indexer brings to attention: the queries' side and the keys [B, S, C]."""
+    """Inputs of attention from the indexer: the queries' side and the keys [B, S, C]."""
 
     query: IndexerQuery
     k_BSC: Array

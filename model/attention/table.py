@@ -1,4 +1,4 @@
-"""Which function computes attention: the tables of its forms.
+"""The forms of attention: tables that choose the function which computes it.
 
 | over | form | where | function |
 |---|---|---|---|

@@ -21,7 +21,7 @@ from jax import Array
 
 
 class Slots(NamedTuple):
-    """Which choice has which slot; see `sorted_slots`."""
+    """Maps the choices of experts to slots, and back; `sorted_slots` makes it."""
 
     slot_of_TK: Array  # the slot of each choice, S where it has none
     choice_of_slot_S: Array  # t * K + k, or T * K in an empty slot

@@ -37,7 +37,7 @@ from model.sharding import constrain
 
 
 class Projections(NamedTuple):
-    """What MLA makes of some tokens.
+    """Holds the queries and latents that MLA computes of some tokens.
 
     query_latent_BTR: the query latent, or the hidden state itself in a model without.
     q_nope_BTNH, q_rope_BTNH: each head's query, scaled: the part without position, the rotated one.

@@ -36,7 +36,7 @@ from model.sharding import (
 
 @flax.struct.dataclass
 class RouterStats:
-    """What one layer's router did.
+    """Statistics of one layer's router.
 
     balance: its balance loss, summed over tokens.
     counts_E: how many real tokens chose each expert.

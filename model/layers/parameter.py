@@ -1,4 +1,4 @@
-"""Where parameters are declared: shape, names of the axes, and what others must know about them."""
+"""Declares parameters: shape, names of the axes, and what others must know about them."""
 
 from collections.abc import Callable
 from typing import cast
