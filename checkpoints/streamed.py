@@ -336,6 +336,7 @@ class StreamedReader:
         return cast(tuple[int, ...], tuple(shape))
 
     def _array(self, name: str) -> tensorstore.TensorStore:
+        """Opens an array for reading, once."""
         if name not in self._arrays:
             found = (
                 tensorstore.open(self._specs[name], read=True, context=self._context)

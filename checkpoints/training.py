@@ -247,6 +247,7 @@ def open_checkpoint(path: Path) -> Iterator[tuple[ocp.CheckpointManager, Path, i
 
 
 def _open(directory: Path, **options: Any) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a directory, with handlers for the state and the data's cursor."""
     types = ocp.type_handlers.create_type_handler_registry(
         (
             jax.Array,

@@ -84,6 +84,7 @@ class TurnTemplate:
         return self._encode(messages, tokenizer)
 
     def _encode(self, messages: Messages, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+        """Returns the tokens of a conversation and their loss weights: 1 in answers, else 0."""
         ids = self.opening(tokenizer)
         weights = [0.0] * len(ids)
         for message in messages:

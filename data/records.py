@@ -101,6 +101,7 @@ class JsonLines(Records):
         super().__init__(spec, files, field)
 
     def _open_file(self, path: Path) -> int:
+        """Finds the lines of a file that are not blank, and returns how many they are."""
         content: Callable[[], BinaryIO] = functools.partial(path.open, "rb")
         if path.suffix == ".gz":
             try:
@@ -139,6 +140,7 @@ class ParquetColumn(Records):
         super().__init__(spec, files, field)
 
     def _open_file(self, path: Path) -> int:
+        """Reads the columns that are needed, and returns the number of rows."""
         try:
             schema = pyarrow.parquet.read_schema(path)
         except pyarrow.ArrowInvalid as error:

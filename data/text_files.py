@@ -43,6 +43,7 @@ class TextFiles:
         return self._files.names[locate(self._ends, index)[0]]
 
     def __getitem__(self, index: int) -> Document:
+        """Reads one chunk of a file; raises UserError where it is not UTF-8."""
         file_index, chunk = locate(self._ends, index)
         name, size = self._files.names[file_index], int(self._sizes[file_index])
         path = self._files.path(name)

@@ -77,6 +77,7 @@ def _special_tokens() -> list[AddedToken]:
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    """Returns a tokenizer of bytes that splits numbers into single digits."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

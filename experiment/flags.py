@@ -41,6 +41,7 @@ def parse_flags(
 
 
 def _define(parsed: absl_flags.FlagValues, name: str, flag: Flag) -> None:
+    """Defines an absl flag of the type of its default."""
     if flag.choices and isinstance(flag.default, str):
         absl_flags.DEFINE_enum(
             name, flag.default, list(flag.choices), flag.help, flag_values=parsed

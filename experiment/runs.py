@@ -32,6 +32,7 @@ def finetune(config: Config, workdir: Path) -> bool:
 
 
 def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bool) -> bool:
+    """Pretrains or fine-tunes in a workdir; returns whether it is finished."""
     with open_workdir(workdir, config, phase):
         rows = config.data.batch_size // config.train.microbatches
         finished = train_language_model(

@@ -160,6 +160,7 @@ def print_summary(
 
 
 def _model_line(model: ModelConfig) -> str:
+    """Describes a model in one line: its layers, its width and its experts."""
     moe = model.moe
     routed = "no experts"
     if model.moe_layers:
@@ -181,6 +182,7 @@ def _mesh_line(mesh: Mesh) -> str:
 
 
 def _training_lines(config: Config) -> dict[str, str]:
+    """Describes the data and the training of a config, a line each."""
     data, train = config.data, config.train
     tokens = (
         f"{data.batch_size} x {data.seq_len} = {data.batch_size * data.seq_len:,} tokens a step"

@@ -64,6 +64,7 @@ def record_config(workdir: Path, config: Config, command: str) -> None:
 
 
 def _refuse_another_run(workdir: Path, written: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises UserError if the workdir has a run of another command or another config."""
     if written["command"] != ours["command"]:
         raise UserError(
             f"{workdir} belongs to launch.{written['command']}; choose another --workdir for "

@@ -90,6 +90,7 @@ def run_pipeline(
     layout = Layout.plan(operands, tile)
 
     def kernel(order_ref, count_ref, words_ref, *rest):
+        """Divides the refs among the operands; two warpgroups compute, the third copies."""
         refs = iter(rest)
         resident_refs = [next(refs) for _ in operands.resident]
         streamed_refs = [next(refs) for _ in operands.streamed]

@@ -61,6 +61,16 @@ def total_kl_reference(
     k_BNSH, k_BSC = gather_heads(k_BNSH, axis), k_BSC.astype(q_BTIC.dtype)
 
     def add_chunk(total, q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW):
+        """Adds the loss of a chunk of queries to `total`.
+
+        Args:
+          total: the loss of the chunks before, a float32 scalar.
+          q_BNTH, lse_BNT: the chunk's queries of the attention, and their log-sum-exp.
+          q_BTIC, w_BTI: its queries of the indexer, and the weights of the indexer's heads.
+          bits_BTW, selected_BTW: the bitmasks of the keys compared, and of those selected.
+
+        Returns: the new total, and the attention mass mass_BT of the selected keys.
+        """
         among_BTS = unpack(bits_BTW, S)
         logits_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=F32)
         p_BTS = jnp.mean(
@@ -120,6 +130,13 @@ def total_kl_tpu(
         tiles = tiles._replace(queries=queries)
 
     def total_kl_of_rows(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW):
+        """Computes the loss [1] and mass_BT of rows whose tables of tiles fit; see `total_kl_tpu`.
+
+        Args:
+          attention: the attention's queries, keys and log-sum-exp.
+          q_BTIC, w_BTI, k_BSC: the indexer's queries, head weights and keys.
+          bits_BTW, selected_BTW: the bitmasks of the keys compared, and of those selected.
+        """
         kl, mass_BT = _total_kl(
             attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles, axis
         )
@@ -246,6 +263,7 @@ def _add_query_chunk(
         return normaliser(tables(first), *indexer, bits_BTW, tiles)
 
     def add_chunk(sums, first):
+        """Adds the loss and gradients of a chunk of keys, which begins at `first`."""
         # The chunk is tied to the sums before: JAX sees that keys depend on nothing that learns,
         # and would otherwise gather all chunks first, in a loop of its own.
         (before, dq_BICT, dk_BSC), first = lax.optimization_barrier((sums, first))

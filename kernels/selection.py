@@ -52,6 +52,7 @@ def select_reference(
     S = k_BSC.shape[1]
 
     def select(q_BTIC, w_BTI, segments_BT, place_T):
+        """Selects keys for a chunk of queries; returns bitmasks and the least selected scores."""
         own_BT1, place_T1 = segments_BT[..., None], place_T[..., None]
         allowed_BTS = (
             (jnp.arange(S) <= place_T1) & (own_BT1 == key_segments_BS[:, None]) & (own_BT1 > 0)

@@ -173,6 +173,7 @@ def forward_rows(
     (q_ref,) = resident
 
     def step(streamed, carry):
+        """Adds a tile of keys to the running maximum, sum and mean of the softmax."""
         (k, v), (mixed_RV, largest_R, total_R) = streamed, carry
         logits_RK = dot_transposed(q_ref, k.wait(), interpret)
         selected_RK = _selected(k.bitmask(), tile)
@@ -216,6 +217,7 @@ def dq_rows(resident: list, fold_tiles: FoldTiles, *, tile: int, interpret: Any)
     lse_R, delta_R = lse_ref[...], delta_ref[...]
 
     def step(streamed, dq_RH):
+        """Adds to dq the share of a tile of keys."""
         k, v = streamed
         logits_RK = dot_transposed(q_ref, k.wait(), interpret)
         p_RK = _probabilities(logits_RK, _by_row(lse_R, logits_RK), _selected(k.bitmask(), tile))
@@ -248,6 +250,7 @@ def dkv_rows(
     lse, delta = 0, 1  # of the streamed rows
 
     def step(streamed, carry):
+        """Adds to dk and dv the share of a tile of queries."""
         (q, dout), (dk_RH, dv_RV) = streamed, carry
         logits_RQ = dot_transposed(k_ref, q.wait(), interpret)
         lse_RQ = _by_column(q.row(lse), logits_RQ)

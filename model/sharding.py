@@ -173,6 +173,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     """
 
     def sharding(path, leaf) -> NamedSharding:
+        """Returns the sharding of one parameter, or raises UserError."""
         names = leaf.names if is_named(leaf) else (None,) * leaf.ndim
         shape = leaf.value.shape if is_named(leaf) else leaf.shape
         for size, name in zip(shape, names, strict=True):

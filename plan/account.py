@@ -99,6 +99,7 @@ def make_plan(name: str, program: Program, mesh: Mesh) -> Plan:
 def _compiled_memory(
     program: Program, compiled: jax.stages.Compiled, capacity_bytes: int | None
 ) -> Memory:
+    """Returns the memory of a compiled program, by the compiler's analysis."""
     analysis: Any = compiled.memory_analysis()
     arguments = sum(program.argument_bytes.values())
     sizes = program.argument_bytes | {
@@ -180,6 +181,7 @@ def describe(plan: Plan, devices: int) -> list[str]:
 
 
 def _flops_lines(plan: Plan, devices: int) -> list[str]:
+    """Describes the program's FLOPs by jaxpr, by formula and by XLA's cost_analysis."""
     total, grouped = plan.flops.dense + plan.flops.grouped, plan.flops.grouped
     lines = [
         _line(
@@ -199,6 +201,7 @@ def _flops_lines(plan: Plan, devices: int) -> list[str]:
 
 
 def _traffic_lines(moved: Traffic) -> list[str]:
+    """Describes what collectives and HBM move, one kind a line."""
     lines = [
         _line(kind, f"{count:>10,} x, {_gib(received).strip()} received")
         for kind, (count, received) in moved.collectives.items()

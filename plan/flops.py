@@ -56,6 +56,7 @@ def program_flops(jaxpr: Any, trip_count: int = 1) -> Flops:
 
 
 def _equation_flops(equation: Any, trip_count: int) -> Flops:
+    """Counts the FLOPs of one equation of a jaxpr, the loops and calls in it included."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return Flops(_dot_flops(equation), 0.0)

@@ -112,6 +112,7 @@ def curves_panel(phases: PhaseMetrics, chart: Chart) -> Panel:
     least = min(y.min() for _, _, y in drawn)
 
     def draw(axes: Axes) -> None:
+        """Draws the curves over the steps, with marks where phases begin."""
         for curve, x, y in drawn:
             label = curve.label if len(drawn) > 1 else None
             figures.line(axes, x, y, curve.color, label, starts(phases))

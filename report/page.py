@@ -49,6 +49,7 @@ def write_report(workdir: Path) -> Path:
 
 
 def _numbers_html(summary: Summary) -> str:
+    """Returns the section of numbers, one table for each group of summary.json."""
     groups = number_groups(summary)
     if not groups:
         return _missing_html("Numbers", "no summary.json")

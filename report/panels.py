@@ -93,6 +93,7 @@ def infilling(summary: Summary) -> Panel:
         return Panel("Infilling", "", "no infilling in summary.json")
 
     def draw(axes: Axes) -> None:
+        """Draws a bar from low to high, and a dot for the mean, in each row."""
         for row, (_, saved) in enumerate(rows):
             interval = (saved["low"], saved["high"])
             axes.plot(interval, (row, row), color=BLUE, linewidth=3, alpha=0.4)
@@ -166,6 +167,7 @@ def pass_at_k(summary: Summary) -> Panel:
         return Panel("pass@k", "", missing)
 
     def draw(axes: Axes) -> None:
+        """Draws the means over k, each in the band of its interval."""
         for line, when, color in lines:
             if line:
                 k, mean, low, high = (

@@ -46,6 +46,7 @@ def number_groups(summary: Summary) -> list[tuple[str, list[Row]]]:
 
 
 def _pretraining(numbers: Mapping[str, Any]) -> list[Row | None]:
+    """Returns the rows of pretraining: losses, tokens, speed and what the suffix saves."""
     savings = [
         _row(
             f"suffix saves, {source.partition('?')[0]}",
@@ -85,6 +86,8 @@ def _sparse_attention(numbers: Mapping[str, Any]) -> list[Row | None]:
 
 
 def _reinforcement(numbers: Mapping[str, Any]) -> list[Row | None]:
+    """Returns the rows of reinforcement learning: pass@1 and pass@8 before and after."""
+
     def before_and_after(metric: str) -> Row | None:
         keys = (f"{metric}_before", f"{metric}_after")
         return _row(f"{metric}, before → after", "{:.1%} → {:.1%}", numbers, *keys)

@@ -84,6 +84,7 @@ def policy_objective(
         return jnp.sum(predicted(batch, "mask"), dtype=jnp.float32)
 
     def totals(variables: dict, batch: Batch) -> Totals:
+        """Computes the totals of a microbatch: the policy, the divergence, metrics and layers."""
         logprobs_BT, entropy_BT, output = forward_logprobs(
             config, train.stage, temperature, variables, batch
         )

@@ -153,6 +153,15 @@ class Scorer:
         routes: bool,
         mtp: bool,
     ) -> dict[str, Array]:
+        """Computes logits [B, T, V], and what else is asked for; padding is 0, or -1 in ids.
+
+        Args:
+          variables: {"params", "router"}.
+          tokens_BT, segments_BT: rows of one segment each; segment 0 is padding.
+          hidden: adds "hidden" [B, L, T, D], float32.
+          routes: adds "routes" and "indexer" [B, L, T, K], each where the model has any.
+          mtp: adds "mtp_logits", "mtp_logits_2", ..., one for each depth of the MTP modules.
+        """
         positions_BT = jnp.maximum(jnp.cumsum(segments_BT, axis=-1) - 1, 0)
         inputs = tokens_BT, positions_BT, segments_BT
         record = None

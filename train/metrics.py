@@ -116,6 +116,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads the whole lines of metrics.jsonl; raises UserError for one that is no JSON object."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as failure:

@@ -111,6 +111,7 @@ def language_objective(config: ModelConfig, train: TrainConfig) -> Objective:
         return Term(name, weight, coefficient if minimised else None)
 
     def totals(variables: dict, batch: Batch) -> Totals:
+        """Computes the totals of a microbatch: predictions of each depth, and the layers."""
         inputs = batch["tokens"], batch["positions"], batch["segments"]
         applied = Transformer(config).apply(
             variables, *inputs, stage=train.stage, mtp=mtp_depth > 0

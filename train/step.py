@@ -35,6 +35,7 @@ def make_step(
     learning_rate = schedule(train)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """Takes one step: gradients, the optimizer, the biases of the router, and metrics."""
         mask = trainable(train, state.params)
         gradients, means, totals = loss_and_gradient(
             objective, mask, state, batch, train.microbatches

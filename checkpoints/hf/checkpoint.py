@@ -102,6 +102,7 @@ class HFCheckpoint:
             self._check_scale(name, there.shape)
 
     def _check_scale(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises UserError unless a float8 tensor is a matrix with the scales of its blocks."""
         if len(shape) != 2:
             raise self._error(f"{name} is float8; only matrices are, in blocks with a scale")
         scale_name = name + fp8.SCALE_SUFFIX

@@ -91,6 +91,7 @@ def config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _architecture_name(reader: ConfigReader) -> str:
+    """Returns the architecture that config.json names; raises UserError for an unknown one."""
     named = reader.take("architectures", [])
     if named:
         name = str(named[0])

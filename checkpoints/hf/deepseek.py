@@ -109,6 +109,7 @@ def write_v32(writer: ConfigWriter) -> dict[str, Any]:
 
 
 def _write(writer: ConfigWriter) -> dict[str, Any]:
+    """Returns the keys of config.json; raises UserError for a model that they cannot describe."""
     model, a, m = writer.model, writer.model.mla, writer.model.moe
     writer.require_fields(FIXED)
     writer.require(not model.mlp_only_layers, "mlp_only_layers", "only the first layers are dense")
@@ -135,6 +136,7 @@ def _write(writer: ConfigWriter) -> dict[str, Any]:
 
 
 def _require_experts(writer: ConfigWriter) -> None:
+    """Raises UserError unless the experts are such as DeepSeek-V3 has."""
     m = writer.model.moe
     writer.require_fields(FIXED_MOE)
     writer.require(

@@ -41,6 +41,7 @@ def load_checkpoint(
             tensors_of.setdefault(part.leaf, []).append(tensor)
 
     def load_leaf(path: Any, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        """Reads one parameter: each distinct shard of this host's devices once."""
         leaf = jax.tree_util.keystr(path, simple=True, separator="/")
         assert wanted.sharding is not None
         shards: list[Shard] = []

@@ -194,6 +194,7 @@ def _read_experts(reader: ConfigReader, norm_topk_prob: bool) -> dict[str, Any]:
 
 
 def _write_experts(writer: ConfigWriter) -> dict[str, Any]:
+    """Returns the keys of the experts; raises UserError if Qwen3 has no such experts."""
     model = writer.model
     writer.require_fields(FIXED_MOE)
     all_groups = model.moe.topk_group == model.moe.n_group

@@ -113,6 +113,7 @@ class TensorFiles:
         return rows
 
     def _read_indexed(self) -> None:
+        """Reads the headers of the files that the index names."""
         index = self.directory / INDEX
         file_of = _weight_map(index)
         headers = {}
@@ -126,6 +127,7 @@ class TensorFiles:
             self.tensors[name] = headers[file][name]
 
     def _read_all(self) -> None:
+        """Reads the headers of all files, in a directory without an index."""
         files = sorted(self.directory.glob("*.safetensors"))
         if not files:
             raise UserError(f"{self.directory}: no safetensors files there")

@@ -146,6 +146,7 @@ class Module:
 
 
 def _layer(model: ModelConfig, kind: LayerKind, layer: Module, fused: bool) -> list[Tensor]:
+    """Lists the tensors of one layer: norms, attention, and FFN or experts."""
     D = model.hidden_size
     if kind.moe:
         ffn = _experts(model, layer.inner("mlp.", "moe/"), fused)
@@ -185,6 +186,7 @@ def _mla(model: ModelConfig, layer: Module) -> list[Tensor]:
 
 
 def _indexer(model: ModelConfig, attention: Module) -> list[Tensor]:
+    """Lists the tensors of an attention's indexer."""
     # Queries read the query latent where there is one.
     D, query_inputs = model.hidden_size, model.mla.q_lora_rank or model.hidden_size
     I, C = model.indexer.n_heads, model.indexer.head_dim
@@ -199,6 +201,7 @@ def _indexer(model: ModelConfig, attention: Module) -> list[Tensor]:
 
 
 def _gqa(model: ModelConfig, layer: Module) -> list[Tensor]:
+    """Lists the tensors of grouped-query attention."""
     g, D, module = model.gqa, model.hidden_size, layer.inner("self_attn.", "attention/")
     N, K, H = g.num_attention_heads, g.num_key_value_heads, g.head_dim
     # The gate of a head stands behind its query.
@@ -216,6 +219,7 @@ def _gqa(model: ModelConfig, layer: Module) -> list[Tensor]:
 
 
 def _delta(model: ModelConfig, layer: Module) -> list[Tensor]:
+    """Lists the tensors of Gated DeltaNet."""
     d, D, module = model.delta, model.hidden_size, layer.inner("linear_attn.", "attention/")
     K, N = d.num_key_heads, d.num_value_heads
     key, value = (K, d.key_head_dim), (N, d.value_head_dim)
@@ -247,6 +251,7 @@ def _ffn(module: Module, D: int, F: int) -> list[Tensor]:
 
 
 def _experts(model: ModelConfig, module: Module, fused: bool) -> list[Tensor]:
+    """Lists the tensors of a router and its experts, whose matrices `fused` stacks."""
     m, D = model.moe, model.hidden_size
     E, F = m.num_experts, m.intermediate_size
     found = [module.linear("gate.weight", (D,), ("router", (E,)))]

@@ -106,6 +106,7 @@ def plan_runs(source: ConfigSource, module: str, workdir: Path) -> tuple[str, li
 def _plan_run(
     source: ConfigSource, module: str, workdir: Path, changes: dict[str, Any], where: str
 ) -> SweepRun:
+    """Returns one run of a sweep: its validated config, its command and its workdir."""
     typed = {word.partition("=")[0].partition(".")[2] for word in source.overrides}
     if twice := typed & changes.keys():
         raise UserError(f"{where}: sets {min(twice)}, and so does the command line; drop one")

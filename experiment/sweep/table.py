@@ -61,6 +61,7 @@ Results = dict[str, dict[str, float]]  # name of a run -> its numbers
 def _write_csv(
     path: Path, runs: Sequence[SweepRun], results: Results, columns: Sequence[str]
 ) -> None:
+    """Writes a line for each run: how it ended, its changed fields and its results."""
     changed = _unique(field for run in runs for field in run.changes)
     text = io.StringIO()
     writer = csv.writer(text)
@@ -74,6 +75,7 @@ def _write_csv(
 
 
 def _print_table(runs: Sequence[SweepRun], results: Results, columns: Sequence[str]) -> None:
+    """Prints a row for each run: its changed fields, its results and its exit code."""
     changed = _unique(field for run in runs for field in run.changes)
     table = Table(*changed, *columns, "exit", box=box.SIMPLE_HEAD)
     for run in runs:

@@ -176,6 +176,16 @@ def attend_tiles(
     interpret = device.platform != "tpu"
 
     def attend(q_BNR, tiles_BSn2L, q_BIC, k_BSC, w_BI, allowed_BS):
+        """Attends for one device's rows and heads, by the kernels.
+
+        Args:
+          q_BNR: the queries of the attention, one a row.
+          tiles_BSn2L: the latents in the layout "tiles"; n pairs of L = 128 lanes.
+          q_BIC, k_BSC, w_BI: the indexer's queries, cached keys and head weights.
+          allowed_BS: bool, the slots that each row may attend to.
+
+        Returns: out_BNR, each head's mean of the latents' first `value_rank` channels.
+        """
         index_Bk, count_B = decode_selection.select_tpu(
             q_BIC, k_BSC, w_BI, allowed_BS, topk, cache.attention_top_p, interpret=interpret
         )

@@ -85,6 +85,7 @@ def _select_gpu(q_BTIC: Array, k_BSC: Array, *rest) -> tuple[Array, Array]:
 def _attend_gpu(
     q_BNTH: Array, k_BKSH: Array, v_BKSV: Array, bits_BTW: Array
 ) -> tuple[Array, Array]:
+    """Attends by the Hopper kernels; raises UserError on another GPU or in float32."""
     # Its part of Pallas takes longest to import, and few need it.
     from kernels.sparse_attention_gpu import attend_gpu
 

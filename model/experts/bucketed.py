@@ -163,6 +163,7 @@ def _forward(
     token_S, gate_S, slot_of_TK, windows, sizes = sorted_by_expert(expert_TK, gates_TK, E)
 
     def apply_expert(size, buffers, expert, first, rows):
+        """Writes one expert's activations and weighted outputs for a window of its slots."""
         gate_SF, up_SF, y_SD = buffers
         x_CD = jnp.take(x_TD, read_rows(token_S, first, size), axis=0, mode="clip")
         gate_CF, up_CF = x_CD @ gate_EDF[expert], x_CD @ up_EDF[expert]
@@ -189,6 +190,7 @@ def _backward(saved: tuple[Array, ...], dout_TD: Array):
     )
 
     def add_gradients(size, buffers, expert, first, rows):
+        """Adds the gradients of one expert, for a window of its slots."""
         dx_SD, dgate_S, dweights = buffers
         token_C = read_rows(token_S, first, size)
         x_CD, dout_CD = (jnp.take(x, token_C, axis=0, mode="clip") for x in (x_TD, dout_TD))

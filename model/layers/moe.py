@@ -155,6 +155,7 @@ def mix_experts(
     devices = ambient_shards("experts")
 
     def local(x_BTD, expert_BTK, gates_BTK, *weights):
+        """Computes what this device's experts add to the output of the tokens."""
         B, T, D = x_BTD.shape
         experts = table.pick(
             implementation,
