@@ -17,7 +17,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the caller writes there takes the name `path`.
 
     The caller may write a file or make a directory. If the body raises, the temporary is removed
-    and `path` stays as it was. Several processes may write the same path at once: each has a
+    and `path` stays as it is. Several processes may write the same path at once: each has a
     temporary of its own, and the last rename wins.
 
     Args:

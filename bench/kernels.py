@@ -9,7 +9,7 @@
 With a topology nothing is run, so nothing is measured: cycles are those of the compiler's static
 schedule, if nothing stalls. A kernel's time is the longer of its cycles and of its bytes at the
 data sheet's bandwidth; its bound is the longer of its arithmetic at peak and of its bytes. How
-often a selection passes over a row was counted by bench.passes. For XLA's top_k, a sort, there is
+often a selection passes over a row is counted by bench.passes. For XLA's top_k, a sort, there is
 XLA's cost model, which is not a schedule. One JSON line.
 """
 
@@ -174,7 +174,7 @@ def selection_rows(compiler: Compiler, device: Device) -> list[dict]:
 
 
 def row_of(compiler: Compiler, device: Device, works: Sequence["Work"], **named: Any) -> dict:
-    """Returns the figures of a kernel that was just compiled.
+    """Returns the figures of the kernel compiled last.
 
     Args:
       compiler: has its schedule.

@@ -48,7 +48,7 @@ def stretches(directory: Path, name: str, *, jumps: bool = False) -> list[Stretc
       jumps: whether a stretch ends at every jump, too, and not only where something jumps to or
         comes from a loop.
 
-    Raises FileNotFoundError if no kernel of this name was compiled.
+    Raises FileNotFoundError if there is no compiled kernel of this name.
     """
     usage, capacity = _usage(directory, name)
     marks, behind_jumps = [], set()  # of the bundles

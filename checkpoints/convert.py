@@ -1,7 +1,7 @@
 """Hugging Face checkpoints become workdirs, and workdirs become Hugging Face checkpoints.
 
 Both ways handle a few rows of a tensor at a time: memory does not grow with the checkpoint. Both
-can be stopped, and go on where they were when they are called again.
+can be stopped, and go on from there when they are called again.
 """
 
 import dataclasses
@@ -102,8 +102,8 @@ class ExportSource:
     Attributes:
       model: the model, with its vocabulary filled in.
       rows: returns rows of a tensor, from a start to a stop.
-      dtypes: the type of each tensor that it had as a Hugging Face checkpoint; empty if it never
-        was one.
+      dtypes: the type of each tensor that it had as a Hugging Face checkpoint; empty if it comes
+        from none.
       record: a directory with what else that checkpoint had.
       workdir: the run, if it is one.
       name: where the values come from.

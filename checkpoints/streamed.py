@@ -50,7 +50,7 @@ CONTEXT = {
     "data_copy_concurrency": {"limit": 2},
 }
 # Shuffled, bytes of equal significance lie next to each other, and the low halves of float32s that
-# were bfloat16 vanish: the result is smaller than by zstd, at three times the speed.
+# come from bfloat16 vanish: the result is smaller than by zstd, at three times the speed.
 COMPRESSOR = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 1}
 
 
@@ -233,8 +233,8 @@ class StreamedWriter:
                 f"{self._unfinished}: begun for another state: {difference};"
                 " delete it to begin anew"
             )
-        # This is the name of a chunk until it is whole. Tensorstore would write over one that was
-        # left, and keep the end of it where it was longer.
+        # This is the name of a chunk until it is whole. Tensorstore would write over one that is
+        # left, and keep the end of it where it is longer.
         for half_written in self._checkpoint.rglob("*.__lock"):
             half_written.unlink()
         self._files = header["arrays"]

@@ -98,7 +98,7 @@ def new_name(name: str) -> str | None:
 
 
 def _translate(name: str) -> str:
-    old: list[str] = []  # the names of the sections so far, as they were
+    old: list[str] = []  # the old names of the sections so far
     new: list[str] = []
     for part in name.split("."):
         names = RENAMED.get(".".join(old), {})

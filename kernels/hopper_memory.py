@@ -180,7 +180,7 @@ class StreamedTile(NamedTuple):
         """Frees the slot for another tile.
 
         Args:
-          after_register_reads: whether something in the slot was read into registers. What TMA
+          after_register_reads: whether something in the slot is read into registers. What TMA
             writes next is ordered behind such a read only by a fence.
         """
         if after_register_reads:

@@ -6,7 +6,7 @@
 
 The second writes each tensor in the type that it had in DeepSeek-V3, the third writes its FP8
 weights out. Memory does not grow with the checkpoint: a few rows of a tensor are handled at a time.
-If the command is stopped, the same command goes on where it was.
+If the command is stopped, the same command goes on from there.
 
 A workdir has parameters in float32 (or with --dtype=bfloat16, on half the disk), the tokenizer, and
 in hf/ what else the checkpoint came with. Any command starts from it (--config.init_from=runs/v3),

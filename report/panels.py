@@ -58,7 +58,7 @@ def sections(phases: PhaseMetrics, summary: Summary) -> list[Section]:
 
 
 def loss(phases: PhaseMetrics, title: str) -> Panel:
-    """Draws the training loss, and the validation loss where it was measured."""
+    """Draws the training loss, and the validation loss where it is measured."""
     x, train = points(phases, "lm")
     if not len(x):
         return Panel(title, "", "no lm in metrics.jsonl: this phase did not run here")

@@ -3,7 +3,7 @@
 An aggregation gives the total and the weight of a `Mean` (train/mean.py), each a sum over rows. The
 trainer adds the weights of the whole batch first (they depend on the mask alone), then
 differentiates the total of each microbatch over that one global weight, so the gradient does not
-depend on how the batch was cut, padded or laid out.
+depend on how the batch is cut, padded or laid out.
 
 Rows without any sampled token (they fill up a batch) count for nothing, in the total and in the
 weight.

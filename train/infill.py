@@ -119,7 +119,7 @@ def middle_nats(
     """Computes the loss of each row's middle, -log p(token) + log(1 - p(eos)) summed over it.
 
     Where the middle ends is given, so the probability that a model gives to an end does not count
-    against it: a model that was taught to infill expects an end after every token of the middle,
+    against it: a model that is trained to infill expects an end after every token of the middle,
     and only there.
 
     Args:

@@ -41,7 +41,7 @@ def train_language_model(
 ) -> bool:
     """Trains until `train.steps` steps are done or the process is asked to stop.
 
-    Goes on from the newest checkpoint in `workdir`, with the data cursor where it was, to the bit.
+    Goes on from the newest checkpoint in `workdir`, with its data cursor, to the bit.
 
     Args:
       workdir: where checkpoints/, metrics.jsonl and tensorboard/ are.

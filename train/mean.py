@@ -10,7 +10,7 @@ class Mean:
     """A total and the weight it is over.
 
     Means add across microbatches, devices and batches, and divide once, when `value` is read.
-    Because the divisor is global, a value cannot depend on how the data was cut.
+    Because the divisor is global, a value cannot depend on how the data is cut.
 
     Both fields are float32 arrays of one shape on the device, or plain numbers on the host
     (`jax.tree.map(float, mean)`).

@@ -25,7 +25,7 @@ class Metrics:
       phase: what the lines are of ("pretrain", "reinforce", ...); their key is "stage". Phases may
         share a workdir.
       resume_step: the step the run goes on from, 0 when it starts afresh. Later lines of this phase
-        were written by a run that died after its last checkpoint, and are dropped; from 0, all of
+        come from a run that died after its last checkpoint, and are dropped; from 0, all of
         them. None keeps every line.
 
     Raises:

@@ -138,7 +138,7 @@ class TensorWriter:
     def close(self) -> None:
         """Writes the index, if there is more than one shard.
 
-        Raises ValueError if something was not written.
+        Raises ValueError if something is not written.
         """
         if self._missing:
             raise ValueError(f"{self._left[0]} was not written")

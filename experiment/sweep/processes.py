@@ -12,7 +12,7 @@ from experiment.sweep.runs import SweepRun
 
 # Between asking a run to stop and killing it: time to finish writing a checkpoint.
 GRACE_SECONDS = 30
-# Recorded of a run that was asked to stop and did so well, with exit code 0: it is not finished.
+# Recorded of a run that stops when it is asked to, with exit code 0: it is not finished.
 STOPPED = 128 + signal.SIGTERM
 
 
