@@ -34,7 +34,7 @@ from bench.workload import REPEATS, seconds
 from errors import UserError
 from experiment.command_line import Flag, command
 from kernels import decode_selection
-from kernels.bitmask import along_keys, pack, words
+from kernels.bitmask import along_keys, num_words, pack
 from kernels.hopper_memory import BLOCK
 from kernels.hopper_pipeline import nonempty_first
 from kernels.reference import indexer_scores, masked_scores
@@ -308,7 +308,7 @@ def selection_bits(L: int, topk: int, *, scattered: bool) -> Array:
             wanted = s > t - topk
         return pack((s <= t) & wanted)
 
-    return lax.map(some_rows, jnp.arange(0, L, rows)).reshape(1, L, words(L))
+    return lax.map(some_rows, jnp.arange(0, L, rows)).reshape(1, L, num_words(L))
 
 
 def gathered(q_NR: Array, latent_SR: Array, index_k: Array, value: int) -> Array:

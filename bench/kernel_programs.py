@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
 from kernels import indexer_kl, indexer_kl_calls, sparse_attention
-from kernels.bitmask import LANES, words
+from kernels.bitmask import LANES, num_words
 from kernels.selection import select_tpu
 
 # Heads of a device and of all eight; the indexer's loss has them all. Then the keys of a query.
@@ -59,7 +59,7 @@ def programs(
     L: int, *, heads: int = HEADS, topk: int = TOPK, interpret: Any = False
 ) -> dict[str, Program]:
     """Returns the kernels for L tokens. `interpret` runs them without a TPU, with small tiles."""
-    qkv, bits = attention_shapes(L, heads), ((1, L, words(L)), jnp.int32)
+    qkv, bits = attention_shapes(L, heads), ((1, L, num_words(L)), jnp.int32)
     indexer = ((1, L, I, C), BF16), ((1, L, I), F32), ((1, L, C), BF16)
     small = {"queries": 128, "keys": 128, "interpret": interpret} if interpret else {}
     attend_tiles, kl_tiles = sparse_attention.Tiles(**small), indexer_kl.Tiles(**small)

@@ -78,7 +78,7 @@ def selection_figures(
       peak: FLOPs a cycle of a core.
     """
     from bench.kernel_programs import C, I, causal_tiles, stored
-    from kernels.bitmask import KEYS, words
+    from kernels.bitmask import KEYS, num_words
     from kernels.selection import ROWS, most_keys, most_queries
     from kernels.threshold import position_bits
 
@@ -102,7 +102,7 @@ def selection_figures(
         }
 
     tiles, flops = causal_tiles(L, queries, keys), 2 * queries * keys * I * C
-    bytes_ = tiles * keys * 2 * C + L * (I * 2 * C + 4 * stored(I + 1) + 4 * words(L))
+    bytes_ = tiles * keys * 2 * C + L * (I * 2 * C + 4 * stored(I + 1) + 4 * num_words(L))
     of_peak = flops / tile.bundles / peak
     return tile_figures("select", flops, tile.bundles, tile.spills, of_peak) | {
         "length": L,

@@ -201,33 +201,33 @@ def attend_and_count(
     q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, module.key_up)
     q_BTNR = jnp.concatenate([q_latent_BTNR, q_rope_BTNH], axis=-1)
 
-    def mean_probabilities(keys_BSR: Array, among_BTS: Array) -> Array:
+    def mean_probabilities(keys_BSR: Array, selected_BTS: Array) -> Array:
         """Returns attention's probabilities, means over the heads, [B, T, S]."""
         unnormalised_BNTS, sum_BNT1 = softmax_parts(
-            jnp.einsum("BTNR,BSR->BNTS", q_BTNR, keys_BSR), among_BTS
+            jnp.einsum("BTNR,BSR->BNTS", q_BTNR, keys_BSR), selected_BTS
         )
         return jnp.mean(unnormalised_BNTS / sum_BNT1, axis=1)
 
-    among_BTS = kept_BTS = allowed_BTS
+    selected_BTS = kept_BTS = allowed_BTS
     if query is not None:
         scores_BTS = indexer_scores(query.q_BTIC, cache.index_key_BSC, query.w_BTI)
-        among_BTS = select_topk(scores_BTS, allowed_BTS, module.config.indexer.topk)
-        kept_BTS = top_p_keys(scores_BTS, among_BTS, top_p)
+        selected_BTS = select_topk(scores_BTS, allowed_BTS, module.config.indexer.topk)
+        kept_BTS = top_p_keys(scores_BTS, selected_BTS, top_p)
         estimated_BTS = jax.nn.softmax(
-            jnp.where(among_BTS, scores_BTS, -jnp.inf), axis=-1, where=among_BTS
+            jnp.where(selected_BTS, scores_BTS, -jnp.inf), axis=-1, where=selected_BTS
         )
     elif cache.estimate is not None:
         estimate_BSR = dequantise(cache.estimate, cache.latent_BSR.shape[-1])
         logits_BNTS = jnp.einsum("BTNR,BSR->BNTS", q_BTNR, estimate_BSR)
         kept_BTS = keep_by_estimate(logits_BNTS, allowed_BTS, top_p, groups=1)[:, 0]
-        estimated_BTS = mean_probabilities(estimate_BSR, among_BTS)
+        estimated_BTS = mean_probabilities(estimate_BSR, selected_BTS)
     else:
-        estimated_BTS = mean_probabilities(cache.latent_BSR, among_BTS)
-    true_BTS = mean_probabilities(cache.latent_BSR, among_BTS)
+        estimated_BTS = mean_probabilities(cache.latent_BSR, selected_BTS)
+    true_BTS = mean_probabilities(cache.latent_BSR, selected_BTS)
     norm = functools.partial(jnp.linalg.norm, axis=(-2, -1))
     kept = {
         "kept": jnp.sum(kept_BTS, axis=-1),
-        "of": jnp.sum(among_BTS, axis=-1),
+        "of": jnp.sum(selected_BTS, axis=-1),
         "true_mass": jnp.sum(true_BTS, axis=-1, where=kept_BTS),
         "estimated_mass": jnp.sum(estimated_BTS, axis=-1, where=kept_BTS),
         "output_error": norm(out_BTNV - whole_BTNV) / norm(whole_BTNV),

@@ -8,7 +8,8 @@ Selection hands it to attention and to the indexer's loss.
 anything between lanes. A row of S keys takes W = 128 * ceil(S / 4096) words; at 128K keys the mask
 of a sequence is 2 GiB, where one of bytes would be 16.
 
-Letters: W words, L the 128 words of a block of 4096 keys, n blocks of queries, m tiles of keys.
+Letters: W words, w blocks of 128 words (4096 keys), b the 32 bits of a word, L the 128 words of a
+block, n tiles of queries, m tiles of keys.
 """
 
 import jax.numpy as jnp
@@ -20,15 +21,15 @@ LANES, BITS = 128, 32
 KEYS = LANES * BITS  # the keys of 128 neighbouring words
 
 
-def words(keys: int) -> int:
-    """Returns W, the words of a row of so many keys."""
+def num_words(keys: int) -> int:
+    """Returns W, how many words a row of so many keys takes."""
     return -(-keys // KEYS) * LANES
 
 
-def pack(among_BTS: Array) -> Array:
-    """Packs a bool mask into bits_BTW."""
-    *rows, S = among_BTS.shape
-    padded = jnp.pad(among_BTS, [(0, 0)] * len(rows) + [(0, -S % KEYS)]).reshape(
+def pack(selected_BTS: Array) -> Array:
+    """Packs a bool mask, of any leading axes, into bits_BTW."""
+    *rows, S = selected_BTS.shape
+    padded = jnp.pad(selected_BTS, [(0, 0)] * len(rows) + [(0, -S % KEYS)]).reshape(
         *rows, -1, BITS, LANES
     )
     bit_b1 = jnp.left_shift(jnp.int32(1), jnp.arange(BITS, dtype=jnp.int32))[:, None]
@@ -43,34 +44,37 @@ def unpack(bits_BTW: Array, keys: int) -> Array:
     return bits_BTwbL.reshape(*rows, -1)[..., :keys] == 1
 
 
-def causal(segments_BT: Array, key_segments_BS: Array, place_T: Array) -> Array:
+def causal_bits(query_segments_BT: Array, query_index_T: Array, key_segments_BS: Array) -> Array:
     """Makes the bitmask of causal attention inside segments.
 
     Args:
-      segments_BT: the segments of the queries. A query of segment 0, padding, attends to nothing.
+      query_segments_BT: the segments of the queries. A query of segment 0, padding, attends to
+        nothing.
+      query_index_T: where each query stands in the row, whose keys stand at 0 .. S - 1.
       key_segments_BS: the segments of the keys.
-      place_T: the position of each query in the sequence.
 
     Returns: bits_BTW of the keys of each query's own segment up to itself.
     """
     B, S = key_segments_BS.shape
-    segment_BwbL = jnp.pad(key_segments_BS, [(0, 0), (0, -S % KEYS)]).reshape(B, -1, BITS, LANES)
-    word_W, own_BT1 = jnp.arange(words(S), dtype=jnp.int32), segments_BT[..., None]
+    key_segment_BwbL = jnp.pad(key_segments_BS, [(0, 0), (0, -S % KEYS)]).reshape(
+        B, -1, BITS, LANES
+    )
+    word_W, segment_BT1 = jnp.arange(num_words(S), dtype=jnp.int32), query_segments_BT[..., None]
     first_W = word_W // LANES * KEYS + word_W % LANES  # the key of each word's lowest bit
-    bits_BTW = jnp.zeros((*segments_BT.shape, words(S)), jnp.int32)
+    bits_BTW = jnp.zeros((*query_segments_BT.shape, num_words(S)), jnp.int32)
     # A sum over an axis of bits would be as short, but its result would be written twice: once in
     # that axis' layout.
     for place in range(BITS):
         allowed_BTW = (
-            (first_W + place * LANES <= place_T[:, None])
-            & (own_BT1 == segment_BwbL[:, :, place].reshape(B, 1, -1))
-            & (own_BT1 > 0)
+            (first_W + place * LANES <= query_index_T[:, None])
+            & (segment_BT1 == key_segment_BwbL[:, :, place].reshape(B, 1, -1))
+            & (segment_BT1 > 0)
         )
         bits_BTW |= jnp.where(allowed_BTW, bit(place), 0)
     return bits_BTW
 
 
-def counts(bits_BTW: Array) -> Array:
+def count_keys(bits_BTW: Array) -> Array:
     """Counts the keys of each query: [B, T] int32."""
     return jnp.sum(lax.population_count(bits_BTW), axis=-1)
 
@@ -78,8 +82,8 @@ def counts(bits_BTW: Array) -> Array:
 def transpose_bits(x: Array, axis: int) -> Array:
     """Transposes 32 words of 32 bits along an axis.
 
-    Bit i of element p becomes what was bit p of element i: halves change places, then quarters,
-    then eighths and so on.
+    Bit i of element p becomes bit p of element i: halves change places, then quarters, then eighths
+    and so on.
     """
     x = jnp.moveaxis(x, axis, -1)
     for half, mask in (
@@ -102,9 +106,10 @@ def along_keys(bits_BTW: Array) -> Array:
     Returns: int32 [B, W, T]; key s of query t is bit s % 32 of [b, s / 32, t].
     """
     B, T, W = bits_BTW.shape
-    # [.., 4, 32] words, bit p of each: transposed, word p of each 32 has the bits of 32 keys.
-    keys_BTGQp = transpose_bits(bits_BTW.reshape(B, T, W // LANES, LANES // BITS, BITS), -1)
-    return jnp.transpose(keys_BTGQp, (0, 2, 4, 3, 1)).reshape(B, W, T)
+    # A block's 128 words are 4 groups of 32. Bit i of the 32 words are 32 neighbouring keys:
+    # transposed, they are the bits of word i.
+    keys_BTwgi = transpose_bits(bits_BTW.reshape(B, T, W // LANES, LANES // BITS, BITS), -1)
+    return jnp.transpose(keys_BTwgi, (0, 2, 4, 3, 1)).reshape(B, W, T)
 
 
 def along_queries(bits_BTW: Array) -> Array:
@@ -116,8 +121,8 @@ def along_queries(bits_BTW: Array) -> Array:
     Returns: int32 [B, T / 32, W * 32]; key s of query t is bit t % 32 of [b, t / 32, s].
     """
     B, T, W = bits_BTW.shape
-    queries_BtpGL = transpose_bits(bits_BTW.reshape(B, T // BITS, BITS, W // LANES, LANES), 2)
-    return jnp.swapaxes(queries_BtpGL, 2, 3).reshape(B, T // BITS, W * BITS)
+    queries_BtiwL = transpose_bits(bits_BTW.reshape(B, T // BITS, BITS, W // LANES, LANES), 2)
+    return jnp.swapaxes(queries_BtiwL, 2, 3).reshape(B, T // BITS, W * BITS)
 
 
 def nonempty_tiles(bits_BTW: Array, queries: int, keys: int) -> Array:
@@ -129,17 +134,17 @@ def nonempty_tiles(bits_BTW: Array, queries: int, keys: int) -> Array:
       keys: the keys of a tile: 128, 256, ..., or 4096.
     """
     B, T, W = bits_BTW.shape
-    places = keys // LANES  # bits of a word that lie in one tile
+    bits_per_tile = keys // LANES  # of a word, those whose keys lie in one tile
     any_BnwL = lax.reduce_or(bits_BTW.reshape(B, T // queries, queries, W), (2,)).reshape(
         B, T // queries, W // LANES, LANES
     )
     any_Bnw = lax.reduce_or(any_BnwL, (3,))
-    first_p = jnp.arange(BITS // places, dtype=jnp.int32) * places
+    first_p = jnp.arange(BITS // bits_per_tile, dtype=jnp.int32) * bits_per_tile
     shifted_Bnwp = lax.shift_right_logical(
-        any_Bnw[..., None], jnp.broadcast_to(first_p, (*any_Bnw.shape, BITS // places))
+        any_Bnw[..., None], jnp.broadcast_to(first_p, (*any_Bnw.shape, BITS // bits_per_tile))
     )
-    own_bits = jnp.int32(-1 if places == BITS else (1 << places) - 1)
-    return ((shifted_Bnwp & own_bits) != 0).reshape(B, T // queries, -1)
+    tile_bits = jnp.int32(-1 if bits_per_tile == BITS else (1 << bits_per_tile) - 1)
+    return ((shifted_Bnwp & tile_bits) != 0).reshape(B, T // queries, -1)
 
 
 def next_nonempty(nonempty_Bnm: Array) -> Array:

@@ -31,7 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bitmask import LANES
 from kernels.reference import WEIGHT_BITS, indexer_scores, select_topk, top_p_keys
-from kernels.threshold import find_threshold, from_ordered_int, last_of_first, position_bits
+from kernels.threshold import find_threshold, from_ordered_int, nth_position, position_bits
 from kernels.tiles import F32, dot, fold_pairwise, padded, to_column
 
 GROUP = LANES * LANES  # tokens that are folded, and listed, at a time: 128 blocks of 128
@@ -50,17 +50,17 @@ def select_reference(
     )
 
 
-def list_positions(among_BS: Array, slots: int) -> tuple[Array, Array]:
+def list_positions(selected_BS: Array, slots: int) -> tuple[Array, Array]:
     """Lists the positions that are true.
 
     Args:
-      among_BS: bool, at most `slots` of a row true.
+      selected_BS: bool, at most `slots` of a row true.
       slots: the length of the list.
 
     Returns: index_Bk int32, the positions in order, a slot behind them with the slot's own number;
       and count_B int32, how many positions there are.
     """
-    count_BS = jnp.cumsum(among_BS, axis=1, dtype=jnp.int32)
+    count_BS = jnp.cumsum(selected_BS, axis=1, dtype=jnp.int32)
     slot_k = jnp.arange(slots, dtype=jnp.int32)
     index_Bk = jax.vmap(functools.partial(jnp.searchsorted, v=slot_k + 1))(count_BS).astype(
         jnp.int32
@@ -230,18 +230,18 @@ def _best_k(scores_ref, groups, topk: int) -> tuple[_Bound, Array]:
     """
     count = functools.partial(_count, scores_ref, groups)
     fold = functools.partial(_fold, scores_ref, groups)
-    allowed = count(lambda x, _: x > -jnp.inf)
-    few = allowed <= topk
+    num_allowed = count(lambda x, _: x > -jnp.inf)
+    few = num_allowed <= topk  # all of them are selected
     largest = fold(lambda x, _: x, -jnp.inf, jnp.maximum, jnp.max)
     least = fold(lambda x, _: jnp.where(x > -jnp.inf, x, jnp.inf), jnp.inf, jnp.minimum, jnp.min)
     low, high = jnp.where(few, 0.0, least), jnp.where(few, 0.0, largest)
     middle = 0.5 * (low + high)
     threshold, at_threshold, above = find_threshold(
-        lambda level: count(lambda x, _: x >= level), allowed, few, low, high, middle, topk
+        lambda level: count(lambda x, _: x >= level), num_allowed, few, low, high, middle, topk
     )
     level = jnp.where(few, jnp.finfo(F32).min, threshold)
     crowded = ~few & (at_threshold > topk)  # scores tie at the threshold
-    everywhere = jnp.full_like(allowed, scores_ref.size)
+    everywhere = jnp.full_like(num_allowed, scores_ref.size)
     last = _if_any(crowded, lambda: _last_tied(scores_ref, groups, level, topk - above), everywhere)
     return _Bound(level, last), largest
 
@@ -291,7 +291,7 @@ def _last_tied(values_ref, groups, level: Array, wanted: Array) -> Array:
     def tied_before(bound):
         return _count(values_ref, groups, lambda x, position: (x == level) & (position < bound))
 
-    return last_of_first(tied_before, wanted, position_bits(values_ref.size))
+    return nth_position(tied_before, wanted, position_bits(values_ref.size))
 
 
 def _fold(

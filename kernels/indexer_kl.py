@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.bitmask import next_nonempty, nonempty_tiles, unpack, words
+from kernels.bitmask import next_nonempty, nonempty_tiles, num_words, unpack
 from kernels.chunks import scan_chunks
 from kernels.device import ambient_device
 from kernels.indexer_kl_calls import Attention, Tiles, loss_and_gradients, normaliser
@@ -50,7 +50,7 @@ def total_kl_reference(
     q_BTIC: Array,
     w_BTI: Array,
     k_BSC: Array,
-    bits_BTW: Array,
+    allowed_BTW: Array,
     selected_BTW: Array,
     *,
     axis: str = "",
@@ -60,30 +60,30 @@ def total_kl_reference(
     (q_BNTH, k_BNSH, lse_BNT), S = jax.lax.stop_gradient(attention), k_BSC.shape[1]
     k_BNSH, k_BSC = gather_heads(k_BNSH, axis), k_BSC.astype(q_BTIC.dtype)
 
-    def add_chunk(total, q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW):
+    def add_chunk(total, q_BNTH, lse_BNT, q_BTIC, w_BTI, allowed_BTW, selected_BTW):
         """Adds the loss of a chunk of queries to `total`.
 
         Args:
           total: the loss of the chunks before, a float32 scalar.
           q_BNTH, lse_BNT: the chunk's queries of the attention, and their log-sum-exp.
           q_BTIC, w_BTI: its queries of the indexer, and the weights of the indexer's heads.
-          bits_BTW, selected_BTW: the bitmasks of the keys compared, and of those selected.
+          allowed_BTW, selected_BTW: the bitmasks of the keys compared, and of those selected.
 
-        Returns: the new total, and the attention mass mass_BT of the selected keys.
+        Returns: the new total, and recall_BT, the attention's probability of the selected keys.
         """
-        among_BTS = unpack(bits_BTW, S)
+        allowed_BTS = unpack(allowed_BTW, S)
         logits_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=F32)
         p_BTS = jnp.mean(
-            jnp.where(among_BTS[:, None], jnp.exp(logits_BNTS - lse_BNT[..., None]), 0.0), axis=1
+            jnp.where(allowed_BTS[:, None], jnp.exp(logits_BNTS - lse_BNT[..., None]), 0.0), axis=1
         )
-        mass_BT = jnp.sum(jnp.where(unpack(selected_BTW, S), p_BTS, 0.0), axis=-1)
-        kl_BT = indexer_kl(p_BTS, indexer_scores(q_BTIC, k_BSC, w_BTI), among_BTS)
-        return total + jnp.sum(kl_BT), mass_BT
+        recall_BT = jnp.sum(jnp.where(unpack(selected_BTW, S), p_BTS, 0.0), axis=-1)
+        kl_BT = indexer_kl(p_BTS, indexer_scores(q_BTIC, k_BSC, w_BTI), allowed_BTS)
+        return total + jnp.sum(kl_BT), recall_BT
 
     return scan_chunks(
         add_chunk,
         jnp.zeros((), F32),
-        (q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW),
+        (q_BNTH, lse_BNT, q_BTIC, w_BTI, allowed_BTW, selected_BTW),
         queries,
         axes=(2, 2, 1, 1, 1, 1),
         checkpoint=True,
@@ -100,7 +100,7 @@ def total_kl_tpu(
     q_BTIC: Array,
     w_BTI: Array,
     k_BSC: Array,
-    bits_BTW: Array,
+    allowed_BTW: Array,
     selected_BTW: Array,
     tiles: Tiles = Tiles(),
     *,
@@ -114,7 +114,7 @@ def total_kl_tpu(
       attention: the queries and keys that `attend_tpu` took, and the log-sum-exp that it returned.
       q_BTIC, w_BTI, k_BSC: the indexer's, see `indexer_scores`. Keys are multiplied in the queries'
         dtype; if they are float32, their gradient is not rounded.
-      bits_BTW: the keys compared, those that lse is over.
+      allowed_BTW: the keys compared, those that lse is over.
       selected_BTW: a subset of them.
       tiles: the size of a tile.
       axis: the mesh axis that the heads of attention.k_BNSH lie over, if any, inside a shard_map.
@@ -123,33 +123,33 @@ def total_kl_tpu(
     Returns:
       The loss summed over all queries, float32, in nats; 0 for queries without keys. Its gradient
         reaches the indexer's q, w and k alone.
-      mass_BT: the attention's probability of the selected keys, float32. No gradient.
+      recall_BT: the attention's probability of the selected keys, float32. No gradient.
     """
     if not tiles.queries:
         queries = most_queries(ambient_device().device_kind, q_BTIC.shape[1])
         tiles = tiles._replace(queries=queries)
 
-    def total_kl_of_rows(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW):
-        """Computes the loss [1] and mass_BT of rows whose tables of tiles fit; see `total_kl_tpu`.
+    def total_kl_of_rows(attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW):
+        """Computes the loss [1] and recall_BT of rows whose tables of tiles fit.
 
         Args:
           attention: the attention's queries, keys and log-sum-exp.
           q_BTIC, w_BTI, k_BSC: the indexer's queries, head weights and keys.
-          bits_BTW, selected_BTW: the bitmasks of the keys compared, and of those selected.
+          allowed_BTW, selected_BTW: the bitmasks of the keys compared, and of those selected.
         """
-        kl, mass_BT = _total_kl(
-            attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles, axis
+        kl, recall_BT = _total_kl(
+            attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW, tiles, axis
         )
-        return kl[None], mass_BT
+        return kl[None], recall_BT
 
     table = (
         -(-min(QUERIES_AT_ONCE, q_BTIC.shape[1]) // tiles.queries),
         -(-min(KEYS_AT_ONCE, k_BSC.shape[1]) // tiles.keys),
     )
-    kl_n, mass_BT = map_row_groups(
-        total_kl_of_rows, table, attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW
+    kl_n, recall_BT = map_row_groups(
+        total_kl_of_rows, table, attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW
     )
-    return jnp.sum(kl_n), mass_BT
+    return jnp.sum(kl_n), recall_BT
 
 
 def most_queries(device_kind: str, T: int) -> int:
@@ -169,7 +169,7 @@ class _Queries(NamedTuple):
     lse_BNT: Array
     q_BTIC: Array
     w_BTI: Array
-    bits_BTW: Array
+    allowed_BTW: Array
     selected_BTW: Array
 
 
@@ -178,14 +178,14 @@ def _value(
     q_BTIC: Array,
     w_BTI: Array,
     k_BSC: Array,
-    bits_BTW: Array,
+    allowed_BTW: Array,
     selected_BTW: Array,
     tiles: Tiles,
     axis: str,
 ) -> tuple[Array, Array]:
     """Computes what `total_kl_tpu` returns, of rows whose tables of tiles fit."""
     return _value_and_gradients(
-        attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles, axis
+        attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW, tiles, axis
     )[0]
 
 
@@ -194,12 +194,12 @@ def _value_and_gradients(
     q_BTIC: Array,
     w_BTI: Array,
     k_BSC: Array,
-    bits_BTW: Array,
+    allowed_BTW: Array,
     selected_BTW: Array,
     tiles: Tiles,
     axis: str,
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    """Computes (kl, mass_BT) and the gradients of kl for q, w and k, in chunks of queries."""
+    """Computes (kl, recall_BT) and the gradients of kl for q, w and k, in chunks of queries."""
     (q_BNTH, k_BNSH, lse_BNT), T, S = attention, q_BTIC.shape[1], k_BSC.shape[1]
     queries_at_once = min(QUERIES_AT_ONCE, -(-T // tiles.queries) * tiles.queries)
     keys_at_once = min(KEYS_AT_ONCE, -(-S // tiles.keys) * tiles.keys)
@@ -208,7 +208,9 @@ def _value_and_gradients(
         padded(k_BNSH, 2, whole_S),
         padded(k_BSC.astype(q_BTIC.dtype), 1, whole_S),
     )
-    bits_BTW, selected_BTW = (padded(x, 2, words(whole_S)) for x in (bits_BTW, selected_BTW))
+    allowed_BTW, selected_BTW = (
+        padded(x, 2, num_words(whole_S)) for x in (allowed_BTW, selected_BTW)
+    )
 
     def add_chunk(dk_BSC, *queries):
         *by_query, dk_BSC = _add_query_chunk(
@@ -216,17 +218,17 @@ def _value_and_gradients(
         )
         return dk_BSC, tuple(by_query)
 
-    dk_BSC, (kl_BT, mass_BT, dq_BTIC, dw_BTI) = scan_chunks(
+    dk_BSC, (kl_BT, recall_BT, dq_BTIC, dw_BTI) = scan_chunks(
         add_chunk,
         jnp.zeros(whole_k_BSC.shape, F32),
-        (q_BNTH, lse_BNT, q_BTIC, w_BTI.astype(F32), bits_BTW, selected_BTW),
+        (q_BNTH, lse_BNT, q_BTIC, w_BTI.astype(F32), allowed_BTW, selected_BTW),
         queries_at_once,
         axes=(2, 2, 1, 1, 1, 1),
     )
     gradients = dq_BTIC, dw_BTI.astype(w_BTI.dtype), dk_BSC[:, :S].astype(k_BSC.dtype)
     # The name is that of attention's results: what keeps those for the backward pass keeps these,
     # or else the loss would be computed twice.
-    return (jnp.sum(kl_BT), mass_BT), checkpoint_name(gradients, "attention")
+    return (jnp.sum(kl_BT), recall_BT), checkpoint_name(gradients, "attention")
 
 
 def _add_query_chunk(
@@ -247,12 +249,12 @@ def _add_query_chunk(
       keys_at_once: the length of a chunk of keys.
       tiles, axis: see `total_kl_tpu`.
 
-    Returns: kl_BT, mass_BT, dq_BTIC, dw_BTI, and dk_BSC with these queries' added.
+    Returns: kl_BT, recall_BT, dq_BTIC, dw_BTI, and dk_BSC with these queries' added.
     """
-    q_BNTH, lse_BNT, q_BTIC, w_BTI, bits_BTW, selected_BTW = chunk
+    q_BNTH, lse_BNT, q_BTIC, w_BTI, allowed_BTW, selected_BTW = chunk
     (B, T, I, C), (queries, keys, _) = q_BTIC.shape, tiles
     indexer = jnp.swapaxes(q_BTIC, 1, 2), w_BTI, k_BSC
-    nonempty_Bnm = nonempty_tiles(bits_BTW, queries, keys)
+    nonempty_Bnm = nonempty_tiles(allowed_BTW, queries, keys)
 
     def tables(first) -> TileTables:
         """Makes the tables of tiles of the chunk of keys that begins at `first`."""
@@ -260,7 +262,7 @@ def _add_query_chunk(
         return TileTables(own_Bnm.astype(jnp.int32), next_nonempty(own_Bnm), first[None] // keys)
 
     def chunk_normaliser(first):
-        return normaliser(tables(first), *indexer, bits_BTW, tiles)
+        return normaliser(tables(first), *indexer, allowed_BTW, tiles)
 
     def add_chunk(sums, first):
         """Adds the loss and gradients of a chunk of keys, which begins at `first`."""
@@ -274,7 +276,7 @@ def _add_query_chunk(
             attention,
             *indexer,
             index_lse_B1T,
-            bits_BTW,
+            allowed_BTW,
             selected_BTW,
             dq_BICT,
             dk_BSC,
@@ -290,10 +292,10 @@ def _add_query_chunk(
         jnp.zeros((B, I, C, T), F32),
         dk_BSC,
     )
-    ((kl_B1T, mass_B1T, dw_BI1T), dq_BICT, dk_BSC), _ = lax.scan(add_chunk, zeros, first_n)
+    ((kl_B1T, recall_B1T, dw_BI1T), dq_BICT, dk_BSC), _ = lax.scan(add_chunk, zeros, first_n)
     return (
         kl_B1T[:, 0],
-        mass_B1T[:, 0],
+        recall_B1T[:, 0],
         jnp.transpose(dq_BICT, (0, 3, 1, 2)).astype(q_BTIC.dtype),
         jnp.swapaxes(dw_BI1T[:, :, 0], 1, 2),
         dk_BSC,

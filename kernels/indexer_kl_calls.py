@@ -78,7 +78,7 @@ def normaliser(
     index_q_BITC: Array,
     index_w_BTI: Array,
     index_k_BSC: Array,
-    bits_BTW: Array,
+    allowed_BTW: Array,
     tiles: Tiles,
 ) -> Array:
     """Computes the log-sum-exp of the indexer's scores over a chunk's keys in the bitmask.
@@ -86,13 +86,13 @@ def normaliser(
     Args:
       tables: of the chunk of keys.
       index_q_BITC, index_w_BTI, index_k_BSC: the indexer's.
-      bits_BTW: the keys compared.
+      allowed_BTW: the keys compared.
       tiles: the size of a tile.
 
     Returns: [B, 1, T] float32; INITIAL_MAX and less for a query without any key.
     """
     (B, I, T, _), queries = index_q_BITC.shape, tiles.queries
-    q, k, bits = _indexer_operands(index_q_BITC, index_k_BSC, bits_BTW, tiles=tiles)
+    q, k, bits = _indexer_operands(index_q_BITC, index_k_BSC, allowed_BTW, tiles=tiles)
     w = Operand(index_w_BTI, _spec((1, queries, I), lambda b, i, j: (b, i, 0)))
     (lse_B1T,) = _call(
         normaliser_kernel,
@@ -114,7 +114,7 @@ def loss_and_gradients(
     index_w_BTI: Array,
     index_k_BSC: Array,
     index_lse_B1T: Array,
-    bits_BTW: Array,
+    allowed_BTW: Array,
     selected_BTW: Array,
     dq_BICT: Array,
     dk_BSC: Array,
@@ -127,11 +127,11 @@ def loss_and_gradients(
       attention: k_BNSH has the chunk's keys alone.
       index_q_BITC, index_w_BTI, index_k_BSC: the indexer's, with all keys.
       index_lse_B1T: the log-sum-exp of its scores over all keys compared.
-      bits_BTW, selected_BTW: see `total_kl_tpu`.
+      allowed_BTW, selected_BTW: see `total_kl_tpu`.
       dq_BICT, dk_BSC: the gradients so far, float32; dq lies as the kernel sums it.
       tiles: the size of a tile.
 
-    Returns: kl_B1T, mass_B1T, dw_BI1T of the chunk's keys, and the new dq_BICT and dk_BSC.
+    Returns: kl_B1T, recall_B1T, dw_BI1T of the chunk's keys, and the new dq_BICT and dk_BSC.
     """
     (B, I, T, C), (queries, keys, _) = index_q_BITC.shape, tiles
     q_BNTH, k_BNSH, lse_BNT = attention
@@ -148,7 +148,7 @@ def loss_and_gradients(
     query_row = _query_row(queries)
     head_row = _spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))
     index_q, index_k, bits, selected = _indexer_operands(
-        index_q_BITC, index_k_BSC, bits_BTW, selected_BTW, tiles=tiles
+        index_q_BITC, index_k_BSC, allowed_BTW, selected_BTW, tiles=tiles
     )
     index_w = Operand(jnp.swapaxes(index_w_BTI, 1, 2)[:, :, None], head_row)
     once_a_row = _spec(
@@ -162,21 +162,21 @@ def loss_and_gradients(
         index_w=index_w,
         index_k=index_k,
         index_lse=Operand(index_lse_B1T, query_row),
-        bits=bits,
+        allowed=bits,
         selected=selected,
         dq=Operand(dq_BICT, IN_HBM),
         dk=Operand(dk_BSC, IN_HBM),
     )
     outputs = Outputs(
         kl=Operand((B, 1, T), query_row),
-        mass=Operand((B, 1, T), query_row),
+        recall=Operand((B, 1, T), query_row),
         dw=Operand((B, I, 1, T), head_row),
         dq=Operand(dq_BICT.shape, IN_HBM),
         dk=Operand(dk_BSC.shape, IN_HBM),
     )
     scratch = Scratch(
         kl=pltpu.VMEM((SUBLANES, queries), F32),
-        mass=pltpu.VMEM((SUBLANES, queries), F32),
+        recall=pltpu.VMEM((SUBLANES, queries), F32),
         dw=pltpu.VMEM((I, SUBLANES, queries), F32),
         p=pltpu.VMEM((keys, queries), F32),
         relu=pltpu.VMEM((I, keys, queries), index_k_BSC.dtype),

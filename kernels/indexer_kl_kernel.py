@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
       q [1, N, Q, H], k [1, heads, K, H], lse [1, N, 1, Q]: the attention's; k of a group of heads.
       index_q [1, I, Q, C], index_w [1, I, 1, Q], index_k [1, K, C], index_lse [1, 1, Q]: the
         indexer's.
-      bits, selected [1, Q, 128]: the bitmasks.
+      allowed, selected [1, Q, 128]: the bitmasks of the keys compared, and of those selected.
       dq [B, I, C, T], dk [B, S, C]: the same memory as the outputs', in HBM.
     """
 
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
     index_w: Any
     index_k: Any
     index_lse: Any
-    bits: Any
+    allowed: Any
     selected: Any
     dq: Any
     dk: Any
@@ -59,13 +59,13 @@ class Outputs(NamedTuple):
     """References to what the loss' kernel writes.
 
     Attributes:
-      kl, mass [1, 1, Q]: the loss, and the attention's probability of the selected keys.
+      kl, recall [1, 1, Q]: the loss, and the attention's probability of the selected keys.
       dw [1, I, 1, Q]: the gradient of the indexer's weights.
       dq [B, I, C, T], dk [B, S, C]: the gradients of its queries and keys, in HBM.
     """
 
     kl: Any
-    mass: Any
+    recall: Any
     dw: Any
     dq: Any
     dk: Any
@@ -75,7 +75,7 @@ class Scratch(NamedTuple):
     """References to the loss' kernel's own memory.
 
     Attributes:
-      kl, mass [8, Q], dw [I, 8, Q]: sums over a row of tiles, for each sublane.
+      kl, recall [8, Q], dw [I, 8, Q]: sums over a row of tiles, for each sublane.
       p [K, Q]: the attention's probabilities, summed over the heads so far.
       relu [I, K, Q]: relu(q . k) of each indexer head, kept for the gradients.
       dq [I, C, Q]: dq of a row of tiles, turned.
@@ -85,7 +85,7 @@ class Scratch(NamedTuple):
     """
 
     kl: Any
-    mass: Any
+    recall: Any
     dw: Any
     p: Any
     relu: Any
@@ -181,13 +181,13 @@ def kl_kernel(*refs, groups: int):
 
         @pl.when(last_group)
         def _add_loss_and_gradients():
-            among_KQ, selected_KQ = (
+            allowed_KQ, selected_KQ = (
                 tile_bias(ref[0], tables.first[0] + j, keys).T == 0
-                for ref in (inputs.bits, inputs.selected)
+                for ref in (inputs.allowed, inputs.selected)
             )
-            mean_KQ = jnp.where(among_KQ, p_KQ * (1.0 / inputs.q.shape[1]), 0.0)
-            scratch.mass[...] += fold_sublanes(jnp.add, jnp.where(selected_KQ, mean_KQ, 0.0))
-            dscores_KQ = _add_loss(inputs, scratch, mean_KQ, among_KQ)
+            mean_KQ = jnp.where(allowed_KQ, p_KQ * (1.0 / inputs.q.shape[1]), 0.0)
+            scratch.recall[...] += fold_sublanes(jnp.add, jnp.where(selected_KQ, mean_KQ, 0.0))
+            dscores_KQ = _add_loss(inputs, scratch, mean_KQ, allowed_KQ)
             index_k_CK = inputs.index_k[0].T
             arrival.wait()
             _add_gradients(inputs, scratch, dscores_KQ, index_k_CK)
@@ -205,7 +205,7 @@ def kl_kernel(*refs, groups: int):
 
 def _reset_sums(scratch: Scratch) -> None:
     """Begins a row of tiles."""
-    for sum_ref in (scratch.kl, scratch.mass, scratch.dw):
+    for sum_ref in (scratch.kl, scratch.recall, scratch.dw):
         sum_ref[...] = jnp.zeros(sum_ref.shape, F32)
 
 
@@ -229,13 +229,13 @@ def _earlier_heads(p_ref, group) -> Array:
     return jnp.where(group == 0, 0.0, p_ref[...])
 
 
-def _add_loss(inputs: Inputs, scratch: Scratch, mean_KQ: Array, among_KQ: Array) -> Array:
+def _add_loss(inputs: Inputs, scratch: Scratch, mean_KQ: Array, allowed_KQ: Array) -> Array:
     """Adds p (log p - log softmax(I)) of a tile's keys to the loss (arXiv 2512.02556, eq. 3, 4).
 
     Args:
       inputs, scratch: `relu` is written.
       mean_KQ: p, the attention's probabilities, mean over heads.
-      among_KQ: bool, the keys compared.
+      allowed_KQ: bool, the keys compared.
 
     Returns: dscores_KQ, the loss' gradient for the scores, softmax(I) - p.
     """
@@ -246,8 +246,8 @@ def _add_loss(inputs: Inputs, scratch: Scratch, mean_KQ: Array, among_KQ: Array)
         scores_KQ += relu_KQ * inputs.index_w[0, head]
     log_predicted_KQ = scores_KQ - inputs.index_lse[0]
     kl_KQ = mean_KQ * (jnp.log(jnp.where(mean_KQ > 0, mean_KQ, 1.0)) - log_predicted_KQ)
-    scratch.kl[...] += fold_sublanes(jnp.add, jnp.where(among_KQ, kl_KQ, 0.0))
-    return jnp.where(among_KQ, jnp.exp(log_predicted_KQ) - mean_KQ, 0.0)
+    scratch.kl[...] += fold_sublanes(jnp.add, jnp.where(allowed_KQ, kl_KQ, 0.0))
+    return jnp.where(allowed_KQ, jnp.exp(log_predicted_KQ) - mean_KQ, 0.0)
 
 
 def _add_gradients(inputs: Inputs, scratch: Scratch, dscores_KQ: Array, index_k_CK: Array) -> None:
@@ -271,7 +271,7 @@ def _add_gradients(inputs: Inputs, scratch: Scratch, dscores_KQ: Array, index_k_
 
 def _write_sums(outputs: Outputs, scratch: Scratch) -> None:
     """Ends a row of tiles: folds the sums' sublanes."""
-    for row_ref, sum_ref in ((outputs.kl, scratch.kl), (outputs.mass, scratch.mass)):
+    for row_ref, sum_ref in ((outputs.kl, scratch.kl), (outputs.recall, scratch.recall)):
         row_ref[0] = jnp.sum(sum_ref[...], axis=0, keepdims=True)
     for head in range(scratch.dw.shape[0]):
         outputs.dw[0, head] = jnp.sum(scratch.dw[head], axis=0, keepdims=True)

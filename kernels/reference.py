@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 MASKED = -1e30  # a masked logit: finite, so that a row without any key gives no NaN
-WEIGHT_BITS = 30  # bits of a float32 in [0, 1] that can be set: neither the sign nor the next one
+# The low bits of a float32, all that one in [0, 1] has set: not the sign, nor the exponent's first.
+WEIGHT_BITS = 30
 
 
 class IndexerQuery(NamedTuple):
@@ -78,17 +79,17 @@ def select_topk(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
         )
         above_BTS, tied_BTS = rank_BTS > threshold_BT1, rank_BTS == threshold_BT1
         wanted_BT1 = topk - jnp.sum(above_BTS, axis=-1, keepdims=True)
-        place_S = jnp.arange(scores_BTS.shape[-1], dtype=jnp.uint32)
+        position_S = jnp.arange(scores_BTS.shape[-1], dtype=jnp.uint32)
         # The last tied key to be selected stands at the largest position that has fewer tied keys
         # before it than are wanted.
         last_BT1 = bisect_bits(
             lambda bound: (
-                jnp.sum(tied_BTS & (place_S < bound), axis=-1, keepdims=True) < wanted_BT1
+                jnp.sum(tied_BTS & (position_S < bound), axis=-1, keepdims=True) < wanted_BT1
             ),
             threshold_BT1.shape,
             bits=int(scores_BTS.shape[-1] - 1).bit_length(),
         )
-        return (above_BTS | (tied_BTS & (place_S <= last_BT1))) & allowed_BTS
+        return (above_BTS | (tied_BTS & (position_S <= last_BT1))) & allowed_BTS
 
 
 def ordered_bits(x: Array) -> Array:
@@ -113,31 +114,32 @@ def bisect_bits(condition: Callable[[Array], Array], shape: tuple[int, ...], bit
     return jax.lax.fori_loop(0, bits, settle, jnp.zeros(shape, jnp.uint32))
 
 
-def indexer_kl(target_BTS: Array, scores_BTS: Array, among_BTS: Array) -> Array:
+def indexer_kl(target_BTS: Array, scores_BTS: Array, allowed_BTS: Array) -> Array:
     """Computes the indexer's KL loss of each query (arXiv 2512.02556, eq. 3 dense, eq. 4 sparse).
 
         KL(p[t] || softmax(I[t]))  =  sum_s  p[t, s] (log p[t, s] - log softmax(I[t])[s])
 
     Args:
       target_BTS: p, the main attention's probabilities, mean over heads; they sum to 1 over
-        `among_BTS`.
+        `allowed_BTS`.
       scores_BTS: I, the indexer's scores.
-      among_BTS: bool, the keys that p and the softmax range over: all allowed keys in the dense
-        warm-up stage (eq. 3), the selected ones in the sparse stage (eq. 4).
+      allowed_BTS: bool, the keys that p and the softmax range over, those that the main attention
+        may attend to: all earlier ones in the dense warm-up stage (eq. 3), the selected ones in the
+        sparse stage (eq. 4).
 
     Returns: kl_BT float32 in nats, 0 for a query without keys. The gradient reaches the scores
       alone.
     """
     with jax.named_scope("indexer_kl"):
         target_BTS = jax.lax.stop_gradient(target_BTS)
-        log_predicted_BTS = jax.nn.log_softmax(jnp.where(among_BTS, scores_BTS, MASKED), axis=-1)
+        log_predicted_BTS = jax.nn.log_softmax(jnp.where(allowed_BTS, scores_BTS, MASKED), axis=-1)
         log_target_BTS = jnp.log(jnp.where(target_BTS > 0, target_BTS, 1.0))
         return jnp.sum(
-            jnp.where(among_BTS, target_BTS * (log_target_BTS - log_predicted_BTS), 0.0), axis=-1
+            jnp.where(allowed_BTS, target_BTS * (log_target_BTS - log_predicted_BTS), 0.0), axis=-1
         )
 
 
-def top_p_keys(scores_BS: Array, among_BS: Array, top_p: float) -> Array:
+def top_p_keys(scores_BS: Array, allowed_BS: Array, top_p: float) -> Array:
     """Keeps the fewest keys whose softmax weights reach a share (Twilight, arXiv 2502.02770).
 
     The weight of the last key kept is found bit by bit, without a sort. Of equal weights the
@@ -145,17 +147,17 @@ def top_p_keys(scores_BS: Array, among_BS: Array, top_p: float) -> Array:
 
     Args:
       scores_BS: float32 logits, of any leading axes.
-      among_BS: bool, the keys that the softmax ranges over.
+      allowed_BS: bool, the keys that the softmax ranges over.
       top_p: the share of the softmax to keep, in (0, 1]; at 1 all keys are kept.
 
-    Returns: bool [B, S], no key outside `among_BS`. A row that has any key keeps at least one.
+    Returns: bool [B, S], no key outside `allowed_BS`. A row that has any key keeps at least one.
     """
     if top_p == 1:
-        return among_BS
+        return allowed_BS
     with jax.named_scope("top_p_keys"):
-        scores_BS = jnp.where(among_BS, jax.lax.stop_gradient(scores_BS), MASKED)
+        scores_BS = jnp.where(allowed_BS, jax.lax.stop_gradient(scores_BS), MASKED)
         weight_BS = jnp.where(
-            among_BS, jnp.exp(scores_BS - jnp.max(scores_BS, axis=-1, keepdims=True)), 0.0
+            allowed_BS, jnp.exp(scores_BS - jnp.max(scores_BS, axis=-1, keepdims=True)), 0.0
         )
         # The bits of floats that are not negative are in the floats' order.
         rank_BS = jax.lax.bitcast_convert_type(weight_BS, jnp.uint32)
@@ -163,16 +165,17 @@ def top_p_keys(scores_BS: Array, among_BS: Array, top_p: float) -> Array:
         def total_weight(keys_BS: Array) -> Array:
             return jnp.sum(jnp.where(keys_BS, weight_BS, 0.0), axis=-1, keepdims=True)
 
-        wanted_B1 = top_p * total_weight(among_BS)
+        wanted_B1 = top_p * total_weight(allowed_BS)
         level_B1 = bisect_bits(
             lambda bound_B1: total_weight(rank_BS >= bound_B1) >= wanted_B1,
             wanted_B1.shape,
             bits=WEIGHT_BITS,
         )
-        tied_BS = (rank_BS == level_B1) & among_BS
-        each_B1 = jax.lax.bitcast_convert_type(level_B1, jnp.float32)
+        # All keys above the level are kept, and of those tied at it as many as are still needed.
+        tied_BS = (rank_BS == level_B1) & allowed_BS
+        tied_weight_B1 = jax.lax.bitcast_convert_type(level_B1, jnp.float32)
         missing_B1 = wanted_B1 - total_weight(rank_BS > level_B1)
-        ties_B1 = jnp.maximum(jnp.ceil(missing_B1 / each_B1), 1.0)
-        return among_BS & (
-            (rank_BS > level_B1) | (tied_BS & (jnp.cumsum(tied_BS, axis=-1) <= ties_B1))
+        kept_ties_B1 = jnp.maximum(jnp.ceil(missing_B1 / tied_weight_B1), 1.0)
+        return allowed_BS & (
+            (rank_BS > level_B1) | (tied_BS & (jnp.cumsum(tied_BS, axis=-1) <= kept_ties_B1))
         )

@@ -20,16 +20,18 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.bitmask import BITS, KEYS, LANES, bit, pack, words
+from kernels.bitmask import BITS, KEYS, LANES, bit, num_words, pack
 from kernels.chunks import map_chunks
 from kernels.reference import indexer_scores, select_topk
-from kernels.threshold import find_threshold, last_of_first, normal_quantile, position_bits
+from kernels.threshold import find_threshold, normal_quantile, nth_position, position_bits
 from kernels.tiles import F32, dot, fold_lanes, fold_pairwise, padded
 
-BLOCK = 128  # neighbouring queries, wherever the next ones stand
+# Queries of a block stand side by side in the sequence. Blocks need not: on a mesh a device has
+# every n-th of them (model/attention/tiled.py).
+BLOCK = 128
 ROWS = 8  # queries whose bounds move together: the sublanes of a register
 SCORES_BYTES = 32 * 2**20  # of VMEM for a block's scores: half of what the smallest chips have
-TILE = 2**16  # pairs of a query and a key that are scored at a time
+TILE_PAIRS = 2**16  # pairs of a query and a key in a tile, which is scored at a time
 # Queries, of one head or several, that the matrix units multiply with a tile's keys once those are
 # loaded.
 PRODUCT = 512
@@ -43,7 +45,7 @@ def select_reference(
     w_BTI: Array,
     segments_BT: Array,
     key_segments_BS: Array,
-    place_T: Array,
+    query_index_T: Array,
     topk: int,
     *,
     queries: int = 512,
@@ -51,22 +53,24 @@ def select_reference(
     """Computes what `select_tpu` does, in plain JAX, so many `queries` at a time."""
     S = k_BSC.shape[1]
 
-    def select(q_BTIC, w_BTI, segments_BT, place_T):
+    def select(q_BTIC, w_BTI, segments_BT, query_index_T):
         """Selects keys for a chunk of queries; returns bitmasks and the least selected scores."""
-        own_BT1, place_T1 = segments_BT[..., None], place_T[..., None]
+        segment_BT1, query_index_T1 = segments_BT[..., None], query_index_T[..., None]
         allowed_BTS = (
-            (jnp.arange(S) <= place_T1) & (own_BT1 == key_segments_BS[:, None]) & (own_BT1 > 0)
+            (jnp.arange(S) <= query_index_T1)
+            & (segment_BT1 == key_segments_BS[:, None])
+            & (segment_BT1 > 0)
         )
         scores_BTS = indexer_scores(q_BTIC, k_BSC, w_BTI)
-        among_BTS = select_topk(scores_BTS, allowed_BTS, topk)
-        all_BT = jnp.sum(allowed_BTS, axis=-1) <= topk
-        return pack(among_BTS), jnp.where(
-            all_BT, -jnp.inf, jnp.min(jnp.where(among_BTS, scores_BTS, jnp.inf), axis=-1)
+        selected_BTS = select_topk(scores_BTS, allowed_BTS, topk)
+        takes_all_BT = jnp.sum(allowed_BTS, axis=-1) <= topk
+        return pack(selected_BTS), jnp.where(
+            takes_all_BT, -jnp.inf, jnp.min(jnp.where(selected_BTS, scores_BTS, jnp.inf), axis=-1)
         )
 
     return map_chunks(
         select,
-        (q_BTIC, w_BTI, segments_BT, place_T),
+        (q_BTIC, w_BTI, segments_BT, query_index_T),
         min(queries, segments_BT.shape[1]),
         axes=(1, 1, 1, 0),
     )
@@ -78,7 +82,7 @@ def select_tpu(
     w_BTI: Array,
     segments_BT: Array,
     key_segments_BS: Array,
-    place_T: Array,
+    query_index_T: Array,
     topk: int,
     *,
     queries: int = 0,
@@ -92,21 +96,21 @@ def select_tpu(
       k_BSC: its keys, of the whole sequence.
       segments_BT, key_segments_BS: a query may select keys of its own segment up to itself; a query
         of segment 0 none.
-      place_T: the position of each query in the sequence. Within a BLOCK they are neighbours.
+      query_index_T: where each query stands in the sequence; those of a BLOCK side by side.
       topk: how many keys to select.
       queries: the queries of a block: a divisor of BLOCK and a multiple of 8, or any size if there
         is one block; 0 for as many as SCORES_BYTES allow, at most BLOCK.
-      keys: the keys of a tile: 128, 256, ..., 4096; 0 for as many as TILE allows.
+      keys: the keys of a tile: 128, 256, ..., 4096; 0 for as many as TILE_PAIRS allows.
       interpret: as in `pallas_call`.
 
     Returns:
       bits_BTW: the min(topk, allowed) best-scored allowed keys of each query, a bitmask. Of equal
-        scores the earlier key goes first. `bitmask.counts` counts them.
+        scores the earlier key goes first. `bitmask.count_keys` counts them.
       threshold_BT: float32; every allowed key of a higher score is selected, none of a lower one.
         -inf where all allowed keys are.
     """
     (B, T, I, C), S = q_BTIC.shape, k_BSC.shape[1]
-    W = words(S)
+    W = num_words(S)
     queries = queries or min(most_queries(S), -(-T // ROWS) * ROWS)
     keys = keys or most_keys(queries)
     nq, nk = -(-T // queries), -(-S // keys)
@@ -149,7 +153,7 @@ def select_tpu(
         interpret=interpret,
         name="select",
     )(
-        padded(place_T, 0, nq * queries)[::queries].astype(jnp.int32),
+        padded(query_index_T, 0, nq * queries)[::queries].astype(jnp.int32),
         padded(jnp.swapaxes(q_BTIC, 1, 2), 2, nq * queries),
         padded(w_BTJ, 1, nq * queries),
         padded(k_BSC, 1, nk * keys),
@@ -160,12 +164,12 @@ def select_tpu(
 
 def most_queries(S: int) -> int:
     """Returns the queries of a block: the power of two that SCORES_BYTES allow with S keys."""
-    return min(BLOCK, max(_power_of_two(SCORES_BYTES // (4 * BITS * words(S))), ROWS))
+    return min(BLOCK, max(_power_of_two(SCORES_BYTES // (4 * BITS * num_words(S))), ROWS))
 
 
 def most_keys(queries: int) -> int:
-    """Returns the keys of a tile of so many queries: the power of two that TILE allows."""
-    return min(KEYS, max(_power_of_two(TILE // queries), LANES))
+    """Returns the keys of a tile of so many queries: the power of two that TILE_PAIRS allows."""
+    return min(KEYS, max(_power_of_two(TILE_PAIRS // queries), LANES))
 
 
 def _power_of_two(most: int) -> int:
@@ -215,10 +219,10 @@ def _kernel(
     @pl.when(j < visible)
     def _add_tile():
         scores = score_tile(q_ref[0], k_ref[0], w_ref[0])
-        query = first + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-        key = j * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        own = w_ref[0, :, heads : heads + 1]
-        allowed = (key <= query) & (own == segments_ref[0]) & (own > 0)
+        query_index = first + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        key_index = j * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        segment = w_ref[0, :, heads : heads + 1]  # of each query, behind its weights
+        allowed = (key_index <= query_index) & (segment == segments_ref[0]) & (segment > 0)
         scores_ref[_tile_index(j, keys, slice(None))] = jnp.where(allowed, scores, -jnp.inf)
         _update_stats(stats_ref, scores, allowed)
 
@@ -299,16 +303,16 @@ def _select_rows(scores_ref, stats_ref, bits_ref, rows, stop, keys: int, topk: i
         scores_ref[_tile_index(tile, keys, rows)] = jnp.full((ROWS, keys), -jnp.inf)
 
     count = functools.partial(_count, scores_ref, rows, blocks)
-    allowed = count(lambda x, _: x > -jnp.inf)
-    few = allowed <= topk
+    num_allowed = count(lambda x, _: x > -jnp.inf)
+    few = num_allowed <= topk  # rows that take all of them
     low = jnp.where(few, 0.0, jnp.min(stats_ref[LEAST, rows], axis=1, keepdims=True))
     high = jnp.where(few, 0.0, jnp.max(stats_ref[LARGEST, rows], axis=1, keepdims=True))
     total, squares = (
         jnp.sum(stats_ref[which, rows], axis=1, keepdims=True) for which in (TOTAL, SQUARES)
     )
-    guess = normal_quantile(total, squares, allowed, topk)
+    guess = normal_quantile(total, squares, num_allowed, topk)
     threshold, at_threshold, above = find_threshold(
-        lambda level: count(lambda x, _: x >= level), allowed, few, low, high, guess, topk
+        lambda level: count(lambda x, _: x >= level), num_allowed, few, low, high, guess, topk
     )
     level = jnp.where(few, jnp.finfo(F32).min, threshold)
     crowded = ~few & (at_threshold > topk)  # rows whose scores tie at the threshold
@@ -325,7 +329,7 @@ def _select_rows(scores_ref, stats_ref, bits_ref, rows, stop, keys: int, topk: i
             return count(lambda x, first: (x == level) & (_positions(x, first) < position))
 
         bits = position_bits(BITS * bits_ref.shape[2])
-        last = jnp.where(crowded, last_of_first(tied_before, topk - above, bits), stop)
+        last = jnp.where(crowded, nth_position(tied_before, topk - above, bits), stop)
         write(lambda x, first: (x > level) | ((x == level) & (_positions(x, first) <= last)))
 
     return jnp.where(few, -jnp.inf, level)

@@ -59,7 +59,7 @@ class _Bracket(NamedTuple):
 
 def find_threshold(
     count_at_least: Callable[[Array], Array],
-    allowed: Array,
+    num_allowed: Array,
     done: Array,
     low: Array,
     high: Array,
@@ -73,20 +73,20 @@ def find_threshold(
 
     Args:
       count_at_least: float32 levels [R, 1] -> how many scores of each row are at or above, int32.
-      allowed: how many scores each row has.
+      num_allowed: how many scores each row has.
       done: bool, the rows that need no search: those with at most topk scores.
       low, high: the least and the largest score of each row.
       guess: the first bound to try, see `normal_quantile`.
       topk: how many scores are wanted.
     """
-    zero = jnp.zeros_like(allowed)
+    zero = jnp.zeros_like(num_allowed)
     start = _Bracket(
         step=jnp.int32(0),
         low=ordered_int(low),
         high=ordered_int(high) + 1,
-        at_low=allowed,
+        at_low=num_allowed,
         at_high=zero,
-        low_log=_log_share(allowed, topk),
+        low_log=_log_share(num_allowed, topk),
         high_log=_log_share(zero, topk),
         side=zero,
         done=done.astype(jnp.int32),
@@ -149,20 +149,20 @@ def _accept(s: _Bracket, bound: Array, count: Array, topk: int) -> _Bracket:
     )
 
 
-def last_of_first(count_before: Callable[[Array], Array], wanted: Array, bits: int) -> Array:
-    """Finds the position of the last of the first `wanted` keys of some kind, bit by bit.
+def nth_position(count_before: Callable[[Array], Array], n: Array, bits: int) -> Array:
+    """Finds the position of the n-th key of some kind, such as the tied ones, bit by bit.
 
     Args:
       count_before: positions [R, 1] -> how many such keys stand before, int32.
-      wanted: at least 1.
+      n: int32, which key, counted from 1.
       bits: how many bits a position has, see `position_bits`.
     """
 
     def settle(step, found):
         bound = found + (jnp.int32(1) << (bits - 1 - step))
-        return jnp.where(count_before(bound) < wanted, bound, found)
+        return jnp.where(count_before(bound) < n, bound, found)
 
-    return lax.fori_loop(0, bits, settle, jnp.zeros_like(wanted))
+    return lax.fori_loop(0, bits, settle, jnp.zeros_like(n))
 
 
 def position_bits(keys: int) -> int:

@@ -79,7 +79,7 @@ def attend_masked(
     q_BTNR: Array,
     cache: LatentCache,
     allowed_BTS: Array,
-    query: IndexerQuery | None,
+    index_query: IndexerQuery | None,
     *,
     value_rank: int,
     topk: int,
@@ -90,7 +90,7 @@ def attend_masked(
       q_BTNR: absorbed queries, scaled.
       cache: holds the latents of these tokens too.
       allowed_BTS: the slots that each token may attend to.
-      query: the indexer's query; None attends without an indexer.
+      index_query: the indexer's query; None attends without an indexer.
       value_rank: how many of a latent's channels are its value.
       topk: how many slots the indexer selects.
 
@@ -100,8 +100,8 @@ def attend_masked(
     if cache.layout == "tiles":
         latent_BSR = sparse_decode.from_tiles(latent_BSR, q_BTNR.shape[-1])
     top_p, R = cache.attention_top_p, latent_BSR.shape[-1]
-    if query is not None and (topk < latent_BSR.shape[1] or top_p < 1):
-        scores_BTS = indexer_scores(query.q_BTIC, cache.index_key_BSC, query.w_BTI)
+    if index_query is not None and (topk < latent_BSR.shape[1] or top_p < 1):
+        scores_BTS = indexer_scores(index_query.q_BTIC, cache.index_key_BSC, index_query.w_BTI)
         allowed_BTS = top_p_keys(scores_BTS, select_topk(scores_BTS, allowed_BTS, topk), top_p)
     elif cache.estimate is not None:
         estimate_BSR = dequantise(cache.estimate, R)
@@ -114,13 +114,13 @@ def attend_gathered(
     q_B1NR: Array,
     cache: LatentCache,
     allowed_B1S: Array,
-    query: IndexerQuery,
+    index_query: IndexerQuery,
     *,
     value_rank: int,
     topk: int,
 ) -> Array:
     """Gathers the latents that one query a row selects by `top_k`. See `attend_masked`."""
-    scores_B1S = indexer_scores(query.q_BTIC, cache.index_key_BSC, query.w_BTI)
+    scores_B1S = indexer_scores(index_query.q_BTIC, cache.index_key_BSC, index_query.w_BTI)
     # Disallowed keys score -inf, sort last, and stay disallowed where fewer than topk are allowed.
     scores_Bk, index_Bk = jax.lax.top_k(masked_scores(scores_B1S, allowed_B1S)[:, 0], topk)
     latent_BkR = jnp.take_along_axis(cache.latent_BSR, index_Bk[:, :, None], axis=1)
@@ -133,7 +133,7 @@ def attend_listed(
     q_B1NR: Array,
     cache: LatentCache,
     allowed_B1S: Array,
-    query: IndexerQuery,
+    index_query: IndexerQuery,
     *,
     value_rank: int,
     topk: int,
@@ -143,9 +143,9 @@ def attend_listed(
     This is what the kernels of `attend_tiles` do, by XLA: no sort.
     """
     index_Bk, count_B = decode_selection.select_reference(
-        query.q_BTIC[:, 0],
+        index_query.q_BTIC[:, 0],
         cache.index_key_BSC,
-        query.w_BTI[:, 0],
+        index_query.w_BTI[:, 0],
         allowed_B1S[:, 0],
         topk,
         cache.attention_top_p,
@@ -161,7 +161,7 @@ def attend_tiles(
     q_B1NR: Array,
     cache: LatentCache,
     allowed_B1S: Array,
-    query: IndexerQuery,
+    index_query: IndexerQuery,
     *,
     value_rank: int,
     topk: int,
@@ -201,9 +201,9 @@ def attend_tiles(
         out_BNR = attend(
             q_B1NR[:, 0],
             cache.latent_BSR,
-            query.q_BTIC[:, 0],
+            index_query.q_BTIC[:, 0],
             cache.index_key_BSC,
-            query.w_BTI[:, 0],
+            index_query.w_BTI[:, 0],
             allowed_B1S[:, 0],
         )
         return out_BNR[:, None]

@@ -127,9 +127,9 @@ def delta_chunk(state_BNHV: Array, chunk: DeltaChunk) -> tuple[Array, Array]:
     q_BNCH, k_BNCH, v_BNCV, log_a_BNC, b_BNC, segments_BC, before_B = chunk
     C = segments_BC.shape[1]
     g_BNC = jnp.cumsum(log_a_BNC, axis=-1)
-    among_BCC = (segments_BC[:, :, None] == segments_BC[:, None]) & jnp.tri(C, dtype=bool)
+    allowed_BCC = (segments_BC[:, :, None] == segments_BC[:, None]) & jnp.tri(C, dtype=bool)
     decay_BNCC = jnp.exp(
-        jnp.where(among_BCC[:, None], g_BNC[..., None] - g_BNC[..., None, :], -jnp.inf)
+        jnp.where(allowed_BCC[:, None], g_BNC[..., None] - g_BNC[..., None, :], -jnp.inf)
     )
     # What is left of the state before the chunk at a token, and of a token at the chunk's end.
     continues_BC, reaches_BC = segments_BC == before_B[:, None], segments_BC == segments_BC[:, -1:]

@@ -37,8 +37,8 @@ class IndexerStats:
     """Statistics of one layer's indexer, summed over queries.
 
     kl: its loss, in nats.
-    recall: the share of the true attention's mass on the keys that top-k would select.
-    recall_random: that share of a uniformly random selection of as many keys. Both are over queries
+    recall: the main attention's probability of the keys that top-k would select.
+    recall_random: that of a uniformly random selection of as many keys. Both are over queries
       with more than topk keys, and 0 outside the warm-up stage.
     """
 
@@ -75,15 +75,15 @@ class KeyPrefix(NamedTuple):
     end: int
 
 
-def softmax_parts(logits_BNTS: Array, among_BTS: Array) -> tuple[Array, Array]:
-    """Computes a softmax over the keys in `among` as a numerator and a denominator.
+def softmax_parts(logits_BNTS: Array, allowed_BTS: Array) -> tuple[Array, Array]:
+    """Computes a softmax over the allowed keys as a numerator and a denominator.
 
     Returns (unnormalised_BNTS, sum_BNT1), to be divided where that is cheapest: zeros, and a
     harmless sum, where there is no key.
     """
     # A bias and not a select: its backward pass is free, and a masked logit's exponential is
     # exactly 0 either way.
-    logits_BNTS = logits_BNTS + jnp.where(among_BTS, 0.0, MASKED)[:, None]
+    logits_BNTS = logits_BNTS + jnp.where(allowed_BTS, 0.0, MASKED)[:, None]
     largest_BNT1 = jax.lax.stop_gradient(
         jnp.maximum(jnp.max(logits_BNTS, axis=-1, keepdims=True), MASKED / 2)
     )
@@ -94,7 +94,7 @@ def softmax_parts(logits_BNTS: Array, among_BTS: Array) -> tuple[Array, Array]:
 
 
 def indexer_stats(
-    target_BTS: Array, scores_BTS: Array, among_BTS: Array, stage: str, topk: int
+    target_BTS: Array, scores_BTS: Array, allowed_BTS: Array, stage: str, topk: int
 ) -> IndexerStats:
     """Computes the indexer's loss and, where attention is dense, its recall.
 
@@ -102,21 +102,22 @@ def indexer_stats(
       target_BTS: the main attention's probabilities, mean over heads (arXiv 2512.02556, section
         2.1).
       scores_BTS: the indexer's scores.
-      among_BTS: the keys attended to.
+      allowed_BTS: the keys that the main attention attended to.
       stage: "warmup" | "sparse".
       topk: how many keys the indexer selects.
     """
-    kl = jnp.sum(indexer_kl(target_BTS, scores_BTS, among_BTS))
+    kl = jnp.sum(indexer_kl(target_BTS, scores_BTS, allowed_BTS))
     zero = jnp.zeros((), jnp.float32)
     if stage != "warmup":
         return IndexerStats(kl, zero, zero)
-    candidates_BT = jnp.sum(among_BTS, axis=-1)
-    counts_BT = candidates_BT > topk
-    mass_BT = jnp.sum(jnp.where(select_topk(scores_BTS, among_BTS, topk), target_BTS, 0.0), axis=-1)
+    num_allowed_BT = jnp.sum(allowed_BTS, axis=-1)
+    has_choice_BT = num_allowed_BT > topk
+    selected_BTS = select_topk(scores_BTS, allowed_BTS, topk)
+    recall_BT = jnp.sum(jnp.where(selected_BTS, target_BTS, 0.0), axis=-1)
     return IndexerStats(
         kl=kl,
-        recall=jnp.sum(jnp.where(counts_BT, mass_BT, 0.0)),
-        recall_random=jnp.sum(jnp.where(counts_BT, topk / jnp.maximum(candidates_BT, 1), 0.0)),
+        recall=jnp.sum(jnp.where(has_choice_BT, recall_BT, 0.0)),
+        recall_random=jnp.sum(jnp.where(has_choice_BT, topk / jnp.maximum(num_allowed_BT, 1), 0.0)),
     )
 
 
@@ -159,7 +160,7 @@ def attend_expanded(
     """
     T = q_BTNH.shape[1]
     recorded = min(topk, T) if record and stage == "sparse" else 0
-    query, index_k_BTC = (None, None) if stage == "dense" or indexer is None else indexer
+    index_query, index_k_BTC = (None, None) if stage == "dense" or indexer is None else indexer
     # Once, and not for every part; with keys along the rows, as then are their gradients: so
     # XLA:CPU multiplies those half as fast again.
     k_BNHS, v_BNVS = jnp.moveaxis(k_BSNH, 1, 3), jnp.moveaxis(v_BSNV, 1, 3)
@@ -167,7 +168,7 @@ def attend_expanded(
     ends = [*range(size, T, size), T]
     k_parts, v_parts = (jnp.split(x, ends[:-1], axis=3) for x in (k_BNHS, v_BNVS))
     outs, stats = [], []
-    for part, queries in enumerate(split_queries((q_BTNH, query, segments_BT), ends)):
+    for part, queries in enumerate(split_queries((q_BTNH, index_query, segments_BT), ends)):
         so_far = slice(part + 1)
         keys = KeyPrefix(k_parts[so_far], v_parts[so_far], segments_BT, index_k_BTC, ends[part])
         attend = functools.partial(
@@ -207,20 +208,20 @@ def attend_part(
       query_chunk: queries handled at a time. Those that fill the last chunk have segment 0.
     """
     length = queries[0].shape[1]
-    index_T = jnp.arange(end - length, end)
+    query_index_T = jnp.arange(end - length, end)
     # Recomputing the probabilities in the backward pass is cheaper than writing and reading
     # [B, N, C, S] a few times, even when one chunk is all there is.
     whole = length <= query_chunk
     attend = jax.checkpoint(attend, prevent_cse=whole)
     if whole:
-        return attend(*queries, index_T)
+        return attend(*queries, query_index_T)
 
     def step(total: IndexerStats, *chunk):
         out, stats = attend(*chunk)
         return jax.tree.map(jnp.add, total, stats), out
 
     total, out = scan_chunks(
-        step, IndexerStats.zero(), (*queries, index_T), query_chunk, axes=(1, 1, 1, 0)
+        step, IndexerStats.zero(), (*queries, query_index_T), query_chunk, axes=(1, 1, 1, 0)
     )
     return out, total
 
@@ -228,9 +229,9 @@ def attend_part(
 def attend_chunk(
     keys: KeyPrefix,
     q_BTNH: Array,
-    query: IndexerQuery | None,
+    index_query: IndexerQuery | None,
     segments_BT: Array,
-    index_T: Array,
+    query_index_T: Array,
     *,
     stage: str,
     topk: int,
@@ -242,34 +243,34 @@ def attend_chunk(
     Args:
       keys: the prefix. It is put together in here, so that no copy of it is kept for the backward
         pass.
-      q_BTNH, query, segments_BT: the chunk's queries, the indexer's (None in stage "dense"), and
-        their segments.
-      index_T: where the queries stand in the row.
+      q_BTNH, index_query, segments_BT: the chunk's queries, the indexer's (None in stage "dense"),
+        and their segments.
+      query_index_T: where the queries stand in the row.
       stage, topk, mask: see `attend_expanded`.
       recorded: how many selected keys to return for each query.
 
     Returns:
       out_BTNV, the selected keys [B, T, recorded], and what the indexer did.
     """
-    allowed_BTS = mask(segments_BT, index_T, keys.segments_BT[:, : keys.end])
-    among_BTS, scores_BTS = allowed_BTS, None
-    if query is not None and keys.index_k_BTC is not None:
+    allowed_BTS = mask(segments_BT, query_index_T, keys.segments_BT[:, : keys.end])
+    selected_BTS, scores_BTS = allowed_BTS, None  # all keys, where nothing selects
+    if index_query is not None and keys.index_k_BTC is not None:
         index_k_BSC = keys.index_k_BTC[:, : keys.end]
-        scores_BTS = indexer_scores(query.q_BTIC, index_k_BSC, query.w_BTI)
+        scores_BTS = indexer_scores(index_query.q_BTIC, index_k_BSC, index_query.w_BTI)
         if stage == "sparse":
-            among_BTS = select_topk(scores_BTS, allowed_BTS, topk)
+            selected_BTS = select_topk(scores_BTS, allowed_BTS, topk)
     with jax.named_scope("attention"):
         q_BNTH = jnp.swapaxes(q_BTNH, 1, 2)
         k_BNHS = jnp.concatenate(keys.k_parts, axis=3)
         weights_BNTS, sum_BNT1 = softmax_parts(
-            by_group("BNTH,BNHS->BNTS", q_BNTH, k_BNHS), among_BTS
+            by_group("BNTH,BNHS->BNTS", q_BNTH, k_BNHS), selected_BTS
         )
         dtype = keys.v_parts[0].dtype
         v_BNVS = jnp.concatenate(keys.v_parts, axis=3)
         mixed_BNTV = by_group("BNTS,BNVS->BNTV", weights_BNTS.astype(dtype), v_BNVS)
         out_BTNV = jnp.swapaxes(mixed_BNTV / sum_BNT1, 1, 2).astype(dtype)
     selected_BTk = (
-        positions_of(among_BTS, recorded)
+        positions_of(selected_BTS, recorded)
         if recorded
         else jnp.zeros((*out_BTNV.shape[:2], 0), jnp.int32)
     )
@@ -278,7 +279,7 @@ def attend_chunk(
     # The main attention's probabilities, mean over heads: what the indexer is taught. Detached.
     probabilities = jax.lax.stop_gradient((weights_BNTS, 1 / sum_BNT1[..., 0]))
     target_BTS = jnp.einsum("BNTS,BNT->BTS", *probabilities) / q_BTNH.shape[2]
-    stats = indexer_stats(target_BTS, scores_BTS, among_BTS, stage, topk)
+    stats = indexer_stats(target_BTS, scores_BTS, selected_BTS, stage, topk)
     return (out_BTNV, selected_BTk), stats
 
 
@@ -302,10 +303,10 @@ def by_group(equation: str, x_BNTY: Array, y_BKSZ: Array) -> Array:
     return out.reshape(B, N, *out.shape[3:])
 
 
-def positions_of(among_BTS: Array, count: int) -> Array:
+def positions_of(selected_BTS: Array, count: int) -> Array:
     """Returns the first `count` positions that are true, in order, then -1: [B, T, count] int32."""
-    S = among_BTS.shape[-1]
-    index_BTS = jnp.where(among_BTS, jnp.arange(S, dtype=jnp.int32), S)
+    S = selected_BTS.shape[-1]
+    index_BTS = jnp.where(selected_BTS, jnp.arange(S, dtype=jnp.int32), S)
     first_BTk = jnp.sort(index_BTS, axis=-1)[..., :count]
     padded_BTk = jnp.pad(first_BTk, [(0, 0), (0, 0), (0, max(count - S, 0))], constant_values=S)
     return jnp.where(padded_BTk < S, padded_BTk, -1)

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from errors import UserError
 from kernels import indexer_kl, sparse_attention
-from kernels.bitmask import causal, counts, unpack
+from kernels.bitmask import causal_bits, count_keys, unpack
 from kernels.device import ambient_device
 from kernels.indexer_kl import Attention, total_kl_reference, total_kl_tpu
 from kernels.selection import BLOCK, select_reference, select_tpu
@@ -151,7 +151,9 @@ def attend_tiled(
     T = q_BTNH.shape[1]
     q_BNTH, k_BNSH, v_BNSV = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
     if stage == "dense" or indexer is None:
-        bits_BTW = checkpoint_name(causal(segments_BT, segments_BT, jnp.arange(T)), "attention")
+        bits_BTW = checkpoint_name(
+            causal_bits(segments_BT, jnp.arange(T), segments_BT), "attention"
+        )
         out_BTNV, _ = attend_heads(kernels, q_BNTH, k_BNSH, v_BNSV, bits_BTW)
         return out_BTNV, IndexerStats.zero(), None
     queries = Queries(
@@ -163,7 +165,7 @@ def attend_tiled(
     bits_BTW = (
         from_block_cyclic(selected, 1)[:, :T]
         if stage == "sparse"
-        else causal(segments_BT, segments_BT, jnp.arange(T))
+        else causal_bits(segments_BT, jnp.arange(T), segments_BT)
     )
     # What a block's recomputation keeps of attention, it keeps of this: the selection is not made
     # again in the backward pass.
@@ -173,15 +175,15 @@ def attend_tiled(
     selected_BTk = positions_of(unpack(bits_BTW, T), min(topk, T)) if recorded else None
     with jax.named_scope("indexer_kl"):
         attention = jax.lax.stop_gradient(Attention(q_BNTH, k_BNSH, lse_BNT))
-        among = selected if stage == "sparse" else to_block_cyclic(bits_BTW, 1)
-        kl, mass = total_kl(kernels, attention, queries, keys, among, selected)
+        allowed = selected if stage == "sparse" else to_block_cyclic(bits_BTW, 1)
+        kl, recall = total_kl(kernels, attention, queries, keys, allowed, selected)
     zero = jnp.zeros((), jnp.float32)
     if stage == "sparse":
         return out_BTNV, IndexerStats(kl, zero, zero), selected_BTk
-    allowed_BT = counts(bits_BTW)
-    counts_BT = allowed_BT > topk
-    recall = jnp.sum(jnp.where(counts_BT, from_block_cyclic(mass, 1)[:, :T], 0.0))
-    random = jnp.sum(jnp.where(counts_BT, topk / jnp.maximum(allowed_BT, 1), 0.0))
+    num_allowed_BT = count_keys(bits_BTW)
+    has_choice_BT = num_allowed_BT > topk
+    recall = jnp.sum(jnp.where(has_choice_BT, from_block_cyclic(recall, 1)[:, :T], 0.0))
+    random = jnp.sum(jnp.where(has_choice_BT, topk / jnp.maximum(num_allowed_BT, 1), 0.0))
     return out_BTNV, IndexerStats(kl, recall, random), selected_BTk
 
 
@@ -214,7 +216,7 @@ def total_kl(
     attention: Attention,
     queries: Queries,
     keys: Keys,
-    among: Array,
+    allowed: Array,
     selected: Array,
 ) -> tuple[Array, Array]:
     """Computes the indexer's loss, each device for its queries.
@@ -223,11 +225,11 @@ def total_kl(
       kernels: the implementation.
       attention: the main attention's queries, keys and log-sum-exps of all heads.
       queries, keys: the indexer's.
-      among: bits of the keys compared, block-cyclic.
-      selected: bits of the keys selected, block-cyclic.
+      allowed: bits of the keys that attention attended to, block-cyclic.
+      selected: bits of those that the indexer selects, block-cyclic.
 
-    Returns: the loss summed over queries, and the attention's mass on the keys selected,
-    block-cyclic.
+    Returns: the loss summed over queries, and the attention's probability of the
+    selected keys, a number a query, block-cyclic.
     """
     axis = mesh_axis("heads") if ambient_shards("heads") > 1 else ""
 
@@ -237,9 +239,11 @@ def total_kl(
             attention.k_BNSH,
             from_block_cyclic(attention.lse_BNT, 2),
         )
-        q_BTIC, w_BTI, bits_BTW, selected_BTW = own_queries(by_query)
-        kl, mass_BT = kernels.total_kl(own, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, axis=axis)
-        return kl[None], to_block_cyclic(mass_BT, 1, devices=1)
+        q_BTIC, w_BTI, allowed_BTW, selected_BTW = own_queries(by_query)
+        kl, recall_BT = kernels.total_kl(
+            own, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW, axis=axis
+        )
+        return kl[None], to_block_cyclic(recall_BT, 1, devices=1)
 
     attention = Attention(
         to_block_cyclic(attention.q_BNTH, 2),
@@ -250,8 +254,8 @@ def total_kl(
     k_BSC = keys.k_BSC.astype(jnp.float32)
     in_specs = Attention(HEAD_BLOCKS, HEADS, HEAD_BLOCKS), ROWS, BLOCKS, BLOCKS, BLOCKS, BLOCKS
     kl_shards = map_shards(per_device, in_specs, (P(MESH_AXES), BLOCKS))
-    kl_n, mass = kl_shards(attention, k_BSC, queries.q_BTIC, queries.w_BTI, among, selected)
-    return jnp.sum(kl_n), mass
+    kl_n, recall = kl_shards(attention, k_BSC, queries.q_BTIC, queries.w_BTI, allowed, selected)
+    return jnp.sum(kl_n), recall
 
 
 def to_block_cyclic(x: Array, axis: int, devices: int = 0) -> Array:

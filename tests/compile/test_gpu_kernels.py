@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from kernels.bitmask import words
+from kernels.bitmask import num_words
 from kernels.reference import IndexerQuery
 from kernels.sparse_attention_gpu import attend_gpu
 from model.attention.reference import IndexerInputs
@@ -129,7 +129,7 @@ def test_sparse_attention_forward_and_backward(h200, reports, L, heads):
         h200,
         gradients,
         *[((1, heads, L, width), BF16) for width in (H, H, V)],
-        ((1, L, words(L)), jnp.int32),
+        ((1, L, num_words(L)), jnp.int32),
     )
     arrays = L * heads * (2 * H + 2 * V) * 2  # of one pass: q, k, v, out
     assert temporary_bytes(program) < arrays + 4 * L * L // 8, (
@@ -204,7 +204,7 @@ def test_the_sparse_stage_over_128k(h200):
         ((1, L, C), BF16),
         ((1, L), jnp.int32),
     )
-    arrays, bits, index_q = bytes_of_arrays(program), 4 * L * words(L), 4 * L * I * C
+    arrays, bits, index_q = bytes_of_arrays(program), 4 * L * num_words(L), 4 * L * I * C
     assert not [array for array in arrays if array.count(str(L)) > 1]
     assert max(arrays.values()) <= max(bits, index_q)
     assert temporary_bytes(program) < L * L, (

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels import indexer_kl, sparse_attention
-from kernels.bitmask import words
+from kernels.bitmask import num_words
 from kernels.selection import select_tpu
 from tests.compile.ahead_of_time import (
     BF16,
@@ -59,7 +59,7 @@ def gradients_of_attention(topology: str, q, k, v):
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
     B, _, L, _ = q[0]
-    return compiled(topology, gradients, q, k, v, ((B, L, words(L)), jnp.int32))
+    return compiled(topology, gradients, q, k, v, ((B, L, num_words(L)), jnp.int32))
 
 
 def gradients_of_loss(topology: str, q, k, iq, w, ik):
@@ -71,7 +71,15 @@ def gradients_of_loss(topology: str, q, k, iq, w, ik):
 
     B, _, L, _ = q[0]
     return compiled(
-        topology, gradients, q, k, (q[0][:3], F32), iq, w, ik, *[((B, L, words(L)), jnp.int32)] * 2
+        topology,
+        gradients,
+        q,
+        k,
+        (q[0][:3], F32),
+        iq,
+        w,
+        ik,
+        *[((B, L, num_words(L)), jnp.int32)] * 2,
     )
 
 
@@ -91,7 +99,7 @@ def test_selection(topology, L):
     program = select(topology, *indexer(L))
     memory = program.memory_analysis()
     assert memory is not None
-    assert memory.output_size_in_bytes < L * (words(L) + 2) * 4, "a bit a key, and a threshold"
+    assert memory.output_size_in_bytes < L * (num_words(L) + 2) * 4, "a bit a key, and a threshold"
     assert_memory(program, L, needed=L * I * C * 2)  # the queries, heads first
 
 
@@ -180,7 +188,7 @@ def test_two_rows_of_128k_come_one_by_one():
     L, heads = 131_072, 2
     q, k, v = attention(L, heads)
     iq, w, ik = indexer(L)
-    bits = ((1, L, words(L)), jnp.int32)
+    bits = ((1, L, num_words(L)), jnp.int32)
 
     def loss(iq, w, ik, q, k, v, bits):
         out, lse = sparse_attention.attend_tpu(q, k, v, bits)

@@ -13,7 +13,7 @@ from bench.train_steps import (
     step_memory,
     step_of,
 )
-from kernels.bitmask import words
+from kernels.bitmask import num_words
 from plan.hlo import parse
 from plan.topology import GIB
 
@@ -41,7 +41,7 @@ def test_a_layer_of_128k_tokens_and_128_heads_on_eight_chips(stage):
     the bitmask, of which the attention of a device's heads has the whole row's.
     """
     found = step_memory(compile_step(step_of("row", stage, 1)), ROW)
-    assert_fits(found, stage, 32 * GIB, largest=max(4 * ROW * 7_168, 4 * ROW * words(ROW)))
+    assert_fits(found, stage, 32 * GIB, largest=max(4 * ROW * 7_168, 4 * ROW * num_words(ROW)))
     assert found.live_bitmasks <= 1
 
 

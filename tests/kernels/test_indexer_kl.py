@@ -31,23 +31,29 @@ def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
     q_BNTH, k_BNSH, q_BTIC, w_BTI, k_BSC = (
         jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes
     )
-    among_BTS = np.tril(rng.random((B, T, T)) < share)
-    among_BTS[:, T // 2 :, : T // 2] = False
-    among_BTS[:, 5] = False
-    some_BTS = jnp.asarray(among_BTS & (rng.random((B, T, T)) < 0.3))
-    among_BTS = jnp.asarray(among_BTS)
+    allowed_BTS = np.tril(rng.random((B, T, T)) < share)
+    allowed_BTS[:, T // 2 :, : T // 2] = False
+    allowed_BTS[:, 5] = False
+    selected_BTS = jnp.asarray(allowed_BTS & (rng.random((B, T, T)) < 0.3))
+    allowed_BTS = jnp.asarray(allowed_BTS)
     logits_BNTS = jnp.where(
-        among_BTS[:, None],
+        allowed_BTS[:, None],
         jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, precision="highest"),
         -1e30,
     )
     lse_BNT = jnp.where(
-        jnp.any(among_BTS, axis=-1)[:, None], jax.nn.logsumexp(logits_BNTS, axis=-1), 0.0
+        jnp.any(allowed_BTS, axis=-1)[:, None], jax.nn.logsumexp(logits_BNTS, axis=-1), 0.0
     )
     p_BTS = jnp.mean(
-        jnp.where(among_BTS[:, None], jnp.exp(logits_BNTS - lse_BNT[..., None]), 0), axis=1
+        jnp.where(allowed_BTS[:, None], jnp.exp(logits_BNTS - lse_BNT[..., None]), 0), axis=1
     )
-    return Attention(q_BNTH, k_BNSH, lse_BNT), (q_BTIC, w_BTI, k_BSC), among_BTS, some_BTS, p_BTS
+    return (
+        Attention(q_BNTH, k_BNSH, lse_BNT),
+        (q_BTIC, w_BTI, k_BSC),
+        allowed_BTS,
+        selected_BTS,
+        p_BTS,
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,29 +72,29 @@ def test_it_is_the_definition_and_its_gradient(
 ):
     monkeypatch.setattr("kernels.indexer_kl.KEYS_AT_ONCE", tiles.keys)  # two calls or three
     monkeypatch.setattr("kernels.indexer_kl_calls.HEADS_AT_ONCE", heads)
-    attention, indexer, among_BTS, some_BTS, p_BTS = made(*shape, share)
+    attention, indexer, allowed_BTS, selected_BTS, p_BTS = made(*shape, share)
     total_kl = {
         "kernel": functools.partial(total_kl_tpu, tiles=tiles._replace(interpret=STRICT)),
         "reference": functools.partial(total_kl_reference, queries=64),
     }[kind]
     with jax.default_matmul_precision("highest"):
         definition = jax.value_and_grad(
-            lambda q, w, k: 3.0 * jnp.sum(indexer_kl(p_BTS, indexer_scores(q, k, w), among_BTS)),
+            lambda q, w, k: 3.0 * jnp.sum(indexer_kl(p_BTS, indexer_scores(q, k, w), allowed_BTS)),
             (0, 1, 2),
         )
         expected, expected_gradients = definition(*indexer)
 
         def three_times(q_BTIC, w_BTI, k_BSC):
-            bits_BTW, selected_BTW = pack(among_BTS), pack(some_BTS)
-            kl, mass_BT = total_kl(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW)
-            return 3.0 * kl, mass_BT
+            allowed_BTW, selected_BTW = pack(allowed_BTS), pack(selected_BTS)
+            kl, recall_BT = total_kl(attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW)
+            return 3.0 * kl, recall_BT
 
-        (found, mass_BT), gradients = jax.value_and_grad(three_times, (0, 1, 2), has_aux=True)(
+        (found, recall_BT), gradients = jax.value_and_grad(three_times, (0, 1, 2), has_aux=True)(
             *indexer
         )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(
-        mass_BT, jnp.sum(jnp.where(some_BTS, p_BTS, 0.0), axis=-1), atol=1e-5
+        recall_BT, jnp.sum(jnp.where(selected_BTS, p_BTS, 0.0), axis=-1), atol=1e-5
     )
     for one, other in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.max(jnp.abs(other))))
@@ -96,36 +102,39 @@ def test_it_is_the_definition_and_its_gradient(
 
 def test_keys_outside_the_set_may_have_any_logit():
     """Their exponentials overflow: the log-sum-exp does not count them."""
-    attention, indexer, among_BTS, some_BTS, _ = made(1, 2, 130, 8, 1, 8, 0.3)
+    attention, indexer, allowed_BTS, selected_BTS, _ = made(1, 2, 130, 8, 1, 8, 0.3)
     q_BNTH, k_BNSH = (
         x.at[..., 0].set(0).at[:, :, at, 0].set(1e4)
         for x, at in ((attention.q_BNTH, 100), (attention.k_BNSH, 50))
     )
-    among_BTS, some_BTS = among_BTS.at[:, 100, 50].set(False), some_BTS.at[:, 100, 50].set(False)
+    allowed_BTS, selected_BTS = (
+        allowed_BTS.at[:, 100, 50].set(False),
+        selected_BTS.at[:, 100, 50].set(False),
+    )
     given = (
         attention._replace(q_BNTH=q_BNTH, k_BNSH=k_BNSH),
         *indexer,
-        pack(among_BTS),
-        pack(some_BTS),
+        pack(allowed_BTS),
+        pack(selected_BTS),
     )
-    expected, mass_BT = total_kl_reference(*given)
-    found, found_mass_BT = total_kl_tpu(*given, Tiles(128, 128, interpret=True))
+    expected, recall_BT = total_kl_reference(*given)
+    found, found_recall_BT = total_kl_tpu(*given, Tiles(128, 128, interpret=True))
     assert np.isfinite(found)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_allclose(found_mass_BT, mass_BT, atol=1e-5)
+    np.testing.assert_allclose(found_recall_BT, recall_BT, atol=1e-5)
 
 
 def test_rows_whose_tables_do_not_fit_come_one_by_one(monkeypatch):
-    attention, indexer, among_BTS, some_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
+    attention, indexer, allowed_BTS, selected_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
 
     def graded():
         def total(q_BTIC, w_BTI, k_BSC):
-            bits_BTW, selected_BTW = pack(among_BTS), pack(some_BTS)
+            allowed_BTW, selected_BTW = pack(allowed_BTS), pack(selected_BTS)
             tiles = Tiles(128, 128, interpret=True)
-            return total_kl_tpu(attention, q_BTIC, w_BTI, k_BSC, bits_BTW, selected_BTW, tiles)
+            return total_kl_tpu(attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW, tiles)
 
-        (kl, mass_BT), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*indexer)
-        return mass_BT, *gradients, kl
+        (kl, recall_BT), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*indexer)
+        return recall_BT, *gradients, kl
 
     *at_once, kl = graded()
     monkeypatch.setattr("kernels.tiles.TABLE_BYTES", 8 * 4)
@@ -152,26 +161,26 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
     """
     monkeypatch.setattr("kernels.indexer_kl_calls.HEADS_AT_ONCE", 2)
     monkeypatch.setattr("kernels.indexer_kl.KEYS_AT_ONCE", 128)
-    (q_BNTH, k_BNSH, _), indexer, among_BTS, some_BTS, _ = made(1, 4, 200, 8, 2, 8, 0.5)
+    (q_BNTH, k_BNSH, _), indexer, allowed_BTS, selected_BTS, _ = made(1, 4, 200, 8, 2, 8, 0.5)
     attended = q_BNTH.astype(jnp.bfloat16), k_BNSH.astype(jnp.bfloat16)
     q_BTIC, k_BSC = indexer[0].astype(jnp.bfloat16), indexer[2].astype(jnp.bfloat16)
     exact = tuple(x.astype(jnp.float32) for x in attended)
     logits_BNTS = jnp.where(
-        among_BTS[:, None], jnp.einsum("BNTH,BNSH->BNTS", *exact, precision="highest"), -1e30
+        allowed_BTS[:, None], jnp.einsum("BNTH,BNSH->BNTS", *exact, precision="highest"), -1e30
     )
     lse_BNT = jnp.where(
-        jnp.any(among_BTS, axis=-1)[:, None], jax.nn.logsumexp(logits_BNTS, axis=-1), 0.0
+        jnp.any(allowed_BTS, axis=-1)[:, None], jax.nn.logsumexp(logits_BNTS, axis=-1), 0.0
     )
 
     def graded(total_kl, attended, q_BTIC, k_BSC):
         attention = Attention(attended[0], attended[1], lse_BNT)
 
         def total(q_BTIC, w_BTI, k_BSC):
-            return total_kl(attention, q_BTIC, w_BTI, k_BSC, pack(among_BTS), pack(some_BTS))
+            return total_kl(attention, q_BTIC, w_BTI, k_BSC, pack(allowed_BTS), pack(selected_BTS))
 
         return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q_BTIC, indexer[1], k_BSC)
 
-    (found, mass_BT), gradients = graded(
+    (found, recall_BT), gradients = graded(
         functools.partial(total_kl_tpu, tiles=Tiles(128, 128, interpret=STRICT)),
         attended,
         q_BTIC,
@@ -179,11 +188,11 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
     )
     with jax.default_matmul_precision("highest"):
         exact_indexer = (x.astype(jnp.float32) for x in (q_BTIC, k_BSC))
-        (expected, expected_mass_BT), expected_gradients = graded(
+        (expected, expected_recall_BT), expected_gradients = graded(
             total_kl_reference, exact, *exact_indexer
         )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_allclose(mass_BT, expected_mass_BT, atol=1e-5)
+    np.testing.assert_allclose(recall_BT, expected_recall_BT, atol=1e-5)
     for one, other, given in zip(
         gradients, expected_gradients, (q_BTIC, indexer[1], k_BSC), strict=True
     ):
@@ -195,8 +204,8 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
 
 def test_two_cores_do_not_race():
     """Sequences lie over the two cores of a chip, and in the normaliser blocks of queries too."""
-    attention, indexer, among_BTS, some_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
-    given = attention, *indexer, pack(among_BTS), pack(some_BTS)
+    attention, indexer, allowed_BTS, selected_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
+    given = attention, *indexer, pack(allowed_BTS), pack(selected_BTS)
     two_cores = dataclasses.replace(STRICT, num_cores_or_threads=2)
     results = [
         kernels._value_and_gradients(*given, Tiles(128, 128, interpret), "")
@@ -211,8 +220,8 @@ def test_two_cores_do_not_race():
     ids=["kernel", "reference"],
 )
 def test_nothing_reaches_the_attention(kind):
-    attention, indexer, among_BTS, some_BTS, _ = made(1, 1, 128, 8, 1, 8, 0.5)
+    attention, indexer, allowed_BTS, selected_BTS, _ = made(1, 1, 128, 8, 1, 8, 0.5)
     gradients = jax.grad(
-        lambda attention: kind(attention, *indexer, pack(among_BTS), pack(some_BTS))[0]
+        lambda attention: kind(attention, *indexer, pack(allowed_BTS), pack(selected_BTS))[0]
     )(attention)
     assert not any(np.any(gradient) for gradient in gradients)

@@ -18,9 +18,9 @@ from tests.kernels.test_sparse_attention import computed_tiles, made, with_holes
 
 def attend(interpret, T: int):
     """Returns (out, lse) of T / 128 tiles of queries and keys, and what the backward pass needs."""
-    q, k, v, among_BTS = made(1, 1, 1, T, 8, 8)
+    q, k, v, selected_BTS = made(1, 1, 1, T, 8, 8)
     tiles = sparse_attention.Tiles(128, 128, 1, 128, 1, interpret=interpret)
-    return sparse_attention._forward(q, k, v, pack(among_BTS), tiles), tiles
+    return sparse_attention._forward(q, k, v, pack(selected_BTS), tiles), tiles
 
 
 def attention(interpret, T: int = 256) -> list[jax.Array]:
@@ -38,11 +38,11 @@ def attention_gradients(interpret, T: int = 256) -> list[jax.Array]:
 
 def loss(interpret, T: int = 256) -> list[jax.Array]:
     """Returns the indexer's loss, the attention of the selected keys, and the gradients."""
-    given, indexer, among_BTS, some_BTS, _ = test_indexer_kl.made(1, 2, T, 8, 1, 8, 0.5)
-    bits_BTW, selected_BTW = pack(among_BTS), pack(some_BTS)
+    given, indexer, allowed_BTS, selected_BTS, _ = test_indexer_kl.made(1, 2, T, 8, 1, 8, 0.5)
+    allowed_BTW, selected_BTW = pack(allowed_BTS), pack(selected_BTS)
     tiles = indexer_kl.Tiles(128, 128, interpret)
     return jax.tree.leaves(
-        indexer_kl._value_and_gradients(given, *indexer, bits_BTW, selected_BTW, tiles, "")
+        indexer_kl._value_and_gradients(given, *indexer, allowed_BTW, selected_BTW, tiles, "")
     )
 
 

@@ -13,14 +13,14 @@ import pytest
 from bench.passes import KINDS, passes
 from kernels.bitmask import (
     KEYS,
-    causal,
-    counts,
+    causal_bits,
+    count_keys,
     next_nonempty,
     nonempty_tiles,
+    num_words,
     pack,
     tile_bias,
     unpack,
-    words,
 )
 from kernels.reference import indexer_scores, select_topk
 from kernels.selection import BLOCK, select_reference, select_tpu
@@ -145,17 +145,17 @@ def test_every_other_block_of_queries(kind):
     made = inputs(2, 4 * BLOCK, 1, 8, segments=3)
     q_BTIC, k_BSC, w_BTI, segments_BT = made
     whole_BTS = select(kind, made, 20)[0]
-    for place_T in jnp.arange(4 * BLOCK).reshape(2, 2, BLOCK).swapaxes(0, 1).reshape(2, -1):
+    for query_index_T in jnp.arange(4 * BLOCK).reshape(2, 2, BLOCK).swapaxes(0, 1).reshape(2, -1):
         bits_BTW, _ = kind(
-            q_BTIC[:, place_T],
+            q_BTIC[:, query_index_T],
             k_BSC,
-            w_BTI[:, place_T],
-            segments_BT[:, place_T],
+            w_BTI[:, query_index_T],
+            segments_BT[:, query_index_T],
             segments_BT,
-            place_T,
+            query_index_T,
             20,
         )
-        np.testing.assert_array_equal(unpack(bits_BTW, 4 * BLOCK), whole_BTS[:, place_T])
+        np.testing.assert_array_equal(unpack(bits_BTW, 4 * BLOCK), whole_BTS[:, query_index_T])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -194,28 +194,28 @@ def test_it_ends_whatever_the_scores(kind):
 
 
 def test_a_bitmask_unpacks_to_what_was_packed():
-    among_BTS = np.random.default_rng(0).random((2, 3, KEYS + 130)) < 0.5
-    bits_BTW = pack(jnp.asarray(among_BTS))
-    assert bits_BTW.shape == (2, 3, words(KEYS + 130)) and bits_BTW.dtype == jnp.int32
-    np.testing.assert_array_equal(unpack(bits_BTW, KEYS + 130), among_BTS)
+    selected_BTS = np.random.default_rng(0).random((2, 3, KEYS + 130)) < 0.5
+    bits_BTW = pack(jnp.asarray(selected_BTS))
+    assert bits_BTW.shape == (2, 3, num_words(KEYS + 130)) and bits_BTW.dtype == jnp.int32
+    np.testing.assert_array_equal(unpack(bits_BTW, KEYS + 130), selected_BTS)
 
 
 def test_the_causal_bitmask_has_every_key_a_query_may_see():
     made = inputs(2, 200, 1, 4, segments=3)
     _, allowed_BTS = scored(*made)
-    bits_BTW = causal(made[3], made[3], jnp.arange(200))
+    bits_BTW = causal_bits(made[3], jnp.arange(200), made[3])
     np.testing.assert_array_equal(
         unpack(bits_BTW, KEYS), jnp.pad(allowed_BTS, [(0, 0), (0, 0), (0, KEYS - 200)])
     )
-    np.testing.assert_array_equal(counts(bits_BTW), jnp.sum(allowed_BTS, axis=-1))
+    np.testing.assert_array_equal(count_keys(bits_BTW), jnp.sum(allowed_BTS, axis=-1))
 
 
 @pytest.mark.parametrize("keys", [128, 512, 4_096])
 def test_tiles_are_nonempty_where_a_query_has_a_key(keys):
     rng = np.random.default_rng(1)
-    among_BTS = (rng.random((1, 32, 2 * KEYS)) < 0.001) & (rng.random((1, 32, 1)) < 0.3)
-    bits_BTW = pack(jnp.asarray(among_BTS))
-    by_tile_BnmQK = among_BTS.reshape(1, 4, 8, -1, keys).swapaxes(2, 3)
+    selected_BTS = (rng.random((1, 32, 2 * KEYS)) < 0.001) & (rng.random((1, 32, 1)) < 0.3)
+    bits_BTW = pack(jnp.asarray(selected_BTS))
+    by_tile_BnmQK = selected_BTS.reshape(1, 4, 8, -1, keys).swapaxes(2, 3)
     nonempty_Bnm = nonempty_tiles(bits_BTW, 8, keys)
     np.testing.assert_array_equal(nonempty_Bnm, by_tile_BnmQK.any(axis=(3, 4)))
     assert not np.all(nonempty_Bnm)
@@ -224,7 +224,7 @@ def test_tiles_are_nonempty_where_a_query_has_a_key(keys):
         first = tile * keys // KEYS * 128
         np.testing.assert_array_equal(
             biased(bits_BTW[0, :, first : first + 128], tile) == 0,
-            among_BTS[0, :, tile * keys : (tile + 1) * keys],
+            selected_BTS[0, :, tile * keys : (tile + 1) * keys],
         )
 
 

@@ -32,11 +32,11 @@ SCORES = {
 def test_it_is_the_smallest_set_with_the_share(kind, top_p):
     rng = np.random.default_rng(0)
     scores_BS = SCORES[kind](rng).astype(np.float32)
-    among_BS = rng.random(scores_BS.shape) < 0.8
-    kept_BS = np.asarray(top_p_keys(jnp.asarray(scores_BS), jnp.asarray(among_BS), top_p))
-    assert not np.any(kept_BS & ~among_BS)
-    for scores_S, among_S, kept_S in zip(scores_BS, among_BS, kept_BS, strict=True):
-        p_S, kept_S = softmax(scores_S[among_S]), kept_S[among_S]
+    allowed_BS = rng.random(scores_BS.shape) < 0.8
+    kept_BS = np.asarray(top_p_keys(jnp.asarray(scores_BS), jnp.asarray(allowed_BS), top_p))
+    assert not np.any(kept_BS & ~allowed_BS)
+    for scores_S, allowed_S, kept_S in zip(scores_BS, allowed_BS, kept_BS, strict=True):
+        p_S, kept_S = softmax(scores_S[allowed_S]), kept_S[allowed_S]
         assert kept_S.any() and p_S[kept_S].sum() >= top_p - EXACT
         descending = np.sort(p_S)[::-1]
         assert descending[: kept_S.sum() - 1].sum() < top_p + EXACT, (
@@ -48,9 +48,9 @@ def test_it_is_the_smallest_set_with_the_share(kind, top_p):
 
 def test_of_equal_scores_the_earlier_is_kept():
     scores_BS = jnp.asarray([[1.0, 1.0, 1.0, 1.0, -9.0], [0.0, 5.0, 0.0, 5.0, 0.0]])
-    among_BS = jnp.asarray([[False, True, True, True, True], [True] * 5])
+    allowed_BS = jnp.asarray([[False, True, True, True, True], [True] * 5])
     np.testing.assert_array_equal(
-        top_p_keys(scores_BS, among_BS, 0.6), [[0, 1, 1, 0, 0], [0, 1, 0, 1, 0]]
+        top_p_keys(scores_BS, allowed_BS, 0.6), [[0, 1, 1, 0, 0], [0, 1, 0, 1, 0]]
     )
 
 

@@ -25,9 +25,9 @@ from tests.kernels import (
 
 def attention(interpret, heads: int = 2):
     """Lies over the cores by rows, heads and tiles of queries; its gradients by rows and heads."""
-    q, k, v, among_BTS = test_sparse_attention.made(1, heads, heads, 140, 8, 8)
+    q, k, v, selected_BTS = test_sparse_attention.made(1, heads, heads, 140, 8, 8)
     tiles = sparse_attention.Tiles(128, 128, 1, 128, 1, interpret=interpret)
-    (out, lse), saved = sparse_attention._forward(q, k, v, pack(among_BTS), tiles)
+    (out, lse), saved = sparse_attention._forward(q, k, v, pack(selected_BTS), tiles)
     return (
         out,
         lse,

@@ -65,8 +65,9 @@ def fewest(p_S: np.ndarray, top_p: float) -> np.ndarray:
     return kept_S
 
 
-def softmax(logits_S: np.ndarray, among_S: np.ndarray) -> np.ndarray:
-    weights_S = np.where(among_S, np.exp(np.asarray(logits_S, np.float64) - np.max(logits_S)), 0.0)
+def softmax(logits_S: np.ndarray, allowed_S: np.ndarray) -> np.ndarray:
+    logits_S = np.asarray(logits_S, np.float64)
+    weights_S = np.where(allowed_S, np.exp(logits_S - np.max(logits_S)), 0.0)
     return weights_S / max(weights_S.sum(), 1e-300)
 
 

@@ -82,10 +82,10 @@ def naive_layer_kl(layer, indexer, x_BTD, stage):
         * (i.n_heads * i.head_dim) ** -0.5
     )
 
-    among = jnp.broadcast_to(causal, scores.shape)
+    attended = jnp.broadcast_to(causal, scores.shape)
     if stage == "sparse":
         worst = jnp.sort(jnp.where(causal, scores, -jnp.inf), axis=-1)[..., -i.topk, None]
-        among = causal & (scores >= worst)
+        attended = causal & (scores >= worst)
     target = 0
     for n in range(a.num_attention_heads):
         q = c_q @ p["query_up"][:, n]
@@ -95,15 +95,15 @@ def naive_layer_kl(layer, indexer, x_BTD, stage):
         ) + q_rope @ jnp.swapaxes(k_rope, 1, 2)
         logits *= a.qk_head_dim**-0.5 * a.logit_scale
         target += (
-            jax.nn.softmax(jnp.where(among, logits, -jnp.inf), axis=-1) / a.num_attention_heads
+            jax.nn.softmax(jnp.where(attended, logits, -jnp.inf), axis=-1) / a.num_attention_heads
         )
-    log_predicted = jax.nn.log_softmax(jnp.where(among, scores, -jnp.inf), axis=-1)
+    log_predicted = jax.nn.log_softmax(jnp.where(attended, scores, -jnp.inf), axis=-1)
     target = jax.lax.stop_gradient(target)
     return jnp.sum(
         jnp.where(
             target > 0,
             target
-            * (jnp.log(jnp.where(target > 0, target, 1)) - jnp.where(among, log_predicted, 0)),
+            * (jnp.log(jnp.where(target > 0, target, 1)) - jnp.where(attended, log_predicted, 0)),
             0,
         )
     )

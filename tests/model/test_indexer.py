@@ -71,8 +71,8 @@ def keys_of(scores_BTS, segments_BT, topk):
             & (segments_BT[b, t] > 0)
             & (np.arange(segments_BT.shape[1]) <= t)
         )
-        among = allowed if topk is None else brute_force(scores_BTS[b, t], allowed, topk)
-        found += [(b, t, np.flatnonzero(among))] if allowed.any() else []
+        attended = allowed if topk is None else brute_force(scores_BTS[b, t], allowed, topk)
+        found += [(b, t, np.flatnonzero(attended))] if allowed.any() else []
     return found
 
 
@@ -82,11 +82,11 @@ def naive_kl(indexer, q, k, keys):
     """
     scores_BTS = indexer_scores(*indexer.query[:1], indexer.k_BSC, indexer.query.w_BTI)
     total = 0.0
-    for b, t, among in keys:
-        heads_NS = jax.nn.softmax(jnp.einsum("nh,snh->ns", q[b, t], k[b, among]), axis=-1)
+    for b, t, attended in keys:
+        heads_NS = jax.nn.softmax(jnp.einsum("nh,snh->ns", q[b, t], k[b, attended]), axis=-1)
         target_S = jnp.sum(heads_NS, axis=0) / jnp.sum(heads_NS)
         total += jnp.sum(
-            target_S * (jnp.log(target_S) - jax.nn.log_softmax(scores_BTS[b, t, among]))
+            target_S * (jnp.log(target_S) - jax.nn.log_softmax(scores_BTS[b, t, attended]))
         )
     return total
 
@@ -177,12 +177,12 @@ def test_recall():
     or fewer are not counted.
     """
     q, k, _, _ = inputs(2, 9)
-    among_BTS = jnp.broadcast_to(jnp.tril(jnp.ones((9, 9), bool)), (2, 9, 9))
-    logits_BNTS = jnp.where(among_BTS[:, None], 8 * jnp.einsum("BTNH,BSNH->BNTS", q, k), -jnp.inf)
+    allowed_BTS = jnp.broadcast_to(jnp.tril(jnp.ones((9, 9), bool)), (2, 9, 9))
+    logits_BNTS = jnp.where(allowed_BTS[:, None], 8 * jnp.einsum("BTNH,BSNH->BNTS", q, k), -jnp.inf)
     target_BTS = jnp.mean(jax.nn.softmax(logits_BNTS), axis=1)
     topk, counted = 3, range(3, 9)  # of t + 1 candidates
     best, worst = (
-        indexer_stats(target_BTS, scores_BTS, among_BTS, "warmup", topk)
+        indexer_stats(target_BTS, scores_BTS, allowed_BTS, "warmup", topk)
         for scores_BTS in (target_BTS, -target_BTS)
     )
     ordered = [np.sort(target_BTS[b, t, : t + 1]) for b in range(2) for t in counted]
