@@ -167,13 +167,3 @@ def decode_step(
     hidden_BD = cast(Array, final_norm.apply({"params": weights.params["final_norm"]}, x_B1D[:, 0]))
     longer = Cache(tuple(layers), segments_BS, cache.next_position_B + 1, cache.length + 1)
     return longer, logits_of(config, weights.params, hidden_BD)
-
-
-def jitted_step(
-    config: ModelConfig, stage: str
-) -> Callable[[DecodeWeights, Array, Cache], tuple[Cache, Array]]:
-    """Returns `decode_step`, compiled, of a cache that is given up for the longer one.
-
-    The token is written into the arrays of the cache, and nothing of them is copied.
-    """
-    return jax.jit(functools.partial(decode_step, config, stage=stage), donate_argnums=2)

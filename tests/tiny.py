@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import ModelConfig
+from model.decode import decode_step
 from model.heads import logits_of
 from model.layer_configs import (
     DeltaConfig,
@@ -187,6 +188,14 @@ def forward(config: ModelConfig, variables: dict, batch: dict, stage: str) -> di
         "mtp_BTV": [head(hidden_BTD) for hidden_BTD in output.mtp_hidden],
         "stats": output.stats,
     }
+
+
+def jitted_step(config: ModelConfig, stage: str):
+    """Returns `decode_step`, jitted, of a cache that is donated for the longer one.
+
+    The token is written into the arrays of the cache, and nothing of them is copied.
+    """
+    return jax.jit(functools.partial(decode_step, config, stage=stage), donate_argnums=2)
 
 
 def tree_max(tree) -> float:

@@ -16,10 +16,11 @@ from experiment.config_files import get_config
 from experiment.schema import build
 from model.cache import Cache
 from model.config import ModelConfig
-from model.decode import decode_weights, jitted_step
+from model.decode import decode_weights
 from model.sharding import MESH_AXES, RULES, is_named, spec
 from model.transformer import boxed_shapes
 from plan.topology import topology_devices
+from tests.tiny import jitted_step
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")

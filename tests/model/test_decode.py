@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from model.cache import Cache
-from model.decode import decode_step, decode_weights, jitted_step, prefill
+from model.decode import decode_step, decode_weights, prefill
 from tests import tiny
 from tests.tiny import T
 
@@ -112,7 +112,7 @@ def test_a_step_writes_its_token_into_the_cache_it_is_given(case):
     cache = jax.jit(lambda: Cache.empty(config, 4, T, stage))()
     given = decode_weights(config, tiny.variables(config), 4), jnp.arange(4), cache
     leaves = jax.tree.leaves(cache)
-    program = jitted_step(config, stage).lower(*given).compile()
+    program = tiny.jitted_step(config, stage).lower(*given).compile()
     assert program.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in leaves)
     program(*given)
     assert all(leaf.is_deleted() for leaf in leaves)
