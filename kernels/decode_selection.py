@@ -5,11 +5,15 @@ They are the indexer's best and, on request, of those the fewest that reach a sh
     scores -> the k best (arXiv 2512.02556, eq. 2) -> the fewest with a share `top_p` of the softmax
     (Twilight, arXiv 2502.02770; the indexer is trained to be this softmax) -> their positions
 
-Nothing is sorted. On TPU it is one kernel: a row's keys come past once, its scores stay on the
-chip, and both thresholds are found there by counting. Then the list is made by products with ones.
-From how many tokens are selected before each block of 128, a slot's block is known; a product with
-the one-hot blocks brings the slot that block's mask; one with a triangle ranks the tokens in it,
-and the slot's token is the one whose rank is the slot's.
+Nothing is sorted. On TPU it is one kernel: a row's keys are fetched once, its scores stay on the
+chip, and both thresholds are found there by counting. Then the mask of selected tokens becomes a
+list, by matrix products and without a scatter. Each slot of the list finds its token in three
+steps:
+
+1. its block of 128 tokens, from how many tokens are selected before each block;
+2. the mask of that block, by a product of all blocks' masks with the slots' one-hot blocks;
+3. the token in the block: a product with a triangle of ones numbers the block's selected tokens,
+   and the slot takes the one whose number is the slot's.
 
 | implementation | how |
 |---|---|
@@ -17,6 +21,8 @@ and the slot's token is the one whose rank is the slot's.
 | tpu | Pallas |
 
 Letters: k slots of the list, b blocks of 128 tokens, L the 128 tokens of a block.
+
+The file has more than 400 lines since one kernel selects and lists.
 """
 
 import functools
@@ -96,7 +102,7 @@ def select_tpu(
     B, I, C = q_BIC.shape
     S = k_BSC.shape[1]
     slots, tiles = min(topk, S), -(-S // keys)
-    size, room = -(-tiles * keys // GROUP) * GROUP, -(-slots // LISTED) * LISTED
+    padded_S, padded_k = -(-tiles * keys // GROUP) * GROUP, -(-slots // LISTED) * LISTED
     allowed_BbL = padded(allowed_BS.astype(jnp.int32), 1, tiles * keys).reshape(B, -1, LANES)
     stop_B = jnp.max(jnp.where(allowed_BS, jnp.arange(1, S + 1, dtype=jnp.int32), 0), axis=1)
 
@@ -118,15 +124,15 @@ def select_tpu(
                 ),
             ],
             out_specs=[
-                pl.BlockSpec((1, 1, room), lambda b, j, _: (b, 0, 0)),
+                pl.BlockSpec((1, 1, padded_k), lambda b, j, _: (b, 0, 0)),
                 pl.BlockSpec((1, 1, LANES), lambda b, j, _: (b, 0, 0)),
             ],
             scratch_shapes=[
-                pltpu.VMEM((size // LANES, LANES), F32),
-                *(pltpu.VMEM((room // LISTED, rows, LISTED), F32) for rows in (LANES, 1, 1)),
+                pltpu.VMEM((padded_S // LANES, LANES), F32),
+                *(pltpu.VMEM((padded_k // LISTED, rows, LISTED), F32) for rows in (LANES, 1, 1)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((B, 1, width), jnp.int32) for width in (room, LANES)],
+        out_shape=[jax.ShapeDtypeStruct((B, 1, width), jnp.int32) for width in (padded_k, LANES)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20
         ),
@@ -345,14 +351,27 @@ def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: 
       values_ref, index_ref, count_ref: see `_kernel`.
       groups: how many groups of GROUP tokens the row has.
       bound: the set.
-      refs: scratch.
+      refs: scratch, which hands the slots' blocks from one step to the next.
     """
     row, lane = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
     for ref in refs:
         ref[...] = jnp.zeros(ref.shape, F32)
+    total = _find_blocks(values_ref, groups, bound, row, lane, refs)
+    _write_positions(index_ref, total, row, lane, refs)
+    count_ref[0] = jnp.full((1, LANES), total)
 
-    def list_group(group, total):
-        """Fills the slots of a group's tokens, which follow the `total` of the groups before."""
+
+def _find_blocks(
+    values_ref, groups, bound: _Bound, row: Array, lane: Array, refs: _ListRefs
+) -> Array:
+    """Writes to `refs` which block each slot's token is in. Returns how many tokens there are.
+
+    `row` and `lane` are the places of a register's elements, [128, 128]; for the rest see
+    `_list_tokens`.
+    """
+
+    def find_in_group(group, total):
+        """Does so for the slots of a group's tokens, which follow the `total` of those before."""
         mask_bL = jnp.where(bound.contains(*_group_of(values_ref, group)), 1.0, 0.0)
         found = total + jnp.sum(mask_bL).astype(jnp.int32)
         count_bL = jnp.broadcast_to(jnp.sum(mask_bL, axis=1, keepdims=True), mask_bL.shape)
@@ -364,11 +383,12 @@ def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: 
         mask_Lb = mask_bL.T.astype(jnp.bfloat16)
 
         @pl.loop(lax.div(total, LISTED), lax.div(found + LISTED - 1, LISTED))
-        def _fill_chunk(chunk):
+        def _find_in_chunk(chunk):
             slot_1k = _slots_of(chunk)
-            over_bk = jnp.where(first_b1 + count_bL[:, :1] <= slot_1k, 1.0, 0.0)
-            here_bk = jnp.where(first_b1 <= slot_1k, 1.0, 0.0) - over_bk  # the slot's block: 1
-            block_1k = (group * LANES).astype(F32) + jnp.sum(over_bk, axis=0, keepdims=True)
+            # 1 for the blocks that end before the slot, and for the one block that it is in.
+            passed_bk = jnp.where(first_b1 + count_bL[:, :1] <= slot_1k, 1.0, 0.0)
+            here_bk = jnp.where(first_b1 <= slot_1k, 1.0, 0.0) - passed_bk
+            block_1k = (group * LANES).astype(F32) + jnp.sum(passed_bk, axis=0, keepdims=True)
             refs.block[chunk] += jnp.where(
                 jnp.sum(here_bk, axis=0, keepdims=True) > 0, block_1k, 0.0
             )
@@ -377,7 +397,14 @@ def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: 
 
         return found
 
-    total = lax.fori_loop(0, groups, list_group, jnp.int32(0))
+    return lax.fori_loop(0, groups, find_in_group, jnp.int32(0))
+
+
+def _write_positions(index_ref, total, row: Array, lane: Array, refs: _ListRefs) -> None:
+    """Writes the position of each slot's token, and behind the `total` tokens the slot's number.
+
+    `refs` has the slots' blocks, see `_find_blocks`.
+    """
     for chunk in range(refs.mask.shape[0]):
         slot_1k, mask_Lk = _slots_of(chunk), refs.mask[chunk]
         rank_Lk = dot((lane <= row).astype(jnp.bfloat16), mask_Lk.astype(jnp.bfloat16), (1, 0))
@@ -391,7 +418,6 @@ def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: 
             slot_1k < total.astype(F32), refs.block[chunk] * LANES + lane_1k, slot_1k
         )
         index_ref[0, :, chunk * LISTED : (chunk + 1) * LISTED] = index_1k.astype(jnp.int32)
-    count_ref[0] = jnp.full((1, LANES), total)
 
 
 def _slots_of(chunk) -> Array:
