@@ -148,10 +148,10 @@ def nonempty_tiles(bits_BTW: Array, queries: int, keys: int) -> Array:
 
 
 def next_nonempty(nonempty_Bnm: Array) -> Array:
-    """Says which tile a pipeline fetches at each tile, so that it fetches none in vain.
+    """Returns which tile a pipeline fetches at each tile, so that it fetches no empty one.
 
-    Returns: int32 [B, n, m], the first nonempty tile from each one on; behind the last nonempty
-      tile, that one again.
+    It is the first nonempty tile from there on, [B, n, m] int32; behind the last nonempty tile it
+    is that one again, which is not fetched twice.
     """
     tiles = nonempty_Bnm.shape[-1]
     place_Bnm = jnp.where(nonempty_Bnm, jnp.arange(tiles, dtype=jnp.int32), tiles)

@@ -31,11 +31,13 @@ TABLE_BYTES = 640 * 2**10
 
 
 def map_row_groups(function: Callable[..., Any], table: tuple[int, int], *rows: Any) -> Any:
-    """Applies a kernel to as many batch rows at a time as have room for their tables of tiles.
+    """Applies a kernel to groups of batch rows, so small that their tables of tiles fit.
+
+    A kernel has two tables in scalar memory, TABLE_BYTES together.
 
     Args:
       function: takes pytrees of arrays [B, ...] and returns one.
-      table: the shape of one row's table in scalar memory; there are two of them.
+      table: the shape of one batch row's part of a table.
       rows: the arguments of the function.
 
     Returns: the results of all groups of rows, joined along B.
@@ -57,7 +59,7 @@ def vmem_bytes(device_kind: str) -> int:
 
 
 def padded(x: Array, axis: int, size: int) -> Array:
-    """Pads an axis with zeros behind its end, up to `size`."""
+    """Pads an axis with zeros at its end, up to `size`."""
     return jnp.pad(x, [(0, size - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
 
 
