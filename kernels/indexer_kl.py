@@ -14,9 +14,9 @@ with q. Both passes skip tiles without a key, as the attention's forward does. T
 sums p over a part of the keys: in the dense warm-up, over what would be selected, that is the
 indexer's recall.
 
-p wants all heads of the attention. Where those lie over several devices, the keys of a chunk of
-KEYS_AT_ONCE are gathered when its turn comes: all keys of all heads would be 8 GiB at 128K. So
-every gradient is a sum over chunks, in float32, for QUERIES_AT_ONCE queries at a time.
+p needs all heads of the attention. Where those lie over several devices, their keys are gathered
+KEYS_AT_ONCE at a time, each chunk when its turn comes: all keys of all heads would be 8 GiB at
+128K. So every gradient is a sum over chunks, in float32, for QUERIES_AT_ONCE queries at a time.
 
 | file | what |
 |---|---|
@@ -114,8 +114,8 @@ def total_kl_tpu(
       attention: the queries and keys that `attend_tpu` took, and the log-sum-exp that it returned.
       q_BTIC, w_BTI, k_BSC: the indexer's, see `indexer_scores`. Keys are multiplied in the queries'
         dtype; if they are float32, their gradient is not rounded.
-      allowed_BTW: the keys compared, those that lse is over.
-      selected_BTW: a subset of them.
+      allowed_BTW: a bitmask of the keys that p and the softmax range over, as lse does.
+      selected_BTW: a bitmask of the keys that the indexer selects, a subset of them.
       tiles: the size of a tile.
       axis: the mesh axis that the heads of attention.k_BNSH lie over, if any, inside a shard_map.
         attention.q_BNTH has all heads.
@@ -255,15 +255,20 @@ def _add_query_chunk(
     (B, T, I, C), (queries, keys, _) = q_BTIC.shape, tiles
     indexer = jnp.swapaxes(q_BTIC, 1, 2), w_BTI, k_BSC
     nonempty_Bnm = nonempty_tiles(allowed_BTW, queries, keys)
+    first_n = jnp.arange(0, k_BSC.shape[1], keys_at_once, dtype=jnp.int32)  # of each chunk of keys
 
     def tables(first) -> TileTables:
         """Makes the tables of tiles of the chunk of keys that begins at `first`."""
         own_Bnm = lax.dynamic_slice_in_dim(nonempty_Bnm, first // keys, keys_at_once // keys, 2)
         return TileTables(own_Bnm.astype(jnp.int32), next_nonempty(own_Bnm), first[None] // keys)
 
-    def chunk_normaliser(first):
-        return normaliser(tables(first), *indexer, allowed_BTW, tiles)
+    # The first pass: the log-sum-exp of the scores over all chunks.
+    index_lse_B1T = jax.nn.logsumexp(
+        lax.map(lambda first: normaliser(tables(first), *indexer, allowed_BTW, tiles), first_n),
+        axis=0,
+    )
 
+    # The second pass: the loss and its gradients, chunk by chunk.
     def add_chunk(sums, first):
         """Adds the loss and gradients of a chunk of keys, which begins at `first`."""
         # The chunk is tied to the sums before: JAX sees that keys depend on nothing that learns,
@@ -285,8 +290,6 @@ def _add_query_chunk(
         added = [one + other for one, other in zip(before, by_query, strict=True)]
         return (added, dq_BICT, dk_BSC), None
 
-    first_n = jnp.arange(0, k_BSC.shape[1], keys_at_once, dtype=jnp.int32)
-    index_lse_B1T = jax.nn.logsumexp(lax.map(chunk_normaliser, first_n), axis=0)
     zeros = (
         [jnp.zeros((B, *rows, 1, T), F32) for rows in ((), (), (I,))],
         jnp.zeros((B, I, C, T), F32),

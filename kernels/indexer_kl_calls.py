@@ -92,13 +92,13 @@ def normaliser(
     Returns: [B, 1, T] float32; INITIAL_MAX and less for a query without any key.
     """
     (B, I, T, _), queries = index_q_BITC.shape, tiles.queries
-    q, k, bits = _indexer_operands(index_q_BITC, index_k_BSC, allowed_BTW, tiles=tiles)
+    q, k, allowed = _indexer_operands(index_q_BITC, index_k_BSC, allowed_BTW, tiles=tiles)
     w = Operand(index_w_BTI, _spec((1, queries, I), lambda b, i, j: (b, i, 0)))
     (lse_B1T,) = _call(
         normaliser_kernel,
         "indexer_normaliser",
         tables,
-        [q, w, k, bits],
+        [q, w, k, allowed],
         [Operand((B, 1, T), _query_row(queries))],
         [pltpu.VMEM((queries, LANES), F32)] * 2,
         tiles,
@@ -147,7 +147,7 @@ def loss_and_gradients(
 
     query_row = _query_row(queries)
     head_row = _spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))
-    index_q, index_k, bits, selected = _indexer_operands(
+    index_q, index_k, allowed, selected = _indexer_operands(
         index_q_BITC, index_k_BSC, allowed_BTW, selected_BTW, tiles=tiles
     )
     index_w = Operand(jnp.swapaxes(index_w_BTI, 1, 2)[:, :, None], head_row)
@@ -162,7 +162,7 @@ def loss_and_gradients(
         index_w=index_w,
         index_k=index_k,
         index_lse=Operand(index_lse_B1T, query_row),
-        allowed=bits,
+        allowed=allowed,
         selected=selected,
         dq=Operand(dq_BICT, IN_HBM),
         dk=Operand(dk_BSC, IN_HBM),
@@ -201,7 +201,7 @@ def loss_and_gradients(
 
 
 def _indexer_operands(
-    index_q_BITC: Array, index_k_BSC: Array, *bits: Array, tiles: Tiles
+    index_q_BITC: Array, index_k_BSC: Array, *masks: Array, tiles: Tiles
 ) -> list[Operand]:
     """Returns the operands q, k and the bitmasks."""
     (_, I, _, C), tiles_of_word = index_q_BITC.shape, KEYS // tiles.keys
@@ -209,7 +209,7 @@ def _indexer_operands(
     return [
         Operand(index_q_BITC, _spec((1, I, tiles.queries, C), lambda b, i, j: (b, 0, i, 0))),
         Operand(index_k_BSC, _spec((1, tiles.keys, C), lambda b, i, j: (b, j, 0))),
-        *(Operand(one, bits_block) for one in bits),
+        *(Operand(bits_BTW, bits_block) for bits_BTW in masks),
     ]
 
 

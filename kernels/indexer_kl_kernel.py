@@ -212,7 +212,7 @@ def _reset_sums(scratch: Scratch) -> None:
 def _sum_probabilities(inputs: Inputs, scratch: Scratch, group, groups: int) -> Array:
     """Sums the attention's probabilities over the heads so far, [K, Q].
 
-    Those of keys outside the bitmask are among them, whatever they are: the caller takes them out.
+    The values of keys outside the bitmask mean nothing, and the caller sets them to 0.
     """
     heads, p_KQ = inputs.k.shape[1], jnp.zeros(scratch.p.shape, F32)
     for own in range(heads):
