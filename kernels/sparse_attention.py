@@ -18,7 +18,7 @@ program. Sums are added in a fixed order: the same inputs give the same bits.
 The backward kernel goes over the queries of a tile of keys and sums dk and dv on the chip. dq, a
 sum over keys, it keeps in HBM: for each tile it fetches a part of dq, adds to it and writes it
 back, so that nothing is computed twice. That makes five products for each tile, where a second
-kernel for dq makes seven; so these tiles run in order, on one core.
+kernel for dq would make seven. The price is that these tiles run in order, on one core.
 
 Letters in the kernels: Q queries and K keys of a tile, L the 128 lanes of a register. Elsewhere K
 is the key-value heads, and G the query heads that share one.
@@ -394,16 +394,16 @@ def _forward_kernel(
 
 
 class DqTiles(NamedTuple):
-    """The tiles of dq on the chip, each in the slot that is its visit's.
+    """The tiles of dq on the chip: visits take the DQ_TILES slots in turn.
 
-    A visit is a nonempty tile of queries: while one is added to, the next one's dq arrives and the
-    last one's leaves.
+    A visit is a nonempty tile of queries: while one is added to, the next one's dq is fetched and
+    the last one's is written back.
     """
 
     hbm_ref: Any  # [B, N, H, T] float32
     vmem_ref: Any  # [DQ_TILES, heads, H, Q]; 192 rows of H fill whole registers
     arrived: Any  # a semaphore for each slot
-    left: Any  # a semaphore
+    written: Any  # a semaphore, for the one tile on its way back
     b: Array
     n: Array
 
@@ -421,7 +421,7 @@ class DqTiles(NamedTuple):
     def write_back(self, tile: Array, visit: Array):
         """Returns the copy of this tile of queries to HBM."""
         return pltpu.make_async_copy(
-            self.vmem_ref.at[self.slot(visit)], self._in_hbm(tile), self.left
+            self.vmem_ref.at[self.slot(visit)], self._in_hbm(tile), self.written
         )
 
     def _in_hbm(self, tile: Array):
@@ -433,7 +433,7 @@ class DqTiles(NamedTuple):
 
 def _backward_kernel(
     nonempty_ref, next_ref, q_ref, k_ref, v_ref, bits_ref, lse_ref, delta_ref, dout_ref, zeros_ref,
-    dk_ref, dv_ref, dq_ref, dk_sum_ref, dv_sum_ref, dq_tiles_ref, visits_ref, arrived, left,
+    dk_ref, dv_ref, dq_ref, dk_sum_ref, dv_sum_ref, dq_tiles_ref, visits_ref, arrived, written,
 ):  # fmt: skip
     """Sums dk and dv of a tile of keys over the tiles of queries in order, and adds to their dq.
 
@@ -442,7 +442,7 @@ def _backward_kernel(
     del zeros_ref  # dq_ref is the same memory
     b, n, j, i = (pl.program_id(axis) for axis in range(4))
     heads, keys, last = q_ref.shape[1], k_ref.shape[2], pl.num_programs(3) - 1
-    dq = DqTiles(dq_ref, dq_tiles_ref, arrived, left, b, n)
+    dq = DqTiles(dq_ref, dq_tiles_ref, arrived, written, b, n)
 
     @pl.when(i == 0)
     def _begin():
