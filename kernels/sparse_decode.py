@@ -7,10 +7,10 @@ All heads read the same latents, so a row costs what its list is long, whatever 
 a token is tiles of its own, [n, 2, 128] with zeros behind its R channels (DeepSeek's 576 in
 bfloat16: n = 3, 1,536 bytes), so that one copy fetches it from HBM.
 
-The issue of those copies bounds the kernel. It stands unrolled in one basic block with the products
-of the chunk before; that chunk has a buffer of its own, since of two halves of one buffer the
-compiler cannot tell that they do not meet; and the list is of tiles, so that there is no address
-left to multiply.
+How fast copies are issued bounds the kernel. So three things make issuing cheap: the copies of a
+chunk are unrolled into one basic block with the products of the chunk before; the two chunks have a
+buffer each, since the compiler cannot tell that two halves of one buffer do not overlap; and the
+list has the first tile of each token, so that no address is computed.
 
 | implementation | how | for |
 |---|---|---|
@@ -51,8 +51,8 @@ def in_tiles(platform: str, slots: int, topk: int) -> bool:
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      slots: of a row of the cache.
-      topk: tokens that a query selects.
+      slots: how many tokens a row of the cache has room for.
+      topk: how many tokens a query selects.
     """
     return platform == "tpu" and slots >= max(CROSSOVER, topk + 1)
 
@@ -133,15 +133,15 @@ def decode_tpu(
     heads, width, dtype = -(-N // HEADS) * HEADS, -(-value_rank // LANES) * LANES, tiles_BSn2L.dtype
     q_BNC = padded(padded(q_BNR, 1, heads), 2, tiles * TILE)
     keys = min(keys, -(-index_Bk.shape[1] // UNROLLED) * UNROLLED)
-    # Behind a list stand its first tokens again: with one token again and again all those copies
-    # would wait for each other.
+    # The last chunk of a list is filled with the list's first tokens: copies of one and the same
+    # token would wait for each other.
     index_Bk = jnp.pad(index_Bk, [(0, 0), (0, -index_Bk.shape[1] % keys)], mode="wrap")
     first_tile_B1k = ((index_Bk + jnp.arange(B, dtype=jnp.int32)[:, None] * S) * tiles)[:, None]
 
-    def of_row(*block: int, **options: Any) -> pl.BlockSpec:
+    def row_block(*block: int, **options: Any) -> pl.BlockSpec:
         return pl.BlockSpec((1, *block), lambda b, x, _: (b, 0, 0), **options)
 
-    def of_split(width: int) -> pl.BlockSpec:
+    def split_block(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, heads, width), lambda b, x, _: (b, x, 0, 0))
 
     split = num_splits > 1
@@ -160,11 +160,11 @@ def decode_tpu(
             num_scalar_prefetch=1,
             grid=(B, num_splits),
             in_specs=[
-                of_row(1, first_tile_B1k.shape[2], memory_space=pltpu.SMEM),
-                of_row(heads, tiles * TILE),
+                row_block(1, first_tile_B1k.shape[2], memory_space=pltpu.SMEM),
+                row_block(heads, tiles * TILE),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=[of_split(width), of_split(LANES)] if split else [of_split(width)],
+            out_specs=[split_block(width), split_block(LANES)] if split else [split_block(width)],
             scratch_shapes=[
                 pltpu.VMEM((keys * tiles, 2, LANES), dtype),
                 pltpu.VMEM((keys * tiles, 2, LANES), dtype),
