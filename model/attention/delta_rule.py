@@ -131,7 +131,7 @@ def delta_chunk(state_BNHV: Array, chunk: DeltaChunk) -> tuple[Array, Array]:
     decay_BNCC = jnp.exp(
         jnp.where(allowed_BCC[:, None], g_BNC[..., None] - g_BNC[..., None, :], -jnp.inf)
     )
-    # What is left of the state before the chunk at a token, and of a token at the chunk's end.
+    # What is left, at a token, of the state before the chunk; and at the chunk's end, of a token.
     continues_BC, reaches_BC = segments_BC == before_B[:, None], segments_BC == segments_BC[:, -1:]
     since_BNC1 = jnp.where(continues_BC[:, None], jnp.exp(g_BNC), 0.0)[..., None]
     until_BNC1 = jnp.where(reaches_BC[:, None], jnp.exp(g_BNC[..., -1:] - g_BNC), 0.0)[..., None]
