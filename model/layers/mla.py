@@ -102,30 +102,30 @@ class LatentAttention(nn.Module):
         Returns: the output [B, T, D]; what the indexer did; the tokens' cache entries [B, T, ...],
         or with `past` the whole cache with them.
         """
-        made = self.project(hidden_BTD, tokens.positions_BT)
-        query = None
-        index_key_BTC = jnp.zeros((*made.latent_BTR.shape[:2], 0), hidden_BTD.dtype)
+        projected = self.project(hidden_BTD, tokens.positions_BT)
+        index_query = None
+        index_key_BTC = jnp.zeros((*projected.latent_BTR.shape[:2], 0), hidden_BTD.dtype)
         if self.config.indexer.n_heads and (
             tokens.stage != "dense" or past is None or past.index_key_BSC.shape[-1]
         ):
-            query, index_key_BTC = self.indexer(
-                hidden_BTD, made.query_latent_BTR, tokens.positions_BT
+            index_query, index_key_BTC = self.indexer(
+                hidden_BTD, projected.query_latent_BTR, tokens.positions_BT
             )
         entries = LatentCache(
-            jnp.concatenate([made.latent_BTR, made.k_rope_BTH], axis=-1), index_key_BTC
+            jnp.concatenate([projected.latent_BTR, projected.k_rope_BTH], axis=-1), index_key_BTC
         )
         if past is None:
-            indexer = None if query is None else IndexerInputs(query, index_key_BTC)
-            out_BTNV, stats = self.expanded(made, tokens, indexer)
+            indexer = None if index_query is None else IndexerInputs(index_query, index_key_BTC)
+            out_BTNV, stats = self.expanded(projected, tokens, indexer)
         else:
             assert tokens.allowed_BTS is not None and tokens.slot is not None
             entries, stats = past.write(entries, tokens.slot), IndexerStats.zero()
             out_BTNV = self.absorbed(
-                made.q_nope_BTNH,
-                made.q_rope_BTNH,
+                projected.q_nope_BTNH,
+                projected.q_rope_BTNH,
                 entries,
                 tokens.allowed_BTS,
-                query if tokens.stage == "sparse" else None,
+                index_query if tokens.stage == "sparse" else None,
             )
         out_BTNV = gated(out_BTNV, hidden_BTD, self.gate)
         with jax.named_scope("output_projection"):
@@ -160,25 +160,25 @@ class LatentAttention(nn.Module):
         return Projections(query_latent_BTR, q_nope_BTNH, q_rope_BTNH, latent_BTR, k_rope_BTH)
 
     def expanded(
-        self, made: Projections, tokens: TokenInfo, indexer: IndexerInputs | None
+        self, projected: Projections, tokens: TokenInfo, indexer: IndexerInputs | None
     ) -> tuple[Array, IndexerStats]:
         """Attends over keys and values of each head, made from the latents: a whole sequence.
 
         Returns out_BTNV and what the indexer did; records the selected keys where "record" is
         mutable.
         """
-        N, k_rope_BSH = self.config.mla.num_attention_heads, made.k_rope_BTH
+        N, k_rope_BSH = self.config.mla.num_attention_heads, projected.k_rope_BTH
         with jax.named_scope("expand"):
-            k_nope_BSNH = linear(made.latent_BTR, self.key_up)
+            k_nope_BSNH = linear(projected.latent_BTR, self.key_up)
             k_rope_BSNH = jnp.broadcast_to(
                 k_rope_BSH[:, :, None], (*k_rope_BSH.shape[:2], N, k_rope_BSH.shape[-1])
             )
             k_BSNH = constrain(
                 jnp.concatenate([k_nope_BSNH, k_rope_BSNH], axis=-1), "batch", "time", "heads", None
             )
-            v_BSNV = linear(made.latent_BTR, self.value_up)
+            v_BSNV = linear(projected.latent_BTR, self.value_up)
             v_BSNV = constrain(v_BSNV, "batch", "time", "heads", None)
-        q_BTNH = jnp.concatenate([made.q_nope_BTNH, made.q_rope_BTNH], axis=-1)
+        q_BTNH = jnp.concatenate([projected.q_nope_BTNH, projected.q_rope_BTNH], axis=-1)
         attend = sequence_form(self.config, q_BTNH.shape[1])
         out_BTNV, stats, selected_BTk = attend(
             q_BTNH,
@@ -200,9 +200,9 @@ class LatentAttention(nn.Module):
         q_rope_BTNH: Array,
         cache: LatentCache,
         allowed_BTS: Array,
-        query: IndexerQuery | None,
+        index_query: IndexerQuery | None,
     ) -> Array:
-        """Attends over cached latents, which the indexer selects where there is a `query`.
+        """Attends over cached latents, which the indexer selects where there is an `index_query`.
 
         Returns out_BTNV.
         """
@@ -211,6 +211,8 @@ class LatentAttention(nn.Module):
         with jax.named_scope("absorb"):
             q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, self.key_up.astype(dtype))
             q_BTNR = jnp.concatenate([q_latent_BTNR, q_rope_BTNH], axis=-1)
-        attend = latent_form(cache, q_BTNR.shape[1], None if query is None else topk)
-        mixed_BTNR = attend(q_BTNR, cache, allowed_BTS, query, value_rank=a.kv_lora_rank, topk=topk)
+        attend = latent_form(cache, q_BTNR.shape[1], None if index_query is None else topk)
+        mixed_BTNR = attend(
+            q_BTNR, cache, allowed_BTS, index_query, value_rank=a.kv_lora_rank, topk=topk
+        )
         return jnp.einsum("BTNR,RNV->BTNV", mixed_BTNR, self.value_up.astype(dtype))
