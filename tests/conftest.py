@@ -1,23 +1,18 @@
-"""Tests run on eight pretended CPU devices, in float32, with a compilation cache that is kept.
+"""Tests run on eight pretended CPU devices, in float32, with a compilation cache that is kept."""
 
-Tests compile more than they compute, so LLVM does not optimise, and XLA emits its fusions the way
-that compiles in less than half the time (newer versions have that way no more).
-"""
-
-import importlib.metadata
 import os
 import pathlib
 import re
 
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+from tests.xla import COMPILE_FLAGS
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), COMPILE_FLAGS, "--xla_force_host_platform_device_count=8"]
+)
 
-import jax  # noqa: E402  (after the environment it reads)
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")

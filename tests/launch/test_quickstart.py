@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.xla import COMPILE_FLAGS
+
 ROOT = Path(__file__).parents[2]
 PRETRAIN = {
     "loss_first",
@@ -31,7 +33,7 @@ REINFORCE = {
 def launch(command: str, *flags: str) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": COMPILE_FLAGS,
     }  # one device, and as in conftest little optimised
     return subprocess.run(
         [sys.executable, "-m", f"launch.{command}", *flags],

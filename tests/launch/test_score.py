@@ -16,6 +16,8 @@ from launch import score
 from tests.model.golden import GOLDEN, golden
 from tests.tiny_checkpoint import write_checkpoint
 
+pytestmark = pytest.mark.golden
+
 OFF: dict[str, Any] = {
     "tokens": "",
     "text": (),

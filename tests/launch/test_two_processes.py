@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.ports import free_address
+from tests.xla import COMPILE_FLAGS
 
 ROOT = Path(__file__).parents[2]
 # Random bytes are never a right answer: a reward that some completions earn and some do not, so
@@ -65,11 +66,7 @@ def start(workdir: Path, *flags: str, **environment: str) -> subprocess.Popen:
     config = workdir.parent / "two.py"
     config.write_text(CONFIG)
     words = [sys.executable, "-c", SCRIPT, f"--config={config}", f"--workdir={workdir}", *flags]
-    environment = (
-        os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-        | environment
-    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILE_FLAGS} | environment
     return subprocess.Popen(
         words,
         cwd=ROOT,

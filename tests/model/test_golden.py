@@ -26,6 +26,8 @@ from tests.model.golden import (
     variables,
 )
 
+pytestmark = pytest.mark.golden
+
 
 def of_layers(case: str, x_BLT):
     """What the record has of the recorded prompts: arrays [rows, layers, T, ...]."""

@@ -29,6 +29,8 @@ from tests.model.golden import (
 )
 from train.state import abstract_state
 
+pytestmark = pytest.mark.golden
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(case):

@@ -12,6 +12,8 @@ import pytest
 from model.transformer import Transformer
 from tests.model.golden import golden, model, variables
 
+pytestmark = pytest.mark.golden
+
 CASE = "deepseek_v32"
 CONFIG = model(CASE)
 
