@@ -24,7 +24,7 @@ from kernels.tiles import F32
 
 GUESSES = 24  # bounds that the line proposes, before bits are halved
 ZERO_STEP = 3  # from this step on a row is asked whether its threshold is a relu's zero
-# The bits of the least normal float above zero: a TPU takes what lies between for zero.
+# The bits of the least normal float above zero: a TPU flushes smaller ones to zero.
 TINY = 0x00800000
 
 
@@ -105,47 +105,55 @@ def _log_share(count: Array, topk: int) -> Array:
     return jnp.log(jnp.maximum(count.astype(F32), 0.5) / topk)
 
 
-def _propose(s: _Bracket, guess: Array) -> Array:
+def _propose(bracket: _Bracket, guess: Array) -> Array:
     """Chooses the next bound of each row.
 
     Scores are sums of rectified products, so many can be exactly zero. Two bounds, the least normal
     float and zero itself, settle whether the threshold is that tie.
     """
-    low, high = from_ordered_int(s.low), from_ordered_int(s.high)
+    low, high = from_ordered_int(bracket.low), from_ordered_int(bracket.high)
     bound = ordered_int(
-        jnp.where(s.step == 0, guess, low + (high - low) * (s.low_log / (s.low_log - s.high_log)))
+        jnp.where(
+            bracket.step == 0,
+            guess,
+            low + (high - low) * (bracket.low_log / (bracket.low_log - bracket.high_log)),
+        )
     )
-    halved = (s.low >> 1) + (s.high >> 1) + (s.low & s.high & 1)
-    bound = jnp.where((bound <= s.low) | (bound >= s.high) | (s.step >= GUESSES), halved, bound)
-    bound = jnp.where((s.step >= ZERO_STEP) & (s.low <= 0) & (s.high > TINY), TINY, bound)
-    return jnp.where((s.low < 0) & (s.high == TINY), 0, bound)
+    middle = (bracket.low >> 1) + (bracket.high >> 1) + (bracket.low & bracket.high & 1)
+    bound = jnp.where(
+        (bound <= bracket.low) | (bound >= bracket.high) | (bracket.step >= GUESSES), middle, bound
+    )
+    bound = jnp.where(
+        (bracket.step >= ZERO_STEP) & (bracket.low <= 0) & (bracket.high > TINY), TINY, bound
+    )
+    return jnp.where((bracket.low < 0) & (bracket.high == TINY), 0, bound)
 
 
-def _accept(s: _Bracket, bound: Array, count: Array, topk: int) -> _Bracket:
+def _accept(bracket: _Bracket, bound: Array, count: Array, topk: int) -> _Bracket:
     """Makes a bound with `count` scores at or above it the new `low` or `high` of each row."""
-    up, down = (s.done == 0) & (count >= topk), (s.done == 0) & (count < topk)
-    low, high = jnp.where(up, bound, s.low), jnp.where(down, bound, s.high)
-    at_low = jnp.where(up, count, s.at_low)
+    up, down = (bracket.done == 0) & (count >= topk), (bracket.done == 0) & (count < topk)
+    low, high = jnp.where(up, bound, bracket.low), jnp.where(down, bound, bracket.high)
+    at_low = jnp.where(up, count, bracket.at_low)
     settled = (at_low == topk) | (high - 1 <= low) | ((low == 0) & (high == TINY))
     return _Bracket(
-        step=s.step + 1,
+        step=bracket.step + 1,
         low=low,
         high=high,
         at_low=at_low,
-        at_high=jnp.where(down, count, s.at_high),
+        at_high=jnp.where(down, count, bracket.at_high),
         # Illinois: a side that stays twice counts half, or else the other one would crawl.
         low_log=jnp.where(
             up,
             _log_share(count, topk),
-            jnp.where(down & (s.side < 0), 0.5 * s.low_log, s.low_log),
+            jnp.where(down & (bracket.side < 0), 0.5 * bracket.low_log, bracket.low_log),
         ),
         high_log=jnp.where(
             down,
             _log_share(count, topk),
-            jnp.where(up & (s.side > 0), 0.5 * s.high_log, s.high_log),
+            jnp.where(up & (bracket.side > 0), 0.5 * bracket.high_log, bracket.high_log),
         ),
-        side=jnp.where(up, 1, jnp.where(down, -1, s.side)),
-        done=jnp.where(settled, 1, s.done),
+        side=jnp.where(up, 1, jnp.where(down, -1, bracket.side)),
+        done=jnp.where(settled, 1, bracket.done),
     )
 
 
