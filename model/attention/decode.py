@@ -190,9 +190,15 @@ def attend_tiles(
             q_BIC, k_BSC, w_BI, allowed_BS, topk, cache.attention_top_p, interpret=interpret
         )
         cores = getattr(device, "num_cores", None) or 1
-        parts = 1 if q_BNR.shape[0] % cores == 0 else cores
+        num_splits = 1 if q_BNR.shape[0] % cores == 0 else cores
         return sparse_decode.decode_tpu(
-            q_BNR, tiles_BSn2L, value_rank, index_Bk, count_B, num_splits=parts, interpret=interpret
+            q_BNR,
+            tiles_BSn2L,
+            value_rank,
+            index_Bk,
+            count_B,
+            num_splits=num_splits,
+            interpret=interpret,
         )
 
     rows, heads = spec("batch"), spec("batch", "heads")

@@ -7,10 +7,10 @@ It computes what `attend_expanded` (model/attention/reference.py) does, in three
     total_kl    the indexer's loss against that attention    queries divided: each needs all heads
 
 Queries are divided block-cyclically: blocks of BLOCK go to the devices in turn, so that every
-device gets as many long rows as short ones. Between the steps the compiler moves what lies
-elsewhere: the bits to all (L / 8 bytes a query), queries and log-sum-exps from heads to queries
-(all-to-all). All heads' keys go to all, which is the dearest, 49 KB a key in DeepSeek-V3.2: the
-loss itself gathers them, chunk by chunk.
+device gets as many queries with many keys before them as with few. Between the steps the compiler
+moves what lies elsewhere: the bits to all devices (L / 8 bytes a query), queries and log-sum-exps
+from heads to queries (all-to-all). All heads' keys go to all devices too, which moves the most, 49
+KB a key in DeepSeek-V3.2: the loss itself gathers them, chunk by chunk.
 """
 
 import functools
@@ -43,7 +43,7 @@ CHUNK_BYTES = 2**30
 class Queries(NamedTuple):
     """The indexer's side of the queries: block-cyclic, or a device's own.
 
-    index_1T: where the queries stand in the row.
+    index_1T: where the queries stand in the row; [1, T], to be cut into blocks as the others are.
     """
 
     q_BTIC: Array
@@ -261,7 +261,7 @@ def total_kl(
 def to_block_cyclic(x: Array, axis: int, devices: int = 0) -> Array:
     """Cuts [..., T, ...] into blocks that go to the devices in turn.
 
-    Returns [..., n, devices, BLOCK, ...], with zeros behind; `devices` are those over which the
+    Returns [..., n, devices, BLOCK, ...], padded with zeros; `devices` are those over which the
     ambient mesh divides "query_blocks" where it is 0.
     """
     devices = devices or ambient_shards("query_blocks")
