@@ -150,7 +150,7 @@ def nonempty_tiles(bits_BTW: Array, queries: int, keys: int) -> Array:
 def next_nonempty(nonempty_Bnm: Array) -> Array:
     """Returns which tile a pipeline fetches at each tile, so that it fetches no empty one.
 
-    It is the first nonempty tile from there on, [B, n, m] int32; behind the last nonempty tile it
+    It is the first nonempty tile from there on, [B, n, m] int32; after the last nonempty tile it
     is that one again, which is not fetched twice.
     """
     tiles = nonempty_Bnm.shape[-1]

@@ -71,7 +71,7 @@ def scan_chunks(
       carry: the value that the first chunk receives.
       arrays, size, axes, out_axes, checkpoint: see `map_chunks`.
 
-    Returns: the carry behind the last chunk, and the results of length T along `out_axes`.
+    Returns: the carry after the last chunk, and the results of length T along `out_axes`.
     """
     length = _length(arrays, axes)
     cut = jax.tree.map(
@@ -92,7 +92,7 @@ def scan_chunks(
 
 
 def cut_chunks(x: Array, size: int, axis: int = 1) -> Array:
-    """Cuts [..., T, ...] into [n, ..., size, ...], with zeros behind the last chunk's end."""
+    """Cuts [..., T, ...] into [n, ..., size, ...]; zeros fill the last chunk."""
     chunks = -(-x.shape[axis] // size)
     x = padded(x, axis, chunks * size)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)

@@ -63,8 +63,8 @@ def list_positions(selected_BS: Array, slots: int) -> tuple[Array, Array]:
       selected_BS: bool, at most `slots` of a row true.
       slots: the length of the list.
 
-    Returns: index_Bk int32, the positions in order, a slot behind them with the slot's own number;
-      and count_B int32, how many positions there are.
+    Returns: index_Bk int32, the positions in order, each slot after them with the slot's own
+      number; and count_B int32, how many positions there are.
     """
     count_BS = jnp.cumsum(selected_BS, axis=1, dtype=jnp.int32)
     slot_k = jnp.arange(slots, dtype=jnp.int32)
@@ -90,7 +90,7 @@ def select_tpu(
     Args:
       q_BIC, k_BSC, w_BI: the indexer's queries of one token a row, the cache of its keys, and the
         weights of its heads.
-      allowed_BS: bool, the tokens a row may read. Keys behind the last of them are not fetched.
+      allowed_BS: bool, the tokens a row may read. Keys after the last of them are not fetched.
       topk: how many tokens to select, see `select_topk`.
       top_p: which share of the softmax over those to keep, see `top_p_keys`.
       keys: the tokens of a tile, a multiple of SCORED.
@@ -183,10 +183,10 @@ def _kernel(
     topk: int,
     top_p: float,
 ):
-    """Scores a tile of keys; behind the last tile, selects and lists.
+    """Scores a tile of keys; after the last tile, selects and lists.
 
     Args:
-      stop_ref [B]: the position behind each row's last allowed token.
+      stop_ref [B]: the position after each row's last allowed token.
       q_ref [1, I, C], w_ref [1, 1, I], k_ref [1, K, C], allowed_ref [1, K / 128, 128]: operands.
       index_ref [1, 1, slots], count_ref [1, 1, 128]: the results.
       values_ref [blocks, 128]: the row's scores, -inf where not allowed; for top-p its weights take
@@ -308,7 +308,7 @@ def _fold(
     combine: Callable[[Array, Array], Array],
     reduce: Callable[..., Array],
 ) -> Array:
-    """Folds `value(values, positions)` of the tokens of so many groups to [1, 1]."""
+    """Folds `value(values, positions)` of the tokens of `groups` groups to [1, 1]."""
 
     def add_group(group, found):
         x, position = _group_of(values_ref, group)
@@ -401,7 +401,7 @@ def _find_blocks(
 
 
 def _write_positions(index_ref, total, row: Array, lane: Array, refs: _ListRefs) -> None:
-    """Writes the position of each slot's token, and behind the `total` tokens the slot's number.
+    """Writes the position of each slot's token, and after `total` tokens the slot's number.
 
     `refs` has the slots' blocks, see `_find_blocks`.
     """

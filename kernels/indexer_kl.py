@@ -56,7 +56,7 @@ def total_kl_reference(
     axis: str = "",
     queries: int = 256,
 ) -> tuple[Array, Array]:
-    """Computes what `total_kl_tpu` does, in plain JAX, so many `queries` at a time."""
+    """Computes what `total_kl_tpu` does, in plain JAX, `queries` queries at a time."""
     (q_BNTH, k_BNSH, lse_BNT), S = jax.lax.stop_gradient(attention), k_BSC.shape[1]
     k_BNSH, k_BSC = gather_heads(k_BNSH, axis), k_BSC.astype(q_BTIC.dtype)
 

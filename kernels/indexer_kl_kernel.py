@@ -148,7 +148,7 @@ def _reset_normaliser(largest_ref, total_ref) -> None:
 
 
 def kl_kernel(*refs, groups: int):
-    """Adds a tile's keys to the loss and its gradients, behind the last of `groups` of heads.
+    """Adds a tile's keys to the loss and its gradients, after the last of `groups` groups of heads.
 
     Args:
       refs: those of `TileTables`, `Inputs`, `Outputs` and `Scratch`.

@@ -50,7 +50,7 @@ def select_reference(
     *,
     queries: int = 512,
 ) -> tuple[Array, Array]:
-    """Computes what `select_tpu` does, in plain JAX, so many `queries` at a time."""
+    """Computes what `select_tpu` does, in plain JAX, `queries` queries at a time."""
     S = k_BSC.shape[1]
 
     def select(q_BTIC, w_BTI, segments_BT, query_index_T):
@@ -114,8 +114,8 @@ def select_tpu(
     queries = queries or min(most_queries(S), -(-T // ROWS) * ROWS)
     keys = keys or most_keys(queries)
     nq, nk = -(-T // queries), -(-S // keys)
-    # A query's segment stands behind its weights: a column of its own would fill 128 lanes. As a
-    # float it is exact up to 2^24.
+    # J = I + 1: a query's segment follows its weights, since in an array of its own each would fill
+    # 128 lanes. As a float it is exact up to 2^24.
     w_BTJ = jnp.concatenate([w_BTI.astype(F32), segments_BT[..., None].astype(F32)], axis=-1)
 
     def fetched(i, j, first_ref):
@@ -192,7 +192,7 @@ def _kernel(
     topk: int,
     tiles: int,
 ):
-    """Scores a tile of keys; behind the last tile, selects.
+    """Scores a tile of keys; after the last tile, selects.
 
     Args:
       first_ref [blocks]: the position of each block's first query in the sequence.
@@ -208,20 +208,20 @@ def _kernel(
     """
     j, first = pl.program_id(2), first_ref[pl.program_id(1)]
     queries, keys = scores_ref.shape[1], k_ref.shape[1]
-    # Any of these queries may attend to keys of so many tiles.
-    visible = jnp.minimum(lax.div(first + queries - 1, keys) + 1, tiles)
+    # Beyond these tiles none of the block's queries may attend to any key.
+    visible_tiles = jnp.minimum(lax.div(first + queries - 1, keys) + 1, tiles)
 
     @pl.when(j == 0)
     def _begin():
         for which, start in ((LARGEST, -jnp.inf), (LEAST, jnp.inf), (TOTAL, 0.0), (SQUARES, 0.0)):
             stats_ref[which] = jnp.full((queries, LANES), start, F32)
 
-    @pl.when(j < visible)
+    @pl.when(j < visible_tiles)
     def _add_tile():
         scores = score_tile(q_ref[0], k_ref[0], w_ref[0])
         query_index = first + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         key_index = j * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        segment = w_ref[0, :, heads : heads + 1]  # of each query, behind its weights
+        segment = w_ref[0, :, heads : heads + 1]  # of each query, after its weights
         allowed = (key_index <= query_index) & (segment == segments_ref[0]) & (segment > 0)
         scores_ref[_tile_index(j, keys, slice(None))] = jnp.where(allowed, scores, -jnp.inf)
         _update_stats(stats_ref, scores, allowed)
@@ -233,7 +233,9 @@ def _kernel(
             rows = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
             # These rows' stats have been read: their thresholds take the place of the largest.
             stats_ref[LARGEST, rows] = jnp.broadcast_to(
-                _select_rows(scores_ref, stats_ref, bits_ref, rows, visible * keys, keys, topk),
+                _select_rows(
+                    scores_ref, stats_ref, bits_ref, rows, visible_tiles * keys, keys, topk
+                ),
                 (ROWS, LANES),
             )
 
@@ -285,12 +287,12 @@ def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array) -> Array:
 
 
 def _select_rows(scores_ref, stats_ref, bits_ref, rows, stop, keys: int, topk: int) -> Array:
-    """Writes the bits of ROWS queries.
+    """Selects the keys of ROWS queries and writes their bits.
 
     Args:
       scores_ref, stats_ref, bits_ref: see `_kernel`.
       rows: which of the block's queries.
-      stop: the key behind the last one that they may see.
+      stop: the position after the last key that they may see.
       keys: the keys of a tile.
       topk: how many keys to select.
 

@@ -310,7 +310,7 @@ def _call(
     shapes = [result.array for result in results]
     in_hbm, aliases = [], {}
     if updated is not None:
-        aliases = {2 + len(arrays): len(shapes)}  # behind the two tables of tiles
+        aliases = {2 + len(arrays): len(shapes)}  # the two tables of tiles come first
         arrays, shapes = [*arrays, updated], [*shapes, jax.typeof(updated)]
         in_hbm = [pl.BlockSpec(memory_space=pl.ANY)]
     return pl.pallas_call(
@@ -345,7 +345,7 @@ def _forward_kernel(
     """Computes out and lse of a tile of queries, over the tiles of keys in order.
 
     The running maximum [heads, Q, 128] is equal in all lanes, and the running total is a sum for
-    each lane, added up behind the last tile: no column is spread over lanes, and only the maximum
+    each lane, added up after the last tile: no column is spread over lanes, and only the maximum
     is looked for across them. Only the fetches need `next_ref`.
     """
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)

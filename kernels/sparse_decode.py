@@ -4,7 +4,7 @@
 
 That is absorbed decoding (arXiv 2405.04434, section 2.1.2) over a selection (arXiv 2512.02556).
 All heads read the same latents, so a row costs what its list is long, whatever the context. On TPU
-a token is tiles of its own, [n, 2, 128] with zeros behind its R channels (DeepSeek's 576 in
+a token is tiles of its own, [n, 2, 128] padded with zeros after its R channels (DeepSeek's 576 in
 bfloat16: n = 3, 1,536 bytes), so that one copy fetches it from HBM.
 
 How fast copies are issued bounds the kernel. So three things make issuing cheap: the copies of a
@@ -58,7 +58,7 @@ def in_tiles(platform: str, slots: int, topk: int) -> bool:
 
 
 def to_tiles(latent_BSR: Array) -> Array:
-    """Cuts latents [..., R] into tiles of a token, [..., n, 2, 128], with zeros behind."""
+    """Cuts latents [..., R] into tiles of a token, [..., n, 2, 128], padded with zeros."""
     *rows, R = latent_BSR.shape
     tiles = -(-R // TILE)
     return padded(latent_BSR, len(rows), tiles * TILE).reshape(*rows, tiles, 2, LANES)
@@ -117,13 +117,13 @@ def decode_tpu(
     Args:
       q_BNR: absorbed queries, scaled.
       tiles_BSn2L: the cache, see `to_tiles`, bfloat16 or float32; it stays in HBM.
-      value_rank: the first so many channels of a latent are its value.
-      index_Bk: each row's tokens, none twice, in any order. All are in 0 .. S - 1, those behind the
+      value_rank: how many of a latent's channels, the first ones, are its value.
+      index_Bk: each row's tokens, none twice, in any order. All are in 0 .. S - 1, those after the
         row's count too: whole chunks are fetched, unchecked.
       count_B: how many of them count.
       keys: keys of a chunk at most, a multiple of 16.
-      num_splits: so many programs share a row's chunks, as in Flash-Decoding: for a chip whose two
-        cores are one device, and batches of few rows.
+      num_splits: how many programs share a row's chunks, as in Flash-Decoding: for a chip whose
+        two cores are one device, and batches of few rows.
       interpret: an interpreter's parameters, or a bool.
 
     Returns: out_BNV of the cache's dtype, zeros for a row whose count is 0.

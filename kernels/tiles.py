@@ -83,18 +83,18 @@ def to_column(row_1Q: Array) -> Array:
 def broadcast_lanes(x_QL: Array, width: int) -> Array:
     """Widens [Q, 128], equal in all lanes, to [Q, width].
 
-    These are whole registers again: nothing moves between lanes.
+    The result is copies of whole registers: nothing moves between lanes.
     """
     return jnp.tile(x_QL, (1, -(-width // LANES)))[:, :width]
 
 
 def fold_lanes(fold: Callable[[Array, Array], Array], x_QK: Array) -> Array:
-    """Folds [Q, K] to [Q, 128]: the lanes are folded once, behind the last tile."""
+    """Folds [Q, K] to [Q, 128]. A kernel folds the lanes once, after its last tile."""
     return fold_pairwise(fold, jnp.split(x_QK, x_QK.shape[1] // LANES, axis=1))
 
 
 def fold_sublanes(fold: Callable[[Array, Array], Array], x_KQ: Array) -> Array:
-    """Folds [K, Q] to [8, Q]: the sublanes are folded once, behind the last tile."""
+    """Folds [K, Q] to [8, Q]. A kernel folds the sublanes once, after its last tile."""
     return fold_pairwise(fold, jnp.split(x_KQ, x_KQ.shape[0] // SUBLANES, axis=0))
 
 
