@@ -38,7 +38,7 @@ from model.attention.int4 import dequantise
 from model.attention.reference import softmax_parts
 from model.cache import Cache
 from model.config import ModelConfig
-from model.decode import DecodeWeights, decode_weights, expert_matrices, with_experts
+from model.decode import DecodeWeights, decode_weights, expert_matrices, map_gate_and_up
 from model.heads import embed, logits_of
 from model.layers.mla import LatentAttention
 from model.layers.norm import RMSNorm
@@ -154,7 +154,7 @@ def read(
     for kind, layer, cache in zip(model.kinds, weights.layers, caches, strict=True):
         if weights.side_by_side:
             matrices = functools.partial(expert_matrices, count=model.moe.num_experts)
-            layer = with_experts(layer, matrices)
+            layer = map_gate_and_up(matrices, layer)
         with nn.intercept_methods(intercept):
             x_BTD, _ = Block(model, kind).apply(layer, x_BTD, tokens, cache)
     final_norm = RMSNorm(model.rms_norm_eps, model.norm)

@@ -31,7 +31,8 @@ class DecodeWeights:
 
     params: the parameters outside the layers.
     layers: per layer {"params": ..., "router": ...}.
-    side_by_side: whether the routed experts' gate and up are [D, E * F] each, not [E, D, F].
+    side_by_side: whether the routed experts' gate and up are [D, E * F] each, see `expert_columns`,
+      and not [E, D, F].
     """
 
     params: dict
@@ -40,12 +41,17 @@ class DecodeWeights:
 
 
 def decode_weights(config: ModelConfig, variables: dict, rows: int) -> DecodeWeights:
-    """Prepares what `decode_step` reads for so many rows.
+    """Prepares the weights that `decode_step` reads.
 
-    Variables are cast to the compute type, except those declared with `keep_float32`: a step then
-    reads half the bytes in bfloat16. With few rows every expert sees every token
-    (model/experts/table.py), in one matmul over all of them: on one CPU its weights are laid out
-    for it here, as XLA does it in every step otherwise.
+    They are cast to the compute type, except those declared with `keep_float32`: a step then reads
+    half the bytes in bfloat16. With few rows every expert sees every token, in one matmul over all
+    experts (model/experts/table.py). On one CPU their weights are laid out for that matmul here,
+    once; XLA would do it anew in every step.
+
+    Args:
+      config: the model.
+      variables: {"params", "router"}.
+      rows: how many rows a step decodes.
     """
     variables = jax.tree.map(
         lambda box, leaf: leaf if box.use.keep_float32 else leaf.astype(config.dtype),
@@ -64,7 +70,7 @@ def decode_weights(config: ModelConfig, variables: dict, rows: int) -> DecodeWei
     for stack, block, index in layer_paths(config):
         own = {kind: variables[kind].get(stack, {}).get(block, {}) for kind in ("params", "router")}
         own = jax.tree.map(lambda leaf, i=index: leaf[i], own)
-        layers.append(with_experts(own, expert_columns) if side_by_side else own)
+        layers.append(map_gate_and_up(expert_columns, own) if side_by_side else own)
     params = {
         name: leaf for name, leaf in variables["params"].items() if not name.startswith("layers_")
     }
@@ -81,13 +87,13 @@ def expert_matrices(w_DX: Array, count: int) -> Array:
     return jnp.swapaxes(w_DX.reshape(w_DX.shape[0], count, -1), 0, 1)
 
 
-def with_experts(layer: dict, change: Callable[[Array], Array]) -> dict:
-    """Returns a layer's variables with the routed experts' gate and up changed."""
+def map_gate_and_up(function: Callable[[Array], Array], layer: dict) -> dict:
+    """Returns a layer's variables with a function applied to the routed experts' gate and up."""
     if "moe" not in layer["params"]:
         return layer
     moe = layer["params"]["moe"]
-    changed = moe | {name: change(moe[name]) for name in ("gate", "up")}
-    return layer | {"params": layer["params"] | {"moe": changed}}
+    mapped = moe | {name: function(moe[name]) for name in ("gate", "up")}
+    return layer | {"params": layer["params"] | {"moe": mapped}}
 
 
 def prefill(
@@ -105,7 +111,7 @@ def prefill(
       variables: {"params", "router"}.
       tokens_BT, segments_BT: prompts, padded on the left (segment 0) so that each ends in the last
         column.
-      slots: room for so many tokens a row, the prompt included.
+      slots: for how many tokens a row has room, the prompt included.
       stage: "dense" | "sparse"; what is decoded from the cache shall have the same.
       attention_top_p: decoding reads the fewest keys that by estimate have this share of attention
         (Twilight, arXiv 2502.02770).
@@ -158,8 +164,8 @@ def decode_step(
             # Tied to the step: a compiler that may move this out of a loop over steps undoes
             # `expert_columns` with it.
             x_B1D, layer = jax.lax.optimization_barrier((x_B1D, layer))
-            layer = with_experts(
-                layer, functools.partial(expert_matrices, count=config.moe.num_experts)
+            layer = map_gate_and_up(
+                functools.partial(expert_matrices, count=config.moe.num_experts), layer
             )
         x_B1D, (_, written) = Block(config, kind).apply(layer, x_B1D, tokens, past)
         layers.append(written)
