@@ -79,6 +79,8 @@ def sorted_by_expert(expert_TK: Array, gates_TK: Array, experts: int) -> Sorted:
     T, K = expert_TK.shape
     choices, sizes = T * K, window_sizes(T * K, experts)
     slots = sorted_slots(expert_TK, experts, 1)
+    # A window is the smallest that its expert's rows fit into: it reaches past them by less than
+    # the widest gap between two sizes.
     reach = int(max(np.diff(sizes)))
     choice_S = jnp.pad(slots.choice_of_slot_S, (0, reach), constant_values=choices)
     gate_S = jnp.take(gates_TK.reshape(-1), choice_S, mode="fill", fill_value=0)

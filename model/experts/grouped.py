@@ -21,7 +21,7 @@ from model.experts.swiglu import swiglu
 )
 def experts_grouped(
     matmul: GroupedMatmul,
-    rows: int,
+    block: int,
     x_TD: Array,
     expert_TK: Array,
     gates_TK: Array,
@@ -35,7 +35,7 @@ def experts_grouped(
 
     Args:
       matmul: (x_SD, w_EDF, counts_E) -> [S, F], row s times its expert's matrix.
-      rows: each expert's share begins at a multiple of so many rows.
+      block: each expert's share of the rows begins on a multiple of this number.
       x_TD: tokens.
       expert_TK: ids of each token's experts.
       gates_TK: how much each of them weighs.
@@ -43,9 +43,9 @@ def experts_grouped(
       up_EDF: each expert's up projection.
       down_EFD: each expert's down projection.
     """
-    slots = sorted_slots(expert_TK, gate_EDF.shape[0], rows)
+    slots = sorted_slots(expert_TK, gate_EDF.shape[0], block)
     moves = slots.token_of_slot_S, slots.slot_of_TK
-    rows_E = -(-slots.counts_E // rows) * rows
+    rows_E = -(-slots.counts_E // block) * block
     x_SD = dispatch(x_TD, *moves)
     gates_S = gates_of_slots(gates_TK, slots.choice_of_slot_S, slots.slot_of_TK)
     gates_S1 = gates_S[:, None].astype(x_TD.dtype)

@@ -7,7 +7,7 @@ A slot is a row for one choice, that is a token with one of its experts; slots a
 
 Tokens move to slots and back by gathers both ways, never by a scatter-add: that is slow on CPU and
 adds in no fixed order on GPU. `dispatch` and `collect` are each other's transpose; an index out of
-range (T, or S) means "none" and reads as zero.
+range (T of a token, S of a slot) means "none" and reads as zero.
 
 Letters: S slots; c choices, T * K; n blocks of slots.
 """
@@ -41,7 +41,7 @@ def sorted_slots(expert_TK: Array, experts: int, block: int) -> Slots:
       expert_TK: ids of each token's experts. Ids outside 0 .. experts - 1 belong to other devices
         and get no slot.
       experts: E.
-      block: each expert's share begins on a multiple of so many slots.
+      block: each expert's share of the slots begins on a multiple of this number.
 
     Returns: the slots; S is the most that can be needed, in whole blocks.
     """

@@ -50,8 +50,8 @@ def pick(name: str, platform: str, choices: int, experts: int, devices: int = 1)
         )
     if name in PLAIN:
         return PLAIN[name]
-    matmul, rows = grouped_matmul.pick(name, platform, choices // (devices * experts))
-    return functools.partial(experts_grouped, matmul, rows)
+    matmul, block = grouped_matmul.pick(name, platform, choices // (devices * experts))
+    return functools.partial(experts_grouped, matmul, block)
 
 
 def preferred(platform: str, choices: int, experts: int) -> str:
