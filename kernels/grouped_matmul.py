@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
 
 
 def tile_rows(mean_rows: int) -> int:
-    """Returns the rows of a tile for groups of so many rows on average.
+    """Returns the rows of a tile, for groups of `mean_rows` rows on average.
 
     It is as large as it may be with a quarter of all rows padding. 512 rows a tile keep the matrix
     units of a v5e, v5p and TPU7x busy by their data sheets (2 x 512 x 1024 FLOPs to 2 x (512 +

@@ -27,8 +27,8 @@ from model.segments import TokenInfo
 from model.sharding import constrain
 
 UNIT_EPS = 1e-6  # added to the squared length of a query or key, as released
-# The step sizes that decays start from: log-uniform between two bounds, and none below a third
-# (the authors' code).
+# The step sizes that decays start from: log-uniform between SLOWEST and FASTEST, and at least
+# MIN_STEP (the authors' code).
 SLOWEST, FASTEST, MIN_STEP = 1e-3, 1e-1, 1e-4
 
 

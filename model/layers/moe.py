@@ -72,7 +72,7 @@ def choose_experts(
     """Chooses the experts of highest score plus bias (arXiv 2412.19437, eq. 16).
 
     They come out of the best groups (node-limited routing). A group's rank is the sum of its best
-    biased scores. No gradient.
+    biased scores. No gradient. Letters: G groups, e experts of a group, g groups that are taken.
 
     Args:
       scores_BTE: each expert's affinity.
@@ -128,8 +128,8 @@ def sequence_balance(scores_BTE: Array, real_BT: Array, top_k: int) -> Array:
         share_BTE = scores_BTE / (jnp.sum(scores_BTE, axis=-1, keepdims=True) + 1e-20)
         real_BT1 = real_BT[..., None].astype(jnp.float32)
         tokens_B = jnp.sum(real_BT, axis=-1).astype(jnp.float32)
-        f_BE = jnp.sum(picked_BTE * real_BT1, axis=1) * E / top_k  # times T
-        p_BE = jnp.sum(share_BTE * real_BT1, axis=1)  # times T
+        f_BE = jnp.sum(picked_BTE * real_BT1, axis=1) * E / top_k  # T f_i
+        p_BE = jnp.sum(share_BTE * real_BT1, axis=1)  # T P_i
         return jnp.sum(jnp.sum(f_BE * p_BE, axis=-1) / jnp.maximum(tokens_B, 1))
 
 
