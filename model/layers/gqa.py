@@ -72,6 +72,7 @@ class GroupedAttention(nn.Module):
             entries = KeyValueCache(turn(k_BTKH), v_BTKH)
         if past is None:
             attend = sequence_form(c, q_BTNH.shape[1])
+            # Without an indexer every stage is dense, and topk means nothing.
             out_BTNH, _, _ = attend(
                 q_BTNH,
                 entries.k_BSKH,

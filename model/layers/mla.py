@@ -105,9 +105,7 @@ class LatentAttention(nn.Module):
         projected = self.project(hidden_BTD, tokens.positions_BT)
         index_query = None
         index_key_BTC = jnp.zeros((*projected.latent_BTR.shape[:2], 0), hidden_BTD.dtype)
-        if self.config.indexer.n_heads and (
-            tokens.stage != "dense" or past is None or past.index_key_BSC.shape[-1]
-        ):
+        if self.config.indexer.n_heads:
             index_query, index_key_BTC = self.indexer(
                 hidden_BTD, projected.query_latent_BTR, tokens.positions_BT
             )
