@@ -31,7 +31,8 @@ from kernels.indexer_kl_kernel import (
 )
 from kernels.tiles import F32, SUBLANES, vmem_bytes
 
-# Of the keys: 4 MiB for a tile of 256, fetched while the 32 heads before are worked on.
+# Heads of a program whose keys are on the chip: 4 MiB for a tile of 256, fetched while the 32 heads
+# before are worked on.
 HEADS_AT_ONCE = 32
 
 
@@ -140,10 +141,14 @@ def loss_and_gradients(
     groups = N // heads
 
     def group_block(b, i, j, group, nonempty_ref, fetch_ref, first_ref):
-        """Returns the keys' block; of a tile without a key, the one fetched next, or last."""
+        """Returns which block of the attention's keys a step fetches.
+
+        At an empty tile it is the first group of the next nonempty one, ahead of time; after the
+        last of those, its last group, which is there already.
+        """
         tile = fetch_ref[b, i, j]
-        waiting = jnp.where(tile > j, 0, groups - 1)
-        return b, jnp.where(nonempty_ref[b, i, j] != 0, group, waiting), tile, 0
+        group_at_empty = jnp.where(tile > j, 0, groups - 1)
+        return b, jnp.where(nonempty_ref[b, i, j] != 0, group, group_at_empty), tile, 0
 
     query_row = _query_row(queries)
     head_row = _spec((1, I, 1, queries), lambda b, i, j: (b, 0, 0, i))
@@ -151,11 +156,12 @@ def loss_and_gradients(
         index_q_BITC, index_k_BSC, allowed_BTW, selected_BTW, tiles=tiles
     )
     index_w = Operand(jnp.swapaxes(index_w_BTI, 1, 2)[:, :, None], head_row)
-    once_a_row = _spec(
+    # Fetched once for a row of tiles, so one buffer is enough.
+    row_of_tiles = _spec(
         (1, N, queries, H), lambda b, i, j: (b, 0, i, 0), pipeline_mode=pl.Buffered(1)
     )
     inputs = Inputs(
-        q=Operand(q_BNTH, once_a_row),
+        q=Operand(q_BNTH, row_of_tiles),
         k=Operand(k_BNSH, pl.BlockSpec((1, heads, keys, H), group_block)),
         lse=Operand(lse_BNT[:, :, None], _spec((1, N, 1, queries), lambda b, i, j: (b, 0, 0, i))),
         index_q=index_q,
@@ -223,8 +229,8 @@ def _spec(block: tuple[int, ...], index: Callable[..., tuple], **options) -> pl.
 
     Args:
       block: its shape.
-      index: (b, i, tile of the sequence) -> which block. Of a tile without a key it is given the
-        next one with any, which is fetched then.
+      index: (b, i, tile of the sequence) -> which block. In place of an empty tile it is given the
+        next nonempty one, which is fetched ahead of time.
       options: of `pl.BlockSpec`.
     """
 

@@ -1,7 +1,7 @@
 """The two TPU kernels of the indexer's KL loss; `indexer_kl` has the equations.
 
-Keys stand along the rows of the loss' tiles, so what is one number a query (lse, w) lies along
-lanes, as it is stored, and no product of a head wants a turned operand.
+A tile of the loss is [K, Q], with a key in each row. So what is one number a query (lse, w) lies
+along lanes, as it is stored, and no head's product needs a transposed operand.
 """
 
 from itertools import islice
@@ -78,10 +78,10 @@ class Scratch(NamedTuple):
       kl, recall [8, Q], dw [I, 8, Q]: sums over a row of tiles, for each sublane.
       p [K, Q]: the attention's probabilities, summed over the heads so far.
       relu [I, K, Q]: relu(q . k) of each indexer head, kept for the gradients.
-      dq [I, C, Q]: dq of a row of tiles, turned.
+      dq [I, C, Q]: dq of a row of tiles, transposed.
       dk [K, C]: dk of a tile.
-      dq_copied, dk_copied: semaphores. dq's copies have one of their own, or else one that nobody
-        waits for could pass as another.
+      dq_copied, dk_copied: semaphores, one for each array: with one for both, a wait for one copy
+        could return at the end of the other.
     """
 
     kl: Any

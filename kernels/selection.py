@@ -32,9 +32,9 @@ BLOCK = 128
 ROWS = 8  # queries whose bounds move together: the sublanes of a register
 SCORES_BYTES = 32 * 2**20  # of VMEM for a block's scores: half of what the smallest chips have
 TILE_PAIRS = 2**16  # pairs of a query and a key in a tile, which is scored at a time
-# Queries, of one head or several, that the matrix units multiply with a tile's keys once those are
-# loaded.
-PRODUCT = 512
+# Rows of a product, the queries of one head or several: as many as the matrix units multiply with a
+# tile's keys once those are loaded.
+PRODUCT_ROWS = 512
 
 LARGEST, LEAST, TOTAL, SQUARES = range(4)  # the stats of a row's scores before the search
 
@@ -277,7 +277,7 @@ def score_tile(q_IQC: Array, k_KC: Array, w_QI: Array) -> Array:
     """
     I, Q, C = q_IQC.shape
     divisors = (count for count in range(1, I + 1) if I % count == 0)
-    shared = max(count for count in divisors if count == 1 or count * Q <= PRODUCT)
+    shared = max(count for count in divisors if count == 1 or count * Q <= PRODUCT_ROWS)
     total_QK = jnp.zeros((Q, k_KC.shape[0]), F32)
     for first in range(0, I, shared):
         relu_RK = jnp.maximum(dot(q_IQC[first : first + shared].reshape(-1, C), k_KC, (1, 1)), 0.0)

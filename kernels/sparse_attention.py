@@ -118,8 +118,7 @@ def attend_tpu(
 
     Returns: out_BNTV of v's dtype, and lse_BNT float32; both 0 for a query without keys.
     """
-    # The backward pass has its tables the other way round, by tiles of keys twice as large: they
-    # take no more.
+    # The backward pass' tables are transposed, and of larger tiles of keys: they take no more memory.
     table = -(-q_BNTH.shape[2] // tiles.queries), -(-k_BKSH.shape[2] // tiles.keys)
     return map_row_groups(
         lambda *rows: _attend(*rows, tiles), table, q_BNTH, k_BKSH, v_BKSV, bits_BTW
@@ -288,7 +287,7 @@ def _call(
       results: what it computes.
       scratch: memory and semaphores of a program.
       interpret: an interpreter's parameters, or False.
-      by_key: turns tiles of queries and keys round; both run in order then.
+      by_key: makes the tiles of keys the outer of the two axes; both run in order then.
       updated: an array that the kernel updates in HBM: the last operand and the last result.
 
     Returns: an array for each result, and `updated`.
@@ -495,5 +494,5 @@ def _backward_kernel(
 
 
 def _key_head(head: int, heads: int, ref: Any) -> int:
-    """Returns which of a program's heads of keys serves its `head` of queries."""
+    """Returns which of a program's key-value heads serves its query head `head`."""
     return head * ref.shape[1] // heads
