@@ -118,7 +118,7 @@ def attend_tpu(
 
     Returns: out_BNTV of v's dtype, and lse_BNT float32; both 0 for a query without keys.
     """
-    # The backward pass' tables are transposed, and of larger tiles of keys: they take no more memory.
+    # The backward pass' tables are transposed, and of larger tiles: they take no more memory.
     table = -(-q_BNTH.shape[2] // tiles.queries), -(-k_BKSH.shape[2] // tiles.keys)
     return map_row_groups(
         lambda *rows: _attend(*rows, tiles), table, q_BNTH, k_BKSH, v_BKSV, bits_BTW
