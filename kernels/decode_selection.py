@@ -237,18 +237,24 @@ def _best_k(scores_ref, groups, topk: int) -> tuple[_Bound, Array]:
     count = functools.partial(_count, scores_ref, groups)
     fold = functools.partial(_fold, scores_ref, groups)
     num_allowed = count(lambda x, _: x > -jnp.inf)
-    few = num_allowed <= topk  # all of them are selected
+    takes_all = num_allowed <= topk
     largest = fold(lambda x, _: x, -jnp.inf, jnp.maximum, jnp.max)
     least = fold(lambda x, _: jnp.where(x > -jnp.inf, x, jnp.inf), jnp.inf, jnp.minimum, jnp.min)
-    low, high = jnp.where(few, 0.0, least), jnp.where(few, 0.0, largest)
+    low, high = jnp.where(takes_all, 0.0, least), jnp.where(takes_all, 0.0, largest)
     middle = 0.5 * (low + high)
     threshold, at_threshold, above = find_threshold(
-        lambda level: count(lambda x, _: x >= level), num_allowed, few, low, high, middle, topk
+        lambda level: count(lambda x, _: x >= level),
+        num_allowed,
+        takes_all,
+        low,
+        high,
+        middle,
+        topk,
     )
-    level = jnp.where(few, jnp.finfo(F32).min, threshold)
-    crowded = ~few & (at_threshold > topk)  # scores tie at the threshold
+    level = jnp.where(takes_all, jnp.finfo(F32).min, threshold)
+    tied = ~takes_all & (at_threshold > topk)  # scores tie at the threshold
     everywhere = jnp.full_like(num_allowed, scores_ref.size)
-    last = _if_any(crowded, lambda: _last_tied(scores_ref, groups, level, topk - above), everywhere)
+    last = _if_any(tied, lambda: _last_tied(scores_ref, groups, level, topk - above), everywhere)
     return _Bound(level, last), largest
 
 

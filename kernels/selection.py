@@ -306,35 +306,35 @@ def _select_rows(scores_ref, stats_ref, bits_ref, rows, stop, keys: int, topk: i
 
     count = functools.partial(_count, scores_ref, rows, blocks)
     num_allowed = count(lambda x, _: x > -jnp.inf)
-    few = num_allowed <= topk  # rows that take all of them
-    low = jnp.where(few, 0.0, jnp.min(stats_ref[LEAST, rows], axis=1, keepdims=True))
-    high = jnp.where(few, 0.0, jnp.max(stats_ref[LARGEST, rows], axis=1, keepdims=True))
+    takes_all = num_allowed <= topk
+    low = jnp.where(takes_all, 0.0, jnp.min(stats_ref[LEAST, rows], axis=1, keepdims=True))
+    high = jnp.where(takes_all, 0.0, jnp.max(stats_ref[LARGEST, rows], axis=1, keepdims=True))
     total, squares = (
         jnp.sum(stats_ref[which, rows], axis=1, keepdims=True) for which in (TOTAL, SQUARES)
     )
     guess = normal_quantile(total, squares, num_allowed, topk)
     threshold, at_threshold, above = find_threshold(
-        lambda level: count(lambda x, _: x >= level), num_allowed, few, low, high, guess, topk
+        lambda level: count(lambda x, _: x >= level), num_allowed, takes_all, low, high, guess, topk
     )
-    level = jnp.where(few, jnp.finfo(F32).min, threshold)
-    crowded = ~few & (at_threshold > topk)  # rows whose scores tie at the threshold
-    some_crowded = jnp.max(crowded.astype(jnp.int32)) > 0
+    level = jnp.where(takes_all, jnp.finfo(F32).min, threshold)
+    tied = ~takes_all & (at_threshold > topk)  # rows whose scores tie at the threshold
+    any_tied = jnp.max(tied.astype(jnp.int32)) > 0
     write = functools.partial(_write_bits, scores_ref, bits_ref, rows, blocks)
 
-    @pl.when(~some_crowded)
+    @pl.when(~any_tied)
     def _write_without_ties():
         write(lambda x, _: x >= level)
 
-    @pl.when(some_crowded)
+    @pl.when(any_tied)
     def _write_with_ties():
         def tied_before(position):
             return count(lambda x, first: (x == level) & (_positions(x, first) < position))
 
         bits = position_bits(BITS * bits_ref.shape[2])
-        last = jnp.where(crowded, nth_position(tied_before, topk - above, bits), stop)
+        last = jnp.where(tied, nth_position(tied_before, topk - above, bits), stop)
         write(lambda x, first: (x > level) | ((x == level) & (_positions(x, first) <= last)))
 
-    return jnp.where(few, -jnp.inf, level)
+    return jnp.where(takes_all, -jnp.inf, level)
 
 
 def _positions(x: Array, first: Array) -> Array:
