@@ -161,28 +161,30 @@ def attend_tiled(
     )
     keys = Keys(indexer.k_BSC, segments_BT)
     with jax.named_scope("select"):
-        selected = select(kernels, queries, keys, topk)
+        selected_blocks = select(kernels, queries, keys, topk)
     bits_BTW = (
-        from_block_cyclic(selected, 1)[:, :T]
+        from_block_cyclic(selected_blocks, 1)[:, :T]
         if stage == "sparse"
         else causal_bits(segments_BT, jnp.arange(T), segments_BT)
     )
-    # What a block's recomputation keeps of attention, it keeps of this: the selection is not made
-    # again in the backward pass.
+    # A rematerialised layer keeps what has this name, so the backward pass does not select again.
     bits_BTW = checkpoint_name(bits_BTW, "attention")
     out_BTNV, lse_BNT = attend_heads(kernels, q_BNTH, k_BNSH, v_BNSV, bits_BTW)
     recorded = stage == "sparse" and record
     selected_BTk = positions_of(unpack(bits_BTW, T), min(topk, T)) if recorded else None
     with jax.named_scope("indexer_kl"):
         attention = jax.lax.stop_gradient(Attention(q_BNTH, k_BNSH, lse_BNT))
-        allowed = selected if stage == "sparse" else to_block_cyclic(bits_BTW, 1)
-        kl, recall = total_kl(kernels, attention, queries, keys, allowed, selected)
+        allowed_blocks = selected_blocks if stage == "sparse" else to_block_cyclic(bits_BTW, 1)
+        kl, recall_blocks = total_kl(
+            kernels, attention, queries, keys, allowed_blocks, selected_blocks
+        )
     zero = jnp.zeros((), jnp.float32)
     if stage == "sparse":
         return out_BTNV, IndexerStats(kl, zero, zero), selected_BTk
     num_allowed_BT = count_keys(bits_BTW)
     has_choice_BT = num_allowed_BT > topk
-    recall = jnp.sum(jnp.where(has_choice_BT, from_block_cyclic(recall, 1)[:, :T], 0.0))
+    recall_BT = from_block_cyclic(recall_blocks, 1)[:, :T]
+    recall = jnp.sum(jnp.where(has_choice_BT, recall_BT, 0.0))
     random = jnp.sum(jnp.where(has_choice_BT, topk / jnp.maximum(num_allowed_BT, 1), 0.0))
     return out_BTNV, IndexerStats(kl, recall, random), selected_BTk
 
@@ -216,8 +218,8 @@ def total_kl(
     attention: Attention,
     queries: Queries,
     keys: Keys,
-    allowed: Array,
-    selected: Array,
+    allowed_blocks: Array,
+    selected_blocks: Array,
 ) -> tuple[Array, Array]:
     """Computes the indexer's loss, each device for its queries.
 
@@ -225,11 +227,11 @@ def total_kl(
       kernels: the implementation.
       attention: the main attention's queries, keys and log-sum-exps of all heads.
       queries, keys: the indexer's.
-      allowed: bits of the keys that attention attended to, block-cyclic.
-      selected: bits of those that the indexer selects, block-cyclic.
+      allowed_blocks: bits of the keys that attention attended to, block-cyclic.
+      selected_blocks: bits of those that the indexer selects, block-cyclic.
 
-    Returns: the loss summed over queries, and the attention's probability of the
-    selected keys, a number a query, block-cyclic.
+    Returns: the loss summed over queries, and each query's attention probability of the selected
+    keys, block-cyclic.
     """
     axis = mesh_axis("heads") if ambient_shards("heads") > 1 else ""
 
@@ -254,8 +256,10 @@ def total_kl(
     k_BSC = keys.k_BSC.astype(jnp.float32)
     in_specs = Attention(HEAD_BLOCKS, HEADS, HEAD_BLOCKS), ROWS, BLOCKS, BLOCKS, BLOCKS, BLOCKS
     kl_shards = map_shards(per_device, in_specs, (P(MESH_AXES), BLOCKS))
-    kl_n, recall = kl_shards(attention, k_BSC, queries.q_BTIC, queries.w_BTI, allowed, selected)
-    return jnp.sum(kl_n), recall
+    kl_n, recall_blocks = kl_shards(
+        attention, k_BSC, queries.q_BTIC, queries.w_BTI, allowed_blocks, selected_blocks
+    )
+    return jnp.sum(kl_n), recall_blocks
 
 
 def to_block_cyclic(x: Array, axis: int, devices: int = 0) -> Array:
@@ -270,10 +274,10 @@ def to_block_cyclic(x: Array, axis: int, devices: int = 0) -> Array:
 
 
 def from_block_cyclic(x: Array, axis: int) -> Array:
-    """Joins the blocks again, [..., T', ...]: the padding stays."""
+    """Joins the blocks again to [..., n * devices * BLOCK, ...]; the padding stays."""
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 3 :])
 
 
 def own_queries(blocks: Any) -> Any:
-    """Joins the blocks of a device in every array of a tree."""
+    """Joins a device's own blocks of queries, in every array of a tree."""
     return jax.tree.map(lambda x: from_block_cyclic(x, 1), blocks)
