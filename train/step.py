@@ -41,7 +41,7 @@ def make_step(
             objective, mask, state, batch, train.microbatches
         )
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(gradients)
+            norm = optax.tree.norm(gradients)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             router = state.router
