@@ -18,11 +18,12 @@ class LayerCache:
     """The cache of one layer, or the entries of some tokens on their way to it.
 
     attention: what its attention remembers.
-    recent_BKD: the last K inputs of the convolution before attention; K is 0 without one.
+    recent_BPD: the last P inputs of the convolution before attention, see
+      `model.layers.convolution`; P is 0 without one.
     """
 
     attention: AttentionCache
-    recent_BKD: Array
+    recent_BPD: Array
 
     def write(self, entries: "LayerCache", slot: ArrayLike) -> "LayerCache":
         """Returns the cache with the entries of T tokens at slots `slot` .. `slot` + T - 1.
@@ -31,7 +32,7 @@ class LayerCache:
         """
         return LayerCache(
             self.attention.write(entries.attention, slot),
-            entries.recent_BKD.astype(self.recent_BKD.dtype),
+            entries.recent_BPD.astype(self.recent_BPD.dtype),
         )
 
 
@@ -60,11 +61,11 @@ class Cache:
           stage: the stage that it is read in, "dense" or "sparse".
           attention_top_p: the share of attention's probability that decoding reads.
         """
-        K = max(config.canon_kernel_size - 1, 0)
-        recent_BKD = jnp.zeros((batch, K, config.hidden_size), config.dtype)
+        P = max(config.canon_kernel_size - 1, 0)
+        recent_BPD = jnp.zeros((batch, P, config.hidden_size), config.dtype)
         caches = (ATTENTION_TYPES[kind.attention].cache for kind in config.kinds)
         layers = tuple(
-            LayerCache(cache.empty(config, batch, slots, stage, attention_top_p), recent_BKD)
+            LayerCache(cache.empty(config, batch, slots, stage, attention_top_p), recent_BPD)
             for cache in caches
         )
         segments_BS = jnp.zeros((batch, slots), jnp.int32)

@@ -88,10 +88,10 @@ class Block(nn.Module):
         """
         c = self.config
         normed_BTD = RMSNorm(c.rms_norm_eps, c.norm, name="attention_norm")(x_BTD)
-        recent_BKD = jnp.zeros((x_BTD.shape[0], 0, c.hidden_size), x_BTD.dtype)
+        recent_BPD = jnp.zeros((x_BTD.shape[0], 0, c.hidden_size), x_BTD.dtype)
         if c.canon_kernel_size:
-            normed_BTD, recent_BKD = Canon(c.canon_kernel_size, name="canon")(
-                normed_BTD, tokens.segments_BT, None if past is None else past.recent_BKD
+            normed_BTD, recent_BPD = Canon(c.canon_kernel_size, name="canon")(
+                normed_BTD, tokens.segments_BT, None if past is None else past.recent_BPD
             )
         attention = ATTENTION_TYPES[self.kind.attention].module(c, name="attention")
         attended_BTD, indexer, entries = attention(
@@ -106,7 +106,7 @@ class Block(nn.Module):
             router = RouterStats.zero(c.moe.num_experts)
         x_BTD = constrain(x_BTD + out_BTD, "batch", "time", "hidden")
         self.sow("record", "hidden", x_BTD)
-        return x_BTD, (LayerStats(indexer, router), LayerCache(entries, recent_BKD))
+        return x_BTD, (LayerStats(indexer, router), LayerCache(entries, recent_BPD))
 
 
 class Period(nn.Module):

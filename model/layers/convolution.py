@@ -1,4 +1,7 @@
-"""Short causal convolutions over time, channel by channel, inside each segment."""
+"""Short causal convolutions over time, channel by channel, inside each segment.
+
+Letters: K weights of a channel's kernel; P = K - 1, the past inputs that reach a token.
+"""
 
 import flax.linen as nn
 import jax
@@ -9,7 +12,7 @@ from model.layers.parameter import parameter
 
 
 def causal_convolution(
-    x_BTX: Array, kernel_KX: Array, segments_BT: Array, past_BKX: Array | None
+    x_BTX: Array, kernel_KX: Array, segments_BT: Array, past_BPX: Array | None
 ) -> tuple[Array, Array]:
     """Computes y[t] = sum over k < K of kernel[k] * x[t - k], as far as the segment reaches back.
 
@@ -17,31 +20,31 @@ def causal_convolution(
       x_BTX: X stands for any axes of channels.
       kernel_KX: K weights of each channel, that of the token itself first.
       segments_BT: the segment of each token; 0 is padding.
-      past_BKX: the K - 1 inputs before x, of the segment that x begins with. Without them the
+      past_BPX: the P inputs before x, of the segment that x begins with. Without them the
         segments of x begin in x.
 
     Returns:
-      y_BTX, and the last K - 1 inputs [B, K - 1, *X], which the next tokens need: zeros where the
+      y_BTX, and the last inputs recent_BPX, which the next tokens need: zeros where the
       last token's segment does not reach.
     """
-    (B, T, *X), K = x_BTX.shape, kernel_KX.shape[0] - 1
+    (B, T, *X), P = x_BTX.shape, kernel_KX.shape[0] - 1
     per_channel = (1,) * len(X)
-    before_BKX = (
-        jnp.zeros((B, K, *X), x_BTX.dtype) if past_BKX is None else past_BKX.astype(x_BTX.dtype)
+    before_BPX = (
+        jnp.zeros((B, P, *X), x_BTX.dtype) if past_BPX is None else past_BPX.astype(x_BTX.dtype)
     )
-    all_BSX = jnp.concatenate([before_BKX, x_BTX], axis=1)
+    all_BSX = jnp.concatenate([before_BPX, x_BTX], axis=1)
     segments_BS = jnp.concatenate(
-        [jnp.broadcast_to(segments_BT[:, :1], (B, K)), segments_BT], axis=1
+        [jnp.broadcast_to(segments_BT[:, :1], (B, P)), segments_BT], axis=1
     )
     y_BTX = x_BTX * kernel_KX[0]
-    for k in range(1, K + 1):
-        same_BT = segments_BS[:, K - k : K - k + T] == segments_BT
+    for k in range(1, P + 1):
+        same_BT = segments_BS[:, P - k : P - k + T] == segments_BT
         y_BTX += (
-            jnp.where(same_BT.reshape(B, T, *per_channel), all_BSX[:, K - k : K - k + T], 0)
+            jnp.where(same_BT.reshape(B, T, *per_channel), all_BSX[:, P - k : P - k + T], 0)
             * kernel_KX[k]
         )
-    reached_BK = segments_BS[:, T:] == segments_BT[:, -1:]
-    return y_BTX, jnp.where(reached_BK.reshape(B, K, *per_channel), all_BSX[:, T:], 0)
+    reached_BP = segments_BS[:, T:] == segments_BT[:, -1:]
+    return y_BTX, jnp.where(reached_BP.reshape(B, P, *per_channel), all_BSX[:, T:], 0)
 
 
 def uniform_kernel(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -63,9 +66,9 @@ class Canon(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, segments_BT: Array, past_BKD: Array | None = None
+        self, x_BTD: Array, segments_BT: Array, past_BPD: Array | None = None
     ) -> tuple[Array, Array]:
-        """Returns y_BTD and the recent inputs [B, K - 1, D], see `causal_convolution`."""
+        """Returns y_BTD and the last inputs recent_BPD, see `causal_convolution`."""
         kernel_KD = parameter(
             self,
             "taps",
@@ -74,5 +77,5 @@ class Canon(nn.Module):
             (None, "embed"),
             per_channel=True,
         ).astype(x_BTD.dtype)
-        y_BTD, recent_BKD = causal_convolution(x_BTD, kernel_KD, segments_BT, past_BKD)
-        return x_BTD + y_BTD, recent_BKD
+        y_BTD, recent_BPD = causal_convolution(x_BTD, kernel_KD, segments_BT, past_BPD)
+        return x_BTD + y_BTD, recent_BPD

@@ -45,18 +45,18 @@ def test_parts_of_a_row_are_the_row(drawn, cuts):
     """Rows of one segment, however short the parts: shorter than the kernel too."""
     x_BTD, segments_BT, kernel_KD = drawn
     ones_BT = np.ones_like(segments_BT)
-    whole_BTD, whole_recent_BKD = Canon(KERNEL_SIZE).apply(
+    whole_BTD, whole_recent_BPD = Canon(KERNEL_SIZE).apply(
         {"params": {"taps": kernel_KD}}, x_BTD, ones_BT
     )
-    recent_BKD, found = None, []
+    recent_BPD, found = None, []
     for x_BCD in np.split(x_BTD, cuts, axis=1):
-        y_BCD, recent_BKD = Canon(KERNEL_SIZE).apply(
-            {"params": {"taps": kernel_KD}}, x_BCD, ones_BT[:, : x_BCD.shape[1]], recent_BKD
+        y_BCD, recent_BPD = Canon(KERNEL_SIZE).apply(
+            {"params": {"taps": kernel_KD}}, x_BCD, ones_BT[:, : x_BCD.shape[1]], recent_BPD
         )
-        assert recent_BKD.shape == (len(x_BTD), KERNEL_SIZE - 1, D)
+        assert recent_BPD.shape == (len(x_BTD), KERNEL_SIZE - 1, D)
         found.append(y_BCD)
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole_BTD, atol=1e-5)
-    np.testing.assert_array_equal(recent_BKD, whole_recent_BKD)
+    np.testing.assert_array_equal(recent_BPD, whole_recent_BPD)
 
 
 def test_recent_inputs_stop_at_the_segment(drawn):
@@ -64,11 +64,11 @@ def test_recent_inputs_stop_at_the_segment(drawn):
     segments_BT = np.asarray(
         [[0] * 23 + [1], [0] * 22 + [1] * 2, [1] * 21 + [2] * 3, [1] * 24], np.int32
     )
-    _, recent_BKD = Canon(KERNEL_SIZE).apply({"params": {"taps": kernel_KD}}, x_BTD, segments_BT)
+    _, recent_BPD = Canon(KERNEL_SIZE).apply({"params": {"taps": kernel_KD}}, x_BTD, segments_BT)
     reach = [1, 2, 3, 3]
     for row, count in enumerate(reach):
-        assert not np.any(recent_BKD[row, : 3 - count])
-        np.testing.assert_array_equal(recent_BKD[row, 3 - count :], x_BTD[row, 24 - count :])
+        assert not np.any(recent_BPD[row, : 3 - count])
+        np.testing.assert_array_equal(recent_BPD[row, 3 - count :], x_BTD[row, 24 - count :])
 
 
 def test_starts_uniform():
