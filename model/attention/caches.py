@@ -49,11 +49,11 @@ def write_slots(old_BSX: Array, new_BTX: Array, slot: ArrayLike) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(old_BSX, new_BTX.astype(old_BSX.dtype), slot, axis=1)
 
 
-def write_int4(old: Int4 | None, keys_BTX: Array, size: int, slot: ArrayLike) -> Int4 | None:
-    """Does the same for keys in four bits, in groups of `size` channels; None stays None."""
+def write_int4(old: Int4 | None, keys_BTX: Array, group_size: int, slot: ArrayLike) -> Int4 | None:
+    """Does the same for keys in four bits, in groups of channels; None stays None."""
     if old is None:
         return None
-    new = quantise(keys_BTX.astype(old.low.dtype), size)
+    new = quantise(keys_BTX.astype(old.low.dtype), group_size)
     return jax.tree.map(lambda old_BSX, new_BTX: write_slots(old_BSX, new_BTX, slot), old, new)
 
 

@@ -18,7 +18,7 @@ LEVELS = 15
 class Int4:
     """Quantised keys.
 
-    code: [..., groups, size / 2] uint8, the even channel in the low half.
+    code: [..., groups, group_size / 2] uint8, the even channel in the low half.
     low, step: [..., groups] of the keys' dtype.
     """
 
@@ -27,13 +27,13 @@ class Int4:
     step: Array
 
 
-def quantise(x: Array, size: int) -> Int4:
-    """Quantises [..., width] in groups of `size` channels, an even number; the last may be less."""
+def quantise(x: Array, group_size: int) -> Int4:
+    """Quantises [..., width] in groups of channels, an even number each; the last may be less."""
     *rows, width = x.shape
-    groups = -(-width // size)
+    groups = -(-width // group_size)
     # The last channel again, so that padding widens nobody's range.
-    x = jnp.pad(x, [(0, 0)] * len(rows) + [(0, groups * size - width)], mode="edge").reshape(
-        *rows, groups, size
+    x = jnp.pad(x, [(0, 0)] * len(rows) + [(0, groups * group_size - width)], mode="edge").reshape(
+        *rows, groups, group_size
     )
     low, largest = jnp.min(x, axis=-1), jnp.max(x, axis=-1)
     low32 = low.astype(jnp.float32)
