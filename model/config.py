@@ -7,8 +7,8 @@
     C indexer width, or tokens of a completion or a chunk      M microbatches
     W words of a bitmask, 32 keys each
 
-`q_BTNH` is a query of shape [B, T, N, H]. A letter of another meaning is said in the docstring of
-the function that uses it.
+`q_BTNH` is a query of shape [B, T, N, H]. A letter with another meaning is explained in the
+docstring of the function or file that uses it.
 
 Fields of the model have the names of Hugging Face's config.json (DeepSeek-V3's, and Qwen's where
 DeepSeek has none) wherever it has a key for them, without a prefix that the section already says:
