@@ -45,8 +45,8 @@ def window_sizes(choices: int, experts: int) -> list[int]:
 class Windows(NamedTuple):
     """The windows in the order in which they are computed.
 
-    Each expert has one; another while it has more rows than the largest window; and at the end of
-    the list stand windows without rows.
+    An expert has one window, or as many as it takes where its rows are more than the largest one
+    covers. The list has a static length: windows without rows fill its end.
     """
 
     expert_v: Array
@@ -58,7 +58,7 @@ class Windows(NamedTuple):
 class Sorted(NamedTuple):
     """Every choice (a token with one of its experts) sorted by expert.
 
-    Behind them stand as many empty rows as a window may reach over.
+    Empty rows follow, as many as a window may reach beyond the last choice.
     """
 
     token_S: Array  # T in an empty row

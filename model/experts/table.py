@@ -36,9 +36,10 @@ def pick(name: str, platform: str, choices: int, experts: int, devices: int = 1)
     Args:
       name: "auto", or one of IMPLEMENTATIONS.
       platform: what the program is compiled for: "cpu", "gpu" or "tpu".
-      choices: tokens that are here times their top k, over the experts of all `devices`.
-      experts: of one device.
-      devices: that share the experts.
+      choices: how many pairs of a token and one of its top-k experts the implementation is given;
+        their experts lie on all `devices`.
+      experts: how many experts a device has.
+      devices: how many devices the experts are divided over.
 
     Raises UserError for a name that is unknown, or not for this platform, or not installed.
     """

@@ -154,7 +154,7 @@ def mix_experts(
     """
     devices = ambient_shards("experts")
 
-    def local(x_BTD, expert_BTK, gates_BTK, *weights):
+    def apply_experts(x_BTD, expert_BTK, gates_BTK, *weights):
         """Computes what this device's experts add to the output of the tokens."""
         B, T, D = x_BTD.shape
         experts = table.pick(
@@ -172,13 +172,17 @@ def mix_experts(
         ).reshape(B, T, D)
 
     if on_one_device():
-        return local(x_BTD, expert_BTK, gates_BTK, *weights)
+        return apply_experts(x_BTD, expert_BTK, gates_BTK, *weights)
     axis = mesh_axis("experts")
 
     def per_device(x_BTD, expert_BTK, gates_BTK, *weights):
         gather = functools.partial(jax.lax.all_gather, axis_name=axis, axis=0, tiled=True)
+        # Ids are counted from this device's first expert: those of other devices are out of range,
+        # and add nothing.
         first = jax.lax.axis_index(axis) * weights[0].shape[0]
-        part_BTD = local(gather(x_BTD), gather(expert_BTK) - first, gather(gates_BTK), *weights)
+        part_BTD = apply_experts(
+            gather(x_BTD), gather(expert_BTK) - first, gather(gates_BTK), *weights
+        )
         part_BTD = jax.lax.psum(part_BTD, mesh_axis("ffn"))
         return jax.lax.psum_scatter(part_BTD, axis, scatter_dimension=0, tiled=True)
 
