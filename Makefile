@@ -16,9 +16,10 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not compile"
 
-# No whole commands, no public checkpoints: while you work.
+# No whole commands, public checkpoints, interpreted kernels or meshes: while you work.
+FAST := not slow and not compile and not command and not golden and not kernel and not mesh
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not compile and not command and not golden"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(FAST)"
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not compile"
@@ -27,7 +28,7 @@ test-all: .venv/installed
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then echo "test-newest: skipped, as there is no python3.13 here"; else \
 	    $(MAKE) .venv-newest/installed && .venv-newest/bin/python -m pytest -n 2 --dist worksteal \
-	        -m "not slow and not compile and not command and not golden"; fi
+	        -m "$(FAST)"; fi
 
 # Every kernel goes through the compilers of TPUs and of NVIDIA's GPUs, which need no such device.
 # They have an environment of their own, since JAX complains wherever it finds a library for TPUs

@@ -23,6 +23,8 @@ from model.sharding import make_mesh
 from model.transformer import Transformer
 from tests import tiny
 
+pytestmark = pytest.mark.kernel
+
 B, T, N, H, V, I, C, TOPK = 4, 300, 4, 8, 6, 3, 4, 20
 LAYOUT = (
     ((1, 130), (2, 150), (0, 20)),

@@ -24,6 +24,8 @@ from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from tests import tiny
 
+pytestmark = pytest.mark.kernel
+
 B, N, S, R, V, TOPK = 4, 4, 40, 24, 16, 12
 EXACT = 1e-5  # float32, products summed in another order
 

@@ -31,6 +31,8 @@ from train.state import (
 )
 from train.step import make_step
 
+pytestmark = pytest.mark.mesh
+
 ONE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1)
 MESHES = {
     "data 8": MeshConfig(data=8, fsdp=1, expert=1, tensor=1),
