@@ -26,6 +26,9 @@ from kernels.reference import (
 )
 from model.segments import causal_mask
 
+# (query_segments_BT, query_index_T, key_segments_BS) -> allowed_BTS, as `causal_mask`.
+Mask = Callable[[Array, Array, Array], Array]
+
 MIN_PART = 64  # queries; smaller parts cost more in small matmuls than the skipped pairs save
 
 
@@ -129,6 +132,7 @@ def attend_expanded(
     topk: int,
     query_chunk: int,
     causal_parts: int,
+    mask: Mask = causal_mask,
     record: bool = False,
 ) -> tuple[Array, IndexerStats, Array | None]:
     """Computes causal attention inside each segment, over a whole sequence (T = S).
@@ -147,6 +151,7 @@ def attend_expanded(
       topk: how many keys the indexer selects for each query.
       query_chunk: queries handled at a time.
       causal_parts: P. A part has at least MIN_PART queries.
+      mask: which keys a query may see, none of them later: `causal_mask`, or less.
       record: whether to return what was selected.
 
     Returns:
@@ -167,7 +172,7 @@ def attend_expanded(
         so_far = slice(part + 1)
         keys = KeyPrefix(k_parts[so_far], v_parts[so_far], segments_BT, index_k_BTC, ends[part])
         attend = functools.partial(
-            attend_chunk, keys, stage=stage, topk=topk, num_recorded=num_recorded
+            attend_chunk, keys, stage=stage, topk=topk, mask=mask, num_recorded=num_recorded
         )
         out, part_stats = attend_part(attend, queries, ends[part], query_chunk)
         outs.append(out)
@@ -230,6 +235,7 @@ def attend_chunk(
     *,
     stage: str,
     topk: int,
+    mask: Mask,
     num_recorded: int,
 ) -> tuple[tuple[Array, Array], IndexerStats]:
     """Computes attention of a chunk of T queries over a prefix of the row's S keys.
@@ -240,13 +246,13 @@ def attend_chunk(
       q_BTNH, index_query, segments_BT: the chunk's queries, the indexer's (None in stage "dense"),
         and their segments.
       query_index_T: where the queries stand in the row.
-      stage, topk: see `attend_expanded`.
+      stage, topk, mask: see `attend_expanded`.
       num_recorded: how many selected keys to return for each query.
 
     Returns:
       out_BTNV, the selected keys [B, T, num_recorded], and what the indexer did.
     """
-    allowed_BTS = causal_mask(segments_BT, query_index_T, keys.segments_BT[:, : keys.end])
+    allowed_BTS = mask(segments_BT, query_index_T, keys.segments_BT[:, : keys.end])
     selected_BTS, scores_BTS = allowed_BTS, None  # all keys, where nothing selects
     if index_query is not None and keys.index_k_BTC is not None:
         index_k_BSC = keys.index_k_BTC[:, : keys.end]
