@@ -20,7 +20,7 @@ from errors import UserError
 from experiment.schema import Config
 from experiment.workdir import recorded_config
 from model.config import ModelConfig
-from model.sharding import batch_shards, make_mesh
+from model.sharding import batch_shards, make_mesh, mesh_axes
 from train.restore import load_variables
 from train.setup import Setup
 from train.state import count_parameters
@@ -42,8 +42,8 @@ def set_up(config: Config, workdir: Path, rows: int, *, trains: bool) -> Setup:
     if rows % batch_shards(mesh):
         raise UserError(
             f"{rows} rows at a time do not divide over {batch_shards(mesh)} devices (mesh axes "
-            "data x fsdp x expert); change the mesh, data.batch_size, train.microbatches or "
-            "reinforce.prompts_per_step"
+            f"{' x '.join(mesh_axes('batch'))}); change the mesh, data.batch_size, "
+            "train.microbatches or reinforce.prompts_per_step"
         )
     tokenizer = workdir_tokenizer(config, workdir)
     if config.init_from and jax.process_index() == 0:

@@ -21,6 +21,7 @@ from errors import UserError
 from experiment.renamed import with_new_names
 from experiment.schema import Config
 from files import write_json
+from model.mesh import MESH_AXES
 
 # The fields that may differ when a run goes on: how long, how often it logs and saves, and what it
 # runs on. The devices, the microbatches and what is kept for the backward pass change no equation,
@@ -34,10 +35,7 @@ MAY_CHANGE = (
     "train.max_to_keep",
     "train.microbatches",
     "model.remat",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.expert",
-    "mesh.tensor",
+    *(f"mesh.{axis}" for axis in MESH_AXES),
 )
 
 

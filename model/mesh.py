@@ -11,10 +11,10 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 class MeshConfig:
     """Devices along each axis of the mesh. At most one may be -1, which takes what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: int = -1  # rows of the batch; parameters are copies
+    fsdp: int = 1  # rows of the batch; parameters are sharded
+    expert: int = 1  # rows of the batch; experts are sharded
+    tensor: int = 1  # heads, hidden widths of FFNs, and the vocabulary
 
     def __post_init__(self):
         for name in MESH_AXES:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from data.config import DataConfig, TokenizerConfig
 from errors import UserError
 from model.config import ModelConfig
-from model.sharding import batch_sharding, batch_shards, replicated
+from model.sharding import batch_sharding, batch_shards, mesh_axes, replicated
 from model.transformer import boxed_shapes
 from plan.flops import rollout_formula, train_formula
 from rl.algorithms import get_algorithm
@@ -146,7 +146,7 @@ def _require_divisible(field: str, rows: int, mesh: Mesh) -> None:
     if rows % batch_shards(mesh):
         raise UserError(
             f"{field} = {rows}: does not divide over the {batch_shards(mesh)} devices of mesh axes "
-            "data x fsdp x expert; change it or the mesh"
+            f"{' x '.join(mesh_axes('batch'))}; change it or the mesh"
         )
 
 
