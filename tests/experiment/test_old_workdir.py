@@ -28,8 +28,9 @@ from launch import sample
 OLD = Path(__file__).parent / "old_workdir"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
 # With those flags the values are the same to the bit on the machine that made them. Other flags,
-# CPUs and versions of XLA sum in another order, in float32.
-RTOL = 1e-5
+# CPUs and versions of XLA sum in another order, in float32: a loss of 6 nats is then off by some
+# 1e-6, and so is what a suffix saves, a difference of two losses.
+RTOL, ATOL = 1e-5, 3e-6
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_it_evaluates_and_resumes_as_with_the_old_code(workdir):
     config = parse(recorded_config(workdir))
     infilling = dataclasses.replace(config.evaluate, problems=0)
     found = runs.evaluate(dataclasses.replace(config, evaluate=infilling), workdir)
-    chex.assert_trees_all_close(found, EXPECTED["evaluation"], rtol=RTOL, atol=0)
+    chex.assert_trees_all_close(found, EXPECTED["evaluation"], rtol=RTOL, atol=ATOL)
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
     assert runs.pretrain(longer, workdir)
     found = read_metrics(workdir, step=3)
@@ -95,4 +96,4 @@ def test_it_evaluates_and_resumes_as_with_the_old_code(workdir):
         {name: value for name, value in line.items() if name != "stage"}
         for line in EXPECTED["resumed"]
     ]
-    chex.assert_trees_all_close(found, expected, rtol=RTOL, atol=0)
+    chex.assert_trees_all_close(found, expected, rtol=RTOL, atol=ATOL)
