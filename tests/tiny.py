@@ -8,6 +8,7 @@ attention is uniform, gates are 1/2, and a test of either could not fail.
 
 import dataclasses
 import functools
+from typing import cast
 
 import chex
 import flax.linen as nn
@@ -26,7 +27,7 @@ from model.layer_configs import (
     MoEConfig,
     RopeConfig,
 )
-from model.transformer import Transformer, init
+from model.transformer import Output, Transformer, init
 from train.config import TrainConfig
 
 VOCAB = 61
@@ -176,12 +177,16 @@ def without_rows(batch: dict, keep) -> dict:
     }
 
 
+def output_of(config: ModelConfig, variables: dict, batch: dict, stage: str) -> Output:
+    """What the model gives for the batch, MTP modules included."""
+    inputs = batch["tokens"], batch["positions"], batch["segments"]
+    return cast(Output, Transformer(config).apply(variables, *inputs, stage=stage))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def forward(config: ModelConfig, variables: dict, batch: dict, stage: str) -> dict:
     """logits_BTV of the next token, mtp_BTV of each depth, and the layers' statistics."""
-    output = Transformer(config).apply(
-        variables, batch["tokens"], batch["positions"], batch["segments"], stage=stage
-    )
+    output = output_of(config, variables, batch, stage)
     head = functools.partial(logits_of, config, variables["params"])
     return {
         "logits_BTV": head(output.hidden_BTD),

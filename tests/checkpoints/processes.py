@@ -42,7 +42,7 @@ def killed_before_the_last_rename(directory: Path) -> None:
     checkpoints = Checkpoints(directory, keep=2)
     checkpoints.save(1, {"w": jnp.ones(3)})
     checkpoints.wait()
-    checkpoints._manager._checkpointer._handler.finalize = lambda *_: os._exit(9)
+    checkpoints._manager._checkpointer._handler.finalize = lambda directory: os._exit(9)
     checkpoints.save(2, {"w": jnp.ones(3)})
     checkpoints.wait()
 
@@ -99,7 +99,9 @@ def large_values() -> np.ndarray:
 def peak_megabytes() -> float:
     """The process's own peak: ru_maxrss begins with that of the process that started it."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search("VmHWM:(.*)kB", status)[1]) / 2**10
+    peak = re.search("VmHWM:(.*)kB", status)
+    assert peak is not None
+    return int(peak[1]) / 2**10
 
 
 if __name__ == "__main__":

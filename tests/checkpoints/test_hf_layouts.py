@@ -74,7 +74,8 @@ def test_a_convolution_has_its_oldest_input_last():
 def test_slices_overlap():
     one = Slice("w", (slice(0, 4), slice(2, 5)))
     two = Slice("w", (slice(3, 9), slice(0, 3)))
-    assert one.overlap(two) == two.overlap(one) == Slice("w", (slice(3, 4), slice(2, 3)))
-    assert one.overlap(two).within(two) == (slice(0, 1), slice(2, 3))
+    both = one.overlap(two)
+    assert both == two.overlap(one) == Slice("w", (slice(3, 4), slice(2, 3)))
+    assert both is not None and both.within(two) == (slice(0, 1), slice(2, 3))
     assert one.overlap(Slice("w", (slice(4, 9), slice(2, 5)))) is None
     assert one.overlap(Slice("v", one.index)) is None

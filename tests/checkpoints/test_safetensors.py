@@ -4,6 +4,7 @@ or half written is refused in one line.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -21,7 +22,8 @@ def file_of(path: Path, header: dict | bytes, data: bytes, length: int | None = 
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
 
 
-def entry(kind: str, shape: list[int], begin: int, end: int) -> dict:
+def entry(kind: object, shape: Sequence[float], begin: int, end: int) -> dict:
+    """A tensor's entry in a header, also with a dtype or a shape that no tensor has."""
     return {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
 
 
@@ -193,7 +195,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path):
 def test_only_what_was_planned_is_written(tmp_path):
     writer = TensorWriter(tmp_path, [("a", np.float32, (2, 3)), ("b", np.float32, ())], "here")
     for name, rows in [
-        ("b", np.float32(0)),
+        ("b", np.zeros((), np.float32)),
         ("a", np.zeros((3, 3), np.float32)),
         ("a", np.zeros((1, 3))),
         ("a", np.zeros((1, 2), np.float32)),
@@ -204,7 +206,7 @@ def test_only_what_was_planned_is_written(tmp_path):
     writer.write("a", a)
     with pytest.raises(ValueError, match="b was not written"):
         writer.close()
-    writer.write("b", np.float32(1))
+    writer.write("b", np.ones((), np.float32))
     writer.close()
     np.testing.assert_array_equal(TensorFiles(tmp_path).read("a"), a)
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flax
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -22,7 +22,8 @@ from tests.data.chats import THOUGHT, TOOL_USE, TOOLS, assistant, inline_templat
             [user("q1"), assistant(THOUGHT), user("q2"), assistant(THOUGHT)],
             {},
             "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\nbecause<|im_end|>\n"
-            "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n<think>\nwhy\n</think>\n\nbecause<|im_end|>\n",
+            "<|im_start|>user\nq2<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\nwhy\n</think>\n\nbecause<|im_end|>\n",
         ),
         (
             "chatml",  # content in parts; fields without a value count as absent
@@ -46,13 +47,15 @@ from tests.data.chats import THOUGHT, TOOL_USE, TOOLS, assistant, inline_templat
             "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n<think>\nadd them\n</think>\n\n"
             '<tool_call>\n{"name": "add", "arguments": {"x": [1, 2], "y": [3, 4]}}\n</tool_call>'
             "<|im_end|>\n"
-            "<|im_start|>user\n<tool_response>\n10\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\neasy\n</think>\n\n10<|im_end|>\n",
+            "<|im_start|>user\n<tool_response>\n10\n</tool_response><|im_end|>\n"
+            "<|im_start|>assistant\n<think>\neasy\n</think>\n\n10<|im_end|>\n",
         ),
         (
             "chatml",
             [user("q1"), assistant(THOUGHT), user("q2")],
             {"add_generation_prompt": True},
-            "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\nbecause<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\nbecause<|im_end|>\n"
+            "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n",
         ),
         (
             "chatml",
@@ -64,7 +67,8 @@ from tests.data.chats import THOUGHT, TOOL_USE, TOOLS, assistant, inline_templat
             "r1",
             [user("q1"), assistant("<think>\nw\n</think>\n\nhi"), user("q2"), assistant("hi")],
             {},
-            "<｜begin▁of▁sentence｜><｜User｜>q1<｜Assistant｜>hi<｜end▁of▁sentence｜><｜User｜>q2<｜Assistant｜>hi<｜end▁of▁sentence｜>",
+            "<｜begin▁of▁sentence｜><｜User｜>q1<｜Assistant｜>hi<｜end▁of▁sentence｜>"
+            "<｜User｜>q2<｜Assistant｜>hi<｜end▁of▁sentence｜>",
         ),
         (
             "r1",
@@ -82,7 +86,8 @@ from tests.data.chats import THOUGHT, TOOL_USE, TOOLS, assistant, inline_templat
                 assistant("hi"),
             ],
             {},
-            "[start]<|user|>\nq1<|assistant|>\n<think>w</think>\nhi<|user|>\nq2<|assistant|>\n<think></think>\nhi",
+            "[start]<|user|>\nq1<|assistant|>\n<think>w</think>\nhi"
+            "<|user|>\nq2<|assistant|>\n<think></think>\nhi",
         ),
     ],
 )

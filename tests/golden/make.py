@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 try:
     import numpy as np
@@ -153,10 +154,8 @@ def make(name: str) -> None:
         directory.mkdir()
         drawn = build(case, directory)
         model = load(directory)
-        np.savez_compressed(
-            directory / "golden.npz",
-            **golden(model, prompts(case), load_mtp(case, model, directory)),
-        )
+        recorded: dict[str, Any] = golden(model, prompts(case), load_mtp(case, model, directory))
+        np.savez_compressed(directory / "golden.npz", **recorded)
         facts = check(case, directory, drawn)
         size = sum(file.stat().st_size for file in directory.iterdir())
         shutil.rmtree(HERE / name, ignore_errors=True)

@@ -1,5 +1,7 @@
 """The short convolution is a loop over a few tokens, and itself on parts of a row."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,14 @@ def by_loop(x_BTD, segments_BT, kernel_KD) -> np.ndarray:
     return y_BTD
 
 
+def convolved(kernel_KD, *inputs) -> tuple[jax.Array, jax.Array]:
+    """What the convolution gives for x_BTD, segments_BT and maybe the inputs before: y_BTD, and the
+    most recent inputs.
+    """
+    given = Canon(KERNEL_SIZE).apply({"params": {"taps": kernel_KD}}, *inputs)
+    return cast(tuple[jax.Array, jax.Array], given)
+
+
 @pytest.fixture
 def drawn():
     rng = np.random.default_rng(0)
@@ -34,7 +44,7 @@ def drawn():
 
 def test_is_the_loop_inside_each_segment(drawn):
     x_BTD, segments_BT, kernel_KD = drawn
-    y_BTD, _ = Canon(KERNEL_SIZE).apply({"params": {"taps": kernel_KD}}, x_BTD, segments_BT)
+    y_BTD, _ = convolved(kernel_KD, x_BTD, segments_BT)
     np.testing.assert_allclose(
         y_BTD, by_loop(*drawn), atol=1e-5
     )  # four products of size 1 in float32
@@ -45,14 +55,10 @@ def test_parts_of_a_row_are_the_row(drawn, cuts):
     """Rows of one segment, however short the parts: shorter than the kernel too."""
     x_BTD, segments_BT, kernel_KD = drawn
     ones_BT = np.ones_like(segments_BT)
-    whole_BTD, whole_recent_BPD = Canon(KERNEL_SIZE).apply(
-        {"params": {"taps": kernel_KD}}, x_BTD, ones_BT
-    )
+    whole_BTD, whole_recent_BPD = convolved(kernel_KD, x_BTD, ones_BT)
     recent_BPD, found = None, []
     for x_BCD in np.split(x_BTD, cuts, axis=1):
-        y_BCD, recent_BPD = Canon(KERNEL_SIZE).apply(
-            {"params": {"taps": kernel_KD}}, x_BCD, ones_BT[:, : x_BCD.shape[1]], recent_BPD
-        )
+        y_BCD, recent_BPD = convolved(kernel_KD, x_BCD, ones_BT[:, : x_BCD.shape[1]], recent_BPD)
         assert recent_BPD.shape == (len(x_BTD), KERNEL_SIZE - 1, D)
         found.append(y_BCD)
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole_BTD, atol=1e-5)
@@ -64,7 +70,7 @@ def test_recent_inputs_stop_at_the_segment(drawn):
     segments_BT = np.asarray(
         [[0] * 23 + [1], [0] * 22 + [1] * 2, [1] * 21 + [2] * 3, [1] * 24], np.int32
     )
-    _, recent_BPD = Canon(KERNEL_SIZE).apply({"params": {"taps": kernel_KD}}, x_BTD, segments_BT)
+    _, recent_BPD = convolved(kernel_KD, x_BTD, segments_BT)
     reach = [1, 2, 3, 3]
     for row, count in enumerate(reach):
         assert not np.any(recent_BPD[row, : 3 - count])

@@ -113,7 +113,9 @@ def test_a_step_writes_its_token_into_the_cache_it_is_given(case):
     given = decode_weights(config, tiny.variables(config), 4), jnp.arange(4), cache
     leaves = jax.tree.leaves(cache)
     program = tiny.jitted_step(config, stage).lower(*given).compile()
-    assert program.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in leaves)
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in leaves)
     program(*given)
     assert all(leaf.is_deleted() for leaf in leaves)
 

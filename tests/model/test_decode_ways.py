@@ -207,8 +207,9 @@ def test_a_model_decodes_from_tiles_what_it_does_from_rows(top_p, monkeypatch):
     """
     expected = decoded(CONFIG, "sparse", top_p)
     monkeypatch.setattr(sparse_decode, "in_tiles", lambda platform, slots, topk: True)
-    assert Cache.empty(CONFIG, 2, tiny.T, "sparse").layers[0].attention.layout == "tiles"
-    assert Cache.empty(CONFIG, 2, tiny.T, "dense").layers[0].attention.layout == "rows"
+    for stage, layout in (("sparse", "tiles"), ("dense", "rows")):
+        attention = Cache.empty(CONFIG, 2, tiny.T, stage).layers[0].attention
+        assert isinstance(attention, LatentCache) and attention.layout == layout
     tiny.assert_close(decoded(CONFIG, "sparse", top_p), expected, atol=10 * EXACT)
 
 

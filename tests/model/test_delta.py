@@ -63,7 +63,10 @@ def test_chunked_is_recurrent(length, chunk):
             jax.value_and_grad(functools.partial(loss, form), argnums=range(6), has_aux=True)
         )(*inputs)
 
-    found = both(lambda *inputs: chunked_delta(*inputs[:5], ones_BT, inputs[5], chunk))
+    def by_chunks(q, k, v, log_a, b, state):
+        return chunked_delta(q, k, v, log_a, b, ones_BT, state, chunk)
+
+    found = both(by_chunks)
     expected = both(recurrent_delta)
     tiny.assert_close(found[0][1], expected[0][1], atol=1e-5)
     tiny.assert_close(found[1], expected[1], atol=1e-4)  # sums over up to 128 tokens
@@ -84,7 +87,7 @@ def test_packed_is_separate():
                     lambda x, at=at, row=row, length=length: x[row : row + 1, at : at + length],
                     inputs,
                 )
-                alone, last = recurrent_delta(*segment_inputs, empty[:1])
+                alone, last = recurrent_delta(*segment_inputs, state_BNHV=empty[:1])
                 expected, last = (
                     (alone[0], last[0]) if segment else (jnp.zeros_like(alone[0]), empty[0])
                 )
@@ -101,7 +104,8 @@ def test_decays_too_strong_for_float32_are_no_nan():
     inputs = q, k, v, jnp.full_like(log_a, -30.0), b
     empty, ones_BT = jnp.zeros((B, N, H, V)), jnp.ones((B, 64), jnp.int32)
     value, gradients = jax.value_and_grad(
-        lambda *x: jnp.sum(chunked_delta(*x, ones_BT, empty, 64)[0]), argnums=range(5)
+        lambda *x: jnp.sum(chunked_delta(*x, segments_BT=ones_BT, state_BNHV=empty, chunk=64)[0]),
+        argnums=range(5),
     )(*inputs)
     tiny.assert_close((value, gradients), (value, gradients))
     tiny.assert_close(

@@ -4,6 +4,7 @@ The forward pass is in test_golden.py, the tolerances' reasons in golden.py.
 """
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from checkpoints.hf.load import load_checkpoint
 from model.heads import token_logprobs
 from model.mesh import MeshConfig
 from model.sharding import make_mesh, shardings
-from model.transformer import Transformer, boxed_shapes
+from model.transformer import Output, Transformer, boxed_shapes
 from tests.model.golden import (
     CASES,
     abstract,
@@ -45,9 +46,9 @@ def test_loss_and_gradients(case):
 
     def loss(params):
         both = variables(case) | {"params": params}
-        output = Transformer(config).apply(
-            both, tokens_BT, positions_BT, segments_BT, stage=stage(case), mtp=False
-        )
+        inputs = tokens_BT, positions_BT, segments_BT
+        applied = Transformer(config).apply(both, *inputs, stage=stage(case), mtp=False)
+        output = cast(Output, applied)
         logprobs_BT, _ = token_logprobs(
             config, params, output.hidden_BTD, jnp.roll(tokens_BT, -1, axis=1)
         )

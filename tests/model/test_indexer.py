@@ -12,13 +12,13 @@ from kernels.reference import indexer_kl, indexer_scores, select_topk
 from model.attention.reference import attend_expanded, indexer_stats
 from model.heads import token_logprobs
 from model.segments import shift_left
-from model.transformer import Transformer
 from tests import tiny
 from tests.model.test_attention_reference import TOPK, inputs
 
 
 class Scores(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    # chex makes `variants` by toolz.curry, which to type checkers is no function.
+    @chex.variants(with_jit=True, without_jit=True)  # pyright: ignore[reportCallIssue]
     def test_equation(self):
         """arXiv 2512.02556, eq. 1, sum by sum."""
         indexer = inputs(2, 5)[3]
@@ -40,7 +40,8 @@ def brute_force(scores_S, allowed_S, topk):
 
 
 class Selection(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    # chex makes `variants` by toolz.curry, which to type checkers is no function.
+    @chex.variants(with_jit=True, without_jit=True)  # pyright: ignore[reportCallIssue]
     def test_brute_force(self):
         """Scores of four values, two of them zeros of either sign: most are tied. And rows that
         allow fewer than topk, or none.
@@ -80,7 +81,7 @@ def naive_kl(indexer, q, k, keys):
     """The loss as arXiv 2512.02556, eq. 3 (all keys) and 4 (the selected ones) write it: a query at
     a time, over its own keys, differentiated by jax.
     """
-    scores_BTS = indexer_scores(*indexer.query[:1], indexer.k_BSC, indexer.query.w_BTI)
+    scores_BTS = indexer_scores(indexer.query.q_BTIC, indexer.k_BSC, indexer.query.w_BTI)
     total = 0.0
     for b, t, attended in keys:
         heads_NS = jax.nn.softmax(jnp.einsum("nh,snh->ns", q[b, t], k[b, attended]), axis=-1)
@@ -141,13 +142,7 @@ def test_the_wall(stage):
     @jax.jit
     def jacobian(params):
         def losses(params):
-            output = Transformer(config).apply(
-                variables | {"params": params},
-                batch["tokens"],
-                batch["positions"],
-                batch["segments"],
-                stage=stage,
-            )
+            output = tiny.output_of(config, variables | {"params": params}, batch, stage)
             hidden = (output.hidden_BTD, *output.mtp_hidden)
             lm = sum(
                 jnp.sum(

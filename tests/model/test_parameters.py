@@ -10,14 +10,14 @@ import pytest
 from model.config import LAYER_TYPES
 from model.decode import decode_weights
 from model.layers.table import ATTENTION_TYPES
-from model.sharding import RULES, is_named
+from model.sharding import RULES, Named, is_named
 from model.transformer import boxed_shapes, layer_paths
 from tests import tiny
 
 CONFIGS = {"mla": tiny.model_config(), "hybrid": tiny.HYBRID}
 
 
-def boxes(config) -> dict[str, object]:
+def boxes(config) -> dict[str, Named]:
     """The boxes of all variables, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(boxed_shapes(config), is_leaf=is_named)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): box for path, box in leaves}

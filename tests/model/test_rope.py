@@ -20,7 +20,8 @@ def rotated(rotate, x_BTNH, shift):
 
 
 class Rope(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    # chex makes `variants` by toolz.curry, which to type checkers is no function.
+    @chex.variants(with_jit=True, without_jit=True)  # pyright: ignore[reportCallIssue]
     def test_products_depend_on_distance_alone(self):
         """(R_t q) . (R_s k) is the same when t and s move together, and differs when one does."""
         q, k = jax.random.normal(jax.random.key(0), (2, 1, 6, 3, WIDTH))

@@ -12,7 +12,6 @@ import pytest
 
 from model.config import STAGES
 from model.segments import shift_left
-from model.transformer import Transformer
 from tests import tiny
 from tests.tiny import VOCAB, T
 
@@ -54,7 +53,11 @@ def test_the_future_has_no_gradient(case):
     """
     stage, config = CASES[case]
     tokens_BT = jnp.asarray(np.random.default_rng(0).permutation(VOCAB)[None, :T])
-    positions_BT, segments_BT = jnp.arange(T)[None], jnp.ones((1, T), jnp.int32)
+    batch = {
+        "tokens": tokens_BT,
+        "positions": jnp.arange(T)[None],
+        "segments": jnp.ones((1, T), jnp.int32),
+    }
     variables = tiny.variables(config)
     direction_D = jax.random.normal(jax.random.key(0), (config.hidden_size,))
 
@@ -62,9 +65,7 @@ def test_the_future_has_no_gradient(case):
     def jacobian(embedding_VD):
         def outputs(embedding_VD):
             changed = variables | {"params": variables["params"] | {"embedding": embedding_VD}}
-            output = Transformer(config).apply(
-                changed, tokens_BT, positions_BT, segments_BT, stage=stage
-            )
+            output = tiny.output_of(config, changed, batch, stage)
             return jnp.stack(
                 [output.hidden_BTD[0] @ direction_D, output.mtp_hidden[0][0] @ direction_D]
             )
@@ -222,13 +223,7 @@ def loss_and_gradients(config):
     @jax.jit
     def value_and_grad(params, router):
         def loss(params):
-            output = Transformer(config).apply(
-                {"params": params, "router": router},
-                batch["tokens"],
-                batch["positions"],
-                batch["segments"],
-                stage="sparse",
-            )
+            output = tiny.output_of(config, {"params": params, "router": router}, batch, "sparse")
             return jnp.sum(real(jnp.sin(output.hidden_BTD), batch)) + jnp.sum(
                 output.stats.indexer.kl
             )
