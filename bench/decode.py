@@ -44,7 +44,7 @@ def run(topology: str) -> None:
         from jax.sharding import Mesh, NamedSharding
         from jax.sharding import PartitionSpec as P
 
-        from kernels.decode_selection import select_tpu
+        from kernels.decode_selection import list_selected_tpu
         from kernels.sparse_decode import TILE, decode_tpu
         from plan.topology import CHIPS, topology_devices
 
@@ -71,7 +71,7 @@ def run(topology: str) -> None:
             )
         select = schedule(
             "decode_select",
-            lambda q, k, w, allowed: select_tpu(q, k, w, allowed, TOPK),
+            lambda q, k, w, allowed: list_selected_tpu(q, k, w, allowed, TOPK),
             shape(1, I, C),
             shape(1, S, C),
             shape(1, I, dtype=jnp.float32),

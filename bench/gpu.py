@@ -264,7 +264,7 @@ def measure_selection(found: Measurements, sizes: Sizes, random: Random) -> None
     operands = q_BIC, k_BSC, w_BI, jnp.ones((B, L), jnp.bool_)
     flops = 2 * B * L * sizes.index_heads * sizes.index
     for name, select in (
-        ("select", decode_selection.select_reference),
+        ("select", decode_selection.list_selected_reference),
         ("top_k", sorted_selection),
     ):
         select = functools.partial(select, topk=topk)

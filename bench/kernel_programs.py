@@ -60,23 +60,23 @@ def programs(
 ) -> dict[str, Program]:
     """Returns the kernels for L tokens. `interpret` runs them without a TPU, with small tiles."""
     qkv, bits = attention_shapes(L, heads), ((1, L, num_words(L)), jnp.int32)
-    indexer = ((1, L, I, C), BF16), ((1, L, I), F32), ((1, L, C), BF16)
+    indexer = ((1, L, I, C), BF16), ((1, L, C), BF16), ((1, L, I), F32)
     small = {"queries": 128, "keys": 128, "interpret": interpret} if interpret else {}
     attend_tiles, kl_tiles = sparse_attention.Tiles(**small), indexer_kl.Tiles(**small)
 
-    def select(iq, w, ik, segments):
+    def select(iq, ik, w, segments):
         return select_tpu(iq, ik, w, segments, segments, jnp.arange(L), topk, interpret=interpret)
 
     def attend(q, k, v, bits):
         return sparse_attention.attend_tpu(q, k, v, bits, attend_tiles)
 
-    def kl(q, k, lse, iq, w, ik, bits):
-        def total(iq, w, ik):
+    def kl(q, k, lse, iq, ik, w, bits):
+        def total(iq, ik, w):
             return indexer_kl.total_kl_tpu(
-                indexer_kl.Attention(q, k, lse), iq, w, ik, bits, bits, kl_tiles
+                indexer_kl.MainAttention(q, k, lse), iq, ik, w, bits, bits, kl_tiles
             )[0]
 
-        return jax.grad(total, (0, 1, 2))(iq, w, ik)
+        return jax.grad(total, (0, 1, 2))(iq, ik, w)
 
     return {
         "select": Program(select, (*indexer, ((1, L), jnp.int32))),

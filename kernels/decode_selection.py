@@ -7,20 +7,20 @@ They are the indexer's best and, on request, of those the fewest that reach a sh
 
 Nothing is sorted. On TPU it is one kernel: a row's keys are fetched once, its scores stay on the
 chip, and both thresholds are found there by counting. Then the mask of selected tokens becomes a
-list, by matrix products and without a scatter. Each slot of the list finds its token in three
+list, by matrix products and without a scatter. Each entry of the list finds its token in three
 steps:
 
 1. its block of 128 tokens, from how many tokens are selected before each block;
-2. the mask of that block, by a product of all blocks' masks with the slots' one-hot blocks;
+2. the mask of that block, by a product of all blocks' masks with the entries' one-hot blocks;
 3. the token in the block: a product with a triangle of ones numbers the block's selected tokens,
-   and the slot takes the one whose number is the slot's.
+   and the entry takes the one whose number is the entry's.
 
 | implementation | how |
 |---|---|
 | reference | all scores in memory, `select_topk`, `top_p_keys`, a running count |
 | tpu | Pallas |
 
-Letters: k slots of the list, b blocks of 128 tokens, L the 128 tokens of a block.
+Letters: k entries of the list, b blocks of 128 tokens, L the 128 tokens of a block.
 
 The file has more than 400 lines since one kernel selects and lists.
 """
@@ -41,14 +41,14 @@ from kernels.threshold import find_threshold, from_ordered_int, nth_position, po
 from kernels.tiles import F32, dot, fold_pairwise, padded, to_column
 
 GROUP = LANES * LANES  # tokens that are folded, and listed, at a time: 128 blocks of 128
-LISTED = 256  # slots of the list that are filled at a time: a chunk of it
+LISTED = 256  # entries of the list that are filled at a time: a chunk of it
 SCORED = 1_024  # tokens that are scored at a time: a register's sublanes and lanes
 
 
-def select_reference(
+def list_selected_reference(
     q_BIC: Array, k_BSC: Array, w_BI: Array, allowed_BS: Array, topk: int, top_p: float = 1.0
 ) -> tuple[Array, Array]:
-    """Computes what `select_tpu` does, in plain JAX."""
+    """Computes what `list_selected_tpu` does, in plain JAX."""
     scores_BS = indexer_scores(q_BIC[:, None], k_BSC, w_BI[:, None])[:, 0]
     return list_positions(
         top_p_keys(scores_BS, select_topk(scores_BS, allowed_BS, topk), top_p),
@@ -56,25 +56,25 @@ def select_reference(
     )
 
 
-def list_positions(selected_BS: Array, slots: int) -> tuple[Array, Array]:
+def list_positions(selected_BS: Array, entries: int) -> tuple[Array, Array]:
     """Lists the positions that are true.
 
     Args:
-      selected_BS: bool, at most `slots` of a row true.
-      slots: the length of the list.
+      selected_BS: bool, at most `entries` of a row true.
+      entries: the length of the list.
 
-    Returns: index_Bk int32, the positions in order, each slot after them with the slot's own
+    Returns: index_Bk int32, the positions in order, each entry after them with the entry's own
       number; and count_B int32, how many positions there are.
     """
     count_BS = jnp.cumsum(selected_BS, axis=1, dtype=jnp.int32)
-    slot_k = jnp.arange(slots, dtype=jnp.int32)
-    index_Bk = jax.vmap(functools.partial(jnp.searchsorted, v=slot_k + 1))(count_BS).astype(
+    entry_k = jnp.arange(entries, dtype=jnp.int32)
+    index_Bk = jax.vmap(functools.partial(jnp.searchsorted, v=entry_k + 1))(count_BS).astype(
         jnp.int32
     )
-    return jnp.where(slot_k < count_BS[:, -1:], index_Bk, slot_k), count_BS[:, -1]
+    return jnp.where(entry_k < count_BS[:, -1:], index_Bk, entry_k), count_BS[:, -1]
 
 
-def select_tpu(
+def list_selected_tpu(
     q_BIC: Array,
     k_BSC: Array,
     w_BI: Array,
@@ -96,13 +96,13 @@ def select_tpu(
       keys: the tokens of a tile, a multiple of SCORED.
       interpret: as in `pallas_call`.
 
-    Returns: index_Bk of min(topk, S) slots, in order of position, and count_B, see
+    Returns: index_Bk of min(topk, S) entries, in order of position, and count_B, see
       `list_positions`.
     """
     B, I, C = q_BIC.shape
     S = k_BSC.shape[1]
-    slots, tiles = min(topk, S), -(-S // keys)
-    padded_S, padded_k = -(-tiles * keys // GROUP) * GROUP, -(-slots // LISTED) * LISTED
+    entries, tiles = min(topk, S), -(-S // keys)
+    padded_S, padded_k = -(-tiles * keys // GROUP) * GROUP, -(-entries // LISTED) * LISTED
     allowed_BbL = padded(allowed_BS.astype(jnp.int32), 1, tiles * keys).reshape(B, -1, LANES)
     stop_B = jnp.max(jnp.where(allowed_BS, jnp.arange(1, S + 1, dtype=jnp.int32), 0), axis=1)
 
@@ -139,7 +139,7 @@ def select_tpu(
         interpret=interpret,
         name="decode_select",
     )(stop_B, q_BIC, w_BI.astype(F32)[:, None], k_BSC, allowed_BbL)
-    return index_B1k[:, 0, :slots], count_B1L[:, 0, 0]
+    return index_B1k[:, 0, :entries], count_B1L[:, 0, 0]
 
 
 class _Bound(NamedTuple):
@@ -157,10 +157,10 @@ class _Bound(NamedTuple):
 
 
 class _ListRefs(NamedTuple):
-    """Scratch for the list, [chunks of the list, ..., LISTED]; a number or a column for each slot.
+    """Scratch for the list, [chunks of the list, ..., LISTED]; a number or a column for each entry.
 
     Attributes:
-      mask [chunks, 128, LISTED]: the mask of the block that the slot's token is in.
+      mask [chunks, 128, LISTED]: the mask of the block that the entry's token is in.
       block [chunks, 1, LISTED]: that block's number.
       before [chunks, 1, LISTED]: how many tokens are selected before that block.
     """
@@ -188,11 +188,11 @@ def _kernel(
     Args:
       stop_ref [B]: the position after each row's last allowed token.
       q_ref [1, I, C], w_ref [1, 1, I], k_ref [1, K, C], allowed_ref [1, K / 128, 128]: operands.
-      index_ref [1, 1, slots], count_ref [1, 1, 128]: the results.
+      index_ref [1, 1, entries], count_ref [1, 1, 128]: the results.
       values_ref [blocks, 128]: the row's scores, -inf where not allowed; for top-p its weights take
         their place.
       list_refs: see `_ListRefs`.
-      topk, top_p: see `select_tpu`.
+      topk, top_p: see `list_selected_tpu`.
     """
     b, j = pl.program_id(0), pl.program_id(1)
     keys, stop = k_ref.shape[1], stop_ref[b]
@@ -357,7 +357,7 @@ def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: 
       values_ref, index_ref, count_ref: see `_kernel`.
       groups: how many groups of GROUP tokens the row has.
       bound: the set.
-      refs: scratch, which hands the slots' blocks from one step to the next.
+      refs: scratch, which hands the entries' blocks from one step to the next.
     """
     row, lane = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
     for ref in refs:
@@ -370,14 +370,14 @@ def _list_tokens(values_ref, groups, bound: _Bound, index_ref, count_ref, refs: 
 def _find_blocks(
     values_ref, groups, bound: _Bound, row: Array, lane: Array, refs: _ListRefs
 ) -> Array:
-    """Writes to `refs` which block each slot's token is in. Returns how many tokens there are.
+    """Writes to `refs` which block each entry's token is in. Returns how many tokens there are.
 
     `row` and `lane` are the places of a register's elements, [128, 128]; for the rest see
     `_list_tokens`.
     """
 
     def find_in_group(group, total):
-        """Does so for the slots of a group's tokens, which follow the `total` of those before."""
+        """Does so for the entries of a group's tokens, which follow the `total` of those before."""
         mask_bL = jnp.where(bound.contains(*_group_of(values_ref, group)), 1.0, 0.0)
         found = total + jnp.sum(mask_bL).astype(jnp.int32)
         count_bL = jnp.broadcast_to(jnp.sum(mask_bL, axis=1, keepdims=True), mask_bL.shape)
@@ -390,10 +390,10 @@ def _find_blocks(
 
         @pl.loop(lax.div(total, LISTED), lax.div(found + LISTED - 1, LISTED))
         def _find_in_chunk(chunk):
-            slot_1k = _slots_of(chunk)
-            # 1 for the blocks that end before the slot, and for the one block that it is in.
-            passed_bk = jnp.where(first_b1 + count_bL[:, :1] <= slot_1k, 1.0, 0.0)
-            here_bk = jnp.where(first_b1 <= slot_1k, 1.0, 0.0) - passed_bk
+            entry_1k = _entries_of(chunk)
+            # 1 for the blocks that end before the entry, and for the one block that it is in.
+            passed_bk = jnp.where(first_b1 + count_bL[:, :1] <= entry_1k, 1.0, 0.0)
+            here_bk = jnp.where(first_b1 <= entry_1k, 1.0, 0.0) - passed_bk
             block_1k = (group * LANES).astype(F32) + jnp.sum(passed_bk, axis=0, keepdims=True)
             refs.block[chunk] += jnp.where(
                 jnp.sum(here_bk, axis=0, keepdims=True) > 0, block_1k, 0.0
@@ -407,25 +407,25 @@ def _find_blocks(
 
 
 def _write_positions(index_ref, total, row: Array, lane: Array, refs: _ListRefs) -> None:
-    """Writes the position of each slot's token, and after `total` tokens the slot's number.
+    """Writes the position of each entry's token, and after `total` tokens the entry's number.
 
-    `refs` has the slots' blocks, see `_find_blocks`.
+    `refs` has the entries' blocks, see `_find_blocks`.
     """
     for chunk in range(refs.mask.shape[0]):
-        slot_1k, mask_Lk = _slots_of(chunk), refs.mask[chunk]
+        entry_1k, mask_Lk = _entries_of(chunk), refs.mask[chunk]
         rank_Lk = dot((lane <= row).astype(jnp.bfloat16), mask_Lk.astype(jnp.bfloat16), (1, 0))
         lane_L1 = lax.broadcasted_iota(jnp.int32, (LANES, 1), 0).astype(F32)
         lane_1k = jnp.sum(
-            jnp.where(rank_Lk == slot_1k - refs.before[chunk] + 1.0, mask_Lk * lane_L1, 0.0),
+            jnp.where(rank_Lk == entry_1k - refs.before[chunk] + 1.0, mask_Lk * lane_L1, 0.0),
             axis=0,
             keepdims=True,
         )
         index_1k = jnp.where(
-            slot_1k < total.astype(F32), refs.block[chunk] * LANES + lane_1k, slot_1k
+            entry_1k < total.astype(F32), refs.block[chunk] * LANES + lane_1k, entry_1k
         )
         index_ref[0, :, chunk * LISTED : (chunk + 1) * LISTED] = index_1k.astype(jnp.int32)
 
 
-def _slots_of(chunk) -> Array:
-    """Returns the numbers of a chunk's slots, [1, LISTED] float32."""
+def _entries_of(chunk) -> Array:
+    """Returns the numbers of a chunk's entries, [1, LISTED] float32."""
     return (chunk * LISTED + lax.broadcasted_iota(jnp.int32, (1, LISTED), 1)).astype(F32)

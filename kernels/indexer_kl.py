@@ -35,7 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels.bitmask import next_nonempty, nonempty_tiles, num_words, unpack
 from kernels.chunks import scan_chunks
 from kernels.device import ambient_device
-from kernels.indexer_kl_calls import Attention, Tiles, loss_and_gradients, normaliser
+from kernels.indexer_kl_calls import MainAttention, Tiles, loss_and_gradients, normaliser
 from kernels.indexer_kl_kernel import TileTables
 from kernels.reference import indexer_kl, indexer_scores
 from kernels.tiles import F32, map_row_groups, padded, vmem_bytes
@@ -46,10 +46,10 @@ KEYS_AT_ONCE = 16_384  # 1 GiB of 128 heads
 
 
 def total_kl_reference(
-    attention: Attention,
+    attention: MainAttention,
     q_BTIC: Array,
-    w_BTI: Array,
     k_BSC: Array,
+    w_BTI: Array,
     allowed_BTW: Array,
     selected_BTW: Array,
     *,
@@ -96,10 +96,10 @@ def gather_heads(k_BNSH: Array, axis: str) -> Array:
 
 
 def total_kl_tpu(
-    attention: Attention,
+    attention: MainAttention,
     q_BTIC: Array,
-    w_BTI: Array,
     k_BSC: Array,
+    w_BTI: Array,
     allowed_BTW: Array,
     selected_BTW: Array,
     tiles: Tiles = Tiles(),
@@ -112,7 +112,7 @@ def total_kl_tpu(
 
     Args:
       attention: the queries and keys that `attend_tpu` took, and the log-sum-exp that it returned.
-      q_BTIC, w_BTI, k_BSC: the indexer's, see `indexer_scores`. Keys are multiplied in the queries'
+      q_BTIC, k_BSC, w_BTI: the indexer's, see `indexer_scores`. Keys are multiplied in the queries'
         dtype; if they are float32, their gradient is not rounded.
       allowed_BTW: a bitmask of the keys that p and the softmax range over, as lse does.
       selected_BTW: a bitmask of the keys that the indexer selects, a subset of them.
@@ -122,23 +122,23 @@ def total_kl_tpu(
 
     Returns:
       The loss summed over all queries, float32, in nats; 0 for queries without keys. Its gradient
-        reaches the indexer's q, w and k alone.
+        reaches the indexer's q, k and w alone.
       recall_BT: the attention's probability of the selected keys, float32. No gradient.
     """
     if not tiles.queries:
         queries = most_queries(ambient_device().device_kind, q_BTIC.shape[1])
         tiles = tiles._replace(queries=queries)
 
-    def total_kl_of_rows(attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW):
+    def total_kl_of_rows(attention, q_BTIC, k_BSC, w_BTI, allowed_BTW, selected_BTW):
         """Computes the loss [1] and recall_BT of rows whose tables of tiles fit.
 
         Args:
           attention: the attention's queries, keys and log-sum-exp.
-          q_BTIC, w_BTI, k_BSC: the indexer's queries, head weights and keys.
+          q_BTIC, k_BSC, w_BTI: the indexer's queries, keys and head weights.
           allowed_BTW, selected_BTW: the bitmasks of the keys compared, and of those selected.
         """
         kl, recall_BT = _total_kl(
-            attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW, tiles, axis
+            attention, q_BTIC, k_BSC, w_BTI, allowed_BTW, selected_BTW, tiles, axis
         )
         return kl[None], recall_BT
 
@@ -147,7 +147,7 @@ def total_kl_tpu(
         -(-min(KEYS_AT_ONCE, k_BSC.shape[1]) // tiles.keys),
     )
     kl_n, recall_BT = map_row_groups(
-        total_kl_of_rows, table, attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW
+        total_kl_of_rows, table, attention, q_BTIC, k_BSC, w_BTI, allowed_BTW, selected_BTW
     )
     return jnp.sum(kl_n), recall_BT
 
@@ -174,10 +174,10 @@ class _Queries(NamedTuple):
 
 
 def _value(
-    attention: Attention,
+    attention: MainAttention,
     q_BTIC: Array,
-    w_BTI: Array,
     k_BSC: Array,
+    w_BTI: Array,
     allowed_BTW: Array,
     selected_BTW: Array,
     tiles: Tiles,
@@ -185,21 +185,21 @@ def _value(
 ) -> tuple[Array, Array]:
     """Computes what `total_kl_tpu` returns, of rows whose tables of tiles fit."""
     return _value_and_gradients(
-        attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW, tiles, axis
+        attention, q_BTIC, k_BSC, w_BTI, allowed_BTW, selected_BTW, tiles, axis
     )[0]
 
 
 def _value_and_gradients(
-    attention: Attention,
+    attention: MainAttention,
     q_BTIC: Array,
-    w_BTI: Array,
     k_BSC: Array,
+    w_BTI: Array,
     allowed_BTW: Array,
     selected_BTW: Array,
     tiles: Tiles,
     axis: str,
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    """Computes (kl, recall_BT) and the gradients of kl for q, w and k, in chunks of queries."""
+    """Computes (kl, recall_BT) and the gradients of kl for q, k and w, in chunks of queries."""
     (q_BNTH, k_BNSH, lse_BNT), T, S = attention, q_BTIC.shape[1], k_BSC.shape[1]
     queries_at_once = min(QUERIES_AT_ONCE, -(-T // tiles.queries) * tiles.queries)
     keys_at_once = min(KEYS_AT_ONCE, -(-S // tiles.keys) * tiles.keys)
@@ -225,7 +225,7 @@ def _value_and_gradients(
         queries_at_once,
         axes=(2, 2, 1, 1, 1, 1),
     )
-    gradients = dq_BTIC, dw_BTI.astype(w_BTI.dtype), dk_BSC[:, :S].astype(k_BSC.dtype)
+    gradients = dq_BTIC, dk_BSC[:, :S].astype(k_BSC.dtype), dw_BTI.astype(w_BTI.dtype)
     # The name is that of attention's results: what keeps those for the backward pass keeps these,
     # or else the loss would be computed twice.
     return (jnp.sum(kl_BT), recall_BT), checkpoint_name(gradients, "attention")
@@ -253,7 +253,7 @@ def _add_query_chunk(
     """
     q_BNTH, lse_BNT, q_BTIC, w_BTI, allowed_BTW, selected_BTW = chunk
     (B, T, I, C), (queries, keys, _) = q_BTIC.shape, tiles
-    indexer = jnp.swapaxes(q_BTIC, 1, 2), w_BTI, k_BSC
+    indexer = jnp.swapaxes(q_BTIC, 1, 2), k_BSC, w_BTI
     nonempty_Bnm = nonempty_tiles(allowed_BTW, queries, keys)
     first_n = jnp.arange(0, k_BSC.shape[1], keys_at_once, dtype=jnp.int32)  # of each chunk of keys
 
@@ -275,7 +275,7 @@ def _add_query_chunk(
         # and would otherwise gather all chunks first, in a loop of its own.
         (before, dq_BICT, dk_BSC), first = lax.optimization_barrier((sums, first))
         chunk_BNSH = lax.dynamic_slice_in_dim(k_BNSH, first, keys_at_once, 2)
-        attention = Attention(q_BNTH, gather_heads(chunk_BNSH, axis), lse_BNT)
+        attention = MainAttention(q_BNTH, gather_heads(chunk_BNSH, axis), lse_BNT)
         *by_query, dq_BICT, dk_BSC = loss_and_gradients(
             tables(first),
             attention,

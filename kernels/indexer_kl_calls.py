@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
     interpret: Any = False
 
 
-class Attention(NamedTuple):
+class MainAttention(NamedTuple):
     """The attention that the indexer is compared with.
 
     Attributes:
@@ -77,8 +77,8 @@ IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
 def normaliser(
     tables: TileTables,
     index_q_BITC: Array,
-    index_w_BTI: Array,
     index_k_BSC: Array,
+    index_w_BTI: Array,
     allowed_BTW: Array,
     tiles: Tiles,
 ) -> Array:
@@ -86,7 +86,7 @@ def normaliser(
 
     Args:
       tables: of the chunk of keys.
-      index_q_BITC, index_w_BTI, index_k_BSC: the indexer's.
+      index_q_BITC, index_k_BSC, index_w_BTI: the indexer's.
       allowed_BTW: the keys compared.
       tiles: the size of a tile.
 
@@ -110,10 +110,10 @@ def normaliser(
 
 def loss_and_gradients(
     tables: TileTables,
-    attention: Attention,
+    attention: MainAttention,
     index_q_BITC: Array,
-    index_w_BTI: Array,
     index_k_BSC: Array,
+    index_w_BTI: Array,
     index_lse_B1T: Array,
     allowed_BTW: Array,
     selected_BTW: Array,
@@ -126,7 +126,7 @@ def loss_and_gradients(
     Args:
       tables: of the chunk of keys.
       attention: k_BNSH has the chunk's keys alone.
-      index_q_BITC, index_w_BTI, index_k_BSC: the indexer's, with all keys.
+      index_q_BITC, index_k_BSC, index_w_BTI: the indexer's, with all keys.
       index_lse_B1T: the log-sum-exp of its scores over all keys compared.
       allowed_BTW, selected_BTW: see `total_kl_tpu`.
       dq_BICT, dk_BSC: the gradients so far, float32; dq lies as the kernel sums it.

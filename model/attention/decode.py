@@ -142,7 +142,7 @@ def attend_listed(
 
     This is what the kernels of `attend_tiles` do, by XLA: no sort.
     """
-    index_Bk, count_B = decode_selection.select_reference(
+    index_Bk, count_B = decode_selection.list_selected_reference(
         index_query.q_BTIC[:, 0],
         cache.index_key_BSC,
         index_query.w_BTI[:, 0],
@@ -186,7 +186,7 @@ def attend_tiles(
 
         Returns: out_BNR, each head's mean of the latents' first `value_rank` channels.
         """
-        index_Bk, count_B = decode_selection.select_tpu(
+        index_Bk, count_B = decode_selection.list_selected_tpu(
             q_BIC, k_BSC, w_BI, allowed_BS, topk, cache.attention_top_p, interpret=interpret
         )
         cores = getattr(device, "num_cores", None) or 1

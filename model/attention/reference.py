@@ -6,6 +6,7 @@ model/attention/decode.py, the one by kernels in model/attention/tiled.py; the t
 model/attention/table.py.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -107,17 +108,28 @@ def indexer_stats(
       topk: how many keys the indexer selects.
     """
     kl = jnp.sum(indexer_kl(target_BTS, scores_BTS, allowed_BTS))
-    zero = jnp.zeros((), jnp.float32)
     if stage != "warmup":
-        return IndexerStats(kl, zero, zero)
-    num_allowed_BT = jnp.sum(allowed_BTS, axis=-1)
-    has_choice_BT = num_allowed_BT > topk
+        return dataclasses.replace(IndexerStats.zero(), kl=kl)
     selected_BTS = select_topk(scores_BTS, allowed_BTS, topk)
     recall_BT = jnp.sum(jnp.where(selected_BTS, target_BTS, 0.0), axis=-1)
+    return warmup_stats(kl, recall_BT, jnp.sum(allowed_BTS, axis=-1), topk)
+
+
+def warmup_stats(kl: Array, recall_BT: Array, num_allowed_BT: Array, topk: int) -> IndexerStats:
+    """Adds up the recall of the queries that have more than `topk` keys to choose from.
+
+    Args:
+      kl: the indexer's loss, summed over queries.
+      recall_BT: the attention's probability of the keys that the indexer selects.
+      num_allowed_BT: how many keys each query may attend to.
+      topk: how many of them the indexer selects.
+    """
+    has_choice_BT = num_allowed_BT > topk
+    random_BT = topk / jnp.maximum(num_allowed_BT, 1)
     return IndexerStats(
         kl=kl,
         recall=jnp.sum(jnp.where(has_choice_BT, recall_BT, 0.0)),
-        recall_random=jnp.sum(jnp.where(has_choice_BT, topk / jnp.maximum(num_allowed_BT, 1), 0.0)),
+        recall_random=jnp.sum(jnp.where(has_choice_BT, random_BT, 0.0)),
     )
 
 

@@ -13,6 +13,7 @@ from heads to queries (all-to-all). All heads' keys go to all devices too, which
 KB a key in DeepSeek-V3.2: the loss itself gathers them, chunk by chunk.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,11 +28,11 @@ from errors import UserError
 from kernels import indexer_kl, sparse_attention
 from kernels.bitmask import causal_bits, count_keys, unpack
 from kernels.device import ambient_device
-from kernels.indexer_kl import Attention, total_kl_reference, total_kl_tpu
+from kernels.indexer_kl import MainAttention, total_kl_reference, total_kl_tpu
 from kernels.selection import BLOCK, select_reference, select_tpu
 from kernels.sparse_attention import attend_reference, attend_tpu
 from kernels.tiles import padded
-from model.attention.reference import IndexerInputs, IndexerStats, positions_of
+from model.attention.reference import IndexerInputs, IndexerStats, positions_of, warmup_stats
 from model.mesh import MESH_AXES
 from model.sharding import ambient_shards, map_shards, mesh_axis, spec
 
@@ -106,7 +107,7 @@ def _attend_gpu(
     return attend_gpu(q_BNTH, k_BNSH, v_BNSV, bits_BTW)
 
 
-def _total_kl_gpu(attention: Attention, q_BTIC: Array, *rest, **options) -> tuple[Array, Array]:
+def _total_kl_gpu(attention: MainAttention, q_BTIC: Array, *rest, **options) -> tuple[Array, Array]:
     (B, N, _, _), S = attention.q_BNTH.shape, attention.k_BNSH.shape[2]
     queries = queries_at_once(B * max(N, q_BTIC.shape[2]) * S)
     return total_kl_reference(attention, q_BTIC, *rest, queries=queries, **options)
@@ -173,20 +174,15 @@ def attend_tiled(
     recorded = stage == "sparse" and record
     selected_BTk = positions_of(unpack(bits_BTW, T), min(topk, T)) if recorded else None
     with jax.named_scope("indexer_kl"):
-        attention = jax.lax.stop_gradient(Attention(q_BNTH, k_BNSH, lse_BNT))
+        attention = jax.lax.stop_gradient(MainAttention(q_BNTH, k_BNSH, lse_BNT))
         allowed_blocks = selected_blocks if stage == "sparse" else to_block_cyclic(bits_BTW, 1)
         kl, recall_blocks = total_kl(
             kernels, attention, queries, keys, allowed_blocks, selected_blocks
         )
-    zero = jnp.zeros((), jnp.float32)
     if stage == "sparse":
-        return out_BTNV, IndexerStats(kl, zero, zero), selected_BTk
-    num_allowed_BT = count_keys(bits_BTW)
-    has_choice_BT = num_allowed_BT > topk
+        return out_BTNV, dataclasses.replace(IndexerStats.zero(), kl=kl), selected_BTk
     recall_BT = from_block_cyclic(recall_blocks, 1)[:, :T]
-    recall = jnp.sum(jnp.where(has_choice_BT, recall_BT, 0.0))
-    random = jnp.sum(jnp.where(has_choice_BT, topk / jnp.maximum(num_allowed_BT, 1), 0.0))
-    return out_BTNV, IndexerStats(kl, recall, random), selected_BTk
+    return out_BTNV, warmup_stats(kl, recall_BT, count_keys(bits_BTW), topk), selected_BTk
 
 
 def select(kernels: Kernels, queries: Queries, keys: Keys, topk: int) -> Array:
@@ -215,7 +211,7 @@ def attend_heads(
 
 def total_kl(
     kernels: Kernels,
-    attention: Attention,
+    attention: MainAttention,
     queries: Queries,
     keys: Keys,
     allowed_blocks: Array,
@@ -235,26 +231,26 @@ def total_kl(
     """
     axis = mesh_axis("heads") if ambient_shards("heads") > 1 else ""
 
-    def per_device(attention: Attention, k_BSC: Array, *by_query: Array) -> tuple[Array, Array]:
-        own = Attention(
+    def per_device(attention: MainAttention, k_BSC: Array, *by_query: Array) -> tuple[Array, Array]:
+        own = MainAttention(
             from_block_cyclic(attention.q_BNTH, 2),
             attention.k_BNSH,
             from_block_cyclic(attention.lse_BNT, 2),
         )
         q_BTIC, w_BTI, allowed_BTW, selected_BTW = own_queries(by_query)
         kl, recall_BT = kernels.total_kl(
-            own, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW, axis=axis
+            own, q_BTIC, k_BSC, w_BTI, allowed_BTW, selected_BTW, axis=axis
         )
         return kl[None], to_block_cyclic(recall_BT, 1, devices=1)
 
-    attention = Attention(
+    attention = MainAttention(
         to_block_cyclic(attention.q_BNTH, 2),
         attention.k_BNSH,
         to_block_cyclic(attention.lse_BNT, 2),
     )
     # In float32, so that its gradient is added up over devices as it is, and rounded once.
     k_BSC = keys.k_BSC.astype(jnp.float32)
-    in_specs = Attention(HEAD_BLOCKS, HEADS, HEAD_BLOCKS), ROWS, BLOCKS, BLOCKS, BLOCKS, BLOCKS
+    in_specs = MainAttention(HEAD_BLOCKS, HEADS, HEAD_BLOCKS), ROWS, BLOCKS, BLOCKS, BLOCKS, BLOCKS
     kl_shards = map_shards(per_device, in_specs, (P(MESH_AXES), BLOCKS))
     kl_n, recall_blocks = kl_shards(
         attention, k_BSC, queries.q_BTIC, queries.w_BTI, allowed_blocks, selected_blocks

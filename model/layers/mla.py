@@ -119,8 +119,7 @@ class LatentAttention(nn.Module):
             assert tokens.allowed_BTS is not None and tokens.slot is not None
             entries, stats = past.write(entries, tokens.slot), IndexerStats.zero()
             out_BTNV = self.absorbed(
-                projected.q_nope_BTNH,
-                projected.q_rope_BTNH,
+                projected,
                 entries,
                 tokens.allowed_BTS,
                 index_query if tokens.stage == "sparse" else None,
@@ -194,8 +193,7 @@ class LatentAttention(nn.Module):
 
     def absorbed(
         self,
-        q_nope_BTNH: Array,
-        q_rope_BTNH: Array,
+        projected: Projections,
         cache: LatentCache,
         allowed_BTS: Array,
         index_query: IndexerQuery | None,
@@ -204,11 +202,13 @@ class LatentAttention(nn.Module):
 
         Returns out_BTNV.
         """
-        dtype, a = q_nope_BTNH.dtype, self.config.mla
+        dtype, a = projected.q_nope_BTNH.dtype, self.config.mla
         topk = self.config.indexer.topk
         with jax.named_scope("absorb"):
-            q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, self.key_up.astype(dtype))
-            q_BTNR = jnp.concatenate([q_latent_BTNR, q_rope_BTNH], axis=-1)
+            q_latent_BTNR = jnp.einsum(
+                "BTNH,RNH->BTNR", projected.q_nope_BTNH, self.key_up.astype(dtype)
+            )
+            q_BTNR = jnp.concatenate([q_latent_BTNR, projected.q_rope_BTNH], axis=-1)
         attend = latent_form(cache, q_BTNR.shape[1], None if index_query is None else topk)
         mixed_BTNR = attend(
             q_BTNR, cache, allowed_BTS, index_query, value_rank=a.kv_lora_rank, topk=topk

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels.decode_selection import select_tpu
+from kernels.decode_selection import list_selected_tpu
 from kernels.sparse_decode import decode_tpu
 from tests.compile.ahead_of_time import (
     BF16,
@@ -66,7 +66,9 @@ def test_sparse_decode(heads, num_splits, S, topology):
 )
 def test_selection_of_one_query(top_p, S, topology):
     shapes = ((2, I, C), BF16), ((2, S, C), BF16), ((2, I), F32), ((2, S), jnp.bool_)
-    program = compiled(topology, functools.partial(select_tpu, topk=TOPK, top_p=top_p), *shapes)
+    program = compiled(
+        topology, functools.partial(list_selected_tpu, topk=TOPK, top_p=top_p), *shapes
+    )
     assert temporary_bytes(program) < 4 * MIB, (
         "the allowed tokens as words, and no copy of the keys"
     )
@@ -78,7 +80,7 @@ def test_at_the_highest_precision_bfloat16_stays_what_it_is():
     """
     shapes = ((2, I, C), BF16), ((2, 4_096, C), BF16), ((2, I), F32), ((2, 4_096), jnp.bool_)
     with jax.default_matmul_precision("highest"):
-        compiled("v6e:2x2", functools.partial(select_tpu, topk=TOPK), *shapes)
+        compiled("v6e:2x2", functools.partial(list_selected_tpu, topk=TOPK), *shapes)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_in_float32(heads, I, C, R, V, topk):
     B, S = 2, 16_384
     compiled(
         "v6e:2x2",
-        functools.partial(select_tpu, topk=topk),
+        functools.partial(list_selected_tpu, topk=topk),
         ((B, I, C), F32),
         ((B, S, C), F32),
         ((B, I), F32),

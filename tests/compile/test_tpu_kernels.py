@@ -31,8 +31,8 @@ SLOW = pytest.mark.slow  # between a small size and the largest: `make test-comp
 
 
 def indexer(L: int, I: int = I, C: int = C, dtype=BF16) -> list:
-    """Returns the shapes of q, w and k."""
-    return [((1, L, I, C), dtype), ((1, L, I), F32), ((1, L, C), dtype)]
+    """Returns the shapes of q, k and w."""
+    return [((1, L, I, C), dtype), ((1, L, C), dtype), ((1, L, I), F32)]
 
 
 def attention(L: int, heads: int, key_heads: int = 0, H: int = H, V: int = V, dtype=BF16) -> list:
@@ -43,7 +43,7 @@ def attention(L: int, heads: int, key_heads: int = 0, H: int = H, V: int = V, dt
     ]
 
 
-def select(topology: str, q, w, k, topk: int = TOPK, **options):
+def select(topology: str, q, k, w, topk: int = TOPK, **options):
     L = q[0][1]
     segments, positions = ((1, L), jnp.int32), ((L,), jnp.int32)
     function = functools.partial(select_tpu, topk=topk, **options)
@@ -62,11 +62,11 @@ def gradients_of_attention(topology: str, q, k, v):
     return compiled(topology, gradients, q, k, v, ((B, L, num_words(L)), jnp.int32))
 
 
-def gradients_of_loss(topology: str, q, k, iq, w, ik):
-    def gradients(q, k, lse, iq, w, ik, bits, selected):
-        attention = indexer_kl.Attention(q, k, lse)
+def gradients_of_loss(topology: str, q, k, iq, ik, w):
+    def gradients(q, k, lse, iq, ik, w, bits, selected):
+        attention = indexer_kl.MainAttention(q, k, lse)
         return jax.value_and_grad(indexer_kl.total_kl_tpu, (1, 2, 3), has_aux=True)(
-            attention, iq, w, ik, bits, selected
+            attention, iq, ik, w, bits, selected
         )
 
     B, _, L, _ = q[0]
@@ -77,8 +77,8 @@ def gradients_of_loss(topology: str, q, k, iq, w, ik):
         k,
         (q[0][:3], F32),
         iq,
-        w,
         ik,
+        w,
         *[((B, L, num_words(L)), jnp.int32)] * 2,
     )
 
@@ -164,9 +164,9 @@ def test_kernels_of_a_config_in_its_dtype(name):
     mla, dtype = config.mla, F32 if name == "deepseek_v32" else jnp.dtype(config.dtype)
     width = mla.qk_nope_head_dim + mla.qk_rope_head_dim
     q, k, v = attention(L, min(mla.num_attention_heads, 16), 0, width, mla.v_head_dim, dtype)
-    iq, w, ik = indexer(L, config.indexer.n_heads, config.indexer.head_dim, dtype)
-    select("v6e:2x2", iq, w, ik, topk=config.indexer.topk)
-    gradients_of_loss("v6e:2x2", q, k, iq, w, ik)
+    iq, ik, w = indexer(L, config.indexer.n_heads, config.indexer.head_dim, dtype)
+    select("v6e:2x2", iq, ik, w, topk=config.indexer.topk)
+    gradients_of_loss("v6e:2x2", q, k, iq, ik, w)
     if (width, dtype) != (H, BF16):
         gradients_of_attention("v6e:2x2", q, k, v)
 
@@ -187,16 +187,16 @@ def test_two_rows_of_128k_come_one_by_one():
     """Their tables of tiles do not fit into a chip's scalar memory together."""
     L, heads = 131_072, 2
     q, k, v = attention(L, heads)
-    iq, w, ik = indexer(L)
+    iq, ik, w = indexer(L)
     bits = ((1, L, num_words(L)), jnp.int32)
 
-    def loss(iq, w, ik, q, k, v, bits):
+    def loss(iq, ik, w, q, k, v, bits):
         out, lse = sparse_attention.attend_tpu(q, k, v, bits)
-        attention = indexer_kl.Attention(q, k, lse)
-        kl, *_ = indexer_kl.total_kl_tpu(attention, iq, w, ik, bits, bits)
+        attention = indexer_kl.MainAttention(q, k, lse)
+        kl, *_ = indexer_kl.total_kl_tpu(attention, iq, ik, w, bits, bits)
         return kl + jnp.sum(out.astype(F32))
 
-    rows = (((2, *shape[1:]), dtype) for shape, dtype in (iq, w, ik, q, k, v, bits))
+    rows = (((2, *shape[1:]), dtype) for shape, dtype in (iq, ik, w, q, k, v, bits))
     compiled("v5e:2x2", loss, *rows)
 
 

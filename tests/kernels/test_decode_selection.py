@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.decode_selection import list_positions, select_reference, select_tpu
+from kernels.decode_selection import list_positions, list_selected_reference, list_selected_tpu
 from kernels.reference import indexer_scores
 from tests.interpreter import STRICT
 
@@ -43,7 +43,7 @@ def by_sorting(scores_S: np.ndarray, allowed_S: np.ndarray, topk: int) -> list[i
 @pytest.mark.parametrize(("S", "topk"), [(300, 40), (300, 500), (77, 1)])
 def test_the_reference_lists_the_best(S, topk, integers):
     q, k, w, allowed = made = inputs(S, integers)
-    index, count = select_reference(*made, topk)
+    index, count = list_selected_reference(*made, topk)
     scores = np.asarray(indexer_scores(q[:, None], k, w[:, None])[:, 0])
     for b in range(3):
         expected = by_sorting(scores[b] + 0.0, np.asarray(allowed[b]), topk)
@@ -73,10 +73,10 @@ CASES = {  # tokens, k, top-p, integers
 def test_the_kernel_lists_what_the_reference_does(case):
     S, topk, top_p, integers = CASES[case]
     made = inputs(S, integers)
-    index, count = select_tpu(
+    index, count = list_selected_tpu(
         *made, topk, top_p, keys=1_024, interpret=STRICT if S < 2_000 else True
     )
-    expected_index, expected_count = select_reference(*made, topk, top_p)
+    expected_index, expected_count = list_selected_reference(*made, topk, top_p)
     np.testing.assert_array_equal(count, expected_count)
     np.testing.assert_array_equal(index, expected_index)
 
@@ -86,8 +86,10 @@ def test_bfloat16_and_a_row_that_ends_early():
     q, k, w, allowed = inputs(5_000, True)
     allowed = allowed & (jnp.arange(5_000) < 1_000)
     k = jnp.where(jnp.arange(5_000)[:, None] < 2_048, k, jnp.nan)
-    found = select_tpu(
+    found = list_selected_tpu(
         q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), w, allowed, 50, interpret=STRICT
     )
-    for x, y in zip(found, select_reference(q, jnp.nan_to_num(k), w, allowed, 50), strict=True):
+    for x, y in zip(
+        found, list_selected_reference(q, jnp.nan_to_num(k), w, allowed, 50), strict=True
+    ):
         np.testing.assert_array_equal(x, y)

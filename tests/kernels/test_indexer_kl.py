@@ -14,7 +14,7 @@ import pytest
 
 from kernels import indexer_kl as kernels
 from kernels.bitmask import pack
-from kernels.indexer_kl import Attention, Tiles, total_kl_reference, total_kl_tpu
+from kernels.indexer_kl import MainAttention, Tiles, total_kl_reference, total_kl_tpu
 from kernels.reference import indexer_kl, indexer_scores
 from tests.interpreter import STRICT
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
-    """Makes the attention's inputs; the indexer's q, w and k; a mask, a part of it; and p.
+    """Makes the attention's inputs; the indexer's q, k and w; a mask, a part of it; and p.
 
     The mask is causal, with two segments and a query without keys.
     """
@@ -48,8 +48,8 @@ def made(B: int, N: int, T: int, H: int, I: int, C: int, share: float):
         jnp.where(allowed_BTS[:, None], jnp.exp(logits_BNTS - lse_BNT[..., None]), 0), axis=1
     )
     return (
-        Attention(q_BNTH, k_BNSH, lse_BNT),
-        (q_BTIC, w_BTI, k_BSC),
+        MainAttention(q_BNTH, k_BNSH, lse_BNT),
+        (q_BTIC, k_BSC, w_BTI),
         allowed_BTS,
         selected_BTS,
         p_BTS,
@@ -79,14 +79,14 @@ def test_it_is_the_definition_and_its_gradient(
     }[kind]
     with jax.default_matmul_precision("highest"):
         definition = jax.value_and_grad(
-            lambda q, w, k: 3.0 * jnp.sum(indexer_kl(p_BTS, indexer_scores(q, k, w), allowed_BTS)),
+            lambda q, k, w: 3.0 * jnp.sum(indexer_kl(p_BTS, indexer_scores(q, k, w), allowed_BTS)),
             (0, 1, 2),
         )
         expected, expected_gradients = definition(*indexer)
 
-        def three_times(q_BTIC, w_BTI, k_BSC):
+        def three_times(q_BTIC, k_BSC, w_BTI):
             allowed_BTW, selected_BTW = pack(allowed_BTS), pack(selected_BTS)
-            kl, recall_BT = total_kl(attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW)
+            kl, recall_BT = total_kl(attention, q_BTIC, k_BSC, w_BTI, allowed_BTW, selected_BTW)
             return 3.0 * kl, recall_BT
 
         (found, recall_BT), gradients = jax.value_and_grad(three_times, (0, 1, 2), has_aux=True)(
@@ -128,10 +128,10 @@ def test_rows_whose_tables_do_not_fit_come_one_by_one(monkeypatch):
     attention, indexer, allowed_BTS, selected_BTS, _ = made(2, 1, 200, 8, 1, 8, 0.5)
 
     def graded():
-        def total(q_BTIC, w_BTI, k_BSC):
+        def total(q_BTIC, k_BSC, w_BTI):
             allowed_BTW, selected_BTW = pack(allowed_BTS), pack(selected_BTS)
             tiles = Tiles(128, 128, interpret=True)
-            return total_kl_tpu(attention, q_BTIC, w_BTI, k_BSC, allowed_BTW, selected_BTW, tiles)
+            return total_kl_tpu(attention, q_BTIC, k_BSC, w_BTI, allowed_BTW, selected_BTW, tiles)
 
         (kl, recall_BT), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*indexer)
         return recall_BT, *gradients, kl
@@ -163,7 +163,7 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
     monkeypatch.setattr("kernels.indexer_kl.KEYS_AT_ONCE", 128)
     (q_BNTH, k_BNSH, _), indexer, allowed_BTS, selected_BTS, _ = made(1, 4, 200, 8, 2, 8, 0.5)
     attended = q_BNTH.astype(jnp.bfloat16), k_BNSH.astype(jnp.bfloat16)
-    q_BTIC, k_BSC = indexer[0].astype(jnp.bfloat16), indexer[2].astype(jnp.bfloat16)
+    q_BTIC, k_BSC = indexer[0].astype(jnp.bfloat16), indexer[1].astype(jnp.bfloat16)
     exact = tuple(x.astype(jnp.float32) for x in attended)
     logits_BNTS = jnp.where(
         allowed_BTS[:, None], jnp.einsum("BNTH,BNSH->BNTS", *exact, precision="highest"), -1e30
@@ -173,12 +173,12 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
     )
 
     def graded(total_kl, attended, q_BTIC, k_BSC):
-        attention = Attention(attended[0], attended[1], lse_BNT)
+        attention = MainAttention(attended[0], attended[1], lse_BNT)
 
-        def total(q_BTIC, w_BTI, k_BSC):
-            return total_kl(attention, q_BTIC, w_BTI, k_BSC, pack(allowed_BTS), pack(selected_BTS))
+        def total(q_BTIC, k_BSC, w_BTI):
+            return total_kl(attention, q_BTIC, k_BSC, w_BTI, pack(allowed_BTS), pack(selected_BTS))
 
-        return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q_BTIC, indexer[1], k_BSC)
+        return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q_BTIC, k_BSC, indexer[2])
 
     (found, recall_BT), gradients = graded(
         functools.partial(total_kl_tpu, tiles=Tiles(128, 128, interpret=STRICT)),
@@ -194,7 +194,7 @@ def test_bfloat16_is_float32_but_for_the_rounding_of_products(monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(recall_BT, expected_recall_BT, atol=1e-5)
     for one, other, given in zip(
-        gradients, expected_gradients, (q_BTIC, indexer[1], k_BSC), strict=True
+        gradients, expected_gradients, (q_BTIC, k_BSC, indexer[2]), strict=True
     ):
         assert one.dtype == given.dtype
         np.testing.assert_allclose(

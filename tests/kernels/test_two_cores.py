@@ -64,7 +64,7 @@ def decode(interpret):
 
 def select_for_decoding(interpret):
     """Lies over the cores by rows."""
-    return decode_selection.select_tpu(
+    return decode_selection.list_selected_tpu(
         *test_decode_selection.inputs(1_500, False), 100, 0.8, keys=1_024, interpret=interpret
     )
 
