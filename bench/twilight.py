@@ -40,7 +40,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.decode import DecodeWeights, decode_weights, expert_matrices, map_gate_and_up
 from model.heads import embed, logits_of
-from model.layers.mla import LatentAttention
+from model.layers.mla import LatentAttention, Projections
 from model.layers.norm import RMSNorm
 from model.segments import TokenInfo
 from model.transformer import Block
@@ -169,8 +169,7 @@ def read(
 def attend_and_count(
     module: LatentAttention,
     absorbed: Callable[..., Array],
-    q_nope_BTNH: Array,
-    q_rope_BTNH: Array,
+    projected: Projections,
     cache: LatentCache,
     allowed_BTS: Array,
     query: IndexerQuery | None,
@@ -186,20 +185,19 @@ def attend_and_count(
 
     Args:
       module: the layer's attention.
-      absorbed: its method of that name, which takes the next five arguments.
-      q_nope_BTNH: queries without position.
-      q_rope_BTNH: rotated queries; H is another width.
+      absorbed: its method of that name, which takes the next four arguments.
+      projected: the queries of the layer.
       cache: of the layer, filled with the rows.
       allowed_BTS: keys that a query may see.
       query: the indexer's, None in dense attention.
       top_p: the share of attention that is kept.
       counted_BT: tokens that the means are over.
     """
-    out_BTNV = absorbed(q_nope_BTNH, q_rope_BTNH, cache, allowed_BTS, query)
+    out_BTNV = absorbed(projected, cache, allowed_BTS, query)
     every_key = dataclasses.replace(cache, attention_top_p=1.0, estimate=None)
-    whole_BTNV = absorbed(q_nope_BTNH, q_rope_BTNH, every_key, allowed_BTS, query)
-    q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", q_nope_BTNH, module.key_up)
-    q_BTNR = jnp.concatenate([q_latent_BTNR, q_rope_BTNH], axis=-1)
+    whole_BTNV = absorbed(projected, every_key, allowed_BTS, query)
+    q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", projected.q_nope_BTNH, module.key_up)
+    q_BTNR = jnp.concatenate([q_latent_BTNR, projected.q_rope_BTNH], axis=-1)
 
     def mean_probabilities(keys_BSR: Array, selected_BTS: Array) -> Array:
         """Returns attention's probabilities, means over the heads, [B, T, S]."""

@@ -22,7 +22,9 @@ class Field(NamedTuple):
 def fields(section: Any = None, prefix: str = "") -> Iterator[Field]:
     """Yields the fields of a section and of the sections inside it; of the whole config if None."""
     section = Config() if section is None else section
-    meanings = _comments(type(section))
+    meanings: dict[str, str] = {}
+    for cls in reversed(type(section).__mro__):
+        meanings |= _comments(cls) if dataclasses.is_dataclass(cls) else {}
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):

@@ -85,7 +85,9 @@ def build(cls: type, config: Mapping[str, Any] | ConfigDict, path: str) -> Any:
       UserError: a field too many, a field missing, a value of another type, or whatever the
         dataclass itself refuses.
     """
-    return cls(**_values(typing.get_type_hints(cls), config, path))
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return cls(**_values(fields, config, path))
 
 
 def _values(fields: Mapping[str, Any], config: Any, path: str) -> dict[str, Any]:
@@ -99,7 +101,10 @@ def _values(fields: Mapping[str, Any], config: Any, path: str) -> dict[str, Any]
             raise no_such_field(path, name, fields)
     for name in fields:
         if name not in config:
-            raise UserError(f"{path}.{name}: missing (configs/base.py says what it means)")
+            field = f"{path}.{name}".removeprefix("config.")
+            raise UserError(
+                f"{path}.{name}: missing (`python -m launch.fields {field}` says what it means)"
+            )
     return {name: _value(kind, config[name], f"{path}.{name}") for name, kind in fields.items()}
 
 

@@ -68,7 +68,7 @@ def _refuse_another_run(workdir: Path, written: Mapping[str, Any], ours: Mapping
             f"{workdir} belongs to launch.{written['command']}; choose another --workdir for "
             f"launch.{ours['command']}"
         )
-    old, new = _flat(with_new_names(written["config"])), _flat(ours["config"])
+    old, new = _flat(_present(written["config"])), _flat(ours["config"])
     for name in [*new, *(name for name in old if name not in new)]:
         if name not in MAY_CHANGE and old.get(name, "nothing") != new.get(name, "nothing"):
             change = f"{name}: {old.get(name, 'nothing')} there, {new.get(name, 'nothing')} here"
@@ -99,12 +99,12 @@ def open_workdir(workdir: Path, config: Config, command: str) -> Iterator[None]:
 def recorded_config(workdir: Path) -> ConfigDict:
     """Returns the config recorded in a run's workdir, which may still be overridden; `parse` it.
 
-    Raises UserError if there is none.
+    A field that did not exist yet has its default. Raises UserError if there is no record.
     """
     record = workdir / "config.json"
     if not record.exists():
         raise UserError(f"{workdir}: no config.json, so not the --workdir of a run")
-    return ConfigDict(_with_tuples(with_new_names(_read(record)["config"])))
+    return ConfigDict(_with_tuples(_present(_read(record)["config"])))
 
 
 def checked_workdir(value: str, *, reads: bool) -> Path:
@@ -155,6 +155,20 @@ def _read(record: Path) -> dict[str, Any]:
         raise UserError(
             f"{record}: not the record of a run; remove it or choose another --workdir"
         ) from error
+
+
+def _present(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recorded config with the names and fields that configs have now."""
+    return _over(json.loads(json.dumps(dataclasses.asdict(Config()))), with_new_names(recorded))
+
+
+def _over(defaults: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the recorded fields, and the defaults of those that are not recorded."""
+    filled = dict(defaults) | dict(recorded)
+    for name, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled[name], Mapping):
+            filled[name] = _over(default, filled[name])
+    return filled
 
 
 def _with_tuples(value: Any) -> Any:

@@ -120,8 +120,8 @@ def indexer_kl(target_BTS: Array, scores_BTS: Array, allowed_BTS: Array) -> Arra
         KL(p[t] || softmax(I[t]))  =  sum_s  p[t, s] (log p[t, s] - log softmax(I[t])[s])
 
     Args:
-      target_BTS: p, the main attention's probabilities, mean over heads; they sum to 1 over
-        `allowed_BTS`.
+      target_BTS: p, the main attention's probabilities, mean over heads. Each head's sum to 1 over
+        `allowed_BTS`, so this is the paper's sum over heads divided by its L1 norm.
       scores_BTS: I, the indexer's scores.
       allowed_BTS: bool, the keys that p and the softmax range over, those that the main attention
         may attend to: all earlier ones in the dense warm-up stage (eq. 3), the selected ones in the

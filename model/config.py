@@ -28,7 +28,6 @@ from model.layer_configs import (
 )
 from model.stacks import LayerKind, LayerStack, layer_stacks
 
-LAYER_TYPES = ("mla", "gqa", "delta")  # each names its section, too
 STAGES = ("dense", "warmup", "sparse")
 NORMS = ("scale", "zero_centred")
 MTP_INPUTS = ("residual", "normed")
@@ -88,8 +87,10 @@ class ModelConfig:
         check.positive("hidden_size", "num_hidden_layers", "query_chunk", "causal_parts")
         check.positive("logit_chunk", "scan_unroll")
         check.that(self.vocab_size >= 0, "vocab_size", "must be 0 (the tokenizer's) or positive")
-        known = len(self.layer_types) > 0 and all(kind in LAYER_TYPES for kind in self.layer_types)
-        check.that(known, "layer_types", f"must be one or several of {', '.join(LAYER_TYPES)}")
+        # A type of attention is a section that says what it costs.
+        types = [name for name, section in vars(self).items() if hasattr(section, "cost")]
+        known = len(self.layer_types) > 0 and all(kind in types for kind in self.layer_types)
+        check.that(known, "layer_types", f"must be one or several of {', '.join(types)}")
         layers = self.num_hidden_layers
         check.that(
             0 <= self.first_k_dense_replace <= layers,

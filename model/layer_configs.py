@@ -20,11 +20,13 @@ class AttentionCost(NamedTuple):
       expanded: for each key that a query attends to, in training and prefill.
       cached: the same in decoding, over what is cached.
       constant: for each token, whatever the context.
+      most_keys: how many keys a query attends to at most; None for no limit.
     """
 
     expanded: int = 0
     cached: int = 0
     constant: int = 0
+    most_keys: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

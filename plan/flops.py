@@ -94,9 +94,9 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield item
 
 
-def attended_keys(queries: range, topk: int) -> float:
-    """Counts the keys that causal queries at these positions attend to, each to at most `topk`."""
-    return float(sum(min(position + 1, topk) for position in queries))
+def attended_keys(queries: range, most: int) -> float:
+    """Counts the keys that causal queries at these positions attend to, each to at most `most`."""
+    return float(sum(min(position + 1, most) for position in queries))
 
 
 def parameters_per_token(model: ModelConfig, heads: int, *, mtp: bool, indexer: bool) -> int:
@@ -161,8 +161,8 @@ def train_formula(model: ModelConfig, stage: str, rows: int, length: int) -> flo
     parameters = parameters_per_token(model, heads, mtp=True, indexer=stage != "dense")
     flops = trunk * parameters * tokens
     for cost, indexed in layer_costs(model, mtp=True):
-        topk = indexer.topk if stage == "sparse" and indexed else length
-        keys = attended_keys(queries, topk)
+        most = indexer.topk if stage == "sparse" and indexed else cost.most_keys or length
+        keys = attended_keys(queries, most)
         flops += trunk * (rows * keys * cost.expanded + tokens * cost.constant)
         if stage != "dense" and indexed:
             scored = attended_keys(queries, length)
@@ -191,10 +191,10 @@ def rollout_formula(
     head = model.vocab_size * model.hidden_size
     flops = 2 * prompts * (layers * prompt + head) + 2 * completions * (layers + head) * new
     for cost, indexed in layer_costs(model, mtp=False):
-        topk = indexer.topk if sparse and indexed else prompt + new
-        keys = attended_keys(prefilled, topk)
+        most = indexer.topk if sparse and indexed else cost.most_keys or prompt + new
+        keys = attended_keys(prefilled, most)
         flops += 2 * prompts * (keys * cost.expanded + cost.constant * prompt)
-        keys = attended_keys(decoded, topk)
+        keys = attended_keys(decoded, most)
         flops += 2 * completions * (keys * cost.cached + cost.constant * new)
         if sparse and indexed:
             scored = prompts * attended_keys(prefilled, prompt)

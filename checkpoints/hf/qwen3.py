@@ -101,7 +101,8 @@ def write_qwen3_next(writer: ConfigWriter) -> dict[str, Any]:
     Raises UserError if they cannot express the model.
     """
     model, g, m = writer.model, writer.model.gqa, writer.model.moe
-    writer.require("mla" not in model.layer_types, "layer_types", "delta and gqa")
+    known = set(model.layer_types) <= set(LAYER_TYPES.values())
+    writer.require(known, "layer_types", "delta and gqa")
     writer.require_fields(FIXED_NEXT)
     modules = model.num_nextn_predict_layers
     writer.require(modules <= 1, "num_nextn_predict_layers", "at most 1")

@@ -26,15 +26,22 @@ from jax.sharding import PartitionSpec as P
 
 from errors import UserError
 from kernels import indexer_kl, sparse_attention
-from kernels.bitmask import causal_bits, count_keys, unpack
+from kernels.bitmask import causal_bits, count_keys, pack, unpack
+from kernels.chunks import map_chunks
 from kernels.device import ambient_device
 from kernels.indexer_kl import MainAttention, total_kl_reference, total_kl_tpu
 from kernels.selection import BLOCK, select_reference, select_tpu
 from kernels.sparse_attention import attend_reference, attend_tpu
 from kernels.tiles import padded
-from model.attention.reference import IndexerInputs, IndexerStats, positions_of, warmup_stats
-from model.mesh import MESH_AXES
-from model.sharding import ambient_shards, map_shards, mesh_axis, spec
+from model.attention.reference import (
+    IndexerInputs,
+    IndexerStats,
+    Mask,
+    positions_of,
+    warmup_stats,
+)
+from model.segments import causal_mask
+from model.sharding import ambient_shards, map_shards, mesh_axes, mesh_axis, spec
 
 MIN_TILED = 512  # tokens of a row: shorter ones would leave most of a tile empty
 # Bytes of the products of all heads that a GPU's selection or loss writes to memory at a time.
@@ -146,17 +153,20 @@ def attend_tiled(
     stage: str,
     topk: int,
     kernels: Kernels,
+    mask: Mask = causal_mask,
     record: bool = False,
 ) -> tuple[Array, IndexerStats, Array | None]:
-    """Computes what `attend_expanded` does, by the kernels of one platform. See there."""
+    """Computes what `attend_expanded` does, by the kernels of one platform. See there.
+
+    Where an indexer selects, the mask must be `causal_mask`.
+    """
     T = q_BTNH.shape[1]
     q_BNTH, k_BNSH, v_BNSV = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
     if stage == "dense" or indexer is None:
-        bits_BTW = checkpoint_name(
-            causal_bits(segments_BT, jnp.arange(T), segments_BT), "attention"
-        )
+        bits_BTW = checkpoint_name(mask_bits(mask, segments_BT), "attention")
         out_BTNV, _ = attend_heads(kernels, q_BNTH, k_BNSH, v_BNSV, bits_BTW)
         return out_BTNV, IndexerStats.zero(), None
+    assert mask is causal_mask, "the kernels that select know no other mask"
     queries = Queries(
         *(to_block_cyclic(x, 1) for x in (*indexer.query, segments_BT, jnp.arange(T)[None]))
     )
@@ -166,7 +176,7 @@ def attend_tiled(
     bits_BTW = (
         from_block_cyclic(selected_blocks, 1)[:, :T]
         if stage == "sparse"
-        else causal_bits(segments_BT, jnp.arange(T), segments_BT)
+        else mask_bits(mask, segments_BT)
     )
     # A rematerialised layer keeps what has this name, so the backward pass does not select again.
     bits_BTW = checkpoint_name(bits_BTW, "attention")
@@ -183,6 +193,18 @@ def attend_tiled(
         return out_BTNV, dataclasses.replace(IndexerStats.zero(), kl=kl), selected_BTk
     recall_BT = from_block_cyclic(recall_blocks, 1)[:, :T]
     return out_BTNV, warmup_stats(kl, recall_BT, count_keys(bits_BTW), topk), selected_BTk
+
+
+def mask_bits(mask: Mask, segments_BT: Array) -> Array:
+    """Returns the bitmask of a mask over whole rows, made for a chunk of queries at a time."""
+    index_T = jnp.arange(segments_BT.shape[1])
+    if mask is causal_mask:
+        return causal_bits(segments_BT, index_T, segments_BT)
+
+    def bits_of(query_segments_BT: Array, query_index_T: Array) -> Array:
+        return pack(mask(query_segments_BT, query_index_T, segments_BT))
+
+    return map_chunks(bits_of, (segments_BT, index_T), BLOCK, axes=(1, 0))
 
 
 def select(kernels: Kernels, queries: Queries, keys: Keys, topk: int) -> Array:
@@ -251,7 +273,9 @@ def total_kl(
     # In float32, so that its gradient is added up over devices as it is, and rounded once.
     k_BSC = keys.k_BSC.astype(jnp.float32)
     in_specs = MainAttention(HEAD_BLOCKS, HEADS, HEAD_BLOCKS), ROWS, BLOCKS, BLOCKS, BLOCKS, BLOCKS
-    kl_shards = map_shards(per_device, in_specs, (P(MESH_AXES), BLOCKS))
+    # A loss of its own has each device along the axes that the queries lie over, and no other.
+    axes = (*mesh_axes("batch"), *mesh_axes("query_blocks"))
+    kl_shards = map_shards(per_device, in_specs, (P(axes), BLOCKS))
     kl_n, recall_blocks = kl_shards(
         attention, k_BSC, queries.q_BTIC, queries.w_BTI, allowed_blocks, selected_blocks
     )

@@ -1,10 +1,13 @@
 """`launch.fields` shows the config as it is."""
 
+import dataclasses
+
 import pytest
 
 from errors import UserError
 from experiment.fields import describe, fields
 from experiment.schema import default_config
+from model.layer_configs import GQAConfig
 
 
 def test_every_field_is_shown_with_its_default():
@@ -33,6 +36,16 @@ def test_a_section_shows_its_own_fields_alone():
     lines = [line for line in describe("model.indexer").split("\n") if not line.startswith(" ")]
     assert len(lines) == len(default_config().model.indexer)
     assert all(line.startswith("model.indexer.") for line in lines)
+
+
+def test_a_section_may_inherit_fields():
+    @dataclasses.dataclass(frozen=True)
+    class Window(GQAConfig):
+        window: int = 128  # keys a query attends to
+
+    shown = {field.name: field.meaning for field in fields(Window())}
+    assert shown["window"] == "keys a query attends to"
+    assert shown["num_key_value_heads"] == "K"
 
 
 def test_a_section_that_does_not_exist_is_named():

@@ -60,7 +60,7 @@ def test_build_makes_the_annotated_types():
         ({"inner": {"zzz": 8}}, "config.inner.zzz: no such field (has: experts, rate)"),
         (
             {"inner": {"experts": 8}},
-            "config.inner.rate: missing (configs/base.py says what it means)",
+            "config.inner.rate: missing (`python -m launch.fields inner.rate` says what it means)",
         ),
         ({"inner": 3}, "config.inner = 3: must be a section with the fields experts, rate"),
         (

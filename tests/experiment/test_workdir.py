@@ -1,5 +1,6 @@
 """A workdir belongs to one run, which may be extended and moved and nothing else."""
 
+import json
 import os
 
 import pytest
@@ -71,6 +72,17 @@ def test_a_failed_try_to_go_on_takes_nothing_away(tmp_path, config):
     with pytest.raises(UserError), open_workdir(tmp_path, config, "pretrain"):
         raise UserError("no such file")
     assert parse(recorded_config(tmp_path)) == config
+
+
+def test_a_field_that_did_not_exist_yet_has_its_default(tmp_path, config):
+    record_config(tmp_path, config, "pretrain")
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["config"]["model"]["causal_parts"], record["config"]["evaluate"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert parse(recorded_config(tmp_path)) == config
+    record_config(tmp_path, config, "pretrain")
+    with pytest.raises(UserError, match=r"model\.causal_parts: 4 there, 2 here"):
+        record_config(tmp_path, changed("model.causal_parts=2"), "pretrain")
 
 
 def test_a_run_may_be_extended_and_moved(tmp_path, config):

@@ -11,6 +11,7 @@ import pytest
 
 from errors import UserError
 from launch import plan
+from model.mesh import MESH_AXES
 from plan import topology
 from tests.plan.small_config import SMALL, as_flags, make_config, needs_libtpu
 
@@ -34,7 +35,7 @@ def test_plans_the_pretended_devices_of_this_process(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "train: " in done.stdout and "rollout: " in done.stdout and "measured" not in done.stdout
     record = json.loads(path.read_text())
-    assert record["mesh"] == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
+    assert record["mesh"] == dict.fromkeys(MESH_AXES, 1) | {"fsdp": 2, "expert": 2}
     assert [plan["program"] for plan in record["plans"]] == ["train", "rollout"]
     train, rollout = record["plans"]
     assert train["bytes"]["moments"] > train["bytes"]["parameters"]

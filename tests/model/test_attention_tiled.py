@@ -5,6 +5,7 @@ selection and the loss.
 """
 
 import functools
+import importlib.util
 import types
 
 import jax
@@ -19,7 +20,8 @@ from model.attention.table import sequence_form
 from model.attention.tiled import KERNELS, MIN_TILED, attend_tiled, queries_at_once
 from model.config import STAGES
 from model.mesh import MeshConfig
-from model.sharding import make_mesh
+from model.segments import causal_mask
+from model.sharding import RULES, make_mesh
 from tests import tiny
 
 pytestmark = pytest.mark.kernel
@@ -106,6 +108,37 @@ def test_the_mesh_changes_nothing(stage, mesh, kernels, monkeypatch):
     )  # three chunks of a row's keys, gathered one after the other
     attend = functools.partial(attend_tiled, stage=stage, topk=TOPK, kernels=KERNELS[kernels])
     assert_same(result(attend, make_mesh(MeshConfig(*mesh))), by_chunks(stage))
+
+
+def test_devices_that_share_queries_count_their_loss_once(monkeypatch):
+    """As on a mesh axis that divides something else, here heads and not queries. The module's
+    specs follow the rules that it is imported with.
+    """
+    monkeypatch.setitem(RULES, "query_blocks", None)
+    found = importlib.util.find_spec("model.attention.tiled")
+    assert found is not None and found.loader is not None
+    own_copy = importlib.util.module_from_spec(found)
+    found.loader.exec_module(own_copy)
+    attend = functools.partial(
+        own_copy.attend_tiled, stage="sparse", topk=TOPK, kernels=KERNELS["reference"]
+    )
+    assert_same(result(attend, make_mesh(MeshConfig(2, 1, 1, 4))), by_chunks("sparse"))
+
+
+def window_of_100(query_segments_BT, query_index_T, key_segments_BS):
+    near_TS = query_index_T[:, None] - jnp.arange(key_segments_BS.shape[1]) < 100
+    return causal_mask(query_segments_BT, query_index_T, key_segments_BS) & near_TS
+
+
+def test_another_mask_is_the_same_by_tiles():
+    chunks = functools.partial(attend_expanded, query_chunk=128, causal_parts=2)
+    tiles = functools.partial(attend_tiled, kernels=KERNELS["cpu"])
+    found, expected = (
+        result(functools.partial(form, stage="dense", topk=TOPK, mask=window_of_100))
+        for form in (tiles, chunks)
+    )
+    assert_same(found, expected)
+    assert found[0][0] != by_chunks("dense")[0][0], "the window hides something"
 
 
 def test_keys_of_all_heads_live_a_chunk_at_a_time(monkeypatch):
