@@ -16,19 +16,21 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not compile"
 
-# No whole commands, public checkpoints, interpreted kernels or meshes: while you work.
-FAST := not slow and not compile and not command and not golden and not kernel and not mesh
+# No whole commands, public checkpoints, interpreted kernels or meshes.
+LIGHT := not slow and not compile and not command and not golden and not kernel and not mesh
+
+# Nor what compiles for long: while you work.
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(FAST)"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(LIGHT) and not heavy"
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not compile"
 
-# The fast tests on the newest Python, and so on the newest jax, where the machine has that Python.
+# On the newest Python, and so on the newest jax, where the machine has that Python.
 test-newest:
 	@if [ -z "$(NEWEST)" ]; then echo "test-newest: skipped, as there is no python3.13 here"; else \
 	    $(MAKE) .venv-newest/installed && .venv-newest/bin/python -m pytest -n 2 --dist worksteal \
-	        -m "$(FAST)"; fi
+	        -m "$(LIGHT)"; fi
 
 # Every kernel goes through the compilers of TPUs and of NVIDIA's GPUs, which need no such device.
 # They have an environment of their own, since JAX complains wherever it finds a library for TPUs

@@ -67,6 +67,7 @@ def changed(case: str, directory: Path, change=lambda tensors: None, **config) -
     return target
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_there_and_back_is_the_same(case, tmp_path):
     """Every tensor comes back bit by bit in the type it had, and every other file. FP8 comes back

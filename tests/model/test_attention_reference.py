@@ -82,6 +82,7 @@ LONG = (
 )  # 170 queries: of two parts 85 each, of three or more 64, 64 and 42
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", STAGES)
 def test_parts_of_the_sequence_change_nothing(stage):
     """Each part sees the keys up to its own end only, in one chunk or several, ragged ones
@@ -197,6 +198,7 @@ def test_gathered_latents_are_the_masked_ones(ties):
 LENGTH = 512  # no other dimension of the model below is this long
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", STAGES)
 def test_nothing_is_length_by_length(stage):
     """Neither the forward nor the backward pass of the whole model makes an array of which two

@@ -71,6 +71,7 @@ def decoded(case: str, topk: int | None = None):
     return cache, jnp.stack(found, axis=1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_decoding_is_the_forward_pass(case):
     """Absorbed against expanded: products of float32 matrices in another order, logits of size

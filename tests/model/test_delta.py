@@ -72,6 +72,7 @@ def test_chunked_is_recurrent(length, chunk):
     tiny.assert_close(found[1], expected[1], atol=1e-4)  # sums over up to 128 tokens
 
 
+@pytest.mark.heavy
 def test_packed_is_separate():
     """Each segment of a packed row by itself, from an empty state; padding writes nothing and reads
     zeros; the last state is the last segment's.

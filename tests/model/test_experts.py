@@ -64,6 +64,7 @@ def value_and_gradient(implementation, expert_TK, arrays):
     return jax.value_and_grad(loss, has_aux=True)(arrays)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("load", ["uneven", "one empty", "one", "elsewhere"])
 def test_implementations_agree(load):
     """In outputs, and in gradients to tokens, gates and weights.

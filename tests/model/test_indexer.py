@@ -131,6 +131,7 @@ def test_kl_of_the_target_itself_is_zero():
     tiny.assert_close(kl_BT, jnp.zeros((1, 2)), atol=1e-6)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 def test_the_wall(stage):
     """What is predicted does not move the indexer, and the indexer's loss moves nothing else: zero,

@@ -44,6 +44,7 @@ def real(x_BTV, batch):
     return jnp.where(batch["segments"][..., None] > 0, x_BTV, 0)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_the_future_has_no_gradient(case):
     """Every token of the row is another one, so the gradient to row `tokens[s]` of the embedding is
@@ -239,6 +240,7 @@ def plain():
     return loss_and_gradients(SMALL)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}], ids=str
 )
@@ -249,6 +251,7 @@ def test_how_it_is_computed_changes_nothing(plain, change):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
 def test_bfloat16_is_close(stage):
     """bfloat16 keeps 8 bits: 0.4 % a rounding, a few per cent after four layers. The median,

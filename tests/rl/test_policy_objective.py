@@ -97,6 +97,7 @@ def only(rows):
     return batch | {"mask": batch["mask"] & (batch["segments"] > 0)}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "algorithm, microbatches",
     [pytest.param("grpo", 2, marks=pytest.mark.slow), ("grpo", 4), ("dr_grpo", 4)],

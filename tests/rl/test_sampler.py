@@ -57,6 +57,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_record_is_what_the_trainer_computes(name):
     """Tokens of rows of three lengths, stopped at different places; float32 log-probs of size 1 to

@@ -102,6 +102,7 @@ def test_middle_losses_are_per_token_of_the_middle():
         )
 
 
+@pytest.mark.heavy
 def test_middle_nats_are_of_the_distribution_without_an_end():
     """They equal those of the logits with that of [eos] taken out before the softmax."""
     config = tiny.model_config()

@@ -66,6 +66,7 @@ def test_target_weights_by_hand():
     np.testing.assert_array_equal(target_weights(batch, 3), np.zeros((1, 6)))
 
 
+@pytest.mark.heavy
 def test_losses_by_hand():
     """lm and mtp_1 from the model's logits: position t predicts token t + 1, and the MTP module,
     which has read t + 1, token t + 2.
@@ -90,6 +91,7 @@ def test_losses_by_hand():
         assert float(found["means"][name].total) == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_gradient_does_not_depend_on_microbatches(microbatches):
     """All terms: lm, MTP, the indexer's KL, balance. Rows and weights are ragged, and one of four
@@ -157,6 +159,7 @@ def test_the_loss_is_the_sum_of_its_terms_by_their_coefficients():
     assert float(objective.loss(means)) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.heavy
 def test_mtp_modules_without_weight_are_not_there():
     """No loss, no gradient, and no balance or indexer loss of their own: the step is that of a
     model without them.
@@ -178,6 +181,7 @@ def test_mtp_modules_without_weight_are_not_there():
     assert "mtp_1" not in unused["means"] and "mtp_1" in gradient(BATCH)["means"]
 
 
+@pytest.mark.heavy
 def test_reports_are_means():
     """Perfect balance is 1, and a share of attention mass is at most 1: so their weights count
     what their totals do. In the warm-up, which alone has a recall.

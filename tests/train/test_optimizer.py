@@ -138,6 +138,7 @@ def test_adamw_by_hand():
     )
 
 
+@pytest.mark.heavy
 def test_muon_orthogonalises_each_matrix_of_each_layer():
     """The first update, against the singular vectors of a layer's gradient with heads merged; its
     root mean square is 0.2 of the learning rate, up to what five Newton-Schulz iterations leave of
@@ -185,6 +186,7 @@ def test_muon_orthogonalises_each_matrix_of_each_layer():
             ).all(), path
 
 
+@pytest.mark.heavy
 def test_muon_leaves_embedding_and_norms_to_adamw():
     params = tiny.variables(CONFIG)["params"]
     muon, adamw = (
