@@ -1,8 +1,8 @@
 """Measures memory and speed of converting a checkpoint.
 
-It makes a checkpoint of DeepSeek-V3's kind, of random numbers, and takes it into a workdir and back
-in processes of their own. It prints one line of JSON for each way, and one that says whether every
-tensor came back bit by bit.
+It makes a checkpoint of DeepSeek-V3's kind, of random numbers, and converts it to a workdir and
+back, each in a separate process. It prints one line of JSON for each direction, and one that says
+whether every tensor came back bit by bit.
 
     python -m bench.convert --gigabytes=4 --where=/tmp/convert
 """
@@ -70,8 +70,8 @@ def run(gigabytes: float, where: str) -> None:
         ("out", str(workdir), f"hf:{back}"),
     ):
         shutil.rmtree(target.removeprefix("hf:"), ignore_errors=True)
-        words = ["-m", "launch.convert", f"--from={source}", f"--to={target}"]
-        seconds, peak = measured([sys.executable, *words])
+        arguments = ["-m", "launch.convert", f"--from={source}", f"--to={target}"]
+        seconds, peak = measured([sys.executable, *arguments])
         megabytes = {
             "checkpoint_mb": sum(sizes),
             "largest_tensor_mb": max(sizes),
@@ -85,7 +85,7 @@ def run(gigabytes: float, where: str) -> None:
 
 
 def make(directory: Path, gigabytes: float) -> None:
-    """Writes a checkpoint of at least so many bytes in bfloat16: as many layers as that takes."""
+    """Writes a checkpoint with the fewest layers that have at least `gigabytes` in bfloat16."""
     directory.mkdir(parents=True, exist_ok=True)
     wanted = []
     for layers in range(2, 1_000):
@@ -99,7 +99,7 @@ def make(directory: Path, gigabytes: float) -> None:
         (tensor.name, DTYPES["F32" if tensor.name.endswith("bias") else "BF16"], tensor.shape)
         for tensor in wanted
     ]
-    # The noise has no period of any matrix.
+    # The noise's length is a multiple of no matrix's width.
     noise = np.random.default_rng(0).normal(size=2**22 + 12_345).astype(DTYPES["BF16"])
     source = f"bench.convert {gigabytes}"
     with TensorWriter(directory, plan, source, shard_bytes=2_000_000_000) as writer:
@@ -115,13 +115,13 @@ def make(directory: Path, gigabytes: float) -> None:
                 offset = (offset + 7_919) % noise.size
 
 
-def measured(words: list[str]) -> tuple[float, int]:
-    """Runs a process and returns its seconds and its peak of resident bytes."""
+def measured(arguments: list[str]) -> tuple[float, int]:
+    """Runs a process and returns its seconds and its peak resident memory in bytes."""
     began = time.monotonic()
-    process = subprocess.Popen(words, stdout=sys.stderr)
+    process = subprocess.Popen(arguments, stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise UserError(f"{' '.join(words[1:])}: failed")
+        raise UserError(f"{' '.join(arguments[1:])}: failed")
     return time.monotonic() - began, usage.ru_maxrss * 1024
 
 
@@ -142,6 +142,6 @@ if __name__ == "__main__":
         workdir=False,
         flags={
             "gigabytes": Flag(4.0, "size of the checkpoint"),
-            "where": Flag("", "a directory for it all, which stays"),
+            "where": Flag("", "a directory for all files, which are kept"),
         },
     )

@@ -12,7 +12,7 @@ import json
 from importlib.metadata import version
 
 from bench.kernels import CLOCK
-from bench.schedule import Stretch, dumped, stretches
+from bench.schedule import CodeBlock, code_blocks, dump_schedules
 from errors import UserError
 from experiment.command_line import Flag, command
 
@@ -37,7 +37,7 @@ def run(topology: str) -> None:
         raise UserError(
             f"--topology={topology}: must be of {', '.join(CLOCK)}, whose clocks are known here"
         )
-    with dumped() as directory:  # before JAX is imported
+    with dump_schedules() as directory:  # before JAX is imported
         import jax
         import jax.numpy as jnp
         import numpy as np
@@ -54,10 +54,10 @@ def run(topology: str) -> None:
         def shape(*sizes: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
 
-        def schedule(name: str, function, *arguments) -> list[Stretch]:
+        def schedule(name: str, function, *arguments) -> list[CodeBlock]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 jax.jit(function).lower(*arguments).compile()
-            return stretches(directory, name)
+            return code_blocks(directory, name)
 
         attend = {}
         for heads in HEADS:
@@ -84,7 +84,7 @@ def run(topology: str) -> None:
 
 
 def figures(
-    kind: str, bandwidth: float, attend: dict[int, list[Stretch]], select: list[Stretch]
+    kind: str, bandwidth: float, attend: dict[int, list[CodeBlock]], select: list[CodeBlock]
 ) -> dict:
     """Computes the figures of one row: its cycles on one core, and the bytes it reads.
 
@@ -94,20 +94,20 @@ def figures(
       attend: the schedule of attention, by heads.
       select: the schedule of the selection.
     """
-    clock, _ = CLOCK[kind]  # a row is one core's
-    heads = [attention_figures(N, parts, clock) for N, parts in attend.items()]
+    clock, _ = CLOCK[kind]  # a row runs on one core
+    heads = [attention_figures(N, blocks, clock) for N, blocks in attend.items()]
     rows = [context_figures(S, select, bandwidth, clock) for S in CONTEXTS]
     return {"topk": TOPK, "attention": heads, "rows": rows}
 
 
-def attention_figures(heads: int, parts: list[Stretch], clock: float) -> dict:
+def attention_figures(heads: int, blocks: list[CodeBlock], clock: float) -> dict:
     """Returns the cycles of attention over TOPK latents, from the kernel's schedule."""
     from kernels.sparse_decode import UNROLLED
 
     # The copies of the first chunk, alone.
-    first = next(part.bundles for part in parts if part.depth == 2) * KEYS // UNROLLED
-    # A chunk among the copies of the next one, and without; each stands there twice.
-    products = sorted((part.bundles for part in parts if part.mxu > 0), reverse=True)
+    first = next(block.bundles for block in blocks if block.depth == 2) * KEYS // UNROLLED
+    # The code of a chunk with the copies of the next one and without; the schedule has each twice.
+    products = sorted((block.bundles for block in blocks if block.mxu > 0), reverse=True)
     chunk, _, last, *_ = products
     cycles = first + (TOPK // KEYS - 1) * chunk + last
     return {
@@ -119,16 +119,16 @@ def attention_figures(heads: int, parts: list[Stretch], clock: float) -> dict:
     }
 
 
-def context_figures(S: int, select: list[Stretch], bandwidth: float, clock: float) -> dict:
+def context_figures(S: int, select: list[CodeBlock], bandwidth: float, clock: float) -> dict:
     """Returns the bytes that a token reads with S tokens before it, and the selection's cycles."""
     from kernels.decode_selection import GROUP, LISTED
     from kernels.sparse_decode import TILE
 
     # In order: a tile of SCORE_KEYS scores; of the list a group of tokens, a part of the list in
     # that group, and the ranks of all.
-    scored, group, part_of_list, ranks, *_ = (part.bundles for part in select if part.mxu > 0)
-    # A group of tokens in one pass; what stands around that loop is left out.
-    counted = next(part.bundles for part in select if part.depth == 2 and part.loop)
+    scored, group, part_of_list, ranks, *_ = (block.bundles for block in select if block.mxu > 0)
+    # A group of tokens in one pass; the code around that loop is left out.
+    counted = next(block.bundles for block in select if block.depth == 2 and block.loop)
     groups = -(-S // GROUP)
     cycles = {
         "score": S // SCORE_KEYS * scored,

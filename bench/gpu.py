@@ -3,7 +3,7 @@
     python -m bench.gpu                    128 heads: one device has them all
     python -m bench.gpu --heads=16         as with eight devices that share them
 
-The table of implementations shall be decided by its figures. For each length it measures
+Its figures are to decide the table of implementations. For each length it measures
 
 - the masked kernel forward and backward, on keys scattered over the whole past (no tile is empty)
   and on the last ones alone (most are);
@@ -16,7 +16,7 @@ The table of implementations shall be decided by its figures. For each length it
 TFLOP/s counts what is computed: for the kernel the pairs in tiles that it visits. GB/s counts what
 must be read once, and its share is of what a copy in memory reaches. First the kernel's values and
 gradients are compared with the reference's (`differs`: 0.02 is bfloat16's). One JSON line, medians
-of 10, of fewer beyond 32K; nothing is written. Needs a Hopper GPU.
+of 10 calls, fewer beyond 32K tokens; nothing is written. Needs a Hopper GPU.
 """
 
 import functools
@@ -55,8 +55,8 @@ class Sizes(NamedTuple):
     heads: int
     qk: int = 192  # width of an expanded head's queries and keys
     v: int = 128
-    latent: int = 576  # with the rotated part
-    value: int = 512  # without
+    latent: int = 576  # with the RoPE channels
+    value: int = 512  # without them
     index_heads: int = 64
     index: int = 128
     topk: int = 2_048
@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
 
 
 class Random:
-    """Draws arrays, each with a key of its own."""
+    """Draws arrays, each from a fresh key."""
 
     def __init__(self, seed: int, dtype: Any):
         self.keys, self.dtype = iter(jax.random.split(jax.random.key(seed), 12)), dtype
@@ -166,7 +166,7 @@ def differences(
 ) -> dict[str, float]:
     """Compares values and gradients with the reference's: what is wrong need not be fast.
 
-    Returns: of each the largest difference, as a share of what is largest in the reference.
+    Returns: the largest difference of each array, as a share of the reference's largest value.
     """
     q, k, v = (
         jax.random.normal(jax.random.key(seed), (1, 2, L, width), dtype)
@@ -202,29 +202,33 @@ def rows_of(
       attend: the kernel.
       dtype: of all arrays.
     """
-    found, random = Measurements(L, copy), Random(L, dtype)
-    measure_attention(found, sizes, attend, random)
-    measure_gather(found, sizes, random)
-    measure_selection(found, sizes, random)
-    measure_decoding(found, sizes, random)
-    return found.rows
+    measurements, random = Measurements(L, copy), Random(L, dtype)
+    measure_attention(measurements, sizes, attend, random)
+    measure_gather(measurements, sizes, random)
+    measure_selection(measurements, sizes, random)
+    measure_decoding(measurements, sizes, random)
+    return measurements.rows
 
 
-def measure_attention(found: Measurements, sizes: Sizes, attend: Attend, random: Random) -> None:
+def measure_attention(
+    measurements: Measurements, sizes: Sizes, attend: Attend, random: Random
+) -> None:
     """Measures the masked kernel, and XLA masked in chunks, forward and backward."""
-    L = found.length
+    L = measurements.length
     q, k, v = (random.normal(1, sizes.heads, L, width) for width in (sizes.qk, sizes.qk, sizes.v))
     bits, tile = jnp.empty(()), Tiles().forward
 
     def measure(name: str, backward: str, attend: Attend, pairs: int, bits: Array) -> None:
         arrays = 2 * L * sizes.heads * (sizes.qk + sizes.v) * q.dtype.itemsize
         operands = q, k, v, bits
-        forward = found.add(name, 2 * pairs * (sizes.qk + sizes.v), arrays, attend, *operands)
+        forward = measurements.add(
+            name, 2 * pairs * (sizes.qk + sizes.v), arrays, attend, *operands
+        )
         if forward:
             # Five products: what the kernel's two backward passes compute twice counts once.
             flops = 2 * pairs * (3 * sizes.qk + 2 * sizes.v)
             gradients = functools.partial(graded, attend)
-            found.add(backward, flops, 2 * arrays, gradients, *operands, before=forward)
+            measurements.add(backward, flops, 2 * arrays, gradients, *operands, before=forward)
 
     for where in ("scattered", "last"):
         bits = selection_bits(L, min(sizes.topk, L), scattered=where == "scattered")
@@ -236,9 +240,9 @@ def measure_attention(found: Measurements, sizes: Sizes, attend: Attend, random:
         measure("masked in chunks", "masked in chunks, backward", attend_reference, pairs, bits)
 
 
-def measure_gather(found: Measurements, sizes: Sizes, random: Random) -> None:
+def measure_gather(measurements: Measurements, sizes: Sizes, random: Random) -> None:
     """Measures absorbed attention of every token over its own gathered latents."""
-    L, topk = found.length, min(sizes.topk, found.length)
+    L, topk = measurements.length, min(sizes.topk, measurements.length)
     q_TNR, latent_SR = random.normal(L, sizes.heads, sizes.latent), random.normal(L, sizes.latent)
     index_Tk = random.integers((L, topk), jnp.arange(1, L + 1)[:, None])
 
@@ -250,12 +254,12 @@ def measure_gather(found: Measurements, sizes: Sizes, random: Random) -> None:
         return lax.map(attend, (q_TNR, index_Tk), batch_size=sizes.chunk)
 
     flops, needed = step_work(sizes, topk, q_TNR.dtype)
-    found.add("gather", L * flops, L * needed, gather, q_TNR, latent_SR, index_Tk)
+    measurements.add("gather", L * flops, L * needed, gather, q_TNR, latent_SR, index_Tk)
 
 
-def measure_selection(found: Measurements, sizes: Sizes, random: Random) -> None:
+def measure_selection(measurements: Measurements, sizes: Sizes, random: Random) -> None:
     """Measures the selection of a decoding step, by counting and by a sort."""
-    B, L, topk = sizes.batch, found.length, min(sizes.topk, found.length)
+    B, L, topk = sizes.batch, measurements.length, min(sizes.topk, measurements.length)
     q_BIC, k_BSC, w_BI = (
         random.normal(B, sizes.index_heads, sizes.index),
         random.normal(B, L, sizes.index),
@@ -268,12 +272,12 @@ def measure_selection(found: Measurements, sizes: Sizes, random: Random) -> None
         ("top_k", sorted_selection),
     ):
         select = functools.partial(select, topk=topk)
-        found.add(f"{name}, {B} sequences", flops, k_BSC.nbytes, select, *operands)
+        measurements.add(f"{name}, {B} sequences", flops, k_BSC.nbytes, select, *operands)
 
 
-def measure_decoding(found: Measurements, sizes: Sizes, random: Random) -> None:
+def measure_decoding(measurements: Measurements, sizes: Sizes, random: Random) -> None:
     """Measures the attention of a decoding step over listed latents."""
-    B, L, topk = sizes.batch, found.length, min(sizes.topk, found.length)
+    B, L, topk = sizes.batch, measurements.length, min(sizes.topk, measurements.length)
     q_BNR = random.normal(B, sizes.heads, sizes.latent)
     latent_BSR = random.normal(B, L, sizes.latent)
     index_Bk, count_B = random.integers((B, topk), L), jnp.full((B,), topk)
@@ -283,7 +287,7 @@ def measure_decoding(found: Measurements, sizes: Sizes, random: Random) -> None:
         return decode_reference(q_BNR, latent_BSR, sizes.value, index_Bk, count_B)
 
     operands = q_BNR, latent_BSR, index_Bk, count_B
-    found.add(f"decode, {B} sequences", B * flops, B * needed, attend, *operands)
+    measurements.add(f"decode, {B} sequences", B * flops, B * needed, attend, *operands)
 
 
 def step_work(sizes: Sizes, topk: int, dtype: Any) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The programs that bench.kernels compiles, counts and times.
 
 They are the TPU kernels and what a JAX user has in their place, for one sequence at
-DeepSeek-V3.2's widths; beside each stands what it does, counted (`Work`).
+DeepSeek-V3.2's widths. The work of each is counted (`Work`).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from kernels.selection import select_tpu
 HEADS, ALL_HEADS, TOPK = 16, 128, 2_048
 I, C, H, V = 64, 128, 192, 128  # the indexer's heads and width; the attention's widths
 BF16, F32 = jnp.bfloat16, jnp.float32
-SPLASH = 512  # queries and keys of its tiles: as ours, and what it does best with of 256 to 1024
+SPLASH = 512  # queries and keys of its tiles: as ours, and its fastest size of 256 to 1024
 MASK_BYTES = 4 * LANES  # of a query's bits in a tile
 # A float32 for each query that is stored along lanes takes eight sublanes.
 ROW_BYTES = 8 * 4
@@ -41,11 +41,11 @@ class Work(NamedTuple):
 
     kernel: str  # its name
     tiles: int  # computed
-    rows: int  # how often the code runs that begins and ends a sum over tiles
+    rows: int  # runs of the code that begins and ends a sum over tiles
     flops: int  # of a tile: what the mathematics needs, two for each product
     tile_bytes: int  # fetched and written back for each tile
     row_bytes: int
-    # How often a tile runs each of the longest stretches of its code, in their order.
+    # How often a tile runs each of the longest blocks of its code, in the order of the code.
     runs: tuple[int, ...] = (1,)
     cores: int = 0  # that it runs on, 0 for all of the device
 
@@ -169,7 +169,7 @@ def works(L: int) -> list[Work]:
 
     heads, keys = tiles.heads_backward, tiles.keys_backward
     programs = HEADS // heads
-    # dq comes and goes in float32, queries along lanes.
+    # dq is read and written in float32, queries along lanes.
     query_bytes = h + v + 2 * ROW_BYTES + 2 * 4 * H
     backward = Work(
         "sparse_attention_backward",
@@ -207,7 +207,7 @@ def loss_works(L: int, heads: int, device_kind: str) -> list[Work]:
         tiles,
         rows,
         flops=2 * pairs * (heads * H + 3 * I * C),
-        # The gradient of the keys comes and goes in float32, and so does that of a row's queries.
+        # The gradient of the keys is read and written in float32, as is that of a row's queries.
         tile_bytes=keys * heads * h + index_k + 2 * mask + 2 * keys * 4 * C,
         row_bytes=index_q + queries * heads * h + (heads + 2 * I) * row + 2 * queries * I * 4 * C,
         # The groups of the attention's heads, then the rest.

@@ -7,10 +7,10 @@
 16 heads of a device and 2048 keys for each query.
 
 With a topology nothing is run, so nothing is measured: cycles are those of the compiler's static
-schedule, if nothing stalls. A kernel's time is the longer of its cycles and of its bytes at the
-data sheet's bandwidth; its bound is the longer of its arithmetic at peak and of its bytes. How
-often a selection passes over a row is counted by bench.passes. For XLA's top_k, a sort, there is
-XLA's cost model, which is not a schedule. One JSON line.
+schedule, if nothing stalls. A kernel's time is the longer of that of its cycles and that of its
+bytes at the data sheet's bandwidth; its bound is the longer of that of its arithmetic at peak and
+that of its bytes. How often a selection passes over a row is counted by bench.passes. For XLA's
+top_k, a sort, there is XLA's cost model, which is not a schedule. One JSON line.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench.schedule import dumped, stretches
+from bench.schedule import code_blocks, dump_schedules
 from bench.selection_schedule import TOP_K_ROWS, selection_figures, tile_figures
 from errors import UserError
 from experiment.command_line import Flag, command
 
-if TYPE_CHECKING:  # at run time JAX may only be imported behind `dumped`
+if TYPE_CHECKING:  # at run time JAX may only be imported inside `dump_schedules`
     from bench.kernel_programs import Program, Work
 
 # The clock of the matrix units, and how many cores share a device's work: with them the cycles that
@@ -58,7 +58,7 @@ class Device(NamedTuple):
         return self.flops / self.cores / self.clock
 
     def totals(self, cycles: float, flops: float, bytes_: float, used: int = 0) -> dict:
-        """Returns the figures of so much work; `used`: cores that it runs on, 0 for all."""
+        """Returns the figures of some work; `used`: cores that it runs on, 0 for all."""
         moved = bytes_ / self.bandwidth
         taken = max(cycles / (used or self.cores) / self.clock, moved)
         bound = max(flops / self.flops, moved)
@@ -73,13 +73,13 @@ class Device(NamedTuple):
 
 
 class Compiler(NamedTuple):
-    """Compiles programs for a device that is not there, and reads their schedules."""
+    """Compiles programs for a device that need not be present, and reads their schedules."""
 
-    directory: Path  # where the compiler writes them, see `dumped`
+    directory: Path  # where the compiler writes them, see `dump_schedules`
     device: Any
 
     def compile(self, program: "Program") -> None:
-        """Compiles a program; only its schedules are there afterwards."""
+        """Compiles a program; afterwards the directory has its schedules alone."""
         for file in self.directory.glob("*.txt"):
             file.unlink()
         compile_for(self.device, program)
@@ -97,9 +97,11 @@ def static(topology: str) -> dict:
         )
     with contextlib.ExitStack() as stack:
         # Another process compiles the sorts: it writes no schedules, and a sort's are long.
-        aside = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
-        top_k = aside.submit(top_k_estimates, topology)
-        directory = stack.enter_context(dumped())  # before JAX is imported
+        sort_process = stack.enter_context(
+            ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        )
+        top_k = sort_process.submit(top_k_estimates, topology)
+        directory = stack.enter_context(dump_schedules())  # before JAX is imported
         from plan.topology import CHIPS, topology_devices
 
         compiler = Compiler(directory, topology_devices(topology)[0])
@@ -160,15 +162,17 @@ def selection_rows(compiler: Compiler, device: Device) -> list[dict]:
     from bench import kernel_programs as programs
     from kernels.selection import most_queries
 
-    schedules, rows = {}, []  # by the queries of a block, of which fewer fit beside longer rows
+    schedules, rows = {}, []  # by the queries of a block, fewer where rows are longer
     for L in LENGTHS:
         queries = most_queries(L)
         if queries not in schedules:
             compiler.compile(programs.programs(L)["select"])
-            schedules[queries] = stretches(compiler.directory, "select")
-        rate = device.cores * device.clock
+            schedules[queries] = code_blocks(compiler.directory, "select")
+        cycles_per_second = device.cores * device.clock
         rows.append(
-            selection_figures(schedules[queries], L, device.totals, rate, device.flops_per_cycle)
+            selection_figures(
+                schedules[queries], L, device.totals, cycles_per_second, device.flops_per_cycle
+            )
         )
     return rows
 
@@ -183,13 +187,13 @@ def row_of(compiler: Compiler, device: Device, works: Sequence["Work"], **named:
       named: further entries of the row, which come first.
     """
     first = works[0]
-    parts = stretches(compiler.directory, first.kernel, jumps=len(first.runs) > 1)
-    by_length = sorted(range(len(parts)), key=lambda index: -parts[index].bundles)
+    blocks = code_blocks(compiler.directory, first.kernel, jumps=len(first.runs) > 1)
+    by_length = sorted(range(len(blocks)), key=lambda index: -blocks[index].bundles)
     longest = sorted(by_length[: len(first.runs)])
-    tile = [(runs, parts[index]) for runs, index in zip(first.runs, longest, strict=True)]
-    tile_cycles = sum(runs * part.bundles for runs, part in tile)
-    spills = sum(runs * part.spills for runs, part in tile)
-    rest = sum(part.bundles for index, part in enumerate(parts) if index not in longest)
+    tile = [(runs, blocks[index]) for runs, index in zip(first.runs, longest, strict=True)]
+    tile_cycles = sum(runs * block.bundles for runs, block in tile)
+    spills = sum(runs * block.spills for runs, block in tile)
+    rest = sum(block.bundles for index, block in enumerate(blocks) if index not in longest)
     lengths = {
         L: device.totals(
             work.tiles * tile_cycles + work.rows * rest,
@@ -199,13 +203,13 @@ def row_of(compiler: Compiler, device: Device, works: Sequence["Work"], **named:
         )
         for L, work in zip(LENGTHS, works, strict=True)
     }
-    of_peak = first.flops / tile_cycles / device.flops_per_cycle
-    figures = tile_figures(first.kernel, first.flops, tile_cycles, spills, of_peak)
+    fraction_of_peak = first.flops / tile_cycles / device.flops_per_cycle
+    figures = tile_figures(first.kernel, first.flops, tile_cycles, spills, fraction_of_peak)
     return named | figures | {"lengths": lengths}
 
 
 def compile_for(device: Any, program: "Program") -> Any:
-    """Compiles a program for a device, which need not be there."""
+    """Compiles a program for a device, which need not be present."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding
@@ -224,7 +228,7 @@ def top_k_estimates(topology: str) -> dict[int, dict]:
     """Estimates XLA's top_k of 1024 rows, which sorts them, for each length.
 
     Returns its temporary bytes, and what XLA's cost model, which is not a schedule, says of its
-    time: None where that is less than nothing, as for what fits on the chip.
+    time: None where that is negative, as where the scores fit on the chip.
     """
     from bench.kernel_programs import top_k_program
     from plan.topology import topology_devices
@@ -274,7 +278,7 @@ def timed(L: int, *, heads: int = 0, interpret: bool = False, repeats: int = 10)
 
     ours, bits = {}, None
     for name, program in programs.programs(L, heads=heads, topk=topk, interpret=interpret).items():
-        function, arguments = jax.jit(program.function), drawn(program)
+        function, arguments = jax.jit(program.function), random_arguments(program)
         if bits is not None:
             arguments[-1] = bits
         ours[name] = milliseconds(function, arguments)
@@ -288,7 +292,7 @@ def timed(L: int, *, heads: int = 0, interpret: bool = False, repeats: int = 10)
         f"{splash}, causal": programs.splash_program(L, causal=True, **options),
     }
     theirs = {
-        name: milliseconds(jax.jit(program.function), drawn(program))
+        name: milliseconds(jax.jit(program.function), random_arguments(program))
         for name, program in rivals.items()
     }
     return {
@@ -301,7 +305,7 @@ def timed(L: int, *, heads: int = 0, interpret: bool = False, repeats: int = 10)
     }
 
 
-def drawn(program: "Program") -> list:
+def random_arguments(program: "Program") -> list:
     """Draws a program's arguments: one segment, a causal mask, and all else at random."""
     import jax
     import jax.numpy as jnp

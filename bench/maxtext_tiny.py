@@ -5,10 +5,10 @@ r"""Measures the training workload of bench.train in MaxText, to compare with.
     python -m bench.side_by_side "python -m bench.train" \
         "/path/to/maxtext/python bench/maxtext_tiny.py"
 
-MaxText has an environment of its own, with Python 3.12 (it has no extra for CPU); KEY=VALUE changes
-its settings. It prints one JSON line like bench.train's, by MaxText's own train step, optimizer and
-synthetic batch: DeepSeek-V3's block at the size of configs/tiny_dsv3.py, float32, on CPU, dropless,
-with the router's bias and the sequence-wise balance loss, without MTP.
+Install MaxText in a separate environment with Python 3.12 (it has no extra for CPU); KEY=VALUE
+changes its settings. It prints one JSON line like bench.train's, by MaxText's own train step,
+optimizer and synthetic batch: DeepSeek-V3's block at the size of configs/tiny_dsv3.py, float32, on
+CPU, dropless, with the router's bias and the sequence-wise balance loss, without MTP.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
-"""Counts how often the selection counts a row's scores until it has the bound of its 2048 best.
+"""Counts the passes over a row's scores that the selection takes to find the 2048th best.
 
     python -m bench.passes
 
-It depends on the row's length and on what its scores are like. Eight rows are searched at a time,
-as in the kernels, and end together. The figures are counts, so the same on every device; nothing is
-timed. One JSON line.
+Their number depends on the row's length and on what its scores are like. Eight rows are searched at
+a time, as in the kernels, and end together. The figures are counts, so the same on every device;
+nothing is timed. One JSON line.
 """
 
 import functools
@@ -35,10 +35,7 @@ def weighted(rng: np.random.Generator, L: int) -> np.ndarray:
 
 
 def heavy(rng: np.random.Generator, L: int) -> np.ndarray:
-    """Draws scores of few heads, each of which answers to few keys; most scores are zeros.
-
-    To some of them it answers very strongly.
-    """
+    """Draws scores of few heads, each of which scores few keys, some very high; most are zero."""
     loud = np.exp(rng.normal(size=(ROWS, L)))
     scores = (
         np.exp(rng.normal(size=(ROWS, 1))) * np.maximum(loud * rng.normal(size=(ROWS, L)) - 2.5, 0)
@@ -56,14 +53,14 @@ KINDS = {"weighted": weighted, "heavy": heavy, "empty": empty}
 
 
 def passes(scores_RS: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Searches the threshold of some rows as the kernel does, and counts the passes.
+    """Searches for the threshold of some rows as the kernel does, and counts the passes.
 
     Args:
       scores_RS: scores of R rows.
       topk: how many keys are selected.
 
     Returns: the threshold, how many scores are at or above it, and how often `find_threshold`
-    counted; what the kernel counts before is not among that.
+    counted; the kernel's counts before that search are not included.
     """
     _counted.clear()
     threshold, at = jax.tree.map(np.asarray, _search(jnp.asarray(scores_RS, jnp.float32), topk))

@@ -1,12 +1,18 @@
 """Reads the schedule that the TPU's compiler makes of a Pallas kernel, without a TPU.
 
-A schedule says how many bundles each stretch of code has (one bundle is one cycle where nothing
-stalls), how busy the matrix units are in it, and what is spilled. It is static: waits for memory
-are not in it, and nothing is measured.
+A TPU core runs VLIW bundles: a bundle is one instruction word, and takes one cycle unless it
+stalls. A schedule says how many bundles each block of code has, how busy the matrix units are in
+it, and how many registers it spills. It is static: waits for memory are not in it, and nothing is
+measured.
 
-    with dumped() as directory:          before JAX is imported: the compiler reads its options once
-        ... compile ...
-    for part in stretches(directory, "select"): ...
+    with dump_schedules() as directory:
+        import jax
+        ...
+        jax.jit(function).lower(*arguments).compile()
+        for block in code_blocks(directory, "select"):
+            print(block.depth, block.bundles)
+
+Enter before importing JAX: libtpu reads its flags once.
 """
 
 import os
@@ -18,62 +24,65 @@ from pathlib import Path
 from typing import NamedTuple
 
 BUNDLE = re.compile(r"\s*0x[0-9a-f]+\s*(?P<mark>[A-Z]{2})?:\s*(?P<depth>>*)\s*\{")
-LOOP_BODY = "LB"  # the mark of a bundle with which a loop's body begins
+LOOP_BODY = "LB"  # the mark of the first bundle of a loop's body
 
 
-class Stretch(NamedTuple):
-    """Code between two places that are jumped to."""
+class CodeBlock(NamedTuple):
+    """A straight run of VLIW bundles between two jump targets."""
 
     depth: int  # loops around it; 1 is the kernel's grid
-    loop: bool  # it begins with a loop's body
+    loop: bool  # whether a loop's body begins with it
     bundles: int
     mxu: float  # share of the matrix units' slots that are used
-    spills: int  # stores and loads of registers that did not suffice
+    spills: int  # register spill stores and fill loads
 
 
 @contextmanager
-def dumped() -> Iterator[Path]:
-    """Makes the compiler write its schedules into a directory, which is deleted at the end."""
+def dump_schedules() -> Iterator[Path]:
+    """Makes the compiler write its schedules into a directory, which is deleted at the end.
+
+    It overwrites LIBTPU_INIT_ARGS and leaves it set.
+    """
     with tempfile.TemporaryDirectory() as directory:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
         yield Path(directory)
 
 
-def stretches(directory: Path, name: str, *, jumps: bool = False) -> list[Stretch]:
-    """Returns the stretches of a kernel, in the order of its code.
+def code_blocks(directory: Path, name: str, *, jumps: bool = False) -> list[CodeBlock]:
+    """Returns the code blocks of a kernel, in the order of its code.
 
     Args:
-      directory: where the schedules are, see `dumped`.
-      name: the kernel's.
-      jumps: whether a stretch ends at every jump, too, and not only where something jumps to or
-        comes from a loop.
+      directory: the directory that `dump_schedules` gave.
+      name: the name of the kernel.
+      jumps: whether a block also ends at every jump. Otherwise it ends only where the compiler
+        marks a bundle, such as the first of a loop's body.
 
     Raises FileNotFoundError if there is no compiled kernel of this name.
     """
     usage, capacity = _usage(directory, name)
-    marks, behind_jumps = [], set()  # of the bundles
+    bundles, after_jumps = [], set()  # matches of BUNDLE, and indices into them
     for line in _text(directory, name, "final_bundles.txt"):
-        marks += filter(None, [BUNDLE.match(line)])
+        bundles += filter(None, [BUNDLE.match(line)])
         if jumps and "sbr.rel" in line:
-            behind_jumps.add(len(marks))
+            after_jumps.add(len(bundles))
     starts = [
-        at
-        for at, match in enumerate(marks)
-        if at == 0 or match["mark"] is not None or at in behind_jumps
+        index
+        for index, match in enumerate(bundles)
+        if index == 0 or match["mark"] is not None or index in after_jumps
     ]
-    found = []
-    for start, end in zip(starts, [*starts[1:], len(marks)], strict=True):
-        part = usage[start:end]
-        found.append(
-            Stretch(
-                depth=len(marks[start]["depth"]),
-                loop=marks[start]["mark"] == LOOP_BODY,
-                bundles=len(part),
-                mxu=sum(units["MXU"] for units in part) / (capacity["MXU"] * len(part)),
-                spills=sum(units["VLOAD:FILL"] + units["VSTORE:SPILL"] for units in part),
+    blocks = []
+    for start, end in zip(starts, [*starts[1:], len(bundles)], strict=True):
+        used = usage[start:end]
+        blocks.append(
+            CodeBlock(
+                depth=len(bundles[start]["depth"]),
+                loop=bundles[start]["mark"] == LOOP_BODY,
+                bundles=len(used),
+                mxu=sum(units["MXU"] for units in used) / (capacity["MXU"] * len(used)),
+                spills=sum(units["VLOAD:FILL"] + units["VSTORE:SPILL"] for units in used),
             )
         )
-    return found
+    return blocks
 
 
 def _usage(directory: Path, name: str) -> tuple[list[dict[str, int]], dict[str, int]]:

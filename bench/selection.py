@@ -2,7 +2,7 @@
 
     python -m bench.selection
 
-All get the same inputs in one process; the figures are the least of 10.
+All get the same inputs in one process; the figures are the minimum of 10.
 """
 
 import json
@@ -39,7 +39,7 @@ def topk_mask(scores_BTS: Array, allowed_BTS: Array, topk: int) -> Array:
 
 
 def milliseconds(function: Callable, scores_BTS: Array) -> float:
-    """Times a compiled call and returns the least of REPEATS."""
+    """Times a compiled call and returns the minimum of REPEATS."""
     compiled = jax.jit(function)
     jax.block_until_ready(compiled(scores_BTS))
     times = []

@@ -3,7 +3,7 @@ r"""Runs two benchmarks by turns and prints the ratio of their tokens_per_s, by 
     python -m bench.side_by_side --rounds=3 "python -m bench.train" \
         "/path/to/torch/python bench/transformers_tiny.py train"
 
-By turns on one machine, so that what else the machine does hits both. Each command prints one JSON
+By turns on one machine, so that its other load slows both. Each command prints one JSON
 line with tokens_per_s as its last line; so does this one.
 """
 

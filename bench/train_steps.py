@@ -24,7 +24,8 @@ from experiment.command_line import command
 from experiment.config_files import ConfigSource
 from experiment.flags import Flag
 from experiment.schema import parse as parse_config
-from model.sharding import MESH_AXES, make_mesh
+from model.mesh import MESH_AXES
+from model.sharding import make_mesh
 from plan.hlo import Computation, executions, parse
 from plan.programs import train_program
 from plan.topology import CHIPS, GIB, topology_devices
@@ -57,8 +58,7 @@ def step_of(name: str, stage: str, layers: int) -> Step:
 
     Args:
       name: "row" is dense layers and one row of 128K, heads and FFN sharded over eight v6e; "pod"
-      is
-        64 rows of 4,096 on 512 v5p, a row to each group of eight.
+        is 64 rows of 4,096 on 512 v5p, a row to each group of eight.
       stage: "warmup" or "sparse".
       layers: of the model.
 

@@ -5,10 +5,10 @@
     python bench/transformers_tiny.py train --compile
     python bench/transformers_tiny.py sample
 
-They have an environment of their own. It prints one JSON line like bench.train's and
-bench.sample's, of DeepseekV3ForCausalLM at the size of configs/tiny_dsv3.py, float32, with fused
-AdamW, gradient clipping, and the default implementations of attention (sdpa) and of the experts
-(grouped_mm). It is eager; with --compile the model is compiled as one graph (torch.compile,
+Install torch and transformers in a separate environment. It prints one JSON line like bench.train's
+and bench.sample's, of DeepseekV3ForCausalLM at the size of configs/tiny_dsv3.py, float32, with
+fused AdamW, gradient clipping, and the default implementations of attention (sdpa) and of the
+experts (grouped_mm). It is eager; with --compile the model is compiled as one graph (torch.compile,
 fullgraph), and its optimizer stays the fused one.
 """
 
@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 
-# This directory: transformers would take bench/kernels.py for the package "kernels".
+# Drops this directory: transformers would take bench/kernels.py for the package "kernels".
 del sys.path[0]
 
 try:
@@ -53,7 +53,7 @@ SIZES = {
 
 
 def train(model) -> int:
-    """Takes one step on 8 x 256 tokens and returns how many they are."""
+    """Takes one step on 8 x 256 tokens and returns the number of tokens."""
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -67,7 +67,7 @@ def train(model) -> int:
 
 
 def sample(model) -> int:
-    """Samples 128 new tokens to each of 16 prompts of 32 and returns how many they are."""
+    """Samples 128 tokens after each of 16 prompts of 32 and returns the number of tokens."""
     prompts = torch.randint(0, 512, (16, 32))
     with torch.no_grad():
         model.generate(

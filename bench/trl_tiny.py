@@ -3,7 +3,7 @@
     pip install torch transformers trl
     python bench/trl_tiny.py
 
-They have an environment of their own. It prints one JSON line like bench.reinforce's, of
+Install them in a separate environment. It prints one JSON line like bench.reinforce's, of
 GRPOTrainer on the model of transformers_tiny.py: 8 prompts of 32 tokens x 8 completions of 64, all
 of full length, sampled by generate; one AdamW step; float32, no reference model, and no gradient
 checkpointing, which is TRL's default and would compute the forward pass twice.
@@ -69,9 +69,9 @@ def main() -> None:
     """Trains a few steps and prints the JSON line."""
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
-    draw = random.Random(0)
+    rng = random.Random(0)
     rows = [
-        {"prompt": " ".join(f"t{draw.randrange(2, VOCAB)}" for _ in range(PROMPT))}
+        {"prompt": " ".join(f"t{rng.randrange(2, VOCAB)}" for _ in range(PROMPT))}
         for _ in range(PROMPTS * (REPEATS + WARM_UP))
     ]
     model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**SIZES))

@@ -18,8 +18,8 @@ CONFIG = "configs/tiny_dsv3.py"
 REPEATS = 10
 
 
-def workload(*overrides: str) -> Config:
-    """Returns configs/tiny_dsv3.py with FIELD=VALUE overrides, such as "data.seq_len=64"."""
+def tiny_dsv3_config(*overrides: str) -> Config:
+    """Reads configs/tiny_dsv3.py with FIELD=VALUE overrides, such as "data.seq_len=64"."""
     return parse(
         ConfigSource(CONFIG, tuple(f"--config.{override}" for override in overrides)).read()
     )

@@ -6,7 +6,7 @@
     checkpoint   the output of the chat template beside the tokenizer (data/chat_template.py)
 
 The markers of "think" and "r1" are special ids if the tokenizer has them, and plain text if not;
-what users and systems write is never read for markers. In the output of a checkpoint's template
+what users and systems write is never parsed for markers. In the output of a checkpoint's template
 every special token is one, as in Hugging Face's apply_chat_template: a user's "<|im_end|>" too.
 """
 

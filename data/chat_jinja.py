@@ -1,7 +1,7 @@
 """The Jinja sandbox in which a checkpoint's chat template runs.
 
 It has the filters, functions and extensions that Hugging Face's `apply_chat_template` gives to
-templates, so that a template renders the same text here to the character.
+templates, so that a template renders exactly the same text here.
 """
 
 import datetime
@@ -31,7 +31,7 @@ def jinja_environment() -> ImmutableSandboxedEnvironment:
 class _Generation(Extension):
     """The block {% generation %}, by which a template marks what the assistant writes.
 
-    Nobody asks for the mark here, so the block is a scope of its own and no more.
+    The mark is not used here, so the block only opens a scope.
     """
 
     tags = {"generation"}  # noqa: RUF012 jinja's own declaration

@@ -9,7 +9,7 @@ def target_tokens(turn: AssistantSpan, encoding: Encoding, tokenizer: Tokenizer)
     r"""Returns the indices of the tokens that the assistant sampled to write one turn.
 
     They begin with the turn's first token and end where sampling would have ended. A template may
-    render more than that behind a turn, such as an end of line. The first case that applies decides
+    render more than that after a turn, such as a line break. The first case that applies decides
     ("|" marks the end of the targets):
 
         case                                 example             why

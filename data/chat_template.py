@@ -1,6 +1,6 @@
 """A checkpoint's own chat template: the Jinja program that writes a conversation as text.
 
-It stands beside the tokenizer, and runs as Hugging Face's `apply_chat_template(tokenize=False)`
+It is a file beside the tokenizer, and runs as Hugging Face's `apply_chat_template(tokenize=False)`
 runs it (data/chat_jinja.py).
 """
 
@@ -44,7 +44,7 @@ class AssistantSpan(NamedTuple):
 class ChatTemplate:
     """A chat template, which is compiled when it is first used.
 
-    So whoever does not chat never meets its errors.
+    So its errors appear only where conversations are written.
 
     Attributes:
       source: the Jinja program.

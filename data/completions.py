@@ -1,4 +1,4 @@
-"""Completions taken apart into a thought and an answer."""
+"""Completions parsed into a thought and an answer."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,10 @@ _TAG = re.compile("|".join(re.escape(tag) for tag in COMPLETION_TAGS))
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion in its parts; `thought` and `answer` are "" unless it is well formed."""
+    """A parsed completion, <think>thought</think><answer>answer</answer>.
+
+    `thought` and `answer` are "" unless it is well formed.
+    """
 
     thought: str
     answer: str

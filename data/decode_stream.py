@@ -12,12 +12,12 @@ class DecodeStream:
         self._ids: list[int] = []
         self._num_shown = 0  # of `_ids`
 
-    def push(self, index: int) -> str:
+    def push(self, token_id: int) -> str:
         """Takes the next id and returns the text that it completes.
 
         The text is "" while a character is still open.
         """
-        self._ids.append(index)
+        self._ids.append(token_id)
         before, after = self._decode()
         if after.endswith("\ufffd"):
             return ""

@@ -96,13 +96,14 @@ def uniform_hash(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**48  # 48 bits are exact in a float
 
 
-def select_split(source: Source, split: Split, validation: float) -> Subset:
+def select_split(source: Source, split: Split, validation_share: float) -> Subset:
     """Selects the documents of a source whose key hashes into `split`.
 
     Args:
       source: the source to select from.
       split: "train" or "validation".
-      validation: share of the documents that is for validation, unless the source fixes its own.
+      validation_share: share of the documents that is for validation, unless the source fixes its
+        own.
 
     Raises:
       UserError: no document is in the split.
@@ -110,7 +111,7 @@ def select_split(source: Source, split: Split, validation: float) -> Subset:
     """
     if split not in get_args(Split):
         raise ValueError(f"split = {split!r}: must be one of {get_args(Split)}")
-    share = validation if source.validation_share is None else source.validation_share
+    share = validation_share if source.validation_share is None else source.validation_share
     indices = [
         index
         for index in range(len(source))

@@ -10,8 +10,8 @@ import numpy as np
 
 from errors import UserError
 
-# Folders of the standard library that are left out: its tests and vendored copies are many, long
-# and odd, and installed packages are not part of it.
+# Folders of the standard library that are left out: its tests and vendored copies are numerous
+# and unlike ordinary code, and installed packages are not part of it.
 _NOT_STDLIB = {
     "site-packages",
     "dist-packages",
@@ -43,18 +43,18 @@ class FileSet:
         return self.root / name
 
 
-def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+def locate(cumulative_counts: np.ndarray, index: int) -> tuple[int, int]:
     """Finds the file that holds an element of a list of files.
 
     Args:
-      ends: for each file, the number of elements in it and in all files before it.
+      cumulative_counts: for each file, the number of elements in it and in all files before it.
       index: index of the element among those of all files.
 
     Returns:
       (file, index of the element in that file).
     """
-    file = int(np.searchsorted(ends, index, side="right"))
-    return file, index - (int(ends[file - 1]) if file else 0)
+    file = int(np.searchsorted(cumulative_counts, index, side="right"))
+    return file, index - (int(cumulative_counts[file - 1]) if file else 0)
 
 
 def match_files(spec: str, pattern: str) -> FileSet:

@@ -74,8 +74,8 @@ def to_batch(
 class _ConcatThenSplit(grain.IterDataset):
     """Lets the state of grain's concat-then-split survive JSON.
 
-    Its state marks that no rest of a sequence is left by the tuple (-1, -1). Read back from JSON
-    that is a list, which grain takes for a rest, and one sequence is lost.
+    In its state the tuple (-1, -1) says that no remainder of a sequence is left. Read back from
+    JSON it is a list, which grain takes for a remainder, and one sequence is lost.
     """
 
     def __iter__(self) -> grain.DatasetIterator:

@@ -64,9 +64,9 @@ def batches(
     rows = config.batch_size // process_count
     mixed = _mixed_documents(config, split, seed, chat, process_index, process_count, repeat)
     encode = ConversationEncoder(config, tokenizer) if chat else DocumentEncoder(config, tokenizer)
-    # Each process draws its own numbers, since an index means another document to each. No threads
-    # here: they would only wait for each other, since encoding is Python. The prefetch thread at
-    # the end keeps the training loop from waiting.
+    # Each process draws its own numbers, since the same index is another document in each. No
+    # threads here: they would only wait for each other, since encoding is Python. The prefetch
+    # thread at the end keeps the training loop from waiting.
     encoded = mixed.random_map(
         encode, seed=_derive_seed(seed, f"write/{process_index}")
     ).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -116,7 +116,7 @@ def _mixed_documents(
 class _Flatten(grain.experimental.FlatMapTransform):
     """Gives the sequences of each document one by one."""
 
-    max_fan_out = 1  # of no consequence to an IterDataset
+    max_fan_out = 1  # an IterDataset ignores it
 
     def flat_map(self, element: list) -> Sequence:
         return element

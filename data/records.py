@@ -2,7 +2,7 @@
 
 The name of its file and its index in the file decide the split of a record: nothing is read for
 that, and appending to a file moves no record. Where the field that is read has a conversation, a
-field "tools" beside it may have what the assistant may call.
+field "tools" of the same record may have the functions that the assistant may call.
 """
 
 import functools
@@ -47,18 +47,18 @@ class Records:
         self._files = files
         self._field = field
         counts = [self._open_file(files.path(name)) for name in files.names]
-        self._ends = np.cumsum(counts)  # records up to the end of each file
+        self._cumulative_counts = np.cumsum(counts)  # records up to the end of each file
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._cumulative_counts[-1])
 
     def key(self, index: int) -> str:
         """Returns the file's name and the record's index in it, which decide its split."""
-        file, record = locate(self._ends, index)
+        file, record = locate(self._cumulative_counts, index)
         return f"{self._files.names[file]}:{record}"
 
     def __getitem__(self, index: int) -> Document:
-        file, record = locate(self._ends, index)
+        file, record = locate(self._cumulative_counts, index)
         name = f"{self._files.names[file]}:{self._record_number(file, record)}"
         where = str(self._files.root / name)
         body, tools = self._read_record(file, record, where)
@@ -101,7 +101,7 @@ class JsonLines(Records):
         super().__init__(spec, files, field)
 
     def _open_file(self, path: Path) -> int:
-        """Finds the lines of a file that are not blank, and returns how many they are."""
+        """Finds the lines of a file that are not blank, and returns their number."""
         content: Callable[[], BinaryIO] = functools.partial(path.open, "rb")
         if path.suffix == ".gz":
             try:

@@ -33,18 +33,19 @@ class TextFiles:
         self._files = files
         self._chunk_bytes = chunk_bytes
         self._sizes = np.array([files.path(name).stat().st_size for name in files.names])
-        self._ends = np.cumsum(-(-self._sizes // chunk_bytes))  # chunks up to the end of each file
+        # Chunks up to the end of each file.
+        self._cumulative_counts = np.cumsum(-(-self._sizes // chunk_bytes))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._cumulative_counts[-1])
 
     def key(self, index: int) -> str:
         """Returns the name of the file, which decides the split of all of its chunks."""
-        return self._files.names[locate(self._ends, index)[0]]
+        return self._files.names[locate(self._cumulative_counts, index)[0]]
 
     def __getitem__(self, index: int) -> Document:
         """Reads one chunk of a file; raises UserError where it is not UTF-8."""
-        file_index, chunk = locate(self._ends, index)
+        file_index, chunk = locate(self._cumulative_counts, index)
         name, size = self._files.names[file_index], int(self._sizes[file_index])
         path = self._files.path(name)
         with path.open("rb") as file:

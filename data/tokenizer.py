@@ -2,7 +2,7 @@
 
 Text never makes a special id: a document that contains the characters "<|eos|>" is encoded as those
 characters. Special ids are asked for by name, except in what a chat template rendered, where they
-stand as text (`Tokenizer.encode_rendered`).
+appear as text (`Tokenizer.encode_rendered`).
 """
 
 import functools
@@ -75,8 +75,8 @@ class Tokenizer:
           backend: has every special token flagged as special.
           name: file or kind of the tokenizer, for errors.
           special_tokens: texts of the tokens for the roles "bos_token", "eos_token", "pad_token"
-            and others. They go before the usual spellings.
-          stops: ids at which sampling ends, beside that of the end of a document.
+            and others. They take precedence over the usual spellings.
+          stops: ids at which sampling ends, besides that of the end of a document.
           chat_template: the checkpoint's own.
 
         Raises:
@@ -140,9 +140,9 @@ class Tokenizer:
         kept = [int(index) for index in ids if int(index) not in skipped]
         return self._backend.decode(kept, skip_special_tokens=False)
 
-    def is_special(self, index: int) -> bool:
+    def is_special(self, token_id: int) -> bool:
         """Returns whether an id is that of a special token."""
-        return index in self._special_ids
+        return token_id in self._special_ids
 
     def special_token_id(self, text: str) -> int | None:
         """Returns the id of a special token, or None if the tokenizer has no such token."""
@@ -180,10 +180,10 @@ class Tokenizer:
 
     @functools.cached_property
     def _rendered_backend(self) -> tokenizers.Tokenizer:
-        """A backend of its own for text with special tokens.
+        """A separate backend for text with special tokens.
 
-        Whether special tokens count is a switch of the backend: threads that share one would throw
-        it under each other.
+        Whether special tokens count is a switch of the backend, and threads that shared one would
+        flip it for each other.
         """
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         # It adds no token here, but some of them trim the spaces of a token off its offsets.

@@ -1,4 +1,4 @@
-"""Loads a Hugging Face tokenizer.json, with roles, stops and chat template from beside it."""
+"""Loads a Hugging Face tokenizer.json, with roles, stops and chat template from its folder."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -62,8 +62,8 @@ def _load_backend(path: Path, named: Collection[str]) -> tokenizers.Tokenizer:
         raise UserError(f"{path}: not a Hugging Face tokenizer.json ({error})") from error
     backend.no_padding()
     backend.no_truncation()
-    # A token with a role may be in the vocabulary only. As a special one it must be found in text
-    # before that is cut into others.
+    # A token with a role may be in the vocabulary only. As a special one it must be matched in
+    # text before the text is cut into other tokens.
     added = {token["content"] for token in saved["added_tokens"]}
     backend.add_special_tokens(
         [
@@ -78,7 +78,7 @@ def _load_backend(path: Path, named: Collection[str]) -> tokenizers.Tokenizer:
 def _special_token_roles(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
     """Returns the texts of the tokens with a role, by role: {"bos_token": "<s>"}.
 
-    The older special_tokens_map.json counts where the config does not list the added tokens.
+    The older special_tokens_map.json is read where the config does not list the added tokens.
     """
     tokens = (
         config

@@ -102,7 +102,7 @@ def _bytes_to_unicode() -> Iterator[str]:
 
 
 def _training_texts(config: DataConfig, num_bytes: int) -> Iterator[str]:
-    """Yields about `num_bytes` of training text, the same share from all over each source."""
+    """Yields about `num_bytes` of training text: equal shares, from all over each source."""
     for spec in config.sources:
         documents = open_split(config, spec, "train")
         remaining = num_bytes // len(config.sources)

@@ -21,9 +21,9 @@ from bench import (
     side_by_side,
     workload,
 )
-from bench.schedule import Stretch
+from bench.schedule import CodeBlock
 
-# For environments of their own, with their rivals in them.
+# Run in separate environments, which have the other projects.
 FOREIGN = {"maxtext_tiny", "transformers_tiny", "trl_tiny"}
 SCRIPTS = sorted(
     path.stem
@@ -43,20 +43,20 @@ def test_its_docstring_is_its_help_and_says_how_it_is_called(name):
     assert f"python -m bench.{name}" in (module.__doc__ or "") or not is_command
 
 
-def stretch(depth: int, bundles: int, loop: bool = False, mxu: float = 0.0) -> Stretch:
-    return Stretch(depth, loop, bundles, mxu, 0)
+def block(depth: int, bundles: int, loop: bool = False, mxu: float = 0.0) -> CodeBlock:
+    return CodeBlock(depth, loop, bundles, mxu, 0)
 
 
 @pytest.mark.parametrize("kind", kernels.CLOCK)
 def test_decode_counts_a_rows_cycles_and_bytes(kind):
     attend = [
-        stretch(2, 80),
-        *(stretch(2, bundles, mxu=0.5) for bundles in (1_200, 1_200, 300, 300)),
+        block(2, 80),
+        *(block(2, bundles, mxu=0.5) for bundles in (1_200, 1_200, 300, 300)),
     ]
     select = [
-        stretch(1, 400, mxu=0.5),
-        stretch(2, 20, loop=True),
-        *(stretch(2, bundles, mxu=0.1) for bundles in (100, 50, 200)),
+        block(1, 400, mxu=0.5),
+        block(2, 20, loop=True),
+        *(block(2, bundles, mxu=0.1) for bundles in (100, 50, 200)),
     ]
     found = decode.figures(kind, 1e12, {16: attend}, select)
     (heads,), row = found["attention"], found["rows"][-1]
@@ -82,39 +82,39 @@ def test_decode_counts_a_rows_cycles_and_bytes(kind):
 
 @pytest.mark.parametrize("L", kernels.LENGTHS)
 def test_the_selections_cycles_are_added_up(L):
-    """Of a schedule whose every stretch has a length of its own."""
+    """Of a schedule whose code blocks all differ in length."""
     tile, fill, count, head, one, tail, write, ties, last = 5_000, 3, 40, 20, 38, 30, 50, 60, 80
     parts = [
         *(
-            stretch(1, 36, loop=True),
-            stretch(1, tile),
-            stretch(2, 17, loop=True),
-            stretch(3, fill, loop=True),
-            stretch(2, 8),
-            stretch(3, count, loop=True),
+            block(1, 36, loop=True),
+            block(1, tile),
+            block(2, 17, loop=True),
+            block(3, fill, loop=True),
+            block(2, 8),
+            block(3, count, loop=True),
         ),
         *(
-            stretch(2, 69),
-            stretch(3, head, loop=True),
-            stretch(4, one, loop=True),
-            stretch(3, tail),
-            stretch(2, 22),
-            stretch(3, write, loop=True),
+            block(2, 69),
+            block(3, head, loop=True),
+            block(4, one, loop=True),
+            block(3, tail),
+            block(2, 22),
+            block(3, write, loop=True),
         ),
         *(
-            stretch(3, 9),
-            stretch(2, 8),
-            stretch(3, 7, loop=True),
-            stretch(4, ties, loop=True),
-            stretch(3, 15),
-            stretch(3, last, loop=True),
-            stretch(2, 31),
+            block(3, 9),
+            block(2, 8),
+            block(3, 7, loop=True),
+            block(4, ties, loop=True),
+            block(3, 15),
+            block(3, last, loop=True),
+            block(2, 31),
         ),
     ]
     found = selection_schedule.selection_figures(
         parts, L, lambda cycles, flops, bytes_: {"cycles": cycles, "flops": flops}, 1e9, 131_072
     )
-    words = L // 4_096
+    key_blocks = L // 4_096
     counted = {
         row["scores"]: row
         for row in json.loads(selection_schedule.PASSES.read_text())["rows"]
@@ -123,10 +123,10 @@ def test_the_selections_cycles_are_added_up(L):
     for scores, row in counted.items():
         group = (
             155
-            + row["most"] * (head + tail + words * one)
-            + words * (count + (last if row["tied"] else write))
+            + row["most"] * (head + tail + key_blocks * one)
+            + key_blocks * (count + (last if row["tied"] else write))
         )
-        group += (L - 1).bit_length() * (7 + 15 + words * ties) if row["tied"] else 0
+        group += (L - 1).bit_length() * (7 + 15 + key_blocks * ties) if row["tied"] else 0
         assert found["search_1024_full_rows_ms"][scores]["most"] == pytest.approx(
             1_024 / 8 * group / 1e6, abs=6e-4
         ), scores
@@ -143,14 +143,14 @@ def test_the_selections_cycles_are_added_up(L):
     assert found["of_peak"] == round(2 * 65_536 * 64 * 128 / tile / 131_072, 3)
 
 
-def test_what_is_drawn_for_a_device():
+def test_arguments_are_random_but_for_masks_and_segments():
     program = kernel_programs.splash_program(256, causal=False, heads=2)
-    q, k, _, mask = kernels.drawn(program)
+    q, k, _, mask = kernels.random_arguments(program)
     assert q.dtype == jnp.bfloat16 and not np.array_equal(q, k)
     np.testing.assert_array_equal(mask[0], np.tril(np.ones((256, 256), bool)))
-    assert not np.any(kernels.drawn(kernel_programs.programs(256, heads=2)["select"])[-1] - 1), (
-        "one segment"
-    )
+    assert not np.any(
+        kernels.random_arguments(kernel_programs.programs(256, heads=2)["select"])[-1] - 1
+    ), "one segment"
 
 
 def test_passes_are_counted(capsys, monkeypatch):

@@ -38,7 +38,7 @@ def recover(ids: list[int], tokenizer: Tokenizer) -> str:
     assert [index for index in ids if index in markers] == markers
     assert (ids[0], ids[-1]) == (tokenizer.fim.prefix, tokenizer.eos)
     at_suffix, at_middle = ids.index(tokenizer.fim.suffix), ids.index(tokenizer.fim.middle)
-    # In SPM the part before [suf] is empty and the prefix stands before the middle: the same
+    # In SPM the part before [suf] is empty and the prefix comes before the middle: the same
     # formula recovers both.
     before, after = ids[1:at_suffix], ids[at_middle + 1 : -1]
     suffix = ids[at_suffix + 1 : at_middle]

@@ -16,7 +16,7 @@ def spans_of(template, messages, tools=None):
 
 
 def test_a_turn_that_keeps_its_thought_counts(template):
-    """Both turns are behind the last question."""
+    """Both turns are after the last question."""
     first = (
         '<think>\nadd them\n</think>\n\n<tool_call>\n{"name": "add", "arguments": '
         '{"x": [1, 2], "y": [3, 4]}}\n</tool_call><|im_end|>\n'
@@ -36,9 +36,9 @@ def test_a_turn_that_loses_its_thought_is_context(template):
 
 
 def test_a_last_turn_without_the_thought_that_its_prompt_opens_counts(template):
-    """It spans from where the prompt's tag would stand.
+    """It spans from where the prompt's tag would be.
 
-    An earlier turn, which was sampled behind such a tag, is context.
+    An earlier turn, which was sampled after such a tag, is context.
     """
     messages = [user("q1"), assistant("a1"), user("q2"), assistant(THOUGHT)]
     assert spans_of(template("r1"), messages) == [(4, "because<｜end▁of▁sentence｜>")]

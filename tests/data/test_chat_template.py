@@ -98,7 +98,7 @@ def test_renders_as_transformers_does(template, name, messages, options, text):
 
 
 def test_templates_have_the_functions_and_filters_of_transformers():
-    """Blocks take their line end and indent with them; {% generation %} is a scope of its own."""
+    """Blocks take their line end and indent with them; {% generation %} only opens a scope."""
     source = """{% set found = 'outside' %}
     {% for message in messages %}
         {% if loop.index > 1 %}{% break %}{% endif %}

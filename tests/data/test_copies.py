@@ -17,15 +17,15 @@ def halves(exercise: list[int]) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 7, 8, 500])
-def test_every_sequence_stands_twice_and_the_tokens_are_the_documents(length):
+def test_every_span_is_written_twice_and_the_tokens_are_the_documents(length):
     ids = list(range(1000, 1000 + length))
     exercises = copy_exercises(ids, np.random.default_rng(0), max_tokens=256)
-    sequences = [first for first, second in map(halves, exercises) if first == second]
-    assert len(sequences) == len(exercises)
-    used = [token for sequence in sequences for token in sequence]
+    spans = [first for first, second in map(halves, exercises) if first == second]
+    assert len(spans) == len(exercises)
+    used = [token for span in spans for token in span]
     assert len(set(used)) == len(used) and set(used) <= set(ids)
     assert length - MIN_LENGTH < len(used)  # fewer than MIN_LENGTH tokens are left over
-    assert all(MIN_LENGTH <= len(sequence) <= MAX_LENGTH for sequence in sequences)
+    assert all(MIN_LENGTH <= len(span) <= MAX_LENGTH for span in spans)
 
 
 def test_the_order_is_lost_and_lengths_are_uniform():

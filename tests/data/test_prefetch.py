@@ -15,7 +15,7 @@ raise SystemExit(3)
 
 
 def test_python_ends_quietly_with_the_thread_still_at_work():
-    """It needs a process of its own: only at its end can a traceback appear."""
+    """It needs a separate process: only at its end can a traceback appear."""
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=pathlib.Path(__file__).parents[2],

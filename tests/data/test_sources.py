@@ -111,7 +111,7 @@ def test_conversations_are_bodies(tmp_path):
 
 @pytest.mark.parametrize("tools", [[{"name": "f", "parameters": {"x": [1, 2]}}], None, []])
 def test_a_conversation_comes_with_its_tools(tmp_path, tools):
-    """They are a list, or the JSON of one. A text has none, whatever stands beside it."""
+    """They are a list, or the JSON of one. A text has none, whatever its record says."""
     messages = [{"role": "user", "content": "hi"}]
     for number, written in enumerate((tools, json.dumps(tools))):
         record = {"messages": messages, "text": "a", "tools": written}
