@@ -21,6 +21,7 @@ def measured(stage: str, layout: str, top_p: float):
     return twilight.measure(MODEL, weights, batch, stage, top_p)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("stage", "layout"), [("sparse", "side by side"), ("dense", "as they are")]
 )
@@ -40,6 +41,7 @@ def test_all_of_attention_leaves_nothing_out_and_less_does(stage, layout):
     }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", ["sparse", "dense"])
 def test_the_layout_of_the_experts_changes_no_figure(stage):
     """The tolerance is that of rounding to five digits, and of another order of summation."""

@@ -128,6 +128,7 @@ def test_rows_of_padding_change_nothing(algorithm):
     assert tiny.tree_max((nothing["gradients"], nothing["means"], nothing["counts"])) == 0
 
 
+@pytest.mark.heavy
 def test_dividing_by_microbatch_would_be_seen():
     """A mean over microbatches, each over its own rows or tokens: of one row and of three."""
     mean = jax.tree.map(

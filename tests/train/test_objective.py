@@ -107,6 +107,7 @@ def test_the_gradient_does_not_depend_on_microbatches(microbatches):
     tiny.assert_close(gradient(batch, microbatches), gradient(batch), **ROUNDING)
 
 
+@pytest.mark.heavy
 def test_dividing_by_microbatch_would_be_seen():
     """The mistake the objective exists to rule out: each microbatch over its own weights, then
     the mean.
