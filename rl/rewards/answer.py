@@ -13,7 +13,10 @@ from data.completions import parse_completion
 
 # ASCII digits, with an optional sign, thousands in groups of three, and decimals. No exponents,
 # units, fractions or expressions: those compare as text.
-_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?|\.[0-9]+)")
+_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(?:\.[0-9]+)?|\.[0-9]+)")
+# An answer this much longer than the right one, in characters, is wrong unread: no way to write a
+# number or a text needs so many more, and a completion must not be paid for filling its box.
+LONGER_BY = 100
 
 
 def format_reward(text: str) -> float:
@@ -27,14 +30,17 @@ def format_reward(text: str) -> float:
 def answer_reward(text: str, answer: str) -> float:
     """Returns 1 if the completion is well formed and its answer is the right one, else 0.
 
-    Answers are equal if `normalise` makes the same of them. An empty answer is never right.
+    Answers are equal if `normalise` makes the same of them. An empty answer is never right, nor one
+    that is longer than the right one by more than `LONGER_BY` characters.
 
     Args:
       text: the completion alone: without its prompt and the end of sequence, with its four tags.
       answer: the right answer of the problem.
     """
-    found = normalise(parse_completion(text).answer)  # "" unless well formed
-    return float(found != "" and found == normalise(answer))
+    found = parse_completion(text).answer  # "" unless well formed
+    if not found or len(found) > len(answer) + LONGER_BY:
+        return 0.0
+    return float(normalise(found) == normalise(answer))
 
 
 def normalise(answer: str) -> Decimal | str:

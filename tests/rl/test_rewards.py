@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from decimal import Decimal
 
 import pytest
@@ -40,7 +41,7 @@ def test_right_answers(found, right):
         ("8, 9", "9"), ("8,9", "89"), ("1,00", "100"), ("10,00,000", "1000000"), ("\u0669", "9"),
         ("\uff19", "9"), ("nan", "9"), ("inf", "inf2"), ("New York", "new york"),
         ("newyork", "new york"), ("9007199254740993", "9007199254740992"),
-        ("0.30000000000000004", "0.3"),
+        ("0.30000000000000004", "0.3"), ("0,009", "9"), ("000,009", "9"),
     ],
 )  # fmt: skip
 def test_wrong_answers(found, right):
@@ -140,3 +141,23 @@ def test_every_reward_is_a_number_for_any_text(name):
         reward = REWARDS[name](text, answer)
         assert isinstance(reward, float) and math.isfinite(reward)
         assert total_reward(text, answer, {name: 2.0}) == (2 * reward, {name: reward})
+
+
+@pytest.mark.parametrize(
+    "found", ["0" * 10**6 + "9", "0,000," * 160_000 + "009", "9." + "0" * 10**6, "9" + " " * 10**6,
+              "9\x00" * 10**6, "1,000" * 200_000, "</think><answer>" * 60_000 + "9"],
+)  # fmt: skip
+def test_a_million_characters_are_neither_paid_nor_waited_for(found):
+    text = completion(found + "|") if found.endswith(" ") else completion(found)
+    began = time.perf_counter()
+    assert answer_reward(text, "9") == 0
+    assert time.perf_counter() - began < 1
+
+
+def test_a_right_answer_of_a_million_characters_is_paid_in_no_time():
+    """What is compared is as long as the right answer is, whoever wrote that."""
+    for right in ("7" * 10**6, "1," * 500_000, "1" + ",000" * 250_000, "ab " * 300_000 + "."):
+        began = time.perf_counter()
+        assert answer_reward(completion(right), right) == 1
+        assert answer_reward(completion(right[:-1] + "8"), right) == 0
+        assert time.perf_counter() - began < 2
