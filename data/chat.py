@@ -5,21 +5,26 @@
                  then <|eos|>
     checkpoint   the output of the chat template beside the tokenizer (data/chat_template.py)
 
-The markers of "think" and "r1" are special ids if the tokenizer has them, and plain text if not;
-what users and systems write is never parsed for markers. In the output of a checkpoint's template
-every special token is one, as in Hugging Face's apply_chat_template: a user's "<|im_end|>" too.
+The marks of "think" are special ids, and a tokenizer that lacks one is refused. "r1" is plain text,
+for base models: its tags are special ids where the tokenizer has them, and else characters. What
+users and systems write is never parsed for marks. In the output of a checkpoint's template every
+special token is one, as in Hugging Face's apply_chat_template: a user's "<|im_end|>" too.
+
+Whatever a template leaves out of a conversation (data/chat_omissions.py) is an error, or handed to
+`omitted`.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from data.chat_omissions import calls_of, omission, omitted_tool, squeezed, thought_of
 from data.chat_targets import target_tokens
-from data.chat_template import ChatTemplate
+from data.chat_template import AssistantSpan, ChatTemplate
 from data.documents import Messages, Tools
 from data.special_tokens import COMPLETION_TAGS
-from data.tokenizer import Tokenizer
+from data.tokenizer import Encoding, Tokenizer
 from errors import UserError
 
 R1_PREAMBLE = (
@@ -29,6 +34,10 @@ R1_PREAMBLE = (
     "<think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process "
     "here </think> <answer> answer here </answer>."
 )
+
+# Takes a line that says what a template leaves out of a conversation. Where it returns, the turn
+# has weight 0, and so has every turn behind a message or a tool that is left out.
+Omitted = Callable[[str], None]
 
 _TAG = re.compile("(" + "|".join(re.escape(tag) for tag in COMPLETION_TAGS) + ")")
 
@@ -43,7 +52,7 @@ class Template(Protocol):
         ...
 
     def encode_chat(
-        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None
+        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None, omitted: Omitted
     ) -> tuple[list[int], list[float]]:
         """Encodes a whole conversation; returns its ids and their weights as targets."""
         ...
@@ -53,7 +62,8 @@ class Template(Protocol):
 class TurnTemplate:
     """A template that writes [system] user assistant user ..., message by message.
 
-    It leaves tools out. Every field is a function that returns ids.
+    A thought in a field of its own stands in tags before the content. Tools and calls of tools
+    cannot be written. Every field is a function that returns ids.
 
     Attributes:
       opening: encodes the beginning of a conversation.
@@ -74,30 +84,38 @@ class TurnTemplate:
     ) -> list[int]:
         """Encodes a conversation that ends with a user. Raises UserError for any other."""
         _check_turns(messages, last_role="user")
-        return self._encode(messages, tokenizer)[0]
+        return self._encode(messages, tokenizer, tools, _refuse_to_ask)[0]
 
     def encode_chat(
-        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None
+        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None, omitted: Omitted
     ) -> tuple[list[int], list[float]]:
         """Encodes a conversation that ends with the assistant. Raises UserError for any other."""
         _check_turns(messages, last_role="assistant")
-        return self._encode(messages, tokenizer)
+        return self._encode(messages, tokenizer, tools, omitted)
 
-    def _encode(self, messages: Messages, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+    def _encode(
+        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None, omitted: Omitted
+    ) -> tuple[list[int], list[float]]:
         """Returns the tokens of a conversation and their loss weights: 1 in answers, else 0."""
+        if tools:
+            omitted("the chat template leaves out tools")
         ids = self.opening(tokenizer)
         weights = [0.0] * len(ids)
-        for message in messages:
-            role, content = message["role"], message["content"]
+        for number, message in enumerate(messages, 1):
+            role, content, weight = message["role"], message["content"], 0.0
             if role == "assistant":
-                added, weight = self.assistant(content, tokenizer) + [tokenizer.eos], 1.0
+                weight = 0.0 if tools else 1.0
+                calls, thought = calls_of(message), thought_of(message)
+                if calls is not None:
+                    omitted(_omitted_words(number, len(messages), f'"{calls}"'))
+                    weight = 0.0
+                if thought is not None:
+                    content = f"<think>{thought[1]}</think>{content}"
+                added = [*self.assistant(content, tokenizer), tokenizer.eos]
             elif role == "user":
-                added, weight = (
-                    self.user(content, tokenizer) + self.generation_prompt(tokenizer),
-                    0.0,
-                )
+                added = self.user(content, tokenizer) + self.generation_prompt(tokenizer)
             else:
-                added, weight = self.system(content, tokenizer), 0.0
+                added = self.system(content, tokenizer)
             ids += added
             weights += [weight] * len(added)
         return ids, weights
@@ -115,10 +133,11 @@ class CheckpointTemplate:
         """Encodes the rendering with the generation prompt. Raises UserError if it is refused."""
         template = _checkpoint_template(tokenizer)
         text = template.render(messages, add_generation_prompt=True, tools=tools)
+        _last_message_with_context(messages, tools, text, _refuse_to_ask)
         return tokenizer.encode_rendered(text)
 
     def encode_chat(
-        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None
+        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None, omitted: Omitted
     ) -> tuple[list[int], list[float]]:
         """Encodes the rendering; `target_tokens` says which tokens of it have weight 1.
 
@@ -128,45 +147,118 @@ class CheckpointTemplate:
         text, turns = _checkpoint_template(tokenizer).render_with_spans(messages, tools)
         encoding = tokenizer.encode_rendered_with_offsets(text)
         weights = [0.0] * len(encoding.ids)
+        last = _last_message_with_context(messages, tools, text, omitted)
         for turn in turns:
-            for index in target_tokens(turn, encoding, tokenizer):
-                weights[index] = 1.0
+            targets = target_tokens(turn, encoding, tokenizer)
+            message = messages[turn.message - 1]
+            content = message.get("content")
+            sampled = _sampled_text(turn, targets, encoding, tokenizer, content)
+            left_out = omission(message, squeezed(sampled))
+            if left_out is not None:
+                omitted(_omitted_words(turn.message, len(messages), left_out))
+            elif turn.message <= last:
+                for index in targets:
+                    weights[index] = 1.0
         return encoding.ids, weights
 
 
-def encode_tags(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Encodes a text with the tags <think>, </think>, <answer> and </answer>.
+def refuse_to_learn(omitted: str) -> None:
+    """Raises UserError for what a template leaves out of a conversation to learn."""
+    raise UserError(
+        f"{omitted}; take another data.chat_template, or give the turn no weight by"
+        ' data.incomplete_turns = "mask"'
+    )
 
-    A tag becomes a special id where the tokenizer has one.
+
+def _refuse_to_ask(omitted: str) -> None:
+    """Raises UserError for what a template leaves out of a prompt."""
+    raise UserError(f"{omitted}; take another data.chat_template")
+
+
+def _omitted_words(number: int, count: int, what: str) -> str:
+    return f"message {number} of {count}: the chat template leaves out its {what}"
+
+
+def _last_message_with_context(
+    messages: Messages, tools: Tools | None, text: str, omitted: Omitted
+) -> int:
+    """Returns the number of the last message before which nothing is left out of the context.
+
+    What the assistant says counts where it is learnt, and not here.
     """
+    written = squeezed(text)
+    tool = omitted_tool(tools, written)
+    if tool is not None:
+        omitted(f'the chat template leaves out the tool "{tool}"')
+        return 0
+    for number, message in enumerate(messages, 1):
+        left_out = None if message["role"] == "assistant" else omission(message, written)
+        if left_out is not None:
+            omitted(_omitted_words(number, len(messages), left_out))
+            return number
+    return len(messages)
+
+
+def _sampled_text(
+    turn: AssistantSpan, targets: range, encoding: Encoding, tokenizer: Tokenizer, content: Any
+) -> str:
+    """Returns the characters of a turn without the special token that ends it.
+
+    It stays if the content has it too.
+    """
+    end = turn.end
+    if targets and tokenizer.is_special(encoding.ids[targets[-1]]):
+        start, end = encoding.offsets[targets[-1]]
+        if not (isinstance(content, str) and content.rstrip().endswith(encoding.text[start:end])):
+            end = start
+    return encoding.text[turn.start : end]
+
+
+def _encode_tags(
+    text: str, tokenizer: Tokenizer, encode_tag: Callable[[str, Tokenizer], list[int]]
+) -> list[int]:
+    """Encodes a text, its tags <think>, </think>, <answer> and </answer> by `encode_tag`."""
     ids = []
     for part in _TAG.split(text):
         if part in COMPLETION_TAGS:
-            ids += _encode_marker(part, tokenizer)
+            ids += encode_tag(part, tokenizer)
         elif part:
             ids += tokenizer.encode(part)
     return ids
 
 
-def _encode_marker(text: str, tokenizer: Tokenizer) -> list[int]:
+def _encode_tag(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Returns the id of a tag of "r1", or its characters where the tokenizer has none."""
     special = tokenizer.special_token_id(text)
     return tokenizer.encode(text) if special is None else [special]
+
+
+def _encode_mark(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Returns the id of a mark of "think". Raises UserError if the tokenizer has none."""
+    special = tokenizer.special_token_id(text)
+    if special is None:
+        raise UserError(
+            f'data.chat_template = "think": the tokenizer {tokenizer.name} has no {text}, a mark of'
+            ' this template; set data.chat_template = "checkpoint" with a chat_template.jinja'
+            ' beside the tokenizer, or "r1", which is plain text'
+        )
+    return [special]
 
 
 TEMPLATES: dict[str, Template] = {
     "think": TurnTemplate(
         opening=lambda tokenizer: [],
         system=lambda text, tokenizer: tokenizer.encode(text),
-        user=lambda text, tokenizer: _encode_marker("<|user|>", tokenizer) + tokenizer.encode(text),
-        generation_prompt=lambda tokenizer: _encode_marker("<|assistant|>", tokenizer),
-        assistant=encode_tags,
+        user=lambda text, tokenizer: _encode_mark("<|user|>", tokenizer) + tokenizer.encode(text),
+        generation_prompt=lambda tokenizer: _encode_mark("<|assistant|>", tokenizer),
+        assistant=lambda text, tokenizer: _encode_tags(text, tokenizer, _encode_mark),
     ),
     "r1": TurnTemplate(
-        opening=lambda tokenizer: encode_tags(R1_PREAMBLE, tokenizer),
+        opening=lambda tokenizer: _encode_tags(R1_PREAMBLE, tokenizer, _encode_tag),
         system=lambda text, tokenizer: tokenizer.encode(f" {text}"),
         user=lambda text, tokenizer: tokenizer.encode(f" User: {text}."),
         generation_prompt=lambda tokenizer: tokenizer.encode(" Assistant:"),
-        assistant=lambda text, tokenizer: encode_tags(f" {text}", tokenizer),
+        assistant=lambda text, tokenizer: _encode_tags(f" {text}", tokenizer, _encode_tag),
     ),
     "checkpoint": CheckpointTemplate(),
 }
@@ -193,7 +285,11 @@ def encode_prompt(
 
 
 def encode_chat(
-    messages: Messages, tokenizer: Tokenizer, template: str, tools: Tools | None = None
+    messages: Messages,
+    tokenizer: Tokenizer,
+    template: str,
+    tools: Tools | None = None,
+    omitted: Omitted = refuse_to_learn,
 ) -> tuple[list[int], list[float]]:
     """Encodes a whole conversation, with the weight of each id as a target.
 
@@ -206,6 +302,7 @@ def encode_chat(
       tokenizer: encodes it.
       template: a name in `TEMPLATES`.
       tools: JSON schemas of the functions that the assistant may call.
+      omitted: takes what the template leaves out; by default it is refused.
 
     Returns:
       (ids, weights), lists of equal length.
@@ -214,7 +311,7 @@ def encode_chat(
       UserError: the template cannot write the conversation. For "think" and "r1" the roles must
         take turns, and the last be the assistant's.
     """
-    return _template(template).encode_chat(messages, tokenizer, tools)
+    return _template(template).encode_chat(messages, tokenizer, tools, omitted)
 
 
 def _template(name: str) -> Template:
@@ -228,7 +325,8 @@ def _checkpoint_template(tokenizer: Tokenizer) -> ChatTemplate:
         raise UserError(
             f'data.chat_template = "checkpoint": the tokenizer {tokenizer.name} has no chat '
             'template (no chat_template.jinja beside it, nor a "chat_template" in its '
-            "tokenizer_config.json)"
+            "tokenizer_config.json); put one there, or set data.chat_template to what the model"
+            ' was trained on: "think", or "r1", which is plain text'
         )
     return tokenizer.chat_template
 

@@ -4,29 +4,32 @@ It is a file beside the tokenizer, and runs as Hugging Face's `apply_chat_templa
 runs it (data/chat_jinja.py).
 """
 
+import dataclasses
 import functools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.meta
 
 from data.chat_jinja import jinja_environment
+from data.chat_omissions import THOUGHT_FIELDS, THOUGHT_TAG
 from data.documents import Messages, Tools
 from errors import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
 
-# The fields in which a message may have the assistant's thought. Hugging Face gives a thought to
-# templates under the first two, whichever field it came in.
-_THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
-
 # Tags of a thought, open, closed or both, at the end of a prompt: "<think>\n",
 # "<think>\n\n</think>\n\n", "[THINK]".
-_THOUGHT_TAGS = re.compile(r"(?:[<\[]/?(?:\w+:)?think(?:ing)?[>\]]\s*)+\Z", re.IGNORECASE)
+_THOUGHT_TAGS = re.compile(rf"(?:{THOUGHT_TAG}\s*)+\Z", re.IGNORECASE)
+
+
+# What every template is given; its switches have other names.
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception"}
+_GIVEN |= {"strftime_now", "namespace", "range", "dict", "cycler", "joiner", "lipsum"}
 
 
 class AssistantSpan(NamedTuple):
@@ -40,7 +43,7 @@ class AssistantSpan(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ChatTemplate:
     """A chat template, which is compiled when it is first used.
 
@@ -50,11 +53,30 @@ class ChatTemplate:
       source: the Jinja program.
       name: the file it is from, for errors.
       special_tokens: texts of the tokens the program may name, such as {"bos_token": "<s>"}.
+      options: the program's own switches, such as {"enable_thinking": False}.
     """
 
     source: str
     name: str
     special_tokens: Mapping[str, str]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def with_options(self, options: Mapping[str, Any]) -> "ChatTemplate":
+        """Returns this template with these switches set.
+
+        Raises UserError for one that the program does not read.
+        """
+        _ = self._program  # whose errors are lines
+        syntax = jinja_environment().parse(self.source)
+        read = jinja2.meta.find_undeclared_variables(syntax) - _GIVEN
+        for name in options:
+            if name not in read:
+                known = ", ".join(sorted(read - {*self.special_tokens})) or "none"
+                raise UserError(
+                    f'data.chat_template_options: "{name}": no switch of {self.name} (it reads:'
+                    f" {known})"
+                )
+        return dataclasses.replace(self, options=dict(options))
 
     def render(
         self,
@@ -62,7 +84,6 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         tools: Tools | None = None,
-        **variables: Any,
     ) -> str:
         """Writes a conversation as text.
 
@@ -70,7 +91,6 @@ class ChatTemplate:
           messages: the conversation, with whatever fields the template reads.
           add_generation_prompt: whether the text goes on to where the assistant begins to write.
           tools: JSON schemas of the functions that the assistant may call.
-          variables: the template's own switches, such as enable_thinking=False.
 
         Raises:
           UserError: the conversation is empty, the template is wrong, or it refuses the
@@ -81,13 +101,13 @@ class ChatTemplate:
         program = self._program
         context = {
             **self.special_tokens,
-            **variables,
+            **self.options,
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return program.render(messages=_for_template(messages), **context)
+            return program.render(context | {"messages": _for_template(messages)})
         except Exception as error:  # the program may raise anything that Python does
             reason = " ".join(str(error).split()) or type(error).__name__
             place = self._refused_message(messages, context)
@@ -159,7 +179,7 @@ class ChatTemplate:
         """
         for count in range(len(messages) - 1, 0, -1):
             try:
-                self._program.render(messages=_for_template(messages[:count]), **context)
+                self._program.render(context | {"messages": _for_template(messages[:count])})
             except Exception:
                 continue
             return f"message {count + 1} of {len(messages)}: "
@@ -213,7 +233,8 @@ def _for_template(messages: Messages) -> Messages:
     prepared = []
     for message in messages:
         fields = {name: value for name, value in message.items() if value is not None}
-        thought = next((fields[name] for name in _THOUGHT_FIELDS if name in fields), None)
+        # Hugging Face gives a thought to templates under these two names, whichever it came in.
+        thought = next((fields[name] for name in THOUGHT_FIELDS if name in fields), None)
         if thought is not None:
             fields = {"thinking": thought} | fields | {"reasoning_content": thought}
         prepared.append(fields)

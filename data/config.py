@@ -3,7 +3,9 @@
 Each field is written once, here, with its default and meaning.
 """
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from data.chat import TEMPLATES
 from errors import FieldChecks
@@ -11,6 +13,7 @@ from errors import FieldChecks
 TOKENIZER_KINDS = ("bpe", "bytes", "file")
 SOURCE_KINDS = ("stdlib", "text", "jsonl", "parquet", "arrayrecord", "task")
 PACKINGS = ("split", "fit")
+INCOMPLETE_TURNS = ("stop", "mask")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class DataConfig:
     cross_document_attention: bool = True
     # How chat is written: "think" | "r1" (data/chat.py) | "checkpoint": the tokenizer's own jinja.
     chat_template: str = "think"
+    # Switches of that jinja, a JSON object: '{"enable_thinking": false}'.
+    chat_template_options: str = ""
+    # A turn of which the template leaves something out (a thought, a call of a tool): "stop", an
+    # error | "mask": launch.finetune gives it weight 0, and counts it; launch.pretrain stops.
+    incomplete_turns: str = "stop"
 
     def __post_init__(self):
         check = FieldChecks(self, "data")
@@ -87,6 +95,22 @@ class DataConfig:
         check.that(known, "fim_sources", f"must each be one of {', '.join(SOURCE_KINDS)}")
         check.one_of("packing", PACKINGS)
         check.one_of("chat_template", tuple(TEMPLATES))
+        check.one_of("incomplete_turns", INCOMPLETE_TURNS)
+        options = self.template_options
+        form = """must be a JSON object, such as '{"enable_thinking": false}'"""
+        check.that(options is not None, "chat_template_options", form)
+        own = not options or self.chat_template == "checkpoint"
+        whose = f'are those of data.chat_template = "checkpoint", not of "{self.chat_template}"'
+        check.that(own, "chat_template_options", whose)
+
+    @property
+    def template_options(self) -> dict[str, Any] | None:
+        """The switches of the chat template by name, or None if they are no JSON object."""
+        try:
+            options = json.loads(self.chat_template_options or "{}")
+        except (ValueError, RecursionError):
+            return None
+        return options if isinstance(options, dict) else None
 
     @property
     def infills_spm(self) -> bool:

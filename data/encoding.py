@@ -1,10 +1,12 @@
 """Documents to token ids, each by itself, before packing: plain, infilling, copying, or chat."""
 
+import functools
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 
-from data.chat import encode_chat
+from data.chat import Omitted, encode_chat, refuse_to_learn
 from data.config import DataConfig
 from data.copies import copy_exercises
 from data.documents import Document
@@ -96,11 +98,30 @@ class DocumentEncoder:
         return sequences
 
 
+class IncompleteTurns:
+    """What becomes of turns of which a template leaves something out: `data.incomplete_turns`."""
+
+    def __init__(self, config: DataConfig):
+        self._masks, self._count = config.incomplete_turns == "mask", 0
+
+    def of(self, document: Document) -> Omitted:
+        """Returns what takes the lines about a document: it counts them, or refuses the first."""
+        return functools.partial(self._masked, document.name) if self._masks else refuse_to_learn
+
+    def _masked(self, name: str, omitted: str) -> None:
+        """Counts a turn that is not learnt; says so of the 1st, the 10th, the 100th, ..."""
+        self._count += 1
+        if str(self._count).rstrip("0") == "1":
+            turns = "turns are" if self._count > 1 else "turn is"
+            print(f"{self._count:,} {turns} not learnt; {name}: {omitted}", file=sys.stderr)
+
+
 class ConversationEncoder:
     """Encodes conversations to fine-tune on, with the weight of each token as a target."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
         self._config, self._tokenizer = config, tokenizer
+        self._incomplete = IncompleteTurns(config)
 
     def __call__(
         self, element: tuple[str, Document], rng: np.random.Generator
@@ -123,9 +144,11 @@ class ConversationEncoder:
                 f"{document.name}: a text, where chat needs a list of messages; name the field "
                 "that has them in data.sources"
             )
-        template = self._config.chat_template
+        template, omitted = self._config.chat_template, self._incomplete.of(document)
         try:
-            ids, weights = encode_chat(document.body, self._tokenizer, template, document.tools)
+            ids, weights = encode_chat(
+                document.body, self._tokenizer, template, document.tools, omitted
+            )
         except UserError as error:
             raise UserError(f"{document.name}: {error}") from error
         row = slice(self._config.seq_len)

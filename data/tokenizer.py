@@ -5,11 +5,12 @@ characters. Special ids are asked for by name, except in what a chat template re
 appear as text (`Tokenizer.encode_rendered`).
 """
 
+import copy
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -106,6 +107,21 @@ class Tokenizer:
         pad = self._find(roles.get("pad_token"), PAD_SPELLINGS)
         self.pad: int = eos if pad is None else pad
         self.stops: tuple[int, ...] = tuple(dict.fromkeys((eos, *stops)))
+
+    def with_template_options(self, options: Mapping[str, Any]) -> "Tokenizer":
+        """Returns this tokenizer with switches of its chat template, such as enable_thinking.
+
+        Raises UserError if it has no chat template, or one that does not read them.
+        """
+        if not options:
+            return self
+        if self.chat_template is None:
+            raise UserError(
+                f"{self.name}: no chat template, so no data.chat_template_options ({list(options)})"
+            )
+        changed = copy.copy(self)
+        changed.chat_template = self.chat_template.with_options(options)
+        return changed
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, none of them special whatever the text contains."""

@@ -19,6 +19,12 @@ class Flag(NamedTuple):
     choices: tuple[str, ...] = ()  # of a str
 
 
+# Of the commands that chat.
+TEMPLATE_OPTIONS = Flag(
+    "", """switches of the chat template, such as '{"enable_thinking": false}'"""
+)
+
+
 def parse_flags(
     words: Sequence[str], flags: Mapping[str, Flag]
 ) -> tuple[dict[str, Any], list[str]]:

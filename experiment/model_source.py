@@ -28,8 +28,9 @@ COMPUTATION = (
 def with_hf_fields(config: ConfigDict, directory: Path) -> ConfigDict:
     """Returns the config with what a Hugging Face checkpoint decides.
 
-    That is the model but for how it is computed, its tokenizer, its chat template if it has one,
-    and whether sampling selects keys. Raises UserError for a checkpoint that is not supported.
+    That is the model but for how it is computed, its tokenizer, its chat template, and whether
+    sampling selects keys. Where it has no template, "think" is not taken in its place: no model but
+    ours is trained on that. Raises UserError for a checkpoint that is not supported.
     """
     from checkpoints.hf.config import model_fields
     from checkpoints.hf.safetensors import TensorFiles
@@ -40,7 +41,8 @@ def with_hf_fields(config: ConfigDict, directory: Path) -> ConfigDict:
         config.tokenizer.kind, config.tokenizer.path = "file", str(directory)
         settings = directory / "tokenizer_config.json"
         tokenizer_config = read_json(settings) if settings.exists() else {}
-        if find_chat_template(directory, tokenizer_config, {}) is not None:
+        own = find_chat_template(directory, tokenizer_config, {})
+        if own is not None or config.data.chat_template == "think":
             config.data.chat_template = "checkpoint"
     return config
 
@@ -71,5 +73,7 @@ def with_recorded_model(config: ConfigDict, recorded: ConfigDict) -> ConfigDict:
     config.model = recorded.model
     config.model.update(computation)
     config.data.chat_template = recorded.data.chat_template
+    if not config.data.chat_template_options:
+        config.data.chat_template_options = recorded.data.chat_template_options
     config.sampling.attention = recorded.sampling.attention
     return config

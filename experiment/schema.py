@@ -131,6 +131,17 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     return value
 
 
+def with_template_options(config: Config, options: str) -> Config:
+    """Returns a config with switches of its chat template, a JSON object, unless there are none.
+
+    Raises UserError if they are no JSON object, or the template is not the tokenizer's own.
+    """
+    if not options:
+        return config
+    data = dataclasses.replace(config.data, chat_template_options=options)
+    return dataclasses.replace(config, data=data)
+
+
 def must_be(kind: type, value: Any, path: str) -> UserError:
     """Returns the error about a value of the wrong type."""
     words = {int: "an int", tuple: """a tuple, such as "('a', 'b')\""""}

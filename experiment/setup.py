@@ -46,6 +46,7 @@ def set_up(config: Config, workdir: Path, rows: int, *, trains: bool) -> Setup:
             "train.microbatches or reinforce.prompts_per_step"
         )
     tokenizer = workdir_tokenizer(config, workdir)
+    tokenizer = tokenizer.with_template_options(config.data.template_options or {})
     if config.init_from and jax.process_index() == 0:
         inherit_record(config.init_from, workdir)
     model = with_vocab_size(config.model, tokenizer)

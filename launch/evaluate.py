@@ -14,13 +14,16 @@ from pathlib import Path
 
 from experiment import runs
 from experiment.command_line import command
-from experiment.schema import Config
+from experiment.flags import TEMPLATE_OPTIONS
+from experiment.schema import Config, with_template_options
+
+FLAGS = {"template_options": TEMPLATE_OPTIONS}
 
 
-def run(config: Config, workdir: Path) -> dict:
+def run(config: Config, workdir: Path, template_options: str = "") -> dict:
     """Returns what evaluation.json has."""
-    return runs.evaluate(config, workdir)
+    return runs.evaluate(with_template_options(config, template_options), workdir)
 
 
 if __name__ == "__main__":
-    command(run, config="recorded")
+    command(run, config="recorded", flags=FLAGS)

@@ -10,6 +10,8 @@ A Hugging Face checkpoint chats by its own template. Without a prompt, each line
 is a question:
 
     python -m launch.sample --workdir=hf:DIR --chat="What is 17 x 23?"
+    python -m launch.sample --workdir=hf:DIR --chat="What is 17 x 23?" \
+        --template_options='{"enable_thinking": false}'
     python -m launch.sample --workdir=runs/quickstart/reinforce
 
 Tokens appear as they are sampled. A prefix, suffix or prompt that begins with @ names a file. \n
@@ -29,7 +31,8 @@ from data.decode_stream import DecodeStream
 from data.fim import fim_prompt
 from errors import UserError
 from experiment.command_line import Flag, command
-from experiment.schema import Config
+from experiment.flags import TEMPLATE_OPTIONS
+from experiment.schema import Config, with_template_options
 from experiment.setup import run_variables, set_up
 from model.sharding import batch_shards
 from rl.rollout import pad_prompts
@@ -44,13 +47,22 @@ FLAGS = {
     "infill": Flag(False, "write between --prefix and --suffix"),
     "prefix": Flag("", "of the gap"),
     "suffix": Flag("", "of the gap"),
+    "template_options": TEMPLATE_OPTIONS,
 }
 
 
 def run(
-    config: Config, workdir: Path, prompt: str, chat: str, infill: bool, prefix: str, suffix: str
+    config: Config,
+    workdir: Path,
+    prompt: str,
+    chat: str,
+    infill: bool,
+    prefix: str,
+    suffix: str,
+    template_options: str = "",
 ) -> None:
     """Prints a completion of what the flags name, or of each line of standard input."""
+    config = with_template_options(config, template_options)
     if sum(map(bool, (prompt, chat, infill))) > 1:
         raise UserError("give one of --prompt, --chat and --infill")
     if (prefix or suffix) and not infill:

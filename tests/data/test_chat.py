@@ -1,5 +1,7 @@
 """The templates "think" and "r1"."""
 
+import re
+
 import pytest
 
 from data.chat import encode_chat, encode_prompt
@@ -62,18 +64,61 @@ def test_a_prompt_is_the_beginning_of_the_whole_conversation(tokenizer, template
     assert eos_weights == [1.0] * turns
 
 
-def test_markers_are_text_where_the_tokenizer_has_none(tmp_path):
-    plain = bytes_tokenizer()
-    plain.save(tmp_path / "tokenizer.json")
+def without(tmp_path, *specials):
+    """Returns a tokenizer of bytes that lacks these special tokens."""
+    bytes_tokenizer().save(tmp_path / "tokenizer.json")
     stripped = (tmp_path / "tokenizer.json").read_text()
-    for special in ("<|user|>", "<|assistant|>", "<think>", "</think>", "<answer>", "</answer>"):
+    for special in specials:
         stripped = stripped.replace(f'"{special}"', f'"<|unused {special.strip("<|>")}|>"')
     (tmp_path / "tokenizer.json").write_text(stripped)
-    tokenizer = load_tokenizer(tmp_path)
-    ids, _ = encode_chat([USER, ASSISTANT], tokenizer, "think")
-    written = "<|user|>1+1? <think><|assistant|><think>1+1=2</think><answer>2</answer>"
-    assert tokenizer.decode(ids) == written
+    return load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "mark", ["<|user|>", "<|assistant|>", "<think>", "</think>", "<answer>", "</answer>"]
+)
+def test_a_mark_that_the_tokenizer_lacks_is_never_spelled_out(tmp_path, mark):
+    """As characters it would be a template that no model was trained on."""
+    with pytest.raises(UserError, match=rf'"think": the tokenizer .*has no {re.escape(mark)}'):
+        encode_chat([USER, ASSISTANT], without(tmp_path, mark), "think")
+
+
+def test_r1_is_plain_text_where_the_tokenizer_has_no_tags(tmp_path):
+    """Its prompt is made for base models, whose tokenizers have none of the tags."""
+    tokenizer = without(tmp_path, "<think>", "</think>", "<answer>", "</answer>")
+    ids, _ = encode_chat([USER, ASSISTANT], tokenizer, "r1")
     assert all(index < 256 for index in ids[:-1])
+    assert tokenizer.decode(ids).endswith(f"Assistant: {ASSISTANT['content']}")
+
+
+@pytest.mark.parametrize("template", ["think", "r1"])
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_in_a_field_is_written_in_tags(tokenizer, template, field):
+    answer = {"role": "assistant", "content": "<answer>2</answer>", field: "1+1=2"}
+    assert encode_chat([USER, answer], tokenizer, template) == encode_chat(
+        [USER, ASSISTANT], tokenizer, template
+    )
+
+
+CALL = {"tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]}
+
+
+@pytest.mark.parametrize("template", ["think", "r1"])
+def test_calls_and_tools_cannot_be_written(tokenizer, template):
+    """They are refused, or by option the turns concerned have no weight and are counted."""
+    messages = [USER, {"role": "assistant", "content": "", **CALL}, USER, ASSISTANT]
+    with pytest.raises(UserError, match=r'message 2 of 4: .*leaves out its "tool_calls"'):
+        encode_chat(messages, tokenizer, template)
+    with pytest.raises(UserError, match="leaves out tools"):
+        encode_chat([USER, ASSISTANT], tokenizer, template, tools=[{"name": "add"}])
+    lines = []
+    ids, weights = encode_chat(messages, tokenizer, template, omitted=lines.append)
+    targets = [index for index, weight in zip(ids, weights, strict=True) if weight]
+    assert len(lines) == 1 and targets.count(tokenizer.eos) == 1
+    _, weights = encode_chat(
+        [USER, ASSISTANT], tokenizer, template, [{"name": "add"}], lines.append
+    )
+    assert len(lines) == 2 and not any(weights)
 
 
 @pytest.mark.parametrize(

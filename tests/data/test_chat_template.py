@@ -93,8 +93,19 @@ from tests.data.chats import THOUGHT, TOOL_USE, TOOLS, assistant, inline_templat
 )
 def test_renders_as_transformers_does(template, name, messages, options, text):
     before = copy.deepcopy(messages)
-    assert template(name).render(messages, **{"add_generation_prompt": False, **options}) == text
+    given = {"add_generation_prompt": False} | options
+    switches = {name: given.pop(name) for name in ("enable_thinking",) if name in given}
+    assert template(name).with_options(switches).render(messages, **given) == text
     assert messages == before
+
+
+def test_a_switch_that_a_template_does_not_read_is_refused(template):
+    """A misspelt one would be no switch at all."""
+    with pytest.raises(UserError, match=r'"enable_thinkin": no switch of .* enable_thinking,'):
+        template("chatml").with_options({"enable_thinkin": False})
+    for given in ("messages", "add_generation_prompt"):
+        with pytest.raises(UserError, match=f'"{given}": no switch'):
+            template("chatml").with_options({given: []})
 
 
 def test_templates_have_the_functions_and_filters_of_transformers():

@@ -13,6 +13,7 @@ from data.config import TokenizerConfig
 from data.pipeline import batches
 from data.tokenizer_files import load_tokenizer
 from data.tokenizer_training import make_tokenizer
+from errors import UserError
 from tests.data.reading import take
 
 # Lists of equal length, of unequal length, empty ones and nested ones, numbers of both kinds, and
@@ -66,9 +67,9 @@ def test_messages_reach_the_template_unchanged(config, checkpoint, monkeypatch, 
     """They are lists and dicts, as JSON gives them: a template would write an array otherwise."""
     seen = {}
 
-    def encode_and_record(messages, tokenizer, template, tools):
+    def encode_and_record(messages, tokenizer, template, tools, *rest):
         seen[messages[0]["content"]] = json.dumps([messages, tools], sort_keys=True)
-        return encode(messages, tokenizer, template, tools)
+        return encode(messages, tokenizer, template, tools, *rest)
 
     encode = data.encoding.encode_chat
     monkeypatch.setattr(data.encoding, "encode_chat", encode_and_record)
@@ -116,6 +117,29 @@ def test_ids_in_a_batch_are_those_of_the_conversation(config, checkpoint, tmp_pa
             assert text == f"{start}{turn}\n"
             targets = tokens[inside & (weights > 0)]
             assert tokenizer.decode(targets, skip_special_tokens=False) == turn
+
+
+def test_turns_that_a_template_cuts_stop_the_run_or_are_counted(
+    config, checkpoint, tmp_path, capsys
+):
+    """The error names the record; by option the other turns are learnt, and a line counts."""
+    tokenizer = load_tokenizer(checkpoint("r1", {"eos_token": "<｜end▁of▁sentence｜>"}))
+    answers = ["hi", "<think>w</think>hi"]
+    lines = [
+        json.dumps({"m": [{"role": "user", "content": "q"}, {"role": "assistant", "content": a}]})
+        for a in answers * 6
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    changes = {"sources": (f"jsonl:{tmp_path}/chats.jsonl#m",), "validation": 0.0}
+    settings = config(chat_template="checkpoint", **changes)
+    with pytest.raises(UserError, match=r'chats.jsonl.* message 2 of 2: .* "content" \("w"\)'):
+        take(batches(settings, tokenizer, split="train", seed=0, chat=True, repeat=False), 9)
+    masked = config(chat_template="checkpoint", incomplete_turns="mask", **changes)
+    found = take(batches(masked, tokenizer, split="train", seed=0, chat=True, repeat=False), 9)
+    assert sum(batch["weights"].sum() for batch in found) == 6 * len(
+        ["hi", "<｜end▁of▁sentence｜>"]
+    )
+    assert capsys.readouterr().err.count("1 turn is not learnt; ") == 1
 
 
 def test_a_vocabulary_is_learnt_from_the_texts_of_conversations(config, source):

@@ -26,6 +26,15 @@ def test_defaults_are_valid(section):
         ({"fim_sources": ("txt",)}, "data.fim_sources = ('txt',): must each be one of stdlib"),
         ({"chat_template": "chatml"}, "data.chat_template = 'chatml'"),
         ({"batch_size": 0}, "data.batch_size = 0"),
+        ({"incomplete_turns": "skip"}, "data.incomplete_turns = 'skip': must be one of stop, mask"),
+        (
+            {"chat_template": "checkpoint", "chat_template_options": "enable_thinking=False"},
+            "data.chat_template_options = 'enable_thinking=False': must be a JSON object",
+        ),
+        (
+            {"chat_template_options": '{"thinking": true}'},
+            'are those of data.chat_template = "checkpoint", not of "think"',
+        ),
     ],
 )
 def test_a_wrong_value_names_its_field(config, change, words):

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from data.chat import encode_chat
 from data.tokenizer_files import load_tokenizer
 from errors import UserError
-from tests.data.chats import THOUGHT, assistant, user
+from tests.data.chats import assistant, user
 from tests.data.conftest import ADDED
 
 R1 = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
@@ -174,7 +174,7 @@ def test_a_saved_tokenizer_is_complete(checkpoint, tmp_path):
         assert loaded.chat_template is not None and first.chat_template is not None
         assert loaded.chat_template.source == first.chat_template.source
         assert loaded.chat_template.special_tokens == first.chat_template.special_tokens
-        messages = [user("q1"), assistant(THOUGHT), user("q2"), assistant(THOUGHT)]
+        messages = [user("q1"), assistant("hi"), user("q2"), assistant("hi")]
         chats = [encode_chat(messages, each, "checkpoint") for each in (loaded, first)]
         assert chats[0] == chats[1]
 
