@@ -4,12 +4,33 @@ from collections.abc import Collection
 from typing import Any
 
 
+# Characters of a value, and of a whole message, that a person is shown. A path of the longest name
+# and an explanation fit in a message.
+VALUE_CHARACTERS = 120
+MESSAGE_CHARACTERS = 1_000
+
+
 class UserError(Exception):
     """A mistake of the person at the keyboard: one line that says what, where and what to do.
 
     The commands print it and exit with code 2. Every other exception is a bug of ours and keeps
-    its traceback.
+    its traceback. A message that a value makes too long loses its middle: it begins with where and
+    ends with what to do. What UTF-8 cannot write, such as a byte of a file's name, is escaped.
     """
+
+    def __init__(self, message: str):
+        written = message.encode("utf-8", "backslashreplace").decode("utf-8")
+        super().__init__(shortened(written, MESSAGE_CHARACTERS))
+
+
+def shortened(text: str, limit: int = VALUE_CHARACTERS) -> str:
+    """Returns `text`, with as much of its middle left out as exceeds `limit` characters."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 3
+    head = limit - tail
+    left_out = f" ...{len(text) - limit:,} characters... "
+    return text[:head] + left_out + text[len(text) - tail :]
 
 
 class FieldChecks:
@@ -27,12 +48,18 @@ class FieldChecks:
     def that(self, holds: bool, name: str, rule: str) -> None:
         """Raises UserError unless `holds`."""
         if not holds:
-            raise UserError(f"{self._path}.{name} = {getattr(self._section, name)!r}: {rule}")
+            value = shortened(repr(getattr(self._section, name)))
+            raise UserError(f"{self._path}.{name} = {value}: {rule}")
 
     def positive(self, *names: str) -> None:
         """Raises UserError unless each of these fields is above 0."""
         for name in names:
             self.that(getattr(self._section, name) > 0, name, "must be positive")
+
+    def at_most(self, limit: int, *names: str) -> None:
+        """Raises UserError unless each of these fields is at most `limit`."""
+        for name in names:
+            self.that(getattr(self._section, name) <= limit, name, f"must be at most {limit:,}")
 
     def not_negative(self, *names: str) -> None:
         """Raises UserError unless each of these fields is at least 0."""
