@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from typing import Any
 
-
 # Characters of a value, and of a whole message, that a person is shown. A path of the longest name
 # and an explanation fit in a message.
 VALUE_CHARACTERS = 120
