@@ -32,9 +32,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from checkpoints.checksums import write_checksums
 from checkpoints.chunking import CHUNK_BYTES, chunk_shape
 from checkpoints.disk_errors import disk_errors, reason_of
-from checkpoints.training import array_records, open_checkpoint
+from checkpoints.restore import array_records, open_checkpoint
 from checkpoints.trees import by_path, difference_between, specs
 from errors import UserError
 from files import write_text
@@ -167,6 +168,7 @@ class StreamedWriter:
                     f"{name}: {self._elements[name]} of {leaf.size} elements written and marked"
                 )
         with disk_errors(self._disk_error):
+            write_checksums(self._checkpoint)
             os.rename(self._checkpoint, self._final)
             shutil.rmtree(self._unfinished)
 

@@ -10,10 +10,12 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from checkpoints.cursors import Cursor
 from checkpoints.hf.checkpoint import HFCheckpoint
 from checkpoints.hf.load import load_checkpoint
 from checkpoints.locations import hf_directory
-from checkpoints.training import Checkpoints, Cursor, restore_parameters
+from checkpoints.restore import restore_parameters
+from checkpoints.training import Checkpoints
 from model.config import ModelConfig
 from train.progress import Progress
 from train.setup import Setup

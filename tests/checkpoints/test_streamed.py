@@ -20,8 +20,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from checkpoints import chunking, streamed, trees
+from checkpoints.checksums import CHECKSUMS
+from checkpoints.restore import restore_parameters
 from checkpoints.streamed import StreamedReader, StreamedWriter
-from checkpoints.training import Checkpoints, restore_parameters
+from checkpoints.training import Checkpoints
 from errors import UserError
 
 CHUNKS = {"params/blocks/w": (1, 5, 6)}  # 5 does not divide 8: blocks share chunks
@@ -295,8 +297,9 @@ def test_reads_slices_as_numpy_does(tmp_path, where, sharding):
 
 
 def test_damage_is_named(tmp_path):
-    """A chunk that is gone would pass for zeros."""
+    """In a checkpoint that has no checksums. A chunk that is gone would pass for zeros."""
     write(tmp_path, make_state())
+    (tmp_path / "3" / CHECKSUMS).unlink()
     (tmp_path / "3/state/params.blocks.w/0.0.0").unlink()
     (tmp_path / "3/state/params.embed/0.0").write_bytes(b"x")
     reader = StreamedReader(tmp_path / "3")

@@ -21,7 +21,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from checkpoints.training import Checkpoints, restore_parameters
+from checkpoints.restore import restore_parameters
+from checkpoints.training import Checkpoints
 from errors import UserError
 
 

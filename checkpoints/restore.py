@@ -1,0 +1,186 @@
+"""Reads Orbax's checkpoints: the newest whole one, onto any mesh, all of it or parts.
+
+What does not fit, and what cannot be read, is one line.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from grain.checkpoint import CheckpointHandler
+from jax.sharding import SingleDeviceSharding
+
+from checkpoints.checksums import has_checksums
+from checkpoints.disk_errors import reason_of
+from checkpoints.trees import Spec, difference_between, specs
+from checkpoints.whole import damage_of, is_step, newest_whole, steps_in
+from errors import UserError
+
+# Orbax logs each failure of its threads with a traceback, besides raising it. One error is reported
+# once, by us.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+warnings.filterwarnings("ignore", module="orbax")
+
+# Replicas share the writing of an array if each gets this much of it. Orbax shares out every array,
+# and compiles each slice of each while training waits.
+SLICE_BYTES = 16 * 2**20
+# What the name of a checkpoint that is being written contains.
+TMP_MARK = ".orbax-checkpoint-tmp"
+
+
+def restore_parameters(path: Path, abstract: Any) -> Any:
+    """Reads the parts of a run's newest whole checkpoint that a forward pass needs.
+
+    The optimizer's state is not read. The run may train meanwhile: where it deletes the checkpoint
+    that is being read, the next one is.
+
+    Args:
+      path: a workdir, its directory of checkpoints, or one checkpoint in it.
+      abstract: dict or struct, the parts of the state to read (its fields `params` and `router`),
+        as `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      A pytree like abstract.
+
+    Raises:
+      UserError: no checkpoint there, or one that does not fit.
+    """
+    while True:
+        with open_checkpoint(path) as (manager, directory, step):
+            try:
+                return restore_state(manager, directory, step, abstract, partial=True)
+            except Exception:
+                # All processes see what process 0 sees; without a checkpoint there is no next one.
+                if step in steps_in(directory) or directory / str(step) == path:
+                    raise
+
+
+@contextmanager
+def open_checkpoint(path: Path) -> Iterator[tuple[ocp.CheckpointManager, Path, int]]:
+    """Yields Orbax's manager, the directory of checkpoints and the step that `path` means.
+
+    That is the newest whole checkpoint, or the one that `path` names.
+
+    Args:
+      path: a workdir, its directory of checkpoints, or one checkpoint in it.
+
+    Raises:
+      UserError: no checkpoint there, or none that is whole.
+    """
+    directory, step = path, None
+    if is_step(directory.name) and (directory / "state").exists():
+        directory, step = directory.parent, int(directory.name)
+    elif (directory / "checkpoints").exists():
+        directory = directory / "checkpoints"
+    if step is not None:
+        check_whole(path)
+    elif (step := newest_whole(directory)) is None:
+        raise UserError(f"{path}: no checkpoint there")
+    manager = open_manager(directory, create=False, read_only=True)
+    try:
+        yield manager, directory, step
+    finally:
+        manager.close()
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises UserError if a checkpoint is damaged."""
+    if what := damage_of(checkpoint):
+        raise UserError(f"{checkpoint}: damaged ({what}); use another checkpoint")
+
+
+def open_manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a directory, with handlers for the state and the data's cursor."""
+    types = ocp.type_handlers.create_type_handler_registry(
+        (
+            jax.Array,
+            ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES),
+        ),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (np.number, ocp.type_handlers.ScalarHandler()),
+    )
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=types),
+        "cursor": CheckpointHandler(),
+    }
+    return ocp.CheckpointManager(
+        directory.resolve(), item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
+    )
+
+
+def restore_state(
+    manager: ocp.CheckpointManager, directory: Path, step: int, abstract: Any, partial: bool = False
+) -> Any:
+    """Returns the state of a checkpoint; `partial`: the parts of it that `abstract` has.
+
+    Raises UserError if the checkpoint does not fit, or is damaged and has no checksums.
+    """
+    checkpoint, here = directory / str(step), specs(abstract)
+    with damage_as_one_line(checkpoint):
+        there = specs(array_records(manager, step))
+    if partial:
+        there = _parts_of(there, here)
+    if difference := difference_between(there, here):
+        raise UserError(f"{checkpoint}: {difference}")
+
+    default = SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default
+        ),
+        abstract,
+    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
+    args = ocp.args.PyTreeRestore(item=placed, restore_args=restore_args, partial_restore=partial)
+    with damage_as_one_line(checkpoint):
+        restored: Any = manager.restore(step, args=ocp.args.Composite(state=args))
+    return restored.state
+
+
+@contextmanager
+def damage_as_one_line(checkpoint: Path) -> Iterator[None]:
+    """Makes one line of whatever a library says of a damaged checkpoint without checksums.
+
+    Where checksums were compared the bytes are right, and the failure is of another kind: then, and
+    where a device fails, it passes.
+    """
+    try:
+        yield
+    except (UserError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as failure:
+        if reason := reason_of(failure):
+            raise UserError(f"{checkpoint}: cannot be read: {reason}") from failure
+        if has_checksums(checkpoint):
+            raise
+        raise UserError(
+            f"{checkpoint}: cannot be read: damaged, or a part of it is missing; move it out of "
+            f"{checkpoint.parent} to use the one before"
+        ) from failure
+
+
+def array_records(manager: ocp.CheckpointManager, step: int) -> Any:
+    """Returns the tree of Orbax's records of the arrays of a checkpoint."""
+    metadata: Any = manager.item_metadata(step)
+    return metadata.state.tree
+
+
+def _parts_of(there: dict[str, Spec], here: dict[str, Spec]) -> dict[str, Spec]:
+    """Returns what a checkpoint has of the parts of the state that are read.
+
+    Parameters alone may be stored in bfloat16 (launch.convert --dtype=bfloat16); Orbax makes
+    float32 of them.
+    """
+    parts = {name.split("/")[0] for name in here}
+    there = {name: spec for name, spec in there.items() if name.split("/")[0] in parts}
+    return there | {
+        name: (shape, "float32")
+        for name, (shape, dtype) in there.items()
+        if dtype == "bfloat16" and here.get(name, ((), ""))[1] == "float32"
+    }
