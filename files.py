@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and JSON is read with one line of error."""
+"""Files appear whole or not at all, or grow by whole records; JSON is read with a line of error."""
 
 import contextlib
 import json
@@ -36,13 +36,51 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
         (publish if durable else os.replace)(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from error
+        raise _unwritable(path, error) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+class AppendedFile:
+    """A file that grows by whole records: what cannot be written whole leaves no part of it.
+
+    Args:
+      path: the file, created if need be, with its directory.
+
+    Raises:
+      UserError: it cannot be written, here and in `append`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def append(self, record: bytes) -> None:
+        """Writes a record at the end, past Python and into the operating system."""
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            written = 0
+            try:
+                while written < len(record):
+                    written += self._file.write(record[written:])
+            except OSError:
+                os.ftruncate(self._file.fileno(), size)
+                raise
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        """Closes the file. Nothing waits to be written, so that it cannot fail."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -79,6 +117,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: must be a JSON object, not a {type(found).__name__}")
     return found
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot write: {error.strerror or error}")
 
 
 def _sync(path: Path) -> None:

@@ -5,7 +5,7 @@ What does not fit, and what cannot be read, is one line.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,16 @@ def check_whole(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint}: damaged ({what}); use another checkpoint")
 
 
-def open_manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
-    """Opens the checkpoints of a directory, with handlers for the state and the data's cursor."""
+def open_manager(
+    directory: Path, on_failure: Callable[[Exception], None] | None = None, **options: Any
+) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a directory, with handlers for the state and the data's cursor.
+
+    Args:
+      directory: where they are.
+      on_failure: called, in a thread of Orbax, when this process cannot write its part of a state.
+      options: of Orbax's manager.
+    """
     types = ocp.type_handlers.create_type_handler_registry(
         (
             jax.Array,
@@ -105,13 +113,40 @@ def open_manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
         (np.number, ocp.type_handlers.ScalarHandler()),
     )
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=types),
-        "cursor": CheckpointHandler(),
-    }
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+    if on_failure is not None:
+        start = state.async_save
+
+        async def async_save(*args: Any, **kwargs: Any) -> list[Any]:
+            return [_Watched(save, on_failure) for save in await start(*args, **kwargs) or []]
+
+        state.async_save = async_save
+    handlers = {"state": state, "cursor": CheckpointHandler()}
     return ocp.CheckpointManager(
         directory.resolve(), item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
     )
+
+
+class _Watched:
+    """A future of Orbax that tells at once why it fails.
+
+    Orbax itself tells it when all processes have come to its next barrier.
+    """
+
+    def __init__(self, save: Any, on_failure: Callable[[Exception], None]):
+        self._save, self._on_failure = save, on_failure
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Waits for what is written."""
+        try:
+            return self._save.result(timeout=timeout)
+        except Exception as failure:
+            self._on_failure(failure)
+            raise
+
+    def cancel(self) -> Any:
+        """Gives the writing up."""
+        return self._save.cancel()
 
 
 def restore_state(

@@ -5,6 +5,7 @@ errors of disks and of checkpoints that do not fit in one line each.
 """
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int):
         self.directory = directory
         self._saving: int | None = None  # the step of the save that was started last
+        self._failure: Exception | None = None  # of the save that is running
         set_damaged_aside(directory)
         try:
             self._manager = open_manager(
@@ -44,6 +46,7 @@ class Checkpoints:
                 create=True,
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+                on_failure=self._note_failure,
             )
         except OSError as failure:
             raise UserError(
@@ -73,8 +76,8 @@ class Checkpoints:
         }
         if cursor is not None:
             items["cursor"] = CheckpointSave(SavedCursor(to_bytes(cursor.get_state())))
+        self.wait()
         with disk_errors(self._clean_up):
-            self._manager.wait_until_finished()
             self._saving = step
             try:
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -120,8 +123,23 @@ class Checkpoints:
         self.wait()
         return self._manager.latest_step()
 
+    def check(self) -> None:
+        """Raises UserError if the save that is running has failed. It never waits.
+
+        With several processes one of them may have a full disk. The others do not hear of it, and
+        Orbax waits for them; so whoever hears of it ends the run.
+        """
+        if self._failure is not None and jax.process_count() > 1:
+            with disk_errors(self._described):
+                raise self._failure
+        if self._failure is not None:
+            self.wait()
+
     def wait(self) -> None:
         """Waits for the save that is running. Raises UserError if it failed."""
+        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+            self.check()
+            time.sleep(0.02)
         with disk_errors(self._clean_up):
             self._manager.wait_until_finished()
 
@@ -139,6 +157,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        if self._failure is not None and jax.process_count() > 1:
+            return  # the others will not come to where Orbax waits for them
         try:
             self.close()
         except UserError:
@@ -153,15 +173,24 @@ class Checkpoints:
         (unnamed,) = self.directory.glob(f"{self._saving}{TMP_MARK}*")
         write_checksums(unnamed)
 
+    def _note_failure(self, failure: Exception) -> None:
+        """Remembers why a save fails; a thread of Orbax calls it, as soon as this process knows."""
+        self._failure = failure
+
     def _clean_up(self, reason: str) -> str:
         """Removes what is half written, which may be what filled the disk.
 
         Returns the line of error for a failure of the disk.
         """
-        self._current = newest = self._manager.latest_step()
+        self._failure = None
+        self._current = self._manager.latest_step()
         if jax.process_index() == 0 and self.directory.exists():
             for half_written in self.directory.glob(f"*{TMP_MARK}*"):
                 shutil.rmtree(half_written, ignore_errors=True)
+        return self._described(reason)
+
+    def _described(self, reason: str) -> str:
+        newest = self._manager.latest_step()
         if newest is None:
             rest = "nothing is saved yet"
         else:

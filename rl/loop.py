@@ -116,6 +116,7 @@ def train_policy(
                 observed = observe(generation, rewards, setup.tokenizer.stops)
                 values = timed(values | observed, started, sampled)
                 log.record(step, values, int(observed["tokens"]))
+                checkpoints.check()
                 stopping = interrupt.stop_requested(step)
                 if Due(train).save(step) or stopping:
                     checkpoints.save(step, state)

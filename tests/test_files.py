@@ -3,7 +3,8 @@
 import pytest
 
 from errors import UserError
-from files import publish, read_json, replacing, write_json, write_text
+from files import AppendedFile, publish, read_json, replacing, write_json, write_text
+from tests.full_disk import small_files
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -45,6 +46,23 @@ def test_where_nothing_can_be_written_is_one_line(tmp_path):
     for path in (tmp_path / "file" / "below", tmp_path / "file" / "further" / "below"):
         with pytest.raises(UserError, match="below: cannot write: "):
             write_text(path, "")
+
+
+def test_a_record_is_appended_whole_or_not_at_all(tmp_path):
+    file = AppendedFile(tmp_path / "new" / "log")
+    file.append(b"first\n")
+    with small_files(10), pytest.raises(UserError, match="log: cannot write: File too large"):
+        file.append(b"second\n")
+    assert file.path.read_bytes() == b"first\n"
+    file.append(b"third\n")
+    file.close()
+    again = AppendedFile(file.path)
+    again.append(b"fourth\n")
+    again.close()
+    assert file.path.read_bytes() == b"first\nthird\nfourth\n"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="log: cannot write: "):
+        AppendedFile(tmp_path / "file" / "log")
 
 
 def test_publish_renames(tmp_path):

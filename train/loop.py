@@ -100,6 +100,7 @@ def train_language_model(
                         setup, evaluate_fn, state.variables, data, train.eval_batches, chat=chat
                     )
                     metrics.write(step, means)
+                checkpoints.check()
                 stopping = interrupt.stop_requested(step)
                 if due.save(step) or stopping:
                     checkpoints.save(step, state, stream)

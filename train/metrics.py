@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from errors import UserError
-from files import write_text
+from files import AppendedFile, write_text
+from train.events import EventFile
 
 
 class Metrics:
@@ -38,19 +38,11 @@ class Metrics:
         self._file = None
         if jax.process_index() != 0:
             return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                self._drop_lines_after(resume_step)
-            self._file = self.path.open("a", encoding="utf-8")
-            self._tensorboard = SummaryWriter(
-                str(self.path.parent / "tensorboard"),
-                purge_step=None if resume_step is None else resume_step + 1,
-                flush_secs=10,
-                filename_suffix=f".{phase}",
-            )
-        except OSError as failure:
-            raise UserError(f"{self.path}: cannot write: {failure.strerror}") from failure
+        if self.path.exists():
+            self._drop_lines_after(resume_step)
+        self._file = AppendedFile(self.path)
+        first_step = None if resume_step is None else resume_step + 1
+        self._events = EventFile(self.path.parent / "tensorboard", phase, first_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds a line `{"step", "stage", "time", ...}`, time in seconds since 1970.
@@ -67,20 +59,19 @@ class Metrics:
             return
         plain = {name: _plain(value) for name, value in values.items()}
         line = {"step": int(step), "stage": self.phase, "time": round(time.time(), 3)} | plain
-        try:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
-            for name, value in plain.items():
-                if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(f"{self.phase}/{name}", value, int(step))
-        except OSError as failure:
-            raise UserError(f"{self.path}: cannot write: {failure.strerror}") from failure
+        self._file.append((json.dumps(line, allow_nan=False) + "\n").encode())
+        scalars = {
+            f"{self.phase}/{name}": value
+            for name, value in plain.items()
+            if isinstance(value, int | float)
+        }
+        self._events.scalars(int(step), scalars)
 
     def close(self) -> None:
         """Closes both files."""
         if self._file is not None:
             self._file.close()
-            self._tensorboard.close()
+            self._events.close()
 
     def __enter__(self) -> "Metrics":
         return self

@@ -229,6 +229,6 @@ def test_checksums_are_of_every_file(trained):
         CHECKSUMS,
         "_CHECKPOINT_METADATA",
         "commit_success.txt",
-    }  # Orbax's have a time, no more
+    }
     assert {file.as_posix() for file in files} - later == summed - later
     assert any("/d/" in name for name in summed)

@@ -5,14 +5,17 @@ died.
 import json
 import math
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from errors import UserError
+from tests.full_disk import small_files
 from train.metrics import Metrics, read_metrics
 
 
@@ -102,20 +105,26 @@ def test_a_broken_line_is_named(tmp_path):
         read_metrics(tmp_path / "none.jsonl")
 
 
-def test_tensorboard_has_the_scalars(tmp_path):
+def scalars_of(file: Path) -> dict[str, tuple[int, float]]:
     parse = vars(event_pb2)["Event"].FromString  # protobuf makes the class when it is imported
+    data, scalars = file.read_bytes(), {}
+    while data:  # length 8 bytes, its checksum 4, the event, its checksum 4
+        length = int.from_bytes(data[:8], "little")
+        event = parse(data[12 : 12 + length])
+        checks = [int.from_bytes(data[at : at + 4], "little") for at in (8, 12 + length)]
+        assert checks == [masked_crc32c(part) for part in (data[:8], data[12 : 12 + length])]
+        scalars |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        data = data[16 + length :]
+    return scalars
+
+
+def test_tensorboard_has_the_scalars(tmp_path):
     with Metrics(tmp_path, "pretrain") as metrics:
         metrics.write(
             5, {"loss": jnp.float32(1.5), "load": [1.0, 2.0], "nan": math.nan, "name": "x"}
         )
     (file,) = (tmp_path / "tensorboard").iterdir()
-    data, scalars = file.read_bytes(), {}
-    while data:  # length 8 bytes, its checksum 4, the event, its checksum 4
-        length = int.from_bytes(data[:8], "little")
-        event = parse(data[12 : 12 + length])
-        scalars |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
-        data = data[16 + length :]
-    assert scalars == {"pretrain/loss": (5, 1.5)}
+    assert scalars_of(file) == {"pretrain/loss": (5, 1.5)}
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
@@ -123,6 +132,36 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     with Metrics(tmp_path / "x", "pretrain") as metrics:
         metrics.write(1, {"loss": 1.0})
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("large", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_one_line_and_no_part_of_a_step(large, tmp_path):
+    """Whichever of the two files cannot grow; a later start goes on."""
+    names = [f"name_{number}" for number in range(8)]
+    # Text is longer than events are, and a long word is in metrics.jsonl alone.
+    word = {"word": "x" * 200} if large == "metrics.jsonl" else {}
+    metrics, written = Metrics(tmp_path, "pretrain"), 0
+    with small_files(6_000), pytest.raises(UserError, match=rf"{large}.*: cannot write: File too"):
+        for step in range(1, 1_000):
+            metrics.write(step, dict.fromkeys(names, 0.5) | word)
+            written = step
+    metrics.close()
+    assert steps(tmp_path)[:written] == list(range(1, written + 1))
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"}\n")
+    with Metrics(tmp_path, "pretrain", resume_step=written) as metrics:
+        metrics.write(written + 1, {"name": 1.0})
+    assert steps(tmp_path) == list(range(1, written + 2))
+
+
+def test_event_files_are_in_order_whatever_the_clock_says(tmp_path, monkeypatch):
+    for now in (2e9, 1e9, 3e9):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        with Metrics(tmp_path, "pretrain", resume_step=0) as metrics:
+            metrics.write(1, {"loss": now})
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert [scalars_of(file) for file in files] == [
+        {"pretrain/loss": (1, np.float32(now))} for now in (2e9, 1e9, 3e9)
+    ]
 
 
 def test_unwritable_workdir_is_one_line(tmp_path):
