@@ -33,7 +33,7 @@ NORMS = ("scale", "zero_centred")
 MTP_INPUTS = ("residual", "normed")
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
-ATTENTION_FORMS = ("auto", "chunks", "tiles")
+ATTENTION_FORMS = ("auto", "chunks", "gathered", "tiles")
 EXPERT_MATMULS = ("auto", "blocks", "bucketed", "megablox", "reference", "tokamax")
 
 
@@ -67,7 +67,9 @@ class ModelConfig:
     remat: str = "dots"
     scan_unroll: int = 1  # periods of layers per iteration of the scan over them
     # "chunks" of queries by XLA | "tiles" by Pallas kernels (TPU and Hopper; interpreted on a CPU,
-    # very slowly) | "auto": tiles on TPU where a row has 512 tokens or more, else chunks.
+    # very slowly) | "gathered": in stage "sparse" the selected latents alone, else chunks | "auto":
+    # tiles on TPU where a row has 512 tokens or more; gathered on a CPU where a row has twelve
+    # times as many as the indexer selects; else chunks.
     attention_form: str = "auto"
     query_chunk: int = 512  # queries handled at a time by "chunks"
     # The parts that "chunks" cuts a sequence into, each attending over the keys up to its own end.

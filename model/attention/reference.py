@@ -176,8 +176,7 @@ def attend_expanded(
     # Transposed once, and not for every part. With keys on the last axis their gradients have them
     # there too, and XLA:CPU multiplies those 1.5 times as fast.
     k_BNHS, v_BNVS = jnp.moveaxis(k_BSNH, 1, 3), jnp.moveaxis(v_BSNV, 1, 3)
-    size = max(-(-T // causal_parts), MIN_PART)
-    ends = [*range(size, T, size), T]
+    ends = part_ends(T, causal_parts)
     k_parts, v_parts = (jnp.split(x, ends[:-1], axis=3) for x in (k_BNHS, v_BNVS))
     outs, stats = [], []
     for part, queries in enumerate(split_queries((q_BTNH, index_query, segments_BT), ends)):
@@ -192,6 +191,12 @@ def attend_expanded(
     out_BTNV, selected_BTk = jax.tree.map(lambda *x_BT: jnp.concatenate(x_BT, axis=1), *outs)
     total = jax.tree.map(lambda *parts: sum(parts), *stats)
     return checkpoint_name(out_BTNV, "attention"), total, selected_BTk if num_recorded else None
+
+
+def part_ends(length: int, parts: int) -> list[int]:
+    """Returns where each part of a row ends. A part has at least MIN_PART queries."""
+    size = max(-(-length // parts), MIN_PART)
+    return [*range(size, length, size), length]
 
 
 def split_queries(queries: Any, ends: list[int]) -> list:

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | a whole sequence | "chunks" | CPU, GPU; short rows on TPU | reference.attend_expanded |
 | a whole sequence | "tiles" | TPU; on request Hopper; interpreted on a CPU | tiled.attend_tiled |
+| its selected latents | "gathered" | stage "sparse" on a CPU | selected.attend_selected |
 | cached keys and values | | everywhere | decode.attend_cached |
 | cached latents | `LATENT_FORMS` | one query a row, selected | decode.attend_gathered, ... |
 | cached latents | | everything else | decode.attend_masked |
@@ -27,6 +28,10 @@ from model.attention.reference import IndexerStats, attend_expanded
 from model.attention.tiled import KERNELS, MIN_TILED, attend_tiled
 from model.config import ModelConfig
 
+# On a CPU gathering takes less time than masking where a row is this many times as long as the keys
+# that are selected (bench/results/README.md).
+GATHER_RATIO = 12
+
 SequenceForm = Callable[..., tuple[Array, IndexerStats, Array | None]]
 LatentForm = Callable[..., Array]
 
@@ -40,8 +45,9 @@ LATENT_FORMS: dict[tuple[str, str], LatentForm] = {
 
 
 def sequence_form(config: ModelConfig, length: int) -> SequenceForm:
-    """Returns the form of attention over whole sequences: `attend_expanded` or `attend_tiled`.
+    """Returns the form of attention over keys and values of a whole sequence.
 
+    It is `attend_expanded` or `attend_tiled`. See `gathers_latents` for what needs neither.
     It depends on `model.attention_form`, the platform and kind of device, and the tokens of a row.
     Raises UserError where tiles are asked for and there are no kernels for the platform.
     """
@@ -59,6 +65,17 @@ def sequence_form(config: ModelConfig, length: int) -> SequenceForm:
             f"{platform()}; take 'chunks'"
         )
     return functools.partial(attend_tiled, kernels=KERNELS[platform()])
+
+
+def gathers_latents(config: ModelConfig, stage: str, length: int) -> bool:
+    """Tells whether attention over a whole sequence reads the selected latents alone.
+
+    It depends on `model.attention_form`, the platform, the stage, and how many of a row's keys are
+    selected.
+    """
+    wins = platform() == "cpu" and length >= GATHER_RATIO * config.indexer.topk
+    wanted = config.attention_form == "gathered" or (config.attention_form == "auto" and wins)
+    return stage == "sparse" and length > config.indexer.topk and wanted
 
 
 def latent_form(cache: LatentCache, queries: int, topk: int | None) -> LatentForm:

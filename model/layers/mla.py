@@ -24,7 +24,8 @@ from jax import Array
 from kernels.reference import IndexerQuery
 from model.attention.caches import LatentCache
 from model.attention.reference import IndexerInputs, IndexerStats
-from model.attention.table import latent_form, sequence_form
+from model.attention.selected import attend_selected
+from model.attention.table import gathers_latents, latent_form, sequence_form
 from model.config import ModelConfig
 from model.layers.gate import gate_weight, gated
 from model.layers.indexer import Indexer
@@ -114,7 +115,11 @@ class LatentAttention(nn.Module):
         )
         if past is None:
             indexer = None if index_query is None else IndexerInputs(index_query, index_key_BTC)
-            out_BTNV, stats = self.expanded(projected, tokens, indexer)
+            length = hidden_BTD.shape[1]
+            if indexer is not None and gathers_latents(self.config, tokens.stage, length):
+                out_BTNV, stats = self.selected(projected, entries, tokens, indexer)
+            else:
+                out_BTNV, stats = self.expanded(projected, tokens, indexer)
         else:
             assert tokens.allowed_BTS is not None and tokens.slot is not None
             entries, stats = past.write(entries, tokens.slot), IndexerStats.zero()
@@ -191,6 +196,33 @@ class LatentAttention(nn.Module):
             self.sow("record", "selected", selected_BTk)
         return out_BTNV, stats
 
+    def selected(
+        self,
+        projected: Projections,
+        entries: LatentCache,
+        tokens: TokenInfo,
+        indexer: IndexerInputs,
+    ) -> tuple[Array, IndexerStats]:
+        """Attends over the latents that the indexer selects, and reads no others.
+
+        See `expanded`, which computes the same in stage "sparse".
+        """
+        c = self.config
+        mixed_BTNR, stats, selected_BTk = attend_selected(
+            self.absorb_key(projected),
+            entries.latent_BSR,
+            tokens.segments_BT,
+            indexer,
+            value_rank=c.mla.kv_lora_rank,
+            topk=c.indexer.topk,
+            query_chunk=c.query_chunk,
+            causal_parts=c.causal_parts,
+            record=self.is_mutable_collection("record"),
+        )
+        if selected_BTk is not None:
+            self.sow("record", "selected", selected_BTk)
+        return self.absorb_value(mixed_BTNR), stats
+
     def absorbed(
         self,
         projected: Projections,
@@ -202,15 +234,22 @@ class LatentAttention(nn.Module):
 
         Returns out_BTNV.
         """
-        dtype, a = projected.q_nope_BTNH.dtype, self.config.mla
-        topk = self.config.indexer.topk
+        q_BTNR, topk = self.absorb_key(projected), self.config.indexer.topk
+        attend = latent_form(cache, q_BTNR.shape[1], None if index_query is None else topk)
+        rank = self.config.mla.kv_lora_rank
+        return self.absorb_value(
+            attend(q_BTNR, cache, allowed_BTS, index_query, value_rank=rank, topk=topk)
+        )
+
+    def absorb_key(self, projected: Projections) -> Array:
+        """Moves the keys' up-projection to the queries. Returns q_BTNR, rotated part last."""
+        q_nope_BTNH = projected.q_nope_BTNH
         with jax.named_scope("absorb"):
             q_latent_BTNR = jnp.einsum(
-                "BTNH,RNH->BTNR", projected.q_nope_BTNH, self.key_up.astype(dtype)
+                "BTNH,RNH->BTNR", q_nope_BTNH, self.key_up.astype(q_nope_BTNH.dtype)
             )
-            q_BTNR = jnp.concatenate([q_latent_BTNR, projected.q_rope_BTNH], axis=-1)
-        attend = latent_form(cache, q_BTNR.shape[1], None if index_query is None else topk)
-        mixed_BTNR = attend(
-            q_BTNR, cache, allowed_BTS, index_query, value_rank=a.kv_lora_rank, topk=topk
-        )
-        return jnp.einsum("BTNR,RNV->BTNV", mixed_BTNR, self.value_up.astype(dtype))
+            return jnp.concatenate([q_latent_BTNR, projected.q_rope_BTNH], axis=-1)
+
+    def absorb_value(self, mixed_BTNR: Array) -> Array:
+        """Applies the values' up-projection to attention's mean of latents. Returns out_BTNV."""
+        return jnp.einsum("BTNR,RNV->BTNV", mixed_BTNR, self.value_up.astype(mixed_BTNR.dtype))
