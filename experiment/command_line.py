@@ -8,19 +8,29 @@ What a person did wrong is one line; what we did wrong keeps its traceback.
         command(run, flags={"samples": Flag(4, "completions to print")})
 """
 
-import errno
 import gc
 import inspect
-import os
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 from errors import UserError
 from experiment.config_files import split_overrides
+from experiment.failures import is_lost_process, line_of
 from experiment.flags import Flag, describe_flags, parse_flags
 from experiment.inputs import INPUTS, Input
-from experiment.processes import pretend_devices
+from experiment.processes import (
+    end_with_the_others,
+    is_alone,
+    is_first_process,
+    leave,
+    pretend_devices,
+)
+from experiment.stop import Stopped, StopSignals, exit_code, output_may_close
 from experiment.workdir import checked_workdir
 
 WORKDIR = {"workdir": Flag("", "where this run keeps everything it writes")}
@@ -38,15 +48,17 @@ def command(
 ) -> None:
     """Parses the command line and calls `run`.
 
-    Exits with 2 and one line on stderr for a person's error, with 130 when interrupted, and with 1
-    and a traceback for a bug.
+    Exits with 2 and one line on stderr for a person's error, with 130 or 143 when it is asked to
+    stop by Ctrl-C or SIGTERM, and with 1 and a traceback for a bug. Whoever reads the standard
+    output may close it.
 
     With ATHANOR_DISTRIBUTED in the environment (launch/pod.py sets it) this process first joins the
     others (experiment/processes.py).
 
     Args:
       run: called as run(config=Config, workdir=Path, **flags), with those of these that the
-        arguments below ask for. Its module's docstring is what `--help` prints.
+        arguments below ask for. It returns False where it was asked to stop, and did before its
+        end. Its module's docstring is what `--help` prints.
       config: where the config comes from (experiment/inputs.py). "file" wants --config; "recorded"
         falls back to the config of the run in --workdir; "none" has no --config. "model" has a
         --model in its place, a run's workdir or hf:DIR, of whose config fields may be overridden;
@@ -59,28 +71,66 @@ def command(
       argv: the words after the program's name; sys.argv by default.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    source, own = INPUTS[config], dict(flags or {})
-    known = source.flags() | (WORKDIR if workdir else {})
-    known |= (DEVICES if source.has_config else {}) | own
-    before_dashes = argv[: argv.index("--")] if "--" in argv else argv
-    if {"--help", "-h", "-help"} & set(before_dashes):
-        print(_help(run, known))
-        sys.exit(0)
-    # What the imports made is here to stay; collecting garbage through it takes half a second of
-    # tracing a model.
-    gc.freeze()
-    try:
-        run(**_arguments(argv, source, known, own, rest))
-    except UserError as error:
+    arguments: dict[str, Any] = {}
+
+    def say_stopped(number: int) -> None:
+        trains = arguments.get("workdir") if config == "file" else None
+        print(_stopped_line(number, trains), file=sys.stderr, flush=True)
+
+    with StopSignals(say_stopped) as signals, output_may_close():
+        try:
+            source, own = INPUTS[config], dict(flags or {})
+            known = source.flags() | (WORKDIR if workdir else {})
+            known |= (DEVICES if source.has_config else {}) | own
+            before_dashes = argv[: argv.index("--")] if "--" in argv else argv
+            if {"--help", "-h", "-help"} & set(before_dashes):
+                print(_help(run, known))
+                return
+            # What the imports made is here to stay; collecting garbage through it takes half a
+            # second of tracing a model.
+            gc.freeze()
+            arguments |= _arguments(argv, source, known, own, rest)
+            finished = run(**arguments)
+        except KeyboardInterrupt as stopped:
+            number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+            say_stopped(number)
+            leave(exit_code(number))
+        except Exception as error:
+            _end(error)
+        if finished is False:
+            number = signals.first or signal.SIGTERM  # where another process of the run got it
+            if is_first_process():
+                say_stopped(number)
+            sys.exit(exit_code(number))
+
+
+def _stopped_line(number: int, workdir: Path | None) -> str:
+    """Returns what a command that was stopped says; with the workdir of a run, from which step."""
+    rest = "give the same command again"
+    if workdir is not None:
+        places = workdir.glob("checkpoints/*")
+        steps = [int(place.name) for place in places if place.name.isdecimal()]
+        rest = "nothing is saved yet; the same command begins anew"
+        if steps:
+            rest = f"the same command goes on from step {max(steps)}"
+    return f"{Stopped(number)}; {rest}"
+
+
+def _end(error: Exception) -> NoReturn:
+    """Exits with the line of an error; raises it again where it is a bug."""
+    if isinstance(error, BrokenPipeError):
+        raise error
+    if isinstance(error, UserError):
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        full = _disk_full(error)
-        if full is None:
-            raise
-        _fail(f"{full}; free some space and give the same command again")
+    if line := line_of(error):
+        _fail(line)
+    if is_alone():
+        raise error
+    time.sleep(1)  # who watches over the others names the one that is gone
+    if is_lost_process(error):
+        end_with_the_others("the connection to another process of this run is lost")
+    traceback.print_exception(error)
+    leave(1)
 
 
 def _arguments(
@@ -112,20 +162,6 @@ def _help(run: Callable[..., object], flags: Mapping[str, Flag]) -> str:
     return "\n".join(lines + (["", "flags:", *describe_flags(flags)] if flags else []))
 
 
-def _fail(message: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
-
-
-def _disk_full(error: BaseException | None) -> str | None:
-    """Returns the words for a full disk if one is anywhere in the chain of causes.
-
-    Tensorstore, beneath Orbax, reports it as a ValueError.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"{error.filename or 'writing'}: {error.strerror}"
-        if os.strerror(errno.ENOSPC) in str(error):
-            return os.strerror(errno.ENOSPC)
-        error = error.__cause__ or error.__context__
-    return None
+def _fail(message: str) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    leave(2)

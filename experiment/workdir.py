@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from checkpoints.locations import hf_directory
 from data.tokenizer_files import TOKENIZER_FILES
 from errors import UserError
+from experiment.lock import locked
 from experiment.renamed import with_new_names
 from experiment.schema import Config
 from files import write_json
@@ -79,21 +80,22 @@ def _refuse_another_run(workdir: Path, written: Mapping[str, Any], ours: Mapping
 
 @contextlib.contextmanager
 def open_workdir(workdir: Path, config: Config, command: str) -> Iterator[None]:
-    """Records the config in `workdir` for what is done inside.
+    """Locks `workdir` and records the config in it for what is done inside.
 
     A person's error before the first step leaves a new directory free, so that the next try may
     have another config.
     """
-    new = not (workdir / "config.json").exists()
-    record_config(workdir, config, command)
-    try:
-        yield
-    except UserError:
-        metrics = workdir / "metrics.jsonl"
-        if new and not (metrics.exists() and metrics.stat().st_size):
-            for name in ("config.json", *TOKENIZER_FILES):
-                (workdir / name).unlink(missing_ok=True)
-        raise
+    with locked(workdir):
+        new = not (workdir / "config.json").exists()
+        record_config(workdir, config, command)
+        try:
+            yield
+        except UserError:
+            metrics = workdir / "metrics.jsonl"
+            if new and not (metrics.exists() and metrics.stat().st_size):
+                for name in ("config.json", *TOKENIZER_FILES):
+                    (workdir / name).unlink(missing_ok=True)
+            raise
 
 
 def recorded_config(workdir: Path) -> ConfigDict:

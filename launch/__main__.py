@@ -10,6 +10,7 @@ import difflib
 import runpy
 import sys
 
+from experiment.stop import output_may_close
 from launch import COMMANDS
 
 HELP = ("--help", "-h", "-help")
@@ -22,7 +23,8 @@ def main() -> None:
     """
     name, *words = sys.argv[1:] or ["--help"]
     if name in HELP:
-        print(listing())
+        with output_may_close():
+            print(listing())
         return
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -43,8 +43,11 @@ EVALUATIONS = {
 }
 
 
-def run(config: ConfigSource, workdir: Path, seed: int) -> None:
-    """Runs all phases and evaluations, and writes what they came to."""
+def run(config: ConfigSource, workdir: Path, seed: int) -> bool:
+    """Runs all phases and evaluations, and writes what they came to.
+
+    Returns whether all is done, and not stopped before.
+    """
     began = time.time()
     written: Any = config.read()  # a ConfigDict for each phase
     if set(written) != set(PHASES):
@@ -56,8 +59,7 @@ def run(config: ConfigSource, workdir: Path, seed: int) -> None:
     for name, train in PHASES.items():
         print(f"\n{name}", flush=True)
         if not train(phases[name], workdir / name):
-            print("stopped; the same command goes on from here")
-            return
+            return False
     evaluations = {}
     for name, (phase, left_out) in EVALUATIONS.items():
         print(f"\n{name}", flush=True)
@@ -69,6 +71,7 @@ def run(config: ConfigSource, workdir: Path, seed: int) -> None:
     print()
     print_table(summary)
     print(f"wrote {write_report(workdir)}")
+    return True
 
 
 def phase_configs(written: Any, workdir: Path, seed: int) -> dict[str, Config]:

@@ -13,7 +13,6 @@ kept. With CUDA_VISIBLE_DEVICES set, the runs that go on at once share the devic
 
 import difflib
 import importlib.util
-import signal
 from pathlib import Path
 
 from errors import UserError
@@ -48,7 +47,6 @@ def run(
     if parallel < 1:
         raise UserError(f"--parallel={parallel}: must be positive")
     question, runs = plan_runs(config, module_of(command), workdir)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
     execute(runs, parallel)
     write_table(question, runs, workdir, show)
 

@@ -1,17 +1,34 @@
 """A run that is asked to stop (by a scheduler's SIGTERM or Ctrl-C) finishes its step and saves."""
 
+import ctypes
+import os
 import signal
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+# What the operating system does at SIGTERM in JAX's name, as sigaction(2) describes it; Python
+# cannot name a handler that is not its own. A struct sigaction is shorter.
+_of_jax: list[ctypes.Array] = []
+
+
+def keep_handler_of_jax() -> None:
+    """Remembers JAX's handler of SIGTERM, which `jax.distributed.initialize` has just installed.
+
+    By it a process tells the others to stop after the same step. Python's handlers may then take
+    its place where nothing waits for that step.
+    """
+    action = ctypes.create_string_buffer(1_024)
+    ctypes.CDLL(None).sigaction(signal.SIGTERM, None, action)
+    _of_jax[:] = [action]
+
 
 class Interrupt:
     """Turns the first SIGTERM or SIGINT into a request; the second acts as it does without this.
 
-    With several processes SIGTERM alone is caught, and by JAX itself: a process that gets it tells
-    the others, and all stop after the same step. It must be entered in the main thread.
+    With several processes one that gets a signal tells the others, and all stop after the same
+    step. It must be entered in the main thread.
 
         with Interrupt() as interrupt:
             for step in ...:
@@ -37,21 +54,28 @@ class Interrupt:
         return self._asked
 
     def __enter__(self) -> "Interrupt":
-        if jax.process_count() == 1:
-            self._handlers = {
-                number: signal.signal(number, self._ask)
-                for number in (signal.SIGTERM, signal.SIGINT)
-            }
+        if jax.process_count() > 1 and not _of_jax:
+            keep_handler_of_jax()
+        self._handlers = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_) -> None:
         self._restore()
 
-    def _ask(self, *_) -> None:
+    def _ask(self, number: int, _: Any) -> None:
+        if self._asked:
+            self._restore()
+            signal.raise_signal(number)
+            return
         self._asked = True
-        self._restore()
+        if jax.process_count() > 1:
+            ctypes.CDLL(None).sigaction(signal.SIGTERM, _of_jax[0], None)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            # Python has no name for JAX's handler of several processes, and gives None.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
