@@ -14,12 +14,14 @@ class UserError(Exception):
 
     The commands print it and exit with code 2. Every other exception is a bug of ours and keeps
     its traceback. A message that a value makes too long loses its middle: it begins with where and
-    ends with what to do. What UTF-8 cannot write, such as a byte of a file's name, is escaped.
+    ends with what to do. Lines of a library's message are joined, and what UTF-8 cannot write,
+    such as a byte of a file's name, is escaped.
     """
 
     def __init__(self, message: str):
         written = message.encode("utf-8", "backslashreplace").decode("utf-8")
-        super().__init__(shortened(written, MESSAGE_CHARACTERS))
+        line = " ".join(part.strip() for part in written.splitlines())
+        super().__init__(shortened(line.strip(), MESSAGE_CHARACTERS))
 
 
 def shortened(text: str, limit: int = VALUE_CHARACTERS) -> str:

@@ -23,6 +23,17 @@ Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]]
 
 
+# What a person may do about a bad record, besides mending it.
+SKIPPING = 'data.bad_records = "skip" goes on without it'
+
+
+class BadRecord(UserError):
+    """One document that cannot be read or encoded, of a file that can be.
+
+    `data.bad_records` says whether the run stops there.
+    """
+
+
 @dataclass(frozen=True)
 class Document:
     """One document, or a chunk of one that is too long.
@@ -33,6 +44,8 @@ class Document:
       begins: true unless `body` is a chunk that begins inside the document.
       ends: true unless `body` is a chunk that ends inside the document.
       tools: functions that the assistant of a conversation may call, or None.
+      replaced: characters of the record that are U+FFFD here, being no characters: surrogates
+        without their other half.
     """
 
     name: str
@@ -40,6 +53,7 @@ class Document:
     begins: bool = True
     ends: bool = True
     tools: Tools | None = None
+    replaced: int = 0
 
 
 class Source(Protocol):
@@ -87,12 +101,35 @@ class Subset(Sequence[Document]):
         return f"Subset({self.source.spec!r}, {len(self)} documents)"
 
 
+class ReadableDocuments(Sequence[Document | BadRecord]):
+    """Documents by index; one that cannot be read is a `BadRecord`, if they are skipped."""
+
+    def __init__(self, documents: Sequence[Document], *, skips: bool):
+        self._documents, self._skips = documents, skips
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Document | BadRecord:
+        """Reads one. Raises BadRecord if none is skipped."""
+        try:
+            return self._documents[index]
+        except BadRecord as error:
+            if not self._skips:
+                raise BadRecord(f"{error} ({SKIPPING})") from error
+            return error
+
+    def __repr__(self) -> str:
+        return repr(self._documents)
+
+
 def uniform_hash(text: str) -> float:
     """Returns a number in [0, 1) that depends on the text alone.
 
-    It is the same in every process, on every machine and for every version of Python.
+    It is the same in every process, on every machine and for every version of Python. A name of a
+    file that is not UTF-8 counts with its own bytes.
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48  # 48 bits are exact in a float
 
 

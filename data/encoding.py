@@ -9,8 +9,9 @@ import numpy as np
 from data.chat import Omitted, encode_chat, refuse_to_learn
 from data.config import DataConfig
 from data.copies import copy_exercises
-from data.documents import Document
+from data.documents import BadRecord, Document
 from data.fim import fim_tokens
+from data.marks import INFILLED, PLAIN
 from data.tokenizer import Tokenizer
 from errors import UserError
 
@@ -49,17 +50,17 @@ class DocumentEncoder:
         config = self._config
         ids = self._encode_body(document)
         if config.copy_rate > 0 and rng.random() < config.copy_rate:
-            sequences = copy_exercises(ids, rng, config.seq_len)
-        elif not isinstance(document.body, str):
-            sequences = [ids]
-        elif kind in config.fim_sources and rng.random() < config.fim_rate:
-            sequences = self._encode_infilling(document.body, len(ids), rng)
+            marked = [(0, ids) for ids in copy_exercises(ids, rng, config.seq_len)]
+        elif not isinstance(document.body, str) or kind not in config.fim_sources:
+            marked = [(0, self._with_ends(ids, document))]
+        elif rng.random() < config.fim_rate:
+            marked = self._encode_infilling(document.body, len(ids), rng)
         else:
-            sequences = [self._with_ends(ids, document)]
+            marked = [(PLAIN, self._with_ends(ids, document))]
         max_length = config.seq_len if config.packing == "fit" else None
         return [
-            {"tokens": np.asarray(chunk, np.int32)}
-            for sequence in sequences
+            {"tokens": np.asarray(chunk, np.int32) | mark}
+            for mark, sequence in marked
             for chunk in _chunks(sequence, max_length)
         ]
 
@@ -67,34 +68,48 @@ class DocumentEncoder:
         if isinstance(document.body, str):
             return self._tokenizer.encode(document.body)
         template = self._config.chat_template
-        return encode_chat(document.body, self._tokenizer, template, document.tools)[0]
+        try:
+            return encode_chat(document.body, self._tokenizer, template, document.tools)[0]
+        except UserError as error:
+            raise BadRecord(f"{document.name}: {error}") from error
 
     def _with_ends(self, ids: list[int], document: Document) -> list[int]:
-        """Adds [bos] and [eos] where the document begins and ends, unless it is cut there."""
+        """Adds [bos] and [eos] where a text begins and ends, unless it is cut there.
+
+        A conversation has what its template writes.
+        """
+        if not isinstance(document.body, str):
+            return ids
         bos, eos = self._tokenizer.bos, self._tokenizer.eos
         opening = [bos] if document.begins and bos is not None else []
         return opening + ids + ([eos] if document.ends else [])
 
     def _encode_infilling(
         self, text: str, num_tokens: int, rng: np.random.Generator
-    ) -> list[list[int]]:
-        """Cuts a text into chunks and encodes each as a fill-in-the-middle document.
+    ) -> list[tuple[int, list[int]]]:
+        """Makes a text one fill-in-the-middle document or several, as `data.fim_level` says.
 
-        Every chunk fits in a row: this is the "context-level" FIM of arXiv 2207.14255.
+        Returns:
+          (mark, ids) of each: what stays plain is marked so.
         """
-        max_tokens = self._config.seq_len - FIM_EXTRA_TOKENS
+        config, tokenizer = self._config, self._tokenizer
+        if config.fim_level == "document":
+            return [(INFILLED, fim_tokens(text, tokenizer, rng, spm=config.fim_spm))]
+        max_tokens = config.seq_len - FIM_EXTRA_TOKENS
         sequences = []
         start = 0
         while start < len(text):
             share = rng.uniform(MIN_FIM_SHARE, 1)
-            length = int(max_tokens * share * len(text) / num_tokens)
-            chunk = text[start : start + max(length, 1)]
-            start += len(chunk)
-            ids = fim_tokens(chunk, self._tokenizer, rng, spm=self._config.fim_spm)
-            # A chunk with more tokens a character than the rest of the document may not fit in a
-            # row: it stays plain text.
-            fits = len(ids) <= self._config.seq_len
-            sequences.append(ids if fits else self._tokenizer.encode(chunk))
+            length = int(max_tokens * share * len(text) / max(num_tokens, 1))
+            piece = text[start : start + max(length, 1)]
+            ids = fim_tokens(piece, tokenizer, rng, spm=config.fim_spm)
+            # A piece with more tokens a character than the rest of the text may not fit in a row.
+            while config.fim_level == "context" and len(ids) > config.seq_len and len(piece) > 1:
+                piece = piece[: max(1, len(piece) * max_tokens // (len(ids) + 1))]
+                ids = fim_tokens(piece, tokenizer, rng, spm=config.fim_spm)
+            start += len(piece)
+            fits = len(ids) <= config.seq_len
+            sequences.append((INFILLED, ids) if fits else (PLAIN, tokenizer.encode(piece)))
         return sequences
 
 
@@ -150,7 +165,7 @@ class ConversationEncoder:
                 document.body, self._tokenizer, template, document.tools, omitted
             )
         except UserError as error:
-            raise UserError(f"{document.name}: {error}") from error
+            raise BadRecord(f"{document.name}: {error}") from error
         row = slice(self._config.seq_len)
         return [
             {

@@ -1,13 +1,16 @@
 """Files that a source reads, under names that stay the same when the whole folder moves."""
 
+import contextlib
 import glob
 import os
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data.waiting import Waiting
 from errors import UserError
 
 # Folders of the standard library that are left out: its tests and vendored copies are numerous
@@ -43,6 +46,15 @@ class FileSet:
         return self.root / name
 
 
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusal to read `path` inside into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def locate(cumulative_counts: np.ndarray, index: int) -> tuple[int, int]:
     """Finds the file that holds an element of a list of files.
 
@@ -67,9 +79,12 @@ def match_files(spec: str, pattern: str) -> FileSet:
     Raises:
       UserError: no file matches.
     """
-    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
+    waiting, found = Waiting(f"looking for {spec}"), []
+    for path in glob.iglob(pattern, recursive=True):
+        if os.path.isfile(path):
+            found.append(Path(path))
+        waiting.update(len(found), "files")
+    if not found:
         raise UserError(f'data.sources: no file matches "{spec}" (looked from {Path.cwd()})')
     fixed = []
     for part in Path(pattern).parent.parts:
@@ -77,7 +92,8 @@ def match_files(spec: str, pattern: str) -> FileSet:
             break
         fixed.append(part)
     root = Path(*fixed)
-    return FileSet(root, tuple(path.relative_to(root).as_posix() for path in paths))
+    depth = len(root.parts)
+    return FileSet(root, tuple("/".join(path.parts[depth:]) for path in sorted(found)))
 
 
 def stdlib_files() -> FileSet:

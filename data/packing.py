@@ -12,6 +12,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from data.marks import unmarked
+
 # Rows that first-fit fills at the same time, at least: the more, the less padding.
 MIN_OPEN_ROWS = 32
 
@@ -51,8 +53,9 @@ def to_batch(
     """Makes a batch of rows that a packer made.
 
     Args:
-      packed: the stacked rows: "tokens", "tokens_segment_ids", "tokens_positions" and perhaps
-        "weights", [B, T] each. Without weights every token has weight 1.
+      packed: the stacked rows: "tokens" (perhaps with the bits of data/marks.py, which are
+        dropped), "tokens_segment_ids", "tokens_positions" and perhaps "weights", [B, T] each.
+        Without weights every token has weight 1.
       pad: id to write where there is no token.
       cross_document_attention: makes the tokens of a row one segment, with positions 0 .. T - 1;
         padding stays segment 0.
@@ -64,7 +67,7 @@ def to_batch(
         segments = is_token.astype(np.int32)
         positions = np.arange(is_token.shape[1], dtype=np.int32) * segments
     return {
-        "tokens": np.where(is_token, packed["tokens"], pad).astype(np.int32),
+        "tokens": np.where(is_token, unmarked(packed["tokens"]), pad).astype(np.int32),
         "positions": positions,
         "segments": segments,
         "weights": packed.get("weights", is_token).astype(np.float32),

@@ -3,23 +3,22 @@
 A document goes through these steps, each in the file of its name:
 
     sources -> documents (split) -> shuffle, mix -> encoding (tokens, FIM, copies, chat)
-    -> packing (rows, batches) -> prefetch
+    -> bad_records (skipped, counted) -> packing (rows) -> stream (batches) -> prefetch
 """
 
-from collections.abc import Sequence
+import math
 
 import grain
 
+from data.bad_records import RecordEncoder
 from data.config import DataConfig
-from data.documents import Split, uniform_hash
+from data.documents import ReadableDocuments, Split, uniform_hash
 from data.encoding import ConversationEncoder, DocumentEncoder
-from data.packing import fit_rows, split_rows, to_batch
-from data.prefetch import Prefetch
+from data.packing import fit_rows, split_rows
 from data.sources import open_split
+from data.stream import Batches
 from data.tokenizer import Tokenizer
 from errors import UserError
-
-PREFETCH_BATCHES = 4
 
 
 def batches(
@@ -32,7 +31,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     repeat: bool = True,
-) -> grain.IterDataset:
+) -> Batches:
     """Makes the batches of this process: dicts of arrays [batch_size / process_count, seq_len].
 
     data/packing.py describes their arrays. Every epoch of a source is shuffled anew. The iterator's
@@ -54,7 +53,8 @@ def batches(
 
     Raises:
       UserError: the batch does not divide by the processes, a source is wrong, or a source has
-        fewer documents than there are processes.
+        fewer documents than there are processes. The iterator raises it at a record that cannot be
+        read or encoded, unless data.bad_records = "skip".
     """
     if config.batch_size % process_count:
         raise UserError(
@@ -62,28 +62,32 @@ def batches(
             "processes"
         )
     rows = config.batch_size // process_count
-    mixed = _mixed_documents(config, split, seed, chat, process_index, process_count, repeat)
+    mixed, patience = _mixed_documents(
+        config, split, seed, chat, process_index, process_count, repeat
+    )
     encode = ConversationEncoder(config, tokenizer) if chat else DocumentEncoder(config, tokenizer)
     # Each process draws its own numbers, since the same index is another document in each. No
     # threads here: they would only wait for each other, since encoding is Python. The prefetch
     # thread at the end keeps the training loop from waiting.
     encoded = mixed.random_map(
-        encode, seed=_derive_seed(seed, f"write/{process_index}")
+        RecordEncoder(encode, skips=config.skips_bad_records),
+        seed=_derive_seed(seed, f"write/{process_index}"),
     ).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    sequences = grain.experimental.FlatMapIterDataset(encoded, _Flatten())
-    if chat or config.packing == "fit":
-        pack_seed = _derive_seed(seed, "pack")
-        packed = fit_rows(sequences, config.seq_len, rows, pack_seed, weighted=chat)
-    else:
-        packed = split_rows(sequences, config.seq_len)
-    crossing = config.cross_document_attention and not chat
-    stacked = packed.batch(
-        rows, batch_fn=lambda values: grain.experimental.batch_and_pad(values, batch_size=rows)
+
+    def rows_of(sequences: grain.IterDataset) -> grain.IterDataset:
+        if chat or config.packing == "fit":
+            pack_seed = _derive_seed(seed, "pack")
+            return fit_rows(sequences, config.seq_len, rows, pack_seed, weighted=chat)
+        return split_rows(sequences, config.seq_len)
+
+    return Batches(
+        encoded,
+        rows_of,
+        batch_rows=rows,
+        patience=patience,
+        pad=tokenizer.pad,
+        cross_document_attention=config.cross_document_attention and not chat,
     )
-    ready = stacked.map(
-        lambda packed: to_batch(packed, tokenizer.pad, cross_document_attention=crossing)
-    )
-    return Prefetch(ready, PREFETCH_BATCHES)
 
 
 def _mixed_documents(
@@ -94,9 +98,13 @@ def _mixed_documents(
     process_index: int,
     process_count: int,
     repeat: bool,
-) -> grain.MapDataset:
-    """Makes the (kind of source, document) pairs of this process, shuffled and mixed."""
-    datasets = []
+) -> tuple[grain.MapDataset, int]:
+    """Makes the (kind of source, document) pairs of this process, shuffled and mixed.
+
+    Returns:
+      (the dataset, the number of its first elements among which each document is at least once).
+    """
+    datasets, elements = [], 0
     for number, spec in enumerate(config.sources):
         documents = open_split(config, spec, split, chat=chat)
         if len(documents) < process_count:
@@ -104,22 +112,16 @@ def _mixed_documents(
                 f'data.sources: "{spec}" has {len(documents)} documents for {split}, fewer than '
                 f"the {process_count} processes"
             )
-        shard = grain.MapDataset.source(documents)[process_index::process_count]
+        readable = ReadableDocuments(documents, skips=config.skips_bad_records)
+        shard = grain.MapDataset.source(readable)[process_index::process_count]
         shuffled = shard.shuffle(seed=_derive_seed(seed, f"shuffle/{number}"))
         pairs = shuffled.map(lambda document, kind=documents.source.kind: (kind, document))
         datasets.append(pairs.repeat() if repeat else pairs)
+        share = config.mixture[number] / sum(config.mixture)
+        elements = max(elements, math.ceil(len(shard) / share) + len(config.sources))
     if len(datasets) == 1:
-        return datasets[0]
-    return grain.MapDataset.mix(datasets, weights=config.mixture)
-
-
-class _Flatten(grain.experimental.FlatMapTransform):
-    """Gives the sequences of each document one by one."""
-
-    max_fan_out = 1  # an IterDataset ignores it
-
-    def flat_map(self, element: list) -> Sequence:
-        return element
+        return datasets[0], elements
+    return grain.MapDataset.mix(datasets, weights=config.mixture), elements
 
 
 def _derive_seed(seed: int, purpose: str) -> int:

@@ -1,11 +1,11 @@
 """Texts of documents as they are, for evaluations that cut and encode them themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from data.config import DataConfig
-from data.documents import Split, Subset, select_split
+from data.documents import BadRecord, Document, ReadableDocuments, Split, select_split
 from data.sources import open_source
 from errors import UserError
 
@@ -13,10 +13,10 @@ from errors import UserError
 class ShuffledTexts(Sequence[tuple[str, str]]):
     """Names and texts of documents, in an order that mixes them but is always the same.
 
-    A text is read when it is asked for.
+    A text is read when it is asked for. Iteration leaves out bad records that are skipped.
     """
 
-    def __init__(self, documents: Subset, max_bytes: int):
+    def __init__(self, documents: ReadableDocuments, max_bytes: int):
         """Takes documents whose bodies are texts, each to be cut after `max_bytes` bytes."""
         self._documents, self._max_bytes = documents, max_bytes
         self._order = np.random.default_rng(0).permutation(len(documents))
@@ -28,6 +28,15 @@ class ShuffledTexts(Sequence[tuple[str, str]]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         document = self._documents[int(self._order[index])]
+        if isinstance(document, BadRecord):
+            raise document
+        return self._text_of(document)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        found = (self._documents[int(index)] for index in self._order)
+        return (self._text_of(one) for one in found if isinstance(one, Document))
+
+    def _text_of(self, document: Document) -> tuple[str, str]:
         assert isinstance(document.body, str)
         return document.name, document.body.encode()[: self._max_bytes].decode(errors="ignore")
 
@@ -52,15 +61,17 @@ def infill_documents(
     """
     chunk_bytes = chunk_bytes or config.seq_len
     sources = {spec: open_source(spec, chunk_bytes) for spec in config.sources}
-    subsets = {
-        spec: select_split(source, split, config.validation)
+    documents = {
+        spec: ReadableDocuments(
+            select_split(source, split, config.validation), skips=config.skips_bad_records
+        )
         for spec, source in sources.items()
         if source.kind in config.fim_sources
     }
     texts = {
-        spec: ShuffledTexts(subset, 2 * chunk_bytes)
-        for spec, subset in subsets.items()
-        if isinstance(subset[0].body, str)
+        spec: ShuffledTexts(readable, 2 * chunk_bytes)
+        for spec, readable in documents.items()
+        if _are_texts(readable)
     }
     if not texts:
         raise UserError(
@@ -68,3 +79,9 @@ def infill_documents(
             f"(data.fim_sources = {config.fim_sources})"
         )
     return texts
+
+
+def _are_texts(documents: ReadableDocuments) -> bool:
+    """Returns whether the first document that can be read is a text."""
+    first = next((found for found in documents if isinstance(found, Document)), None)
+    return first is not None and isinstance(first.body, str)

@@ -2,13 +2,20 @@
 
 import difflib
 
+from data.array_records import ArrayRecords
 from data.config import SOURCE_KINDS, DataConfig
 from data.documents import Source, Split, Subset, select_split
 from data.file_set import match_files, stdlib_files
-from data.records import RECORD_FORMATS
+from data.json_lines import JsonLines
+from data.parquet import ParquetColumn
+from data.record_files import Records
 from data.tasks.documents import TaskDocuments
 from data.text_files import TextFiles
 from errors import UserError
+
+RECORD_FORMATS: dict[str, type[Records]] = {
+    records.kind: records for records in (JsonLines, ParquetColumn, ArrayRecords)
+}
 
 # A text file with more bytes than this for each token of a row is cut: into chunks of 8 rows at 2
 # bytes a token, which is what a vocabulary of 512 gives on code. So a batch mixes many files, and

@@ -1,11 +1,13 @@
 """Text files as documents; long files are cut into chunks at the ends of lines."""
 
+import os
 from typing import BinaryIO
 
 import numpy as np
 
-from data.documents import Document
-from data.file_set import FileSet, locate
+from data.documents import BadRecord, Document
+from data.file_set import FileSet, locate, readable
+from data.waiting import Waiting
 from errors import UserError
 
 
@@ -32,7 +34,7 @@ class TextFiles:
         self.spec, self.kind = spec, kind
         self._files = files
         self._chunk_bytes = chunk_bytes
-        self._sizes = np.array([files.path(name).stat().st_size for name in files.names])
+        self._sizes = np.array(_sizes(files), np.int64)
         # Chunks up to the end of each file.
         self._cumulative_counts = np.cumsum(-(-self._sizes // chunk_bytes))
 
@@ -44,11 +46,11 @@ class TextFiles:
         return self._files.names[locate(self._cumulative_counts, index)[0]]
 
     def __getitem__(self, index: int) -> Document:
-        """Reads one chunk of a file; raises UserError where it is not UTF-8."""
+        """Reads one chunk of a file; raises BadRecord where it is not UTF-8."""
         file_index, chunk = locate(self._cumulative_counts, index)
         name, size = self._files.names[file_index], int(self._sizes[file_index])
         path = self._files.path(name)
-        with path.open("rb") as file:
+        with readable(path), path.open("rb") as file:
             start = self._chunk_start(file, size, chunk)
             stop = self._chunk_start(file, size, chunk + 1)
             file.seek(start)
@@ -56,7 +58,7 @@ class TextFiles:
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(
+            raise BadRecord(
                 f"{path}: not UTF-8 at byte {start + error.start}; convert the file, or leave it "
                 "out of data.sources"
             ) from error
@@ -87,3 +89,15 @@ class TextFiles:
             (back for back in range(4) if window[self._chunk_bytes - back] & 0xC0 != 0x80), 0
         )
         return limit - back
+
+
+def _sizes(files: FileSet) -> list[int]:
+    """Returns the bytes of each file."""
+    waiting, root, sizes = Waiting(f"opening the files of {files.root}"), str(files.root), []
+    for name in files.names:
+        try:
+            sizes.append(os.stat(os.path.join(root, name)).st_size)
+        except FileNotFoundError as error:  # removed since it was listed
+            raise UserError(f"{files.path(name)}: no such file") from error
+        waiting.update(len(sizes), "files", len(files.names))
+    return sizes

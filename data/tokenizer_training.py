@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from data.config import DataConfig, TokenizerConfig
-from data.documents import Document
+from data.documents import BadRecord, Document, ReadableDocuments
 from data.sources import open_split
 from data.special_tokens import SPECIAL_TOKENS
 from data.tokenizer import Tokenizer
@@ -104,10 +104,15 @@ def _bytes_to_unicode() -> Iterator[str]:
 def _training_texts(config: DataConfig, num_bytes: int) -> Iterator[str]:
     """Yields about `num_bytes` of training text: equal shares, from all over each source."""
     for spec in config.sources:
-        documents = open_split(config, spec, "train")
+        documents = ReadableDocuments(
+            open_split(config, spec, "train"), skips=config.skips_bad_records
+        )
         remaining = num_bytes // len(config.sources)
         for index in np.random.default_rng(0).permutation(len(documents)):
-            text = _text_of(documents[index])
+            document = documents[index]
+            if isinstance(document, BadRecord):
+                continue
+            text = _text_of(document)
             yield text
             remaining -= len(text.encode())
             if remaining <= 0:

@@ -46,3 +46,9 @@ def test_what_utf8_cannot_write_is_escaped():
 def test_a_bound_is_said():
     with pytest.raises(UserError, match=r"^data.count = 1001: must be at most 1,000$"):
         FieldChecks(Section(count=1001), "data").at_most(1000, "count")
+
+
+def test_a_message_is_one_line():
+    assert str(UserError("x.parquet: damaged (page\nheader failed.\n); replace it")) == (
+        "x.parquet: damaged (page header failed. ); replace it"
+    )

@@ -5,7 +5,6 @@ With them goes how arrays and batches travel between a host and the devices of t
 
 import dataclasses
 
-import grain
 import jax
 import numpy as np
 from jax import Array
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 from data.config import DataConfig
 from data.documents import Split
 from data.pipeline import batches
+from data.stream import BatchStream
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.sharding import batch_sharding
@@ -62,7 +62,7 @@ def to_host(x: Array) -> np.ndarray:
 
 def open_batches(
     setup: Setup, data: DataConfig, split: Split, *, seed: int, chat: bool
-) -> grain.DatasetIterator:
+) -> BatchStream:
     """Opens the batches of `split` that this process reads; each process reads other documents.
 
     The iterator's place is saved with a checkpoint.

@@ -1,5 +1,7 @@
 """The sections `data` and `tokenizer` of a config refuse what makes no sense."""
 
+import math
+
 import pytest
 
 from data.config import DataConfig, TokenizerConfig
@@ -26,6 +28,17 @@ def test_defaults_are_valid(section):
         ({"fim_sources": ("txt",)}, "data.fim_sources = ('txt',): must each be one of stdlib"),
         ({"chat_template": "chatml"}, "data.chat_template = 'chatml'"),
         ({"batch_size": 0}, "data.batch_size = 0"),
+        ({"fim_level": "file"}, "must be one of context_or_plain, context, document"),
+        ({"bad_records": "drop"}, "data.bad_records = 'drop': must be one of stop, skip"),
+        ({"seq_len": 10**12}, "data.seq_len = 1000000000000: must be at most 16,777,216"),
+        ({"batch_size": 10**12}, "data.batch_size = 1000000000000: must be at most 33,554,432"),
+        ({"seq_len": 2**24, "batch_size": 200}, "data.batch_size = 200: must be at most 128"),
+        ({"mixture": (math.inf,)}, "at most 1,000,000 times the smallest"),
+        ({"mixture": (math.nan,)}, "every share must be above 0"),
+        (
+            {"sources": ("stdlib", "stdlib"), "mixture": (1.0, 1e-300)},
+            "the largest share must be at most 1,000,000 times the smallest",
+        ),
         ({"incomplete_turns": "skip"}, "data.incomplete_turns = 'skip': must be one of stop, mask"),
         (
             {"chat_template": "checkpoint", "chat_template_options": "enable_thinking=False"},
@@ -46,5 +59,7 @@ def test_a_wrong_value_names_its_field(config, change, words):
 def test_a_wrong_tokenizer_names_its_field():
     with pytest.raises(UserError, match=r"tokenizer\.vocab_size = 100: must be at least 268"):
         TokenizerConfig(kind="bpe", path="", vocab_size=100)
+    with pytest.raises(UserError, match=r"vocab_size = 10000000000: must be at most 1,048,576"):
+        TokenizerConfig(vocab_size=10**10)
     with pytest.raises(UserError, match=r"tokenizer\.path"):
         TokenizerConfig(kind="file", path="", vocab_size=0)
