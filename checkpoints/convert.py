@@ -28,6 +28,7 @@ from checkpoints.hf.tensors import experts_are_fused, tensors
 from checkpoints.locations import HF_RECORD, run_directory
 from checkpoints.streamed import StreamedReader, StreamedWriter
 from checkpoints.trees import by_path
+from data.tokenizer import Tokenizer
 from data.tokenizer_files import load_tokenizer
 from model.config import ModelConfig
 from model.transformer import boxed_shapes
@@ -105,16 +106,20 @@ class ExportSource:
       dtypes: the type of each tensor that it had as a Hugging Face checkpoint; empty if it comes
         from none.
       record: a directory with what else that checkpoint had.
-      workdir: the run, if it is one.
       name: where the values come from.
+      tokenizer: the run's, if it is one.
+      chat_template: the Jinja by which the run chats, where it is a template of ours.
+      context: the longest row that the run trains or samples, in tokens; 0 if it is no run.
     """
 
     model: ModelConfig
     rows: Callable[[Tensor, int, int], np.ndarray]
     dtypes: Mapping[str, np.dtype]
     record: Path | None
-    workdir: Path | None
     name: str
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    context: int = 0
 
 
 def source_of_checkpoint(checkpoint: HFCheckpoint) -> ExportSource:
@@ -129,17 +134,23 @@ def source_of_checkpoint(checkpoint: HFCheckpoint) -> ExportSource:
         rows=rows,
         dtypes=checkpoint.files.dtypes,
         record=directory,
-        workdir=None,
         name=str(directory.resolve()),
     )
 
 
-def source_of_run(path: Path, model: ModelConfig) -> ExportSource:
+def source_of_run(
+    path: Path,
+    model: ModelConfig,
+    tokenizer: Tokenizer | None,
+    chat_template: str | None,
+    context: int,
+) -> ExportSource:
     """Returns the newest checkpoint of a run as the source of a Hugging Face checkpoint.
 
     Args:
       path: a workdir, its directory of checkpoints, or one checkpoint in it.
       model: the run's model, with its vocabulary filled in.
+      tokenizer, chat_template, context: as in `ExportSource`.
 
     Raises:
       UserError: no checkpoint there.
@@ -156,8 +167,10 @@ def source_of_run(path: Path, model: ModelConfig) -> ExportSource:
         rows=rows,
         dtypes=recorded_dtypes(workdir),
         record=record if record.exists() else None,
-        workdir=workdir,
         name=str(reader.checkpoint.resolve()),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        context=context,
     )
 
 
@@ -182,7 +195,9 @@ def export_checkpoint(
     written = _written_tensors(source)
     dtypes = {tensor.name: _export_dtype(tensor.name, source.dtypes, dtype) for tensor in written}
     projections = {str(dtypes[name]) for name in dtypes if name.endswith("proj.weight")}
-    config = config_for(source.model, source.record, source.dtypes, projections)
+    config = config_for(source.model, source.record, source.dtypes, dtypes, projections)
+    if source.context:
+        config.setdefault("max_position_embeddings", source.context)
     plan = [(tensor.name, dtypes[tensor.name], tensor.shape) for tensor in written]
     described = f"{source.name}, {dtype or 'the types it had'}"
     with TensorWriter(directory, plan, described, SHARD_BYTES) as writer:
@@ -193,7 +208,7 @@ def export_checkpoint(
                     tensor.name,
                     np.ascontiguousarray(source.rows(tensor, start, stop), dtypes[tensor.name]),
                 )
-    write_other_files(directory, source.record, source.workdir, config)
+    write_other_files(directory, source.record, source.tokenizer, source.chat_template, config)
     return len(written)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from data import jinja_templates
 from data.chat_omissions import calls_of, omission, omitted_tool, squeezed, thought_of
 from data.chat_targets import target_tokens
 from data.chat_template import AssistantSpan, ChatTemplate
@@ -71,6 +72,7 @@ class TurnTemplate:
       user: encodes what a user says.
       generation_prompt: encodes what makes the assistant speak, after each user.
       assistant: encodes what the assistant itself writes, except for the [eos] after it.
+      jinja: the same as a checkpoint's own template, for those who read an exported checkpoint.
     """
 
     opening: Callable[[Tokenizer], list[int]]
@@ -78,6 +80,7 @@ class TurnTemplate:
     user: Callable[[str, Tokenizer], list[int]]
     generation_prompt: Callable[[Tokenizer], list[int]]
     assistant: Callable[[str, Tokenizer], list[int]]
+    jinja: str
 
     def encode_prompt(
         self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None
@@ -252,6 +255,7 @@ TEMPLATES: dict[str, Template] = {
         user=lambda text, tokenizer: _encode_mark("<|user|>", tokenizer) + tokenizer.encode(text),
         generation_prompt=lambda tokenizer: _encode_mark("<|assistant|>", tokenizer),
         assistant=lambda text, tokenizer: _encode_tags(text, tokenizer, _encode_mark),
+        jinja=jinja_templates.THINK,
     ),
     "r1": TurnTemplate(
         opening=lambda tokenizer: _encode_tags(R1_PREAMBLE, tokenizer, _encode_tag),
@@ -259,6 +263,7 @@ TEMPLATES: dict[str, Template] = {
         user=lambda text, tokenizer: tokenizer.encode(f" User: {text}."),
         generation_prompt=lambda tokenizer: tokenizer.encode(" Assistant:"),
         assistant=lambda text, tokenizer: _encode_tags(f" {text}", tokenizer, _encode_tag),
+        jinja=jinja_templates.r1(R1_PREAMBLE),
     ),
     "checkpoint": CheckpointTemplate(),
 }
@@ -312,6 +317,11 @@ def encode_chat(
         take turns, and the last be the assistant's.
     """
     return _template(template).encode_chat(messages, tokenizer, tools, omitted)
+
+
+def jinja_of(template: str) -> str | None:
+    """Returns the Jinja of a template of ours, or None of "checkpoint", which has its own."""
+    return getattr(_template(template), "jinja", None)
 
 
 def _template(name: str) -> Template:

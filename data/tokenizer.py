@@ -178,21 +178,45 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Writes a tokenizer.json that `load_tokenizer` and Hugging Face read.
 
-        A checkpoint's tokenizer has its chat template, the roles of its tokens and its stops
-        written beside it, in the files that they came from. Each file appears whole, and `path`
-        last: where it is, all are.
+        The roles of its tokens, its stops and its chat template are written beside it, in the files
+        in which a checkpoint has them. Each file appears whole, and `path` last: where it is, all
+        are.
         """
         path = Path(path)
         if self.chat_template is not None:
             write_text(path.with_name(TEMPLATE_FILE), self.chat_template.source)
-        if self._roles:
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._roles}
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            write_text(path.with_name("tokenizer_config.json"), text)
+        # Without this file transformers takes the class of the model's family, which may add
+        # tokens of its own.
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= {"clean_up_tokenization_spaces": False, **self.special_tokens}
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        write_text(path.with_name("tokenizer_config.json"), text)
         if len(self.stops) > 1:
             text = json.dumps({"eos_token_id": self.stops}) + "\n"
             write_text(path.with_name("generation_config.json"), text)
         write_text(path, self._backend.to_str(pretty=True))
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of the tokens with a role, by role: {"eos_token": "<|eos|>"}.
+
+        They are those that a checkpoint names, or else those found by their spelling.
+        """
+        found = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad}
+        texts = {index: text for text, index in self._special.items()}
+        return dict(self._roles) or {
+            role: texts[index] for role, index in found.items() if index is not None
+        }
+
+    @property
+    def token_ids(self) -> dict[str, int | list[int] | None]:
+        """The ids that a config.json names: {"eos_token_id": 2}, a list of several stops."""
+        stops = list(self.stops)
+        return {
+            "bos_token_id": self.bos,
+            "eos_token_id": stops if len(stops) > 1 else stops[0],
+            "pad_token_id": self.pad,
+        }
 
     @functools.cached_property
     def _rendered_backend(self) -> tokenizers.Tokenizer:

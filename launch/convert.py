@@ -29,6 +29,7 @@ from checkpoints.convert import (
 )
 from checkpoints.hf.checkpoint import HFCheckpoint
 from checkpoints.locations import HF_PREFIX, hf_directory, run_directory
+from data.chat import jinja_of
 from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.command_line import Flag, command
@@ -82,10 +83,16 @@ def _export_source(origin: str) -> ExportSource:
     if hf_directory(origin) is not None:
         return source_of_checkpoint(_hf_checkpoint(origin, _config_of(origin)))
     workdir = run_directory(origin)
-    model = parse(recorded_config(workdir)).model
+    config = parse(recorded_config(workdir))
+    model, tokenizer = config.model, None
+    if (workdir / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(workdir / "tokenizer.json")
     if not model.vocab_size:
-        model = with_vocab_size(model, load_tokenizer(workdir / "tokenizer.json"))
-    return source_of_run(Path(origin), model)
+        model = with_vocab_size(model, tokenizer or load_tokenizer(workdir / "tokenizer.json"))
+    sampled = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+    context = max(config.data.seq_len, sampled)
+    template = jinja_of(config.data.chat_template)
+    return source_of_run(Path(origin), model, tokenizer, template, context)
 
 
 def _config_of(origin: str) -> Config:

@@ -4,12 +4,12 @@ The architecture that config.json names decides how the rest is read. Where a ke
 its default is that of transformers. tests/golden checks what is read here against transformers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints.hf import deepseek, fp8, qwen3
-from checkpoints.hf.config_keys import ConfigReader, ConfigWriter, Key
+from checkpoints.hf.config_keys import ConfigReader, ConfigWriter, Key, field_of
 from errors import UserError
 from files import read_json
 from model.config import ModelConfig
@@ -42,23 +42,52 @@ ARCHITECTURES = {
     ),
 }
 
+# Keys that state what every architecture here does anyway.
+STATED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "qkv_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "use_rope": True,
+}
+
+# What an architecture that is not supported has, and no field of the model section can say.
+LACKING = {
+    "GlmMoeDsaForCausalLM": (
+        "it is a DeepseekV32ForCausalLM but for these: the indexer rotates pairs of channels"
+        " (model.rope.indexer_rope_interleave, which no config.json sets yet), and layers may share"
+        " the selection of one before them (indexer_types, index_topk_freq; GLM-5.2)"
+    ),
+}
+
 
 def model_fields(directory: Path, tensor_names: Iterable[str] = ()) -> dict[str, Any]:
-    """Returns the fields of the model section that config.json decides.
+    """Returns the fields of the model section that a directory's config.json decides.
+
+    See `fields_of` for the fields, the names and the errors; UserError too if there is none.
+    """
+    path = directory / "config.json"
+    return fields_of(read_json(path), path, tensor_names)
+
+
+def fields_of(
+    keys: Mapping[str, Any], path: Path, tensor_names: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Returns the fields of the model section that the keys of a config.json decide.
 
     They go by their dotted names ("mla.num_attention_heads"). Fields of compute and memory are not
     among them.
 
     Args:
-      directory: where config.json is.
+      keys: the keys.
+      path: the file, for errors.
       tensor_names: those of the checkpoint. An MTP module is there if its tensors are: transformers
         drops them when it saves, and keeps the key.
 
     Raises:
-      UserError: no config.json, an architecture that is not supported, or a key that is not.
+      UserError: an architecture that is not supported, or a key that is not.
     """
-    path = directory / "config.json"
-    keys = read_json(path)
     reader = ConfigReader(keys, path)
     architecture = ARCHITECTURES[_architecture_name(reader)]
     fields = _shared_fields(reader) | architecture.read(reader, list(tensor_names))
@@ -69,25 +98,48 @@ def model_fields(directory: Path, tensor_names: Iterable[str] = ()) -> dict[str,
 
 
 def config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Returns the keys of config.json that decide the model, in the style of transformers 5.
+    """Returns the keys of config.json that decide the model, as transformers 4 and 5 read them.
 
     Args:
       model: the model, with its vocabulary filled in.
       dtype: the type of the tensors in the files, such as "float32".
 
     Raises:
-      UserError: no supported architecture is this model; it names the field.
+      UserError: no supported architecture is this model; it names all fields that say so.
     """
+    name, keys, refused = _written(model)
+    if refused:
+        raise UserError(
+            f"{'; '.join(refused)}: {name} cannot express it, so it has no Hugging Face checkpoint"
+        )
+    # transformers 4 reads the older name only.
+    return keys | {"dtype": dtype, "torch_dtype": dtype}
+
+
+def export_refusals(model: ModelConfig) -> list[str]:
+    """Returns the fields of a model that no Hugging Face checkpoint can express.
+
+    Each is a line such as 'model.mla.gate = "element" (must be none)'; none means that the model
+    can be exported.
+    """
+    return _written(model)[2]
+
+
+def _written(model: ModelConfig) -> tuple[str, dict[str, Any], list[str]]:
+    """Returns an architecture, the keys of a model as such a one, and the fields it refuses."""
     name = _architecture_of(model)
     writer = ConfigWriter(model, name)
-    plain = model.canon_kernel_size == 0
-    writer.require(plain, "canon_kernel_size", "no convolution before attention: 0")
+    writer.require_fields({"canon_kernel_size": 0})
     has_modules = model.num_nextn_predict_layers > 0
     writer.require(not has_modules or model.mtp_input == "normed", "mtp_input", "normed")
     own = ARCHITECTURES[name].write(writer)
-    shared = {"hidden_act": "silu", "attention_bias": False, "dtype": dtype}
+    shared = {"hidden_act": "silu", "attention_bias": False}
     named = {"architectures": [name], "model_type": ARCHITECTURES[name].model_type}
-    return named | own | writer.keys(SHARED_KEYS) | shared
+    refused = [
+        f"model.{field} = {field_of(model, field)!r} (must be {wanted})"
+        for field, wanted in writer.refused.items()
+    ]
+    return name, named | own | writer.keys(SHARED_KEYS) | shared, refused
 
 
 def _architecture_name(reader: ConfigReader) -> str:
@@ -100,10 +152,8 @@ def _architecture_name(reader: ConfigReader) -> str:
         known = {one.model_type: name for name, one in ARCHITECTURES.items()}
         name = known.get(model_type, f"{model_type}ForCausalLM")
     if name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(
-            f'{reader.path}: architecture "{name}" is not supported (these are: {known})'
-        )
+        why = LACKING.get(name, f"these are: {', '.join(ARCHITECTURES)}")
+        raise UserError(f'{reader.path}: architecture "{name}" is not supported ({why})')
     return name
 
 
@@ -119,9 +169,11 @@ def _architecture_of(model: ModelConfig) -> str:
 
 def _shared_fields(reader: ConfigReader) -> dict[str, Any]:
     """Returns the fields that every architecture has."""
-    reader.must_be("hidden_act", "silu")
-    reader.must_be("attention_bias", False)
-    reader.must_be("attention_dropout", 0.0)
+    for name, value in STATED.items():
+        reader.must_be(name, value)
+    if reader.take("attention_dropout", 0.0, null=0.0) != 0:
+        why = "only 0.0 is supported"
+        raise reader.unsupported("attention_dropout", reader.keys["attention_dropout"], why)
     stored = reader.take("dtype", reader.take("torch_dtype", "float32"))
     return reader.take_fields(SHARED_KEYS) | {
         "dtype": "float32" if stored == "float32" else "bfloat16",

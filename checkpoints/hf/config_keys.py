@@ -4,6 +4,7 @@ The same tables read them and write them. A key that is not read must be one tha
 of the model, or be off.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -49,8 +50,8 @@ class Key(NamedTuple):
     Attributes:
       field: the field, by its dotted name within the section, such as "mla.kv_lora_rank".
       name: the key.
-      default: its value where it is missing or null; REQUIRED: a positive whole number must be
-        there.
+      default: its value where it is missing, which is that of transformers; REQUIRED: a positive
+        whole number must be there.
       other_names: keys that mean the same and are read, and never written.
     """
 
@@ -72,21 +73,22 @@ class ConfigReader:
         self.keys, self.path = keys, path
         self._read: set[str] = set()
 
-    def take(self, name: str, default: Any = REQUIRED) -> Any:
-        """Returns the value of a key, or the default where the key is missing or null.
+    def take(self, name: str, default: Any = REQUIRED, null: Any = REQUIRED) -> Any:
+        """Returns the value of a key, or the default where the key is missing.
 
-        The value has the type of the default.
+        The value has the type of the default. Null is what it is in transformers: `null` where that
+        is given, else false of a flag, no number, and the default of all else.
 
         Raises:
           UserError: the value is of another type; or the key has no default, and is missing or not
             a positive whole number.
         """
         self._read.add(name)
+        if name not in self.keys and default is not REQUIRED:
+            return default
         value = self.keys.get(name)
         if value is None:
-            if default is REQUIRED:
-                raise UserError(f'{self.path}: no key "{name}"')
-            return default
+            return self._of_null(name, default, null)
         wanted = int if default is REQUIRED else type(default)
         if wanted is int and type(value) is float and value.is_integer():
             value = int(value)
@@ -134,6 +136,16 @@ class ConfigReader:
         """Counts keys as read."""
         self._read.update(names)
 
+    def _of_null(self, name: str, default: Any, null: Any) -> Any:
+        """Returns what null means as the value of a key; see `take`."""
+        if null is not REQUIRED and name in self.keys:
+            return null
+        if default is REQUIRED:
+            raise UserError(f'{self.path}: no key "{name}"')
+        if type(default) in (int, float):
+            raise self.unsupported(name, None, f"must be {TYPE_NAMES[type(default)]}")
+        return False if isinstance(default, bool) else default
+
     def unsupported(self, name: str, value: Any, why: str) -> UserError:
         """Returns the error for a value of a key."""
         return UserError(f'{self.path}: "{name}": {json.dumps(value)}: {why}')
@@ -148,30 +160,32 @@ class ConfigReader:
 
 
 class ConfigWriter:
-    """Writes a model as keys of a config.json, if an architecture can express it.
+    """Writes a model as keys of a config.json, and collects why an architecture cannot express it.
 
     Args:
       model: the model.
       architecture: its name in config.json, such as "Qwen3ForCausalLM".
+
+    Attributes:
+      refused: the fields that the architecture cannot express, each with what it must be.
     """
 
     def __init__(self, model: ModelConfig, architecture: str):
         self.model, self.architecture = model, architecture
+        self.refused: dict[str, str] = {}
 
     def keys(self, table: Iterable[Key]) -> dict[str, Any]:
         """Returns the keys of a table."""
         return {key.name: field_of(self.model, key.field) for key in table}
 
-    def require(self, expressible: bool, field: str, wanted: str) -> None:
-        """Raises UserError, which names the field and what it must be, unless `expressible`."""
+    def require(self, expressible: bool, field: str, wanted: str) -> bool:
+        """Refuses a field, which must be as `wanted` says, unless `expressible`; returns that."""
         if not expressible:
-            raise UserError(
-                f"model.{field} = {field_of(self.model, field)!r}: {self.architecture} cannot"
-                f" express it ({wanted}), so it has no Hugging Face checkpoint"
-            )
+            self.refused.setdefault(field, wanted)
+        return expressible
 
     def require_fields(self, fixed: Mapping[str, Any]) -> None:
-        """Raises UserError unless these fields have the values that the architecture fixes."""
+        """Refuses each field that has not the value that the architecture fixes."""
         for field, value in fixed.items():
             self.require(field_of(self.model, field) == value, field, str(value))
 
@@ -182,6 +196,23 @@ def field_of(model: ModelConfig, field: str) -> Any:
     for name in field.split("."):
         value = getattr(value, name)
     return value
+
+
+def with_fields(model: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
+    """Returns a model with other values of fields, which go by their dotted names.
+
+    Raises UserError if they do not go together.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        section, _, field = name.rpartition(".")
+        sections.setdefault(section, {})[field] = value
+    changed = {
+        name: dataclasses.replace(getattr(model, name), **values)
+        for name, values in sections.items()
+        if name
+    }
+    return dataclasses.replace(model, **changed, **sections.get("", {}))
 
 
 def dense_layers(dense: list[bool]) -> dict[str, Any]:

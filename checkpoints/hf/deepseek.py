@@ -15,11 +15,12 @@ KEYS = (
     Key("mla.v_head_dim", "v_head_dim"),
     Key("moe.num_experts", "n_routed_experts", REQUIRED, ("num_local_experts", "num_experts")),
     Key("moe.num_experts_per_tok", "num_experts_per_tok"),
-    Key("moe.n_shared_experts", "n_shared_experts", 0),
+    Key("moe.n_shared_experts", "n_shared_experts", 1),
     Key("moe.intermediate_size", "moe_intermediate_size"),
     Key("moe.norm_topk_prob", "norm_topk_prob", True),
-    Key("moe.n_group", "n_group", 1),
-    Key("moe.routed_scaling_factor", "routed_scaling_factor", 1.0),
+    Key("moe.n_group", "n_group", 8),
+    Key("moe.topk_group", "topk_group", 4),
+    Key("moe.routed_scaling_factor", "routed_scaling_factor", 2.5),
 )
 INDEXER_KEYS = (
     Key("indexer.n_heads", "index_n_heads"),
@@ -41,8 +42,10 @@ def read_v3(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any]
     reader.must_be("scoring_func", "sigmoid")
     reader.must_be("topk_method", "noaux_tc")
     reader.must_be("moe_layer_freq", 1)
-    reader.must_be("mlp_bias", False)
-    reader.must_be("num_key_value_heads", reader.take("num_attention_heads"))
+    heads = reader.take("num_attention_heads")
+    if reader.take("num_key_value_heads", heads, null=heads) != heads:
+        why = f"only num_attention_heads, {heads}, is supported"
+        raise reader.unsupported("num_key_value_heads", reader.keys["num_key_value_heads"], why)
     reader.ignore("head_dim")  # transformers 5 writes the rotated width there
     rope_fields, rope = read_rope(reader)
     fields = reader.take_fields(KEYS) | FIXED | FIXED_MOE | rope_fields
@@ -58,11 +61,11 @@ def read_v3(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any]
             "mtp_input": "normed",
             "rope.rope_interleave": reader.take("rope_interleave", True),
             "rope.indexer_rope_interleave": False,
-            "mla.q_lora_rank": reader.take("q_lora_rank", 0),  # null: queries have no latent
+            # null: queries have no latent
+            "mla.q_lora_rank": reader.take("q_lora_rank", 1536, null=0),
             "mla.logit_scale": logit_scale,
             "indexer.n_heads": 0,
             "moe.shared_expert_intermediate_size": 0,
-            "moe.topk_group": reader.take("topk_group", fields["moe.n_group"]),
             "moe.group_topk": 2,
         }
     )
@@ -83,21 +86,15 @@ def read_v32(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any
 
 
 def write_v3(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys that are DeepSeek-V3's own.
-
-    Raises UserError if they cannot express the model.
-    """
+    """Returns the keys that are DeepSeek-V3's own; refuses fields that they cannot express."""
     return _write(writer) | {"rope_interleave": writer.model.rope.rope_interleave}
 
 
 def write_v32(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys that are DeepSeek-V3.2's own.
-
-    Raises UserError if they cannot express the model.
-    """
+    """Returns the keys that are DeepSeek-V3.2's own; refuses fields that they cannot express."""
     keys = _write(writer)
     a, i = writer.model.mla, writer.model.indexer
-    writer.require(a.q_lora_rank > 0, "mla.q_lora_rank", "the indexer reads the query latent")
+    writer.require(a.q_lora_rank > 0, "mla.q_lora_rank", "above 0: the indexer reads the latent")
     writer.require_fields({"rope.rope_interleave": True, "rope.indexer_rope_interleave": False})
     writer.require(
         i.rope_head_dim == a.qk_rope_head_dim,
@@ -109,34 +106,49 @@ def write_v32(writer: ConfigWriter) -> dict[str, Any]:
 
 
 def _write(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys of config.json; raises UserError for a model that they cannot describe."""
-    model, a, m = writer.model, writer.model.mla, writer.model.moe
+    """Returns the keys of config.json; refuses fields that they cannot express."""
+    model, a = writer.model, writer.model.mla
     writer.require_fields(FIXED)
-    writer.require(not model.mlp_only_layers, "mlp_only_layers", "only the first layers are dense")
+    writer.require(not model.mlp_only_layers, "mlp_only_layers", "(): only the first are dense")
     writer.require(
         model.num_nextn_predict_layers == 0 or not model.tie_word_embeddings,
         "tie_word_embeddings",
         "False with an MTP module",
     )
-    rope = write_rope(writer)
-    if a.logit_scale != 1:
-        stretched = model.rope.factor > 1 and a.logit_scale > 1
-        writer.require(stretched, "mla.logit_scale", "1 without rope.factor")
-        rope["mscale_all_dim"] = mscale_of(model.rope.factor, math.sqrt(a.logit_scale))
     if model.moe_layers or model.mtp_kind.moe:
         _require_experts(writer)
-    return writer.keys(KEYS) | {
-        "num_key_value_heads": a.num_attention_heads,
-        "q_lora_rank": a.q_lora_rank or None,
-        "rope_parameters": rope,
-        "first_k_dense_replace": model.first_k_dense_replace,
-        "num_nextn_predict_layers": model.num_nextn_predict_layers,
-        "topk_group": m.topk_group,
+    return (
+        writer.keys(KEYS)
+        | write_rope(writer, **_mscales(writer))
+        | {
+            "num_key_value_heads": a.num_attention_heads,
+            "q_lora_rank": a.q_lora_rank or None,
+            "first_k_dense_replace": model.first_k_dense_replace,
+            "num_nextn_predict_layers": model.num_nextn_predict_layers,
+        }
+    )
+
+
+def _mscales(writer: ConfigWriter) -> dict[str, float]:
+    """Returns YaRN's keys by which DeepSeek scales the logits.
+
+    mscale says the same as attention_factor, to readers that do not know that key.
+    """
+    rope, logit_scale = writer.model.rope, writer.model.mla.logit_scale
+    if rope.factor == 1:
+        writer.require(logit_scale == 1, "mla.logit_scale", "1 without rope.factor")
+        return {}
+    if not writer.require(logit_scale >= 1, "mla.logit_scale", "at least 1"):
+        return {}
+    root = math.sqrt(logit_scale)
+    return {
+        "mscale": mscale_of(rope.factor, rope.attention_factor * root),
+        "mscale_all_dim": mscale_of(rope.factor, root),
     }
 
 
 def _require_experts(writer: ConfigWriter) -> None:
-    """Raises UserError unless the experts are such as DeepSeek-V3 has."""
+    """Refuses fields of experts that DeepSeek-V3 has not."""
     m = writer.model.moe
     writer.require_fields(FIXED_MOE)
     writer.require(
@@ -150,7 +162,7 @@ def _require_experts(writer: ConfigWriter) -> None:
 
 def _dense_layers(reader: ConfigReader) -> dict[str, Any]:
     layers = reader.take("num_hidden_layers")
-    first = min(reader.take("first_k_dense_replace", 0), layers)
+    first = min(reader.take("first_k_dense_replace", 3), layers)
     kinds = reader.take("mlp_layer_types", ["dense"] * first + ["sparse"] * (layers - first))
     if len(kinds) != layers:
         why = f"names {len(kinds)} layers of {layers}"
@@ -160,6 +172,7 @@ def _dense_layers(reader: ConfigReader) -> dict[str, Any]:
 
 def _mtp_modules(reader: ConfigReader, tensor_names: Iterable[str]) -> int:
     """Returns the number of MTP modules; they are there if their tensors are."""
-    modules = reader.take("num_nextn_predict_layers", reader.take("num_mtp_layers", 0))
+    modules = reader.take("num_mtp_layers", 1, null=0)
+    modules = reader.take("num_nextn_predict_layers", modules, null=0)
     prefix = f"model.layers.{reader.take('num_hidden_layers')}."
     return modules if any(name.startswith(prefix) for name in tensor_names) else 0

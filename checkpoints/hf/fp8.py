@@ -25,14 +25,25 @@ def block_shape(config: Mapping[str, Any], path: object) -> tuple[int, int]:
       UserError: the checkpoint is quantised in another way.
     """
     settings = config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        raise UserError(f'{path}: "quantization_config": must be an object')
     method = settings.get("quant_method", "fp8")
     if method != "fp8":
         raise UserError(
             f'{path}: "quant_method": "{method}" is not supported, only fp8 in blocks with'
             " float32 scales"
         )
-    rows, columns = settings.get("weight_block_size") or (128, 128)
-    return int(rows), int(columns)
+    block = settings.get("weight_block_size") or [128, 128]
+    if not (
+        isinstance(block, list)
+        and len(block) == 2
+        and all(type(size) is int and size > 0 for size in block)
+    ):
+        raise UserError(
+            f'{path}: "weight_block_size": {str(block)[:80]}: must be two whole numbers'
+        )
+    rows, columns = block
+    return rows, columns
 
 
 def scale_shape(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:

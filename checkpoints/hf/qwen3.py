@@ -35,14 +35,16 @@ LAYER_TYPES = {"linear_attention": "delta", "full_attention": "gqa"}
 
 def read_qwen3(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any]:
     """Returns the fields of a Qwen3; see `config.model_fields` for the arguments."""
-    fields = _read_grouped(reader, head_dim=128)
+    fields = _read_grouped(reader, reader.take("head_dim", 128))
     return fields | dense_layers([True] * reader.take("num_hidden_layers"))
 
 
 def read_qwen3_moe(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any]:
     """Returns the fields of a Qwen3-MoE; see `config.model_fields` for the arguments."""
+    reader.must_be("shared_expert_intermediate_size", 0)
     width = reader.take("hidden_size") // reader.take("num_attention_heads")
-    return _read_grouped(reader, head_dim=width) | _read_experts(reader, norm_topk_prob=False)
+    head_dim = reader.take("head_dim", width, null=width)
+    return _read_grouped(reader, head_dim) | _read_experts(reader, norm_topk_prob=False)
 
 
 def read_qwen3_next(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[str, Any]:
@@ -50,9 +52,11 @@ def read_qwen3_next(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[s
 
     It has Gated DeltaNet and gated attention, zero-centred norms, and a gated shared expert.
     """
+    _check_norms(reader)
+    reader.must_be("attn_output_gate", True)
     rope_fields, rope = read_rope(reader, partial_rotary_factor=0.25)
     head_dim = reader.take("head_dim", 256)
-    modules = reader.take("num_nextn_predict_layers", 1)
+    modules = reader.take("num_nextn_predict_layers", 1, null=0)
     has_modules = any(name.startswith("mtp.") for name in tensor_names)
     return (
         reader.take_fields((*ATTENTION_KEYS, *DELTA_KEYS))
@@ -74,32 +78,23 @@ def read_qwen3_next(reader: ConfigReader, tensor_names: Iterable[str]) -> dict[s
 
 
 def write_qwen3(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys that are Qwen3's own. Raises UserError if they cannot express the model."""
+    """Returns the keys that are Qwen3's own; refuses fields that they cannot express."""
     model = writer.model
     writer.require_fields(FIXED)
     whole = model.gqa.rotary_dim == model.gqa.head_dim
     writer.require(whole, "gqa.rotary_dim", "the whole head")
-    return writer.keys(ATTENTION_KEYS) | {
-        "head_dim": model.gqa.head_dim,
-        "rope_parameters": write_rope(writer),
-    }
+    return writer.keys(ATTENTION_KEYS) | {"head_dim": model.gqa.head_dim} | write_rope(writer)
 
 
 def write_qwen3_moe(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys that are Qwen3-MoE's own.
-
-    Raises UserError if they cannot express the model.
-    """
+    """Returns the keys that are Qwen3-MoE's own; refuses fields that they cannot express."""
     keys = write_qwen3(writer)
     writer.require_fields({"moe.n_shared_experts": 0})
     return keys | _write_experts(writer)
 
 
 def write_qwen3_next(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys that are Qwen3-Next's own.
-
-    Raises UserError if they cannot express the model.
-    """
+    """Returns the keys that are Qwen3-Next's own; refuses fields that they cannot express."""
     model, g, m = writer.model, writer.model.gqa, writer.model.moe
     known = set(model.layer_types) <= set(LAYER_TYPES.values())
     writer.require(known, "layer_types", "delta and gqa")
@@ -110,15 +105,14 @@ def write_qwen3_next(writer: ConfigWriter) -> dict[str, Any]:
     shared = m.n_shared_experts == 1 and m.shared_expert_gate
     writer.require(shared, "moe.n_shared_experts", "1, with moe.shared_expert_gate")
     names = {kind: name for name, kind in LAYER_TYPES.items()}
-    rope = write_rope(writer, partial_rotary_factor=g.rotary_dim / g.head_dim)
     return (
         writer.keys((*ATTENTION_KEYS, *DELTA_KEYS))
+        | write_rope(writer, partial_rotary_factor=g.rotary_dim / g.head_dim)
         | _write_experts(writer)
         | {
             "head_dim": g.head_dim,
-            "layer_types": [names[kind.attention] for kind in model.kinds],
+            "layer_types": [names.get(kind.attention, "") for kind in model.kinds],
             "shared_expert_intermediate_size": m.shared_intermediate_size,
-            "rope_parameters": rope,
         }
     )
 
@@ -133,14 +127,13 @@ def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _read_grouped(reader: ConfigReader, head_dim: int) -> dict[str, Any]:
-    """Returns what Qwen3 and Qwen3-MoE share; `head_dim` is the default of that key."""
+    """Returns what Qwen3 and Qwen3-MoE share, for heads of this width."""
+    _check_norms(reader)
     reader.must_be("use_sliding_window", False)
     reader.must_be("layer_types", ["full_attention"] * reader.take("num_hidden_layers"))
     rope_fields, _ = read_rope(reader)
-    heads, head_dim = reader.take("num_attention_heads"), reader.take("head_dim", head_dim)
-    # The key must be there; null means as many as there are heads.
-    has_key_heads = "num_key_value_heads" in reader.keys
-    key_heads = reader.take("num_key_value_heads", *([heads] if has_key_heads else []))
+    heads = reader.take("num_attention_heads")
+    key_heads = reader.take("num_key_value_heads", null=heads)
     return (
         FIXED
         | rope_fields
@@ -153,6 +146,12 @@ def _read_grouped(reader: ConfigReader, head_dim: int) -> dict[str, Any]:
             "gqa.rotary_dim": head_dim,
         }
     )
+
+
+def _check_norms(reader: ConfigReader) -> None:
+    """Raises UserError if a key says that queries and keys have no norm."""
+    for name in ("use_qk_norm", "qk_norm", "qk_layernorm"):
+        reader.must_be(name, True)
 
 
 def _read_layer_types(reader: ConfigReader) -> tuple[str, ...]:
@@ -195,7 +194,7 @@ def _read_experts(reader: ConfigReader, norm_topk_prob: bool) -> dict[str, Any]:
 
 
 def _write_experts(writer: ConfigWriter) -> dict[str, Any]:
-    """Returns the keys of the experts; raises UserError if Qwen3 has no such experts."""
+    """Returns the keys of the experts; refuses fields of experts that Qwen3 has not."""
     model = writer.model
     writer.require_fields(FIXED_MOE)
     all_groups = model.moe.topk_group == model.moe.n_group

@@ -1,7 +1,8 @@
 """Rotary positions in config.json, read and written.
 
-Both styles are read: that of the released files (`rope_scaling`, with `rope_theta` beside it) and
-that of transformers 5 (`rope_parameters`). The latter is written.
+Both styles are read and written: that of the released files (`rope_scaling`, with `rope_theta`
+beside it), which transformers 4 and most others read, and that of transformers 5
+(`rope_parameters`).
 """
 
 import math
@@ -44,25 +45,38 @@ def read_rope(
     if kind == "yarn":
         fields |= _yarn_fields(reader, rope)
     for name in sorted(rope.keys() - KNOWN[kind]):
-        why = f"not a key of rope_type {kind} that is supported"
-        raise reader.unsupported(name, rope[name], why)
+        raise reader.unsupported(name, rope[name], _unknown(name, kind, rope))
     return fields, rope
 
 
-def write_rope(writer: ConfigWriter, **more: float) -> dict[str, Any]:
-    """Returns the value of "rope_parameters", `more` keys of it included.
+def write_rope(
+    writer: ConfigWriter, partial_rotary_factor: float | None = None, **more: float
+) -> dict[str, Any]:
+    """Returns the rope keys in both styles, and the context that YaRN leads to.
 
-    Raises:
-      UserError: no config.json can express the model's rope.
+    Refuses a field that no config.json can express.
+
+    Args:
+      partial_rotary_factor: the share of a head's channels that is rotated, where that is a key.
+      more: further keys of YaRN.
     """
     r = writer.model.rope
+    theta: dict[str, Any] = {"rope_theta": r.rope_theta}
+    if partial_rotary_factor is not None:
+        theta["partial_rotary_factor"] = partial_rotary_factor
     if r.factor == 1:
         writer.require(r.attention_factor == 1, "rope.attention_factor", "1 without rope.factor")
-        return {"rope_theta": r.rope_theta, "rope_type": "default"} | more
+        new = {"rope_type": "default"} | theta
+        return theta | {"rope_scaling": None, "rope_parameters": new}
     names = ("factor", "original_max_position_embeddings", "attention_factor")
     names += ("beta_fast", "beta_slow", "truncate")
-    yarn = {name: getattr(r, name) for name in names}
-    return {"rope_theta": r.rope_theta, "rope_type": "yarn"} | more | yarn
+    yarn = {"rope_type": "yarn"} | {name: getattr(r, name) for name in names} | more
+    context = round(r.factor * r.original_max_position_embeddings)
+    return theta | {
+        "rope_scaling": yarn,
+        "rope_parameters": yarn | theta,
+        "max_position_embeddings": context,
+    }
 
 
 def magnitude(factor: float, mscale: float) -> float:
@@ -83,9 +97,9 @@ def _rope_keys(reader: ConfigReader, partial_rotary_factor: float) -> dict[str, 
     new, old = reader.take("rope_parameters", {}), reader.take("rope_scaling", {})
     rope = dict(old or new)  # transformers prefers the old, should both be there
     reader.ignore("rope_theta", "original_max_position_embeddings")
-    partial = rope.get("partial_rotary_factor") or reader.take(
-        "partial_rotary_factor", partial_rotary_factor
-    )
+    default = partial_rotary_factor
+    partial = reader.take("partial_rotary_factor", default, null=default)
+    partial = rope.get("partial_rotary_factor") or partial
     rope["partial_rotary_factor"] = partial
     if partial_rotary_factor == 1 and partial != 1:
         why = "only 1 is supported in this architecture"
@@ -101,16 +115,27 @@ def _rope_keys(reader: ConfigReader, partial_rotary_factor: float) -> dict[str, 
     }
 
 
+def _unknown(name: str, kind: str, rope: dict[str, Any]) -> str:
+    """Says what is to be done with a key of a rope that is not known."""
+    if kind == "yarn" and name == "attn_factor" and isinstance(rope.get("factor"), int | float):
+        plain = magnitude(rope["factor"], 1.0)
+        return (
+            f"transformers ignores it and takes {plain:.6g}, vLLM takes {plain * rope[name]:.6g};"
+            f' write the one that is meant as "attention_factor" in its place'
+        )
+    known = ", ".join(sorted(KNOWN[kind]))
+    return f"not a key of rope_type {kind} that is supported (these are: {known}); remove it"
+
+
 def _yarn_fields(reader: ConfigReader, rope: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of YaRN.
 
     As in transformers, the ratio of the two contexts stands in for a missing factor, and the ratio
     of the mscales' magnitudes for a missing magnitude.
     """
-    context = reader.take(
-        "original_max_position_embeddings",
-        rope.get("original_max_position_embeddings") or reader.take("max_position_embeddings"),
-    )
+    beside = rope.get("original_max_position_embeddings")
+    context = reader.take("original_max_position_embeddings", 0, null=0)
+    context = context or beside or reader.take("max_position_embeddings")
     factor = float(rope.get("factor") or reader.take("max_position_embeddings") / context)
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:

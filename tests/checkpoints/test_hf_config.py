@@ -2,6 +2,7 @@
 something else, and those that are refused.
 """
 
+import contextlib
 import json
 
 import pytest
@@ -177,7 +178,105 @@ def test_a_value_of_another_type_is_one_line(tmp_path):
             fields("qwen3", tmp_path, lambda keys, key=key, value=value: keys.update({key: value}))
 
 
+DEFAULTS = json.loads((GOLDEN / "defaults.json").read_text())
+MODEL_TYPES = {
+    "deepseek_v3": "deepseek_v3",
+    "deepseek_v3_released": "deepseek_v3",
+    "deepseek_v32": "deepseek_v32",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "qwen3_moe_step": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
+}
+
+
+@pytest.mark.parametrize("case", MODEL_TYPES)
+def test_a_missing_key_is_what_transformers_takes_for_it_or_refused(case, tmp_path):
+    """Many of these values no shape betrays: groups, the scale of the gates, which are normed."""
+    taken = set()
+    for key, default in DEFAULTS[MODEL_TYPES[case]].items():
+        expected = None
+        with contextlib.suppress(UserError):  # the default may not go with the other keys
+            expected = fields(case, tmp_path, lambda keys, k=key, v=default: keys.update({k: v}))
+        try:
+            found = fields(case, tmp_path, lambda keys, key=key: keys.pop(key, None))
+        except UserError as error:
+            assert f'no key "{key}"' in str(error)
+            continue
+        assert found == expected, key
+        taken.add(key)
+    assert len(taken) > 15
+    if MODEL_TYPES[case].startswith("deepseek"):
+        assert taken >= {"n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob"}
+
+
+@pytest.mark.parametrize(
+    "case, key, field, value",
+    [
+        ("deepseek_v3", "norm_topk_prob", "moe.norm_topk_prob", False),
+        ("deepseek_v3", "rope_interleave", "rope.rope_interleave", False),
+        ("deepseek_v3", "q_lora_rank", "mla.q_lora_rank", 0),
+        ("deepseek_v3", "n_group", None, '"n_group": null: must be a whole number'),
+        ("deepseek_v3", "routed_scaling_factor", None, '"routed_scaling_factor": null: must be a'),
+        ("qwen3", "head_dim", None, '"head_dim": null: must be a whole number'),
+        ("qwen3", "rms_norm_eps", None, '"rms_norm_eps": null: must be a number'),
+    ],
+)
+def test_null_is_false_or_none_and_no_default(case, key, field, value, tmp_path):
+    """In transformers a null is Python's None, not a key that is missing."""
+
+    def change(keys):
+        keys[key] = None
+
+    if field is not None:
+        assert fields(case, tmp_path, change)[field] == value
+        return
+    with pytest.raises(UserError) as error:
+        fields(case, tmp_path, change)
+    assert value in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "case, stated",
+    [
+        ("qwen3_moe", {"use_qk_norm": True, "shared_expert_intermediate_size": 0}),
+        ("qwen3_moe", {"qkv_bias": False, "mlp_bias": False, "use_bias": False}),
+        ("qwen3", {"use_qk_norm": True, "use_rope": True}),
+        ("qwen3_next", {"attn_output_gate": True, "qk_norm": True}),
+        ("deepseek_v3", {"mlp_bias": False, "use_rope": True}),
+    ],
+)
+def test_a_key_may_state_what_is_done_anyway(case, stated, tmp_path):
+    """As Qwen3-Coder-480B's does. The other value would be another model, and is refused."""
+    plain = fields(case, tmp_path, lambda keys: None)
+    assert fields(case, tmp_path, lambda keys: keys.update(stated)) == plain
+    for key, value in stated.items():
+        other = 64 if key == "shared_expert_intermediate_size" else not value
+        with pytest.raises(UserError, match=f'"{key}": .*: only {json.dumps(value)} is supported'):
+            fields(case, tmp_path, lambda keys, key=key, other=other: keys.update({key: other}))
+
+
 REFUSED = {
+    "YaRN's magnitude by a key that readers take differently": (
+        "qwen3",
+        lambda keys: keys["rope_parameters"].update(factor=4.0, attn_factor=0.8782488562869419),
+        'takes 1.13863, vLLM takes 1; write the one that is meant as "attention_factor"',
+    ),
+    "another key of YaRN": (
+        "qwen3",
+        lambda keys: keys["rope_parameters"].update(ext_factor=1.0),
+        '"ext_factor": 1.0: not a key of rope_type yarn that is supported (these are: attention_',
+    ),
+    "GLM-5": (
+        "deepseek_v32",
+        lambda keys: keys.update(architectures=["GlmMoeDsaForCausalLM"]),
+        "not supported (it is a DeepseekV32ForCausalLM but for these: the indexer rotates pairs",
+    ),
+    "blocks of no shape": (
+        "deepseek_v3",
+        lambda keys: keys.update(quantization_config={"weight_block_size": ["a", 0]}),
+        "\"weight_block_size\": ['a', 0]: must be two whole numbers",
+    ),
     "no key heads": (
         "qwen3_moe",
         lambda keys: keys.pop("num_key_value_heads"),

@@ -53,7 +53,10 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "deep" / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "deep")
     # Nothing half-written is beside it.
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tokenizer.json"]
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert (loaded.vocab_size, loaded.bos, loaded.eos, loaded.pad, loaded.fim) == (
         tokenizer.vocab_size,
         tokenizer.bos,

@@ -6,6 +6,7 @@ pip install torch transformers          in an environment of its own; CPU is eno
 python tests/golden/make.py [CASE ...]  all cases, or some of cases.py's
 """
 
+import json
 import shutil
 import sys
 import tempfile
@@ -31,6 +32,15 @@ from margins import LEAST, character, margins
 from record import golden, greedy, mtp_trace, trace
 
 HERE = Path(__file__).parent
+# Keys of a config object that are no defaults: they follow from other keys, or from the library.
+DERIVED = ("transformers_version", "id2label", "label2id", "architectures")
+DERIVED += (
+    "layer_types",
+    "mlp_layer_types",
+    "model_type",
+    "num_local_experts",
+    "num_key_value_heads",
+)
 
 
 def build(case: Case, directory: Path) -> torch.Tensor:
@@ -166,8 +176,23 @@ def make(name: str) -> None:
     )
 
 
+def record_defaults() -> None:
+    """Writes what transformers takes for the keys that a config.json lacks, by architecture."""
+    models = {"deepseek_v3", "deepseek_v32", "qwen3", "qwen3_moe", "qwen3_next"}
+    defaults = {
+        model: {
+            key: value
+            for key, value in transformers.AutoConfig.for_model(model).to_dict().items()
+            if key not in DERIVED
+        }
+        for model in sorted(models)
+    }
+    text = json.dumps({"transformers": transformers.__version__} | defaults, indent=1)
+    (HERE / "defaults.json").write_text(text + "\n")
+
+
 def main() -> None:
-    """Makes the cases that the command line names, or all."""
+    """Makes the cases that the command line names, or all, and the record of the defaults."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     transformers.logging.set_verbosity_error()
@@ -177,6 +202,7 @@ def main() -> None:
         sys.exit(f"{unknown[0]} is not a case: {', '.join(CASES)}")
     for name in names:
         make(name)
+    record_defaults()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from checkpoints.hf.checkpoint import HFCheckpoint
-from checkpoints.hf.config import config_json, model_fields
+from checkpoints.hf.config import config_json, export_refusals, model_fields
 from checkpoints.hf.safetensors import TensorFiles
 from checkpoints.hf.safetensors_writer import TensorWriter
 from checkpoints.streamed import StreamedWriter
@@ -373,9 +373,18 @@ def test_experts_in_one_tensor(case, tmp_path):
 
 
 def test_what_no_architecture_expresses_is_one_line():
-    words = r"model.canon_kernel_size = 3: DeepseekV32ForCausalLM cannot express it"
-    with pytest.raises(UserError, match=words):
+    """It names every field, not the first alone."""
+    with pytest.raises(UserError) as error:
         config_json(tiny.MODEL, "float32")
+    line = str(error.value)
+    for words in (
+        "model.canon_kernel_size = 3 (must be 0)",
+        "model.mtp_input = 'residual' (must be normed)",
+        "model.mla.gate = 'element' (must be none)",
+        "DeepseekV32ForCausalLM cannot express it",
+    ):
+        assert words in line
+    assert line.startswith("; ".join(export_refusals(tiny.MODEL))) and "\n" not in line
     mixed = tiny.model_config(
         layer_types=("mla", "gqa"),
         norm="zero_centred",
