@@ -28,6 +28,7 @@ from model.mesh import MESH_AXES
 # runs on. The devices, the microbatches and what is kept for the backward pass change no equation,
 # only rounding. More steps do stretch the cosine where train.cosine_steps = -1 takes what is left.
 MAY_CHANGE = (
+    "data.bad_records",
     "train.steps",
     "train.log_every",
     "train.eval_every",

@@ -4,6 +4,7 @@ It reads from top to bottom: data, objective, state and restore, step, loop.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from train.monitor import Due, StepLog
 from train.objective import language_objective
 from train.optimizer import make_optimizer
 from train.progress import Progress
+from train.rescue import SavedOnError
 from train.restore import restored_or_new
 from train.setup import Setup, open_batches
 from train.state import abstract_state
@@ -56,6 +58,7 @@ def train_language_model(
 
     Raises:
       UserError: the data or a checkpoint does not fit, or gradients stay without finite values.
+        After the first step this and every other error saves the steps done.
     """
     stream = open_batches(setup, data, "train", seed=seed, chat=chat)
     objective = language_objective(setup.model, train)
@@ -84,15 +87,25 @@ def train_language_model(
         with (
             Metrics(workdir, phase, resume_step=done) as metrics,
             Progress(train.steps, workdir.resolve().name) as progress,
+            SavedOnError(checkpoints) as newest,
         ):
             log = StepLog(train, metrics, progress)
             # (step, metrics) still on the device: reading them a step late never blocks
             unread = None
             for step in range(done + 1, train.steps + 1):
-                state, values = step_fn(state, setup.on_devices(next(stream)))
+                try:
+                    batch = setup.on_devices(next(stream))
+                except Exception:  # a bad record, say
+                    if unread:
+                        log.record(*unread, tokens)
+                    raise
+                state, values = step_fn(state, batch)
+                newest.is_at(step, state, stream)
+                for bad_record in stream.news():
+                    print(f"skipped {bad_record}", file=sys.stderr, flush=True)
                 if unread:
                     log.record(*unread, tokens)
-                unread = (step, values)
+                unread = (step, values | stream.metrics())
                 if due.evaluation(step):
                     log.record(*unread, tokens)
                     unread = None
