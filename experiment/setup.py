@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints.hf.config import export_refusals
 from checkpoints.hf.metadata import inherit_record
 from checkpoints.locations import hf_directory, run_directory
 from data.tokenizer import Tokenizer
@@ -192,4 +193,13 @@ def _training_lines(config: Config) -> dict[str, str]:
     return {
         "data": f"{', '.join(data.sources)}; {tokens}",
         "train": f"{train.stage}, {schedule}, seed {config.seed}",
+        "export": _export_line(config.model),
     }
+
+
+def _export_line(model: ModelConfig) -> str:
+    """Says whether launch.convert can write the model for Hugging Face, and if not, why."""
+    refused = export_refusals(model)
+    if not refused:
+        return "launch.convert can write it for Hugging Face"
+    return f"not for Hugging Face: {'; '.join(refused)}"
