@@ -7,7 +7,7 @@ is in the same split in every run, on every machine, whatever else is trained on
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
@@ -76,6 +76,15 @@ class Source(Protocol):
 
     def key(self, index: int) -> str:
         """Returns the text whose hash decides the split; chunks of one document share it."""
+        ...
+
+
+@runtime_checkable
+class OwnSplit(Protocol):
+    """A source that decides itself which of its documents are in which split."""
+
+    def in_split(self, split: Split) -> Sequence[int]:
+        """Returns the indices of the documents of a split."""
         ...
 
 
@@ -149,11 +158,14 @@ def select_split(source: Source, split: Split, validation_share: float) -> Subse
     if split not in get_args(Split):
         raise ValueError(f"split = {split!r}: must be one of {get_args(Split)}")
     share = validation_share if source.validation_share is None else source.validation_share
-    indices = [
-        index
-        for index in range(len(source))
-        if (uniform_hash(source.key(index)) < share) == (split == "validation")
-    ]
+    if isinstance(source, OwnSplit):
+        indices = source.in_split(split)
+    else:
+        indices = [
+            index
+            for index in range(len(source))
+            if (uniform_hash(source.key(index)) < share) == (split == "validation")
+        ]
     if not indices:
         reason = (
             f"data.validation = {share}"

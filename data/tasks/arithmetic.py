@@ -94,6 +94,7 @@ CONTEXTS = (
         aside="It has {n} fields.",
     ),
 )
+MOST_OPS, MOST_VALUE = 1_000, 10**9
 # Sentences of a multiplication, by factor.
 TIMES = {2: "Then the number doubles.", 3: "Then the number triples."}
 
@@ -136,13 +137,13 @@ class Arithmetic:
     multiply: int = 0
 
     def __post_init__(self):
-        if not 1 <= self.min_ops <= self.max_ops:
+        if not 1 <= self.min_ops <= self.max_ops <= MOST_OPS:
             raise UserError(
                 f"min_ops = {self.min_ops}, max_ops = {self.max_ops}: "
-                "must be 1 <= min_ops <= max_ops"
+                f"must be 1 <= min_ops <= max_ops <= {MOST_OPS}"
             )
-        if self.max_value < 4:
-            raise UserError(f"max_value = {self.max_value}: must be at least 4")
+        if not 4 <= self.max_value <= MOST_VALUE:
+            raise UserError(f"max_value = {self.max_value}: must be at least 4, at most 10^9")
         if not 0 <= self.contexts <= len(CONTEXTS):
             raise UserError(
                 f"contexts = {self.contexts}: must be between 0 (all) and {len(CONTEXTS)}"

@@ -1,8 +1,9 @@
 """Problems of a task as documents: texts to pretrain on, or conversations to fine-tune on."""
 
 import dataclasses
+from collections.abc import Sequence
 
-from data.documents import Document, Messages, uniform_hash
+from data.documents import Document, Messages, Split, uniform_hash
 from data.tasks.draw import VALIDATION_SHARE, distinct_problems
 from data.tasks.problem import Problem
 from data.tasks.spec import parse_task
@@ -27,14 +28,18 @@ class TaskDocuments:
         self.spec = spec
         self._task, self._options = parse_task(spec)
         self._body = as_messages if chat or self._options.style == "chat" else as_text
-        self._problems = distinct_problems(self._task, self._options.count)
+        self._problems, self._splits = distinct_problems(self._task, self._options.count)
 
     def __len__(self) -> int:
         return len(self._problems)
 
     def key(self, index: int) -> str:
-        """Returns the question, which alone decides the split of a problem."""
+        """Returns the question, whose hash decides the split unless the task does."""
         return self._problems[index].question
+
+    def in_split(self, split: Split) -> Sequence[int]:
+        """Returns the indices of the problems of a split."""
+        return [index for index, its in enumerate(self._splits) if its == split]
 
     def __getitem__(self, index: int) -> Document:
         problem = self._problems[index]
@@ -52,7 +57,4 @@ def as_text(problem: Problem) -> str:
 def as_messages(problem: Problem) -> Messages:
     """Writes a problem and its solution as a conversation; without a trace the thought is empty."""
     solution = f"<think>{problem.trace}</think><answer>{problem.answer}</answer>"
-    return [
-        {"role": "user", "content": problem.question},
-        {"role": "assistant", "content": solution},
-    ]
+    return [*problem.messages, {"role": "assistant", "content": solution}]

@@ -4,9 +4,12 @@ import dataclasses
 import difflib
 import typing
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import unquote
 
+from data.python_files import errors_in
 from data.tasks.arithmetic import Arithmetic
+from data.tasks.files import FORMATS, ProblemFiles
+from data.tasks.own import own_task, task_classes
 from data.tasks.problem import Task
 from errors import UserError
 
@@ -14,29 +17,49 @@ TASKS: dict[str, type[Task]] = {
     "arithmetic": Arithmetic,
 }
 
+# Tasks of a person's own: name -> (file, class).
+OWN_TASKS: dict[str, tuple[str, type]] = {}
+
+MOST_DOCUMENTS = 1_000_000  # of one source: they are in memory
+_WORDS = {"true": True, "1": True, "false": False, "0": False}
+
 
 @dataclasses.dataclass(frozen=True)
 class DocumentOptions:
     """Parameters that every task takes: how its problems become documents.
 
     Attributes:
-      count: number of distinct problems in the source, those for validation included.
+      count: number of distinct problems in the source, those for validation included; 0 for all of
+        a list of problems, and for at most 20,000 of a task that generates them.
       style: form of a document outside of chat fine-tuning: "text" (Question, Thought, Answer), or
         "chat", the conversation in `data.chat_template`.
       direct: share of documents that state the answer without working it out, as people do.
     """
 
-    count: int = 20_000
+    count: int = 0
     style: str = "text"
     direct: float = 0.0
 
     def __post_init__(self):
-        if self.count < 1:
-            raise UserError(f"count = {self.count}: must be at least 1")
+        if not 0 <= self.count <= MOST_DOCUMENTS:
+            raise UserError(f"count = {self.count}: must be 0 (all) to {MOST_DOCUMENTS:,}")
         if self.style not in ("text", "chat"):
             raise UserError(f'style = {self.style}: must be "text" or "chat"')
         if not 0 <= self.direct <= 1:
             raise UserError(f"direct = {self.direct}: must be between 0 and 1")
+
+
+def register_tasks(path: str) -> None:
+    """Makes the tasks of a person's Python file known by their names.
+
+    Raises:
+      UserError: the file fails, has no task, or one named as a task that there is.
+    """
+    for name, cls in task_classes(path).items():
+        _, known = OWN_TASKS.get(name, (path, cls))
+        if name in TASKS or name in FORMATS or known is not cls:
+            raise UserError(f"{path}: there is a task {name!r} already; give yours another name")
+        OWN_TASKS[name] = path, cls
 
 
 def parse_task(spec: str) -> tuple[Task, DocumentOptions]:
@@ -44,26 +67,63 @@ def parse_task(spec: str) -> tuple[Task, DocumentOptions]:
 
     Args:
       spec: "task:NAME" or "task:NAME?PARAMETER=VALUE&...", where a parameter is a field of the task
-        or of `DocumentOptions`.
+        or of `DocumentOptions`; or a task of data/tasks/files.py,
+        "task:jsonl:FILE#QUESTION,ANSWER?...". In a value, %26 is an ampersand and %25 a per cent.
 
     Raises:
       UserError: the string names no task or an unknown parameter, or a value is refused.
     """
     kind, _, rest = spec.partition(":")
+    if kind == "task" and rest.partition(":")[0] in FORMATS and ":" in rest:
+        return _parse_files(spec, rest)
     name, _, query = rest.partition("?")
-    if kind != "task" or name not in TASKS:
+    if kind != "task" or name not in TASKS | OWN_TASKS:
         raise UserError(
             f'"{spec}" names no task; write task:NAME?PARAMETERS with NAME one of '
-            f"{', '.join(TASKS)}"
+            f"{', '.join(TASKS | OWN_TASKS)}, or task:jsonl:FILE#QUESTION,ANSWER; a class of your "
+            "own needs --config.tasks=FILE.py"
         )
-    task_types, option_types = _parameter_types(TASKS[name]), _parameter_types(DocumentOptions)
+    if name in TASKS:
+        return _build(spec, query, TASKS[name], {})
+    path, cls = OWN_TASKS[name]
+    with errors_in(path, f' (of "{spec}")'):
+        task, options = _build(spec, query, cls, {})
+    return own_task(path, spec, task), options
+
+
+def _parse_files(spec: str, rest: str) -> tuple[Task, DocumentOptions]:
+    """Parses what stands behind "task:" of a task from files."""
+    kind, _, place = rest.partition(":")
+    files, _, tail = place.partition("#")
+    names, _, query = tail.partition("?")
+    question, _, answer = names.partition(",")
+    if not (files and question) or "," in answer:
+        raise UserError(
+            f'"{spec}" does not say where problems are; write task:{kind}:FILE#QUESTION,ANSWER '
+            "with the names of the two fields"
+        )
+    given = {"kind": kind, "files": files, "question": question, "answer": answer}
+    return _build(spec, query, ProblemFiles, given)
+
+
+def _build(
+    spec: str, query: str, cls: type[Any], given: dict[str, str]
+) -> tuple[Any, DocumentOptions]:
+    """Returns a task of a class and the document options, by the parameters of a query.
+
+    Args:
+      given: fields of the class that are no parameters.
+    """
+    task_types = _parameter_types(cls) if dataclasses.is_dataclass(cls) else {}
+    task_types = {name: kind for name, kind in task_types.items() if name not in given}
+    option_types = _parameter_types(DocumentOptions)
     types = task_types | option_types
-    values = {
-        parameter: _parse_value(spec, parameter, text, types)
-        for parameter, text in dict(parse_qsl(query, keep_blank_values=True)).items()
-    }
+    values = {}
+    for pair in filter(None, query.split("&")):
+        parameter, _, text = pair.partition("=")
+        values[parameter] = _parse_value(spec, parameter, unquote(text), types)
     try:
-        task = TASKS[name](**{key: values[key] for key in values if key in task_types})
+        task = cls(**given, **{key: values[key] for key in values if key in task_types})
         options = DocumentOptions(**{key: values[key] for key in values if key in option_types})
     except UserError as error:
         raise UserError(f'"{spec}": {error}') from error
@@ -82,9 +142,14 @@ def _parse_value(spec: str, parameter: str, text: str, types: dict[str, type]) -
         nearest = difflib.get_close_matches(parameter, types, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(types)}"
         raise UserError(f'"{spec}": no parameter {parameter}; {hint}')
-    try:
-        return types[parameter](text)
-    except ValueError as error:
+    kind = types[parameter]
+    if kind not in (int, float, str, bool):
         raise UserError(
-            f'"{spec}": {parameter} = {text} is not of type {types[parameter].__name__}'
+            f'"{spec}": {parameter} is a {kind}; a parameter is an int, float, str or bool'
+        )
+    try:
+        return _WORDS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f'"{spec}": {parameter} = {text[:60]} is not of type {kind.__name__}'
         ) from error
