@@ -77,7 +77,8 @@ def with_vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     if model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size = {model.vocab_size}: the tokenizer has {tokenizer.vocab_size} "
-            "entries; set at least that, or 0"
+            f"entries; give --config.model.vocab_size={tokenizer.vocab_size} (rows that hf:DIR "
+            "lacks are then the mean of the others)"
         )
     return model
 

@@ -29,7 +29,8 @@ class HFCheckpoint:
       model: the model that config.json describes.
       files: the tensors on disk.
       tensors: which slices of our parameters they are; copies that the checkpoint lacks are left
-        out.
+        out. Embedding and head may have fewer rows than the model's vocabulary: the rows behind
+        them are the mean of theirs.
 
     Raises:
       UserError: a tensor is missing, extra, misshapen or of a type that is not supported.
@@ -49,6 +50,11 @@ class HFCheckpoint:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Returns rows of a tensor as they are stored; float8 times their scales, in float32."""
+        count = self.files.tensors[name].shape[0]
+        if stop > count:
+            known = self.rows(name, min(start, count), count)
+            new = np.repeat(self._mean_row(name), stop - max(start, count), axis=0)
+            return np.concatenate([known, new])
         rows = self.files.read(name, start, stop)
         if rows.dtype.itemsize != 1:
             return rows
@@ -80,6 +86,16 @@ class HFCheckpoint:
         """The tensors that are no copies of others; they have every parameter once."""
         return [tensor for tensor in self.tensors if not tensor.copy_of]
 
+    @functools.lru_cache(maxsize=2)  # noqa: B019 a checkpoint lives as long as its command
+    def _mean_row(self, name: str) -> np.ndarray:
+        """Returns the mean of a matrix's rows on disk, [1, columns], in their type."""
+        count, columns = self.files.tensors[name].shape
+        total, step = np.zeros(columns), max(1, BLOCK // columns)
+        for start in range(0, count, step):
+            rows = self.rows(name, start, min(start + step, count))
+            total += rows.astype(np.float64).sum(axis=0)
+        return (total / count).astype(self.rows(name, 0, 1).dtype)[None]
+
     @functools.cached_property
     def _fp8_block(self) -> tuple[int, int]:
         config = self.directory / "config.json"
@@ -92,7 +108,7 @@ class HFCheckpoint:
             raise self._error(
                 f"{name} is missing (config.json calls for it, {_shape(tensor.shape)})"
             )
-        if there.shape != tensor.shape:
+        if there.shape != tensor.shape and not self._grows(tensor, there.shape):
             raise self._error(
                 f"{name} is {_shape(there.shape)}, and config.json calls for {_shape(tensor.shape)}"
             )
@@ -100,6 +116,11 @@ class HFCheckpoint:
             raise self._error(f"{name} is of type {there.dtype}, which is not a weight's")
         if there.dtype.itemsize == 1:
             self._check_scale(name, there.shape)
+
+    def _grows(self, tensor: Tensor, there: tuple[int, ...]) -> bool:
+        """Returns whether a tensor has as many rows as config.json says, and the model has more."""
+        V, before = self.model.vocab_size, read_json(self.directory / "config.json")["vocab_size"]
+        return before < V and tensor.shape[0] == V and there == (before, *tensor.shape[1:])
 
     def _check_scale(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises UserError unless a float8 tensor is a matrix with the scales of its blocks."""

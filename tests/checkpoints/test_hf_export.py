@@ -18,6 +18,7 @@ from checkpoints.hf.safetensors import TensorFiles
 from data.chat import encode_chat, encode_prompt, jinja_of
 from data.tokenizer_files import load_tokenizer
 from data.tokenizer_training import bytes_tokenizer, train_bpe
+from errors import UserError
 from experiment.model_source import with_hf_fields
 from experiment.schema import default_config, parse
 from model.config import ModelConfig
@@ -164,3 +165,28 @@ def test_what_cannot_be_exported_is_known_before_training():
     ]
     plain = with_fields(ModelConfig(vocab_size=512), {"mtp_input": "normed", "mla.gate": "none"})
     assert export_refusals(plain) == [] and config_json(plain, "float32")["index_n_heads"] == 4
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v3_released", "qwen3"])
+def test_a_larger_vocabulary_has_the_mean_of_the_others(case, tmp_path):
+    """A tokenizer may have more entries than the embedding; no other tensor may have fewer rows."""
+    before = model(case)
+    grown = dataclasses.replace(before, vocab_size=before.vocab_size + 5)
+    checkpoint = HFCheckpoint(GOLDEN / case, grown)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name not in checkpoint.files.tensors:
+            continue
+        rows = checkpoint.rows(name, 0, grown.vocab_size)
+        old = TensorFiles(GOLDEN / case).read(name)
+        assert rows.dtype == old.dtype and np.array_equal(rows[:-5], old)
+        mean = old.astype(np.float64).mean(axis=0).astype(old.dtype)
+        assert (rows[-5:] == mean).all()
+        assert (checkpoint.rows(name, len(rows) - 2, len(rows)) == mean).all()
+    export_checkpoint(source_of_checkpoint(checkpoint), tmp_path / "grown", "")
+    keys = json.loads((tmp_path / "grown" / "config.json").read_text())
+    assert keys["vocab_size"] == grown.vocab_size
+    tensors = HFCheckpoint(tmp_path / "grown", grown).files.tensors
+    assert tensors["model.embed_tokens.weight"].shape[0] == grown.vocab_size
+    wide = dataclasses.replace(before, intermediate_size=before.intermediate_size + 1)
+    with pytest.raises(UserError, match=r"and config\.json calls for"):
+        HFCheckpoint(GOLDEN / case, wide)
