@@ -6,6 +6,6 @@ In come the sections `tokenizer` and `data` of a config (`config.py`). Out come 
 (`tasks/`), prompts (`chat.encode_prompt`) and padded rows (`padding.pad_rows`) from here.
 
 The package imports `errors` and `files` only; everything is numpy on the host, and only `pipeline`,
-`bad_records`, `packing`, `stream` and `prefetch` need grain. Start reading with `pipeline.py`, which lists the steps
-of a document in order: sources, documents, encoding, packing, prefetch.
+`bad_records`, `packing`, `stream` and `prefetch` need grain. Start reading with `pipeline.py`,
+which lists the steps of a document in order: sources, documents, encoding, packing, prefetch.
 """

@@ -31,6 +31,9 @@ class Config:
     # Face checkpoint; "" starts fresh. Of the latter, and of runs that come from one, the model
     # section, tokenizer and chat template are the checkpoint's, whatever a config file says.
     init_from: str = ""
+    # What launch.pretrain and launch.finetune take of that run: "parameters" | "all": optimizer and
+    # step too, for another schedule, and its place in the data where these are the same.
+    init_state: str = "parameters"
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -42,6 +45,11 @@ class Config:
 
     def __post_init__(self):
         """Checks what no section can see alone."""
+        check = FieldChecks(self, "config")
+        check.one_of("init_state", ("parameters", "all"))
+        is_run = self.init_from and not self.init_from.startswith("hf:")
+        needs = "needs init_from, the workdir of a run (no hf:DIR): nothing else has an optimizer"
+        check.that(self.init_state == "parameters" or bool(is_run), "init_state", needs)
         has_indexer = self.model.indexer.n_heads > 0
         needs = "needs an indexer, and model.indexer.n_heads = 0 builds none"
         FieldChecks(self.train, "train").that(

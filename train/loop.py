@@ -24,7 +24,7 @@ from train.objective import language_objective
 from train.optimizer import make_optimizer
 from train.progress import Progress
 from train.rescue import SavedOnError
-from train.restore import restored_or_new
+from train.restore import Branch, restored_or_new
 from train.setup import Setup, open_batches
 from train.state import abstract_state
 from train.step import Step, abstract_batch, jit_step, make_evaluation, make_step
@@ -40,6 +40,7 @@ def train_language_model(
     chat: bool,
     init_from: str,
     seed: int,
+    branch: Branch | None = None,
 ) -> bool:
     """Trains until `train.steps` steps are done or the process is asked to stop.
 
@@ -52,6 +53,7 @@ def train_language_model(
         targets.
       init_from: where a new run's parameters come from; "" draws them.
       seed: of the parameters and of the order of the data.
+      branch: a new run takes all of the state of `init_from`, not its parameters alone.
 
     Returns:
       Whether all steps are done.
@@ -76,7 +78,13 @@ def train_language_model(
             # seconds sooner.
             program = background.submit(compile_step) if new else None
             state = restored_or_new(
-                setup, optimizer, checkpoints, stream, init_from=init_from, seed=seed
+                setup,
+                optimizer,
+                checkpoints,
+                stream,
+                init_from=init_from,
+                seed=seed,
+                branch=branch,
             )
         done = int(state.step)
         if done < train.steps:
