@@ -43,6 +43,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes; what the safetensors package allows
+MOST_AXES, MOST_BYTES = 32, 2**62  # of a tensor that an array can have
+LONGEST_WORD = 200  # characters of a name or a type that an error repeats
 
 
 class TensorInfo(NamedTuple):
@@ -187,18 +189,19 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         ) from None
     tensors, reached, data = {}, 0, 8 + len(text)
     for begin, end, name, kind, shape in described:
+        shown = name[:LONGEST_WORD]
         if kind not in DTYPES:
             known = ", ".join(DTYPES)
             raise UserError(
-                f"{file}: {name} is of dtype {kind}, which is unknown here (known: {known})"
+                f"{file}: {shown} is of dtype {kind[:LONGEST_WORD]}, which is unknown here (known: {known})"
             )
         if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
             raise UserError(
-                f"{file}: {name}, {kind} of shape {list(shape)}, cannot fill bytes {begin} to {end}"
+                f"{file}: {shown}, {kind} of shape {list(shape)}, cannot fill bytes {begin} to {end}"
             )
         if begin != reached:
             raise UserError(
-                f"{file}: {name} begins at byte {begin} and the tensor before it ends at {reached}"
+                f"{file}: {shown} begins at byte {begin} and the tensor before it ends at {reached}"
             )
         tensors[name] = TensorInfo(DTYPES[kind], shape, file, data + begin, end - begin)
         reached = end
@@ -227,11 +230,15 @@ def _header_text(file: Path) -> tuple[bytes, int]:
 def _described(name: str, entry: dict[str, Any]) -> tuple[int, int, str, str, tuple[int, ...]]:
     """Returns (begin, end, name, dtype, shape) of a header's entry.
 
-    Raises ValueError, KeyError or TypeError if it is not one.
+    Raises ValueError, KeyError or TypeError if it is not one, or no array has such a shape.
     """
     (begin, end), kind, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
-    if type(kind) is not str or not all(
-        type(number) is int and number >= 0 for number in (begin, end, *shape)
-    ):
+    name.encode()  # half a character, which JSON can write, is no text
+    if type(kind) is not str or len(shape) > MOST_AXES:
         raise TypeError
+    numbers = (begin, end, *shape)
+    if not all(type(number) is int and 0 <= number <= MOST_BYTES for number in numbers):
+        raise TypeError
+    if math.prod(size or 1 for size in shape) > MOST_BYTES:
+        raise ValueError
     return begin, end, name, kind, tuple(shape)

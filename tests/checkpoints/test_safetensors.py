@@ -229,6 +229,16 @@ DAMAGES = {
     "no shape": ({"a": {"dtype": "I32"}}, b"", None, NO_HEADER),
     "nested": (b"[" * 100_000, b"", None, NO_HEADER),
     "shape of halves": ({"a": entry("I32", [0.5, 2], 0, 4)}, b"1234", None, NO_HEADER),
+    "a shape of more bytes than there are": (
+        {"a": entry("I8", [0, *[2**62] * 9], 0, 0)},
+        b"",
+        None,
+        NO_HEADER,
+    ),
+    "a number of many digits": ({"a": entry("I8", [10**4000], 0, 1)}, b"1", None, NO_HEADER),
+    "a shape of many axes": ({"a": entry("I8", [1] * 100, 0, 1)}, b"1", None, NO_HEADER),
+    "half a character": ({"a\ud83d": entry("I8", [1], 0, 1)}, b"1", None, NO_HEADER),
+    "a long name": ({"a" * 5000: entry("I8", [2], 0, 1)}, b"1", None, "a" * 200 + ", I8 of"),
     "three offsets": (
         {"a": entry("I8", [1], 0, 1) | {"data_offsets": [0, 1, 2]}},
         b"1",
