@@ -22,7 +22,7 @@ from model.transformer import boxed_shapes
 from rl.algorithms import get_algorithm
 from rl.objective import policy_objective
 from rl.rollout import policy_batch
-from rl.sampler import sample
+from rl.sampler import keys_of, sample
 from train.optimizer import make_optimizer
 from train.state import fresh_state
 from train.step import make_step
@@ -63,8 +63,9 @@ class Steps:
         length = self.config.sampling.max_prompt_tokens
         # The two warm-up calls are numbers -2 and -1, and a seed may not be negative.
         tokens = jnp.asarray(random_tokens(repeat + 2, prompts, length, model.vocab_size))
+        keys = keys_of(jax.random.key(repeat + 2), range(prompts))
         completions = jax.block_until_ready(
-            self._sample(self.state.variables, tokens, self._segments, jax.random.key(repeat + 2))
+            self._sample(self.state.variables, tokens, self._segments, keys)
         )
         sampled = time.perf_counter()
         batch = policy_batch(tokens, self._segments, completions, group)

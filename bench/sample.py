@@ -15,7 +15,7 @@ import optax
 from bench.workload import print_result, random_tokens, seconds, tiny_dsv3_config
 from experiment.command_line import command
 from model.sharding import make_mesh
-from rl.sampler import sample
+from rl.sampler import keys_of, sample
 from train.state import fresh_state
 
 ROWS = 16
@@ -35,7 +35,8 @@ def main() -> None:
         def action(repeat: int):
             # The two warm-up calls are numbers -2 and -1, and a seed may not be negative.
             tokens = random_tokens(repeat + 2, ROWS, sampling.max_prompt_tokens, model.vocab_size)
-            return sample_fn(variables, jnp.asarray(tokens), segments, jax.random.key(repeat + 2))
+            keys = keys_of(jax.random.key(repeat + 2), range(ROWS))
+            return sample_fn(variables, jnp.asarray(tokens), segments, keys)
 
         print_result("sample", config, seconds(action), ROWS * sampling.max_new_tokens)
 

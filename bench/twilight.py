@@ -53,7 +53,7 @@ def run(config: Config, workdir: Path, rows: int) -> None:
     """Measures every p for both estimates and prints one JSON line."""
     if not config.model.indexer.n_heads:
         raise UserError(f"{workdir}: its model has no indexer")
-    setup = set_up(config, workdir, rows=0, trains=False)
+    setup = set_up(config, workdir, rows={}, trains=False)
     model = setup.model
     weights = decode_weights(model, run_variables(setup, config.init_from, workdir), rows)
     data = dataclasses.replace(config.data, batch_size=rows)

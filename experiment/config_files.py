@@ -3,6 +3,7 @@
 Whatever a person can get wrong there is one line.
 """
 
+import ast
 import contextlib
 import importlib.util
 import re
@@ -168,14 +169,19 @@ def with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     Each value is read by the type of the value that it replaces. Raises UserError for a field or
     value that does not fit.
     """
-    replaced = {}
+    replaced, mappings = {}, {}
     for word in overrides:
         name, equals, value = word.partition("=")
         dotted = name[name.index(".") + 1 :]
         present = _present_value(config, dotted)
         if not equals and not isinstance(present, bool):
             raise UserError(f"{word} needs a value: --config.{dotted}=VALUE")
+        if isinstance(present, dict):
+            mappings[dotted] = _mapping(value, f"config.{dotted}")
         replaced[f"config.{dotted}"] = (value, present)
+    overrides = [
+        word for word in overrides if word.partition("=")[0].partition(".")[2] not in mappings
+    ]
     values = absl_flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict(
@@ -187,7 +193,22 @@ def with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             if f"--{path}=" in str(error):
                 raise must_be(type(present), value, path) from error
         raise UserError(str(error)) from error
-    return typing.cast(ConfigDict, values["config"].value)
+    result = typing.cast(ConfigDict, values["config"].value)
+    for dotted, mapping in mappings.items():
+        section, _, field = dotted.rpartition(".")
+        _present_value(result, section)[field] = mapping
+    return result
+
+
+def _mapping(text: str, path: str) -> dict[str, Any]:
+    """Returns the mapping that a command line writes as Python does. Raises UserError."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise must_be(dict, text, path) from error
+    if not isinstance(value, dict):
+        raise must_be(dict, text, path)
+    return value
 
 
 def _present_value(config: ConfigDict, dotted: str) -> Any:

@@ -77,9 +77,16 @@ RENAMED = {
         "max_new": "max_new_tokens",
         "attention_mass": "attention_top_p",
     },
-    "reinforce": {"prompts": "prompts_per_step", "group": "group_size"},
+    "reinforce": {
+        "prompts": "prompts_per_step",
+        "group": "group_size",
+        "answer_reward": "rewards",
+        "format_reward": "rewards",
+    },
     "train": {"keep": "max_to_keep"},
 }
+# field that is a mapping -> {old field of the same section: its name in the mapping}
+MERGED = {"reinforce.rewards": {"answer_reward": "answer", "format_reward": "format"}}
 # field -> {old value: the new value}
 RENAMED_VALUES = {"model.expert_matmul": {"by_size": "bucketed"}}
 
@@ -135,5 +142,9 @@ def with_new_names(config: Mapping[str, Any], section: str = "") -> dict[str, An
             value = with_new_names(value, path)
         elif isinstance(value, str):
             value = RENAMED_VALUES.get(path, {}).get(value, value)
-        translated[names.get(name, name)] = value
+        now = names.get(name, name)
+        merged = MERGED.get(f"{section}.{now}", {})
+        if name in merged:
+            value = translated.get(now, {}) | {merged[name]: value}
+        translated[now] = value
     return translated

@@ -34,6 +34,9 @@ class Config:
     # What launch.pretrain and launch.finetune take of that run: "parameters" | "all": optimizer and
     # step too, for another schedule, and its place in the data where these are the same.
     init_state: str = "parameters"
+    # A Python file that defines tasks of your own, each a class with a name; it is then "task:NAME"
+    # in data.sources and reinforce.task (docs/reinforce.md).
+    tasks: str = ""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -50,6 +53,8 @@ class Config:
         is_run = self.init_from and not self.init_from.startswith("hf:")
         needs = "needs init_from, the workdir of a run (no hf:DIR): nothing else has an optimizer"
         check.that(self.init_state == "parameters" or bool(is_run), "init_state", needs)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed = {self.seed}: must be at least 0 and below 2^32")
         has_indexer = self.model.indexer.n_heads > 0
         needs = "needs an indexer, and model.indexer.n_heads = 0 builds none"
         FieldChecks(self.train, "train").that(
@@ -60,16 +65,26 @@ class Config:
             "attention",
             f"{needs} (use 'dense')",
         )
-        FieldChecks(self.train, "train").that(
-            self.data.batch_size % self.train.microbatches == 0,
-            "microbatches",
-            f"does not divide data.batch_size = {self.data.batch_size}",
-        )
 
 
 def default_config() -> Any:
     """Returns the defaults of every field, a ConfigDict: type checkers cannot know its fields."""
-    return ConfigDict(dataclasses.asdict(Config()))
+    return as_config_dict(dataclasses.asdict(Config()))
+
+
+def as_config_dict(values: Mapping[str, Any], section: type = Config) -> ConfigDict:
+    """Returns the values of a section as a ConfigDict, with its own sections as ConfigDicts.
+
+    A field that is a mapping stays a dict: of a ConfigDict it would be a section, whose fields
+    cannot be others and have no dots in their names.
+    """
+    kinds = typing.get_type_hints(section)
+    nested = {
+        name: as_config_dict(value, kinds[name])
+        for name, value in values.items()
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(kinds.get(name))
+    }
+    return ConfigDict(dict(values) | nested, convert_dict=False)
 
 
 def parse(config: ConfigDict) -> Config:
@@ -85,7 +100,7 @@ def build(cls: type, config: Mapping[str, Any] | ConfigDict, path: str) -> Any:
 
     Args:
       cls: fields annotated int, float (an int will do), bool, str, tuple[X, ...] (a list will do),
-        X | None, or another such dataclass.
+        Mapping[str, X], X | None, or another such dataclass.
       config: the section.
       path: where the section stands, for errors: "config.model".
 
@@ -129,6 +144,11 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         return tuple(
             _value(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value)
         )
+    if typing.get_origin(kind) is Mapping:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise must_be(dict, value, path)
+        item_kind = typing.get_args(kind)[1]
+        return {name: _value(item_kind, item, f"{path}[{name!r}]") for name, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:  # not isinstance: True is no int
@@ -152,7 +172,11 @@ def with_template_options(config: Config, options: str) -> Config:
 
 def must_be(kind: type, value: Any, path: str) -> UserError:
     """Returns the error about a value of the wrong type."""
-    words = {int: "an int", tuple: """a tuple, such as "('a', 'b')\""""}
+    words = {
+        int: "an int",
+        tuple: """a tuple, such as "('a', 'b')\"""",
+        dict: """a mapping of names, such as "{'answer': 1.0}\"""",
+    }
     return UserError(f"{path} = {value!r}: must be {words.get(kind, f'a {kind.__name__}')}")
 
 

@@ -4,6 +4,7 @@ A few lines then say what is about to run.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from rich.table import Table
 from checkpoints.hf.config import export_refusals
 from checkpoints.hf.metadata import inherit_record
 from checkpoints.locations import hf_directory, run_directory
+from data.tasks.spec import register_tasks
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import load_tokenizer
 from data.tokenizer_training import make_tokenizer
@@ -27,12 +29,11 @@ from train.setup import Setup
 from train.state import count_parameters
 
 
-def set_up(config: Config, workdir: Path, rows: int, *, trains: bool) -> Setup:
+def set_up(config: Config, workdir: Path, rows: Mapping[str, int], *, trains: bool) -> Setup:
     """Makes the mesh, finds or trains the tokenizer, and prints what is about to run.
 
     Args:
-      rows: rows of a microbatch, which must divide over the devices; 0 where no batch is trained on
-        or evaluated.
+      rows: numbers of rows that must divide over the devices, by what they are a number of.
       trains: whether the run trains, so that the summary names data and schedule.
 
     Raises:
@@ -40,12 +41,15 @@ def set_up(config: Config, workdir: Path, rows: int, *, trains: bool) -> Setup:
     """
     compile_cache()
     mesh = make_mesh(config.mesh)
-    if rows % batch_shards(mesh):
-        raise UserError(
-            f"{rows} rows at a time do not divide over {batch_shards(mesh)} devices (mesh axes "
-            f"{' x '.join(mesh_axes('batch'))}); change the mesh, data.batch_size, "
-            "train.microbatches or reinforce.prompts_per_step"
-        )
+    for what, count in rows.items():
+        if count % batch_shards(mesh):
+            raise UserError(
+                f"{what} = {count}: {count} rows at a time do not divide over "
+                f"{batch_shards(mesh)} devices (mesh axes {' x '.join(mesh_axes('batch'))}); "
+                "change that or the mesh"
+            )
+    if config.tasks:
+        register_tasks(config.tasks)
     tokenizer = workdir_tokenizer(config, workdir)
     tokenizer = tokenizer.with_template_options(config.data.template_options or {})
     if config.init_from and jax.process_index() == 0:

@@ -20,13 +20,14 @@ from data.tokenizer_files import TOKENIZER_FILES
 from errors import UserError
 from experiment.lock import locked
 from experiment.renamed import with_new_names
-from experiment.schema import Config
+from experiment.schema import Config, as_config_dict
 from files import write_json
 from model.mesh import MESH_AXES
 
-# The fields that may differ when a run goes on: how long, how often it logs and saves, and what it
-# runs on. The devices, the microbatches and what is kept for the backward pass change no equation,
-# only rounding. More steps do stretch the cosine where train.cosine_steps = -1 takes what is left.
+# The fields that may differ when a run goes on: how long, how often it logs and saves, how long
+# prompts may be, and what it runs on. The devices, the microbatches and what is kept for the
+# backward pass change no equation, only rounding. More steps do stretch the cosine where
+# train.cosine_steps = -1 takes what is left.
 MAY_CHANGE = (
     "data.bad_records",
     "train.steps",
@@ -36,6 +37,8 @@ MAY_CHANGE = (
     "train.save_every",
     "train.max_to_keep",
     "train.microbatches",
+    "sampling.max_prompt_tokens",
+    "sampling.filter_overlong_prompts",
     "model.remat",
     *(f"mesh.{axis}" for axis in MESH_AXES),
 )
@@ -107,7 +110,7 @@ def recorded_config(workdir: Path) -> ConfigDict:
     record = workdir / "config.json"
     if not record.exists():
         raise UserError(f"{workdir}: no config.json, so not the --workdir of a run")
-    return ConfigDict(_with_tuples(_present(_read(record)["config"])))
+    return as_config_dict(_with_tuples(_present(_read(record)["config"])))
 
 
 def checked_workdir(value: str, *, reads: bool) -> Path:
@@ -162,15 +165,16 @@ def _read(record: Path) -> dict[str, Any]:
 
 def _present(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a recorded config with the names and fields that configs have now."""
-    return _over(json.loads(json.dumps(dataclasses.asdict(Config()))), with_new_names(recorded))
+    return _over(Config(), with_new_names(recorded))
 
 
-def _over(defaults: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recorded fields, and the defaults of those that are not recorded."""
-    filled = dict(defaults) | dict(recorded)
-    for name, default in defaults.items():
-        if isinstance(default, Mapping) and isinstance(filled[name], Mapping):
-            filled[name] = _over(default, filled[name])
+def _over(defaults: Any, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the recorded fields of a section, and the defaults of those that are not recorded."""
+    filled = json.loads(json.dumps(dataclasses.asdict(defaults))) | dict(recorded)
+    for field in dataclasses.fields(defaults):
+        default = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(default) and isinstance(filled[field.name], Mapping):
+            filled[field.name] = _over(default, filled[field.name])
     return filled
 
 

@@ -67,7 +67,7 @@ def run(
         raise UserError("give one of --prompt, --chat and --infill")
     if (prefix or suffix) and not infill:
         raise UserError("--prefix and --suffix go with --infill")
-    setup = set_up(config, workdir, rows=0, trains=False)
+    setup = set_up(config, workdir, rows={}, trains=False)
     tokenizer = setup.tokenizer
     with jax.set_mesh(setup.mesh):
         variables = run_variables(setup, config.init_from, workdir)

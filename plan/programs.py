@@ -77,7 +77,7 @@ def train_program(model: ModelConfig, train: TrainConfig, data: DataConfig, mesh
     Raises:
       UserError: the rows of a microbatch do not divide over the mesh.
     """
-    rows = data.batch_size // train.microbatches
+    rows = train.microbatch_rows(data.batch_size, "data.batch_size")
     _require_divisible("data.batch_size / train.microbatches", rows, mesh)
     optimizer = make_optimizer(train, boxed_shapes(model)["params"])
     state = abstract_state(model, optimizer, mesh)
@@ -112,7 +112,7 @@ def rollout_program(
     prompts = reinforce.prompts_per_step
     _require_divisible("reinforce.prompts_per_step", prompts, mesh)
     state = abstract_state(model, make_optimizer(train, boxed_shapes(model)["params"]), mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
     tokens = jax.ShapeDtypeStruct(
         (prompts, sampling.max_prompt_tokens), jnp.int32, sharding=batch_sharding(mesh)
     )
@@ -133,7 +133,7 @@ def rollout_program(
             state.variables,
             tokens,
             segments,
-            jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)),
+            jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=replicated(mesh)),
         ),
         argument_bytes=argument_bytes,
         waiting_bytes=waiting_bytes,

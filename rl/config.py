@@ -5,11 +5,14 @@ Each field is written once, here, with its default and meaning.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from errors import FieldChecks
+from rl.rewards import check_weights
 
 ATTENTIONS = ("sparse", "dense")
 OLD_LOGPROBS = ("sampler", "trainer")
+TRUNCATED = ("reward", "no_reward", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +20,14 @@ class SamplingConfig:
     """Settings of the sampling of completions."""
 
     temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 for all
+    # Tokens that are drawn from, 0 for all, and the share of probability that they hold. Rollouts
+    # are drawn from all: the loss compares whole distributions.
+    top_k: int = 0
     top_p: float = 1.0
     max_prompt_tokens: int = 96
+    # Leaves out problems whose prompt is longer than max_prompt_tokens, and says how many; without
+    # it one such prompt is an error before the first step.
+    filter_overlong_prompts: bool = False
     max_new_tokens: int = 64
     attention: str = "sparse"  # "sparse" | "dense"
     # Below 1, each new token attends to the fewest of its keys that by estimate hold this share of
@@ -45,16 +53,23 @@ class ReinforceConfig:
     """Chooses the problems, the algorithm, and how many completions and updates a step has."""
 
     algorithm: str = "dr_grpo"  # a row of rl/algorithms.py
-    task: str = "task:arithmetic"  # "task:NAME" or "task:NAME?option=value": data/tasks
+    # "task:NAME?option=value" | "task:jsonl:FILE#QUESTION,ANSWER" | "task:parquet:...": data/tasks
+    task: str = "task:arithmetic"
     prompts_per_step: int = 16
     group_size: int = 8  # G, completions of a prompt
     minibatches: int = 1  # optimizer updates in a pass over the completions of a step
     epochs: int = 1  # passes over them
-    # Coefficient of the divergence to the reference (the model that reinforcement started from);
-    # -1 takes the algorithm's own, 0 turns it off.
+    # Coefficient of the divergence to the reference (the model that reinforcement started from,
+    # which the workdir keeps); -1 takes the algorithm's own, 0 turns it off.
     kl_weight: float = -1.0
-    answer_reward: float = 1.0
-    format_reward: float = 0.1
+    # Reward -> its weight in the sum that is maximised: "answer" | "format" (rl/rewards), or
+    # "FILE.py:NAME", a function of one's own (docs/reinforce.md).
+    rewards: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"answer": 1.0, "format": 0.1}
+    )
+    # A completion that is cut before its stop token: "reward" pays it like any other | "no_reward"
+    # pays 0 | "mask" pays it in its group, and learns from none of its tokens.
+    truncated: str = "reward"
     # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update.
     old_logprobs: str = "sampler"
 
@@ -62,12 +77,15 @@ class ReinforceConfig:
         from rl.algorithms import get_algorithm  # brings jax, for which `--help` must not wait
 
         get_algorithm(self.algorithm, max_completion=1)  # raises UserError without such a row
+        check_weights(self.rewards)
         check = FieldChecks(self, "reinforce")
         a_task = self.task.startswith("task:")
         check.that(
             a_task, "task", "must be 'task:NAME' or 'task:NAME?option=value', see data/tasks"
         )
         check.positive("prompts_per_step", "minibatches", "epochs")
+        check.at_most(1_000_000, "prompts_per_step", "group_size")
+        check.at_most(10_000, "minibatches", "epochs")
         several = self.group_size > 1
         check.that(
             several,
@@ -82,8 +100,7 @@ class ReinforceConfig:
         )
         allowed = self.kl_weight == -1 or 0 <= self.kl_weight < math.inf
         check.that(allowed, "kl_weight", "must be -1 (the algorithm's own), 0 (off) or positive")
-        for name in ("answer_reward", "format_reward"):
-            check.that(math.isfinite(getattr(self, name)), name, "must be finite")
+        check.one_of("truncated", TRUNCATED)
         check.one_of("old_logprobs", OLD_LOGPROBS)
 
 
@@ -91,13 +108,21 @@ class ReinforceConfig:
 class EvaluateConfig:
     """Sets how many held-out problems and documents an evaluation has, and samples of each."""
 
-    problems: int = 128  # held out; 0 for none
+    problems: int = 128  # held out, or as many as there are; 0 for none
     samples: int = 8  # completions of a problem; pass@k for k up to this
+    # The reward that pass@k counts, named as in reinforce.rewards, and the least of it with which a
+    # completion solves its problem.
+    reward: str = "answer"
+    success: float = 1.0
     infill_documents: int = 64  # held out, for infilling and the indexer's recall; 0 for none
     bootstrap: int = 1_000  # resamples of the problems
 
     def __post_init__(self):
+        check_weights({self.reward: 1.0}, "evaluate.reward")
         check = FieldChecks(self, "evaluate")
         check.positive("samples", "bootstrap")
+        check.that(math.isfinite(self.success), "success", "must be finite")
         for name in ("problems", "infill_documents"):
             check.that(getattr(self, name) >= 0, name, "must be 0 (none) or positive")
+        check.at_most(1_000_000, "problems", "infill_documents", "bootstrap")
+        check.at_most(100_000, "samples")

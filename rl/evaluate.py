@@ -76,11 +76,17 @@ def pass_at_k_table(
     """Returns pass@k for each k, averaged over problems, with its interval.
 
     Args:
-      correct_PG: bool, or 0 and 1, of P problems and G completions of each.
+      correct_PG: bool, or 0 and 1, of P problems and G completions of each. Whoever has rewards in
+        between decides first which of them is a success.
       ks: each at most G. Greedy completions are all the same, and their pass@k is flat in k.
       resamples, seed, level: as in `bootstrap`.
+
+    Raises:
+      ValueError: a value is neither 0 nor 1.
     """
     correct_PG = np.asarray(correct_PG)
+    if not np.isin(correct_PG, (0, 1)).all():
+        raise ValueError("pass@k counts successes: every value must be 0 or 1")
     n, c_P = correct_PG.shape[1], correct_PG.astype(bool).sum(axis=1)
     return {
         k: bootstrap(pass_at_k(n, c_P, k), resamples=resamples, seed=seed, level=level) for k in ks

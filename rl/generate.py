@@ -13,6 +13,7 @@ from data.tasks.problem import Problem
 from data.tokenizer import Tokenizer
 from model.sharding import batch_sharding
 from rl.config import SamplingConfig
+from rl.problems import prompt_of
 from rl.rollout import Prompts, pad_prompts
 from rl.sampler import Completions, sample
 from train.setup import Setup, to_host
@@ -25,6 +26,7 @@ class Generation(NamedTuple):
       prompts_PT, segments_PT: left-padded prompts, on the devices.
       completions: what was sampled, on the devices; B = P * G rows.
       tokens_BC, mask_BC: its tokens and mask, whole on every host.
+      truncated_B: bool, whether a completion was cut before its stop token.
       texts: the completions as text, B of them.
     """
 
@@ -33,7 +35,17 @@ class Generation(NamedTuple):
     completions: Completions
     tokens_BC: np.ndarray
     mask_BC: np.ndarray
+    truncated_B: np.ndarray
     texts: list[str]
+
+    def rows(self, count: int) -> "Generation":
+        """Returns what the hosts have of the first `count` rows; the devices' part stays whole."""
+        return self._replace(
+            tokens_BC=self.tokens_BC[:count],
+            mask_BC=self.mask_BC[:count],
+            truncated_B=self.truncated_B[:count],
+            texts=self.texts[:count],
+        )
 
 
 class Generator:
@@ -51,8 +63,11 @@ class Generator:
             functools.partial(sample, setup.model, sampling, stops, pad, group=group_size)
         )
 
-    def __call__(self, variables: dict, problems: Sequence[Problem], key: Array) -> Generation:
+    def __call__(self, variables: dict, problems: Sequence[Problem], keys_P: Array) -> Generation:
         """Samples the completions of P problems. Each new P is compiled anew.
+
+        Args:
+          keys_P: a random key a problem, which alone decides its samples.
 
         Raises UserError for a prompt longer than sampling.max_prompt_tokens.
         """
@@ -62,10 +77,23 @@ class Generator:
         prompts_PT, segments_PT = (
             jax.device_put(rows, sharding) for rows in (prompts.tokens_PT, prompts.segments_PT)
         )
-        completions = self._sample(variables, prompts_PT, segments_PT, key)
+        completions = self._sample(variables, prompts_PT, segments_PT, keys_P)
         tokens_BC, mask_BC = to_host(completions.tokens_BC), to_host(completions.mask_BC)
-        texts = completion_texts(tokens_BC, mask_BC, tokenizer, self._template)
-        return Generation(prompts_PT, segments_PT, completions, tokens_BC, mask_BC, texts)
+        return Generation(
+            prompts_PT,
+            segments_PT,
+            completions,
+            tokens_BC,
+            mask_BC,
+            truncated(tokens_BC, mask_BC, tokenizer.stops),
+            completion_texts(tokens_BC, mask_BC, tokenizer, self._template),
+        )
+
+
+def truncated(tokens_BC: np.ndarray, mask_BC: np.ndarray, stops: Sequence[int]) -> np.ndarray:
+    """Returns for each completion, which has a token at least, whether its last is no stop [B]."""
+    last_B = tokens_BC[np.arange(len(tokens_BC)), mask_BC.sum(axis=1) - 1]
+    return ~np.isin(last_B, stops)
 
 
 def encode_problems(
@@ -75,10 +103,7 @@ def encode_problems(
 
     The prompts are padded on the left to `width` tokens.
     """
-    ids = [
-        encode_prompt([{"role": "user", "content": problem.question}], tokenizer, template)
-        for problem in problems
-    ]
+    ids = [prompt_of(problem, tokenizer, template) for problem in problems]
     return pad_prompts(ids, width, tokenizer.pad)
 
 

@@ -18,28 +18,31 @@ import optax
 from jax import Array
 
 from checkpoints.training import Checkpoints
-from data.tasks.draw import draw_problems
 from data.tasks.problem import Problem
 from model.sharding import batch_sharding
 from model.transformer import boxed_shapes
 from rl.algorithms import Algorithm, get_algorithm
-from rl.config import ReinforceConfig, SamplingConfig
+from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.generate import Generation, Generator
 from rl.objective import logprobs_at_tokens, policy_objective
-from rl.rewards import total_reward
+from rl.problems import problems_of_step, problems_to_train
+from rl.reasoning import ReasoningEvaluation
+from rl.reference import start_with_reference
+from rl.rewards import metric_name, total_reward
 from rl.rollout import policy_batch
+from rl.sampler import keys_of
 from train.config import TrainConfig
 from train.interrupt import Interrupt
 from train.metrics import Metrics
 from train.monitor import Due, StepLog
+from train.objective import split_microbatches
 from train.optimizer import make_optimizer
 from train.progress import Progress
-from train.restore import load_variables, restored_or_new
+from train.rescue import SavedOnError
+from train.restore import restored_or_new
 from train.setup import Setup
-from train.state import TrainState, abstract_state
+from train.state import abstract_state
 from train.step import Step, jit_step, make_step
-
-PROBLEMS = 4_096  # distinct training problems that a run draws from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ def train_policy(
     train: TrainConfig,
     sampling: SamplingConfig,
     reinforce: ReinforceConfig,
+    evaluate: EvaluateConfig,
     workdir: Path,
     *,
     template: str,
@@ -68,9 +72,11 @@ def train_policy(
 ) -> bool:
     """Trains until `train.steps` rollouts are learnt from or the process is asked to stop.
 
-    Goes on from the newest checkpoint in `workdir`, with the problems and sampling keys it would
-    have had. `template` is `data.chat_template`; a new run's parameters come from `init_from`, or
-    are drawn where that is "". Returns whether all steps are done.
+    Goes on from the newest checkpoint in `workdir`, with the problems, sampling keys and reference
+    it would have had. `template` is `data.chat_template`; a new run's parameters come from
+    `init_from`, or are drawn where that is "". Every train.eval_every steps, and after the last,
+    held-out problems are evaluated as `evaluate` says; with 0 none are. Returns whether all steps
+    are done.
 
     Raises:
       UserError: the task, a prompt or a checkpoint does not fit, or gradients are never finite.
@@ -81,17 +87,26 @@ def train_policy(
     )
     parameters = boxed_shapes(setup.model)["params"]
     optimizer = make_optimizer(per_update(train, updates), parameters)
-    problems = draw_problems(reinforce.task, "train", PROBLEMS, seed=seed)
+    tokenizer = setup.tokenizer
+    problems = problems_to_train(reinforce.task, sampling, tokenizer, template, seed).problems
+    held_out = None
+    if train.eval_every:
+        held_out = ReasoningEvaluation(setup, evaluate, sampling, reinforce, template, seed)
     with (
         jax.set_mesh(setup.mesh),
         Checkpoints(workdir / "checkpoints", train.max_to_keep) as checkpoints,
         Interrupt() as interrupt,
     ):
-        state = restored_or_new(setup, optimizer, checkpoints, init_from=init_from, seed=seed)
+        begin = {"init_from": init_from, "seed": seed}
+        if algorithm.divergence is None:
+            state, reference = restored_or_new(setup, optimizer, checkpoints, **begin), None
+        else:
+            state, reference = start_with_reference(setup, optimizer, checkpoints, workdir, **begin)
         done = int(state.step) // updates
-        reference = reference_variables(setup, algorithm, state, init_from)
         generate = Generator(setup, sampling, template, reinforce.group_size)
-        score_fn = jit_score(setup, train.stage, sampling.temperature)
+        score_fn = jit_score(
+            setup, train.stage, sampling.temperature, reinforce.minibatches * train.microbatches
+        )
         step_fn = jit_policy_step(
             setup, per_update(train, updates), algorithm, optimizer, sampling.temperature
         )
@@ -99,23 +114,30 @@ def train_policy(
         with (
             Metrics(workdir, "reinforce", resume_step=done) as metrics,
             Progress(train.steps, workdir.resolve().name) as progress,
+            SavedOnError(checkpoints) as newest,
         ):
             log = StepLog(train, metrics, progress)
             for step in range(done + 1, train.steps + 1):
                 started = time.monotonic()
                 chosen = problems_of_step(step, problems, reinforce.prompts_per_step, seed)
-                generation = generate(state.variables, chosen, jax.random.fold_in(key, step))
-                rewards = reward(generation.texts, chosen, reinforce)
-                batch = learning_batch(generation, rewards, algorithm, reinforce.group_size)
+                keys_P = keys_of(jax.random.fold_in(key, step), range(len(chosen)))
+                generation = generate(state.variables, chosen, keys_P)
+                rewards = reward(generation, chosen, reinforce)
+                batch = learning_batch(generation, rewards, algorithm, reinforce)
                 sampled = time.monotonic()
                 batch |= compared_logprobs(
                     score_fn, state.variables, reference, batch, reinforce.old_logprobs
                 )
+                measured = []
                 for minibatch in minibatches(setup, batch, reinforce, seed=seed, step=step):
                     state, values = step_fn(state, minibatch)
-                observed = observe(generation, rewards, setup.tokenizer.stops)
-                values = timed(values | observed, started, sampled)
+                    measured.append(values)
+                newest.is_at(step, state)
+                observed = observe(generation, rewards)
+                values = timed(over_updates(measured) | observed, started, sampled)
                 log.record(step, values, int(observed["tokens"]))
+                if held_out and (step % train.eval_every == 0 or step == train.steps):
+                    metrics.write(step, held_out.validation(state.variables))
                 checkpoints.check()
                 stopping = interrupt.stop_requested(step)
                 if Due(train).save(step) or stopping:
@@ -141,24 +163,23 @@ def per_update(train: TrainConfig, updates: int) -> TrainConfig:
     )
 
 
-def reference_variables(
-    setup: Setup, algorithm: Algorithm, state: TrainState, init_from: str
-) -> dict | None:
-    """Returns the parameters that the divergence compares with.
+def jit_score(setup: Setup, stage: str, temperature: float, parts: int) -> Callable[..., Array]:
+    """Returns the jitted (variables, batch) -> log-probs [B, T] of the tokens of the mask.
 
-    They are those of `init_from`, or a copy of those in `state`; None where the algorithm has no
-    divergence.
+    Args:
+      parts: the batch is scored in so many, one after the other, so that scoring takes no more
+        memory than a microbatch of an update.
     """
-    if algorithm.divergence is None:
-        return None
-    if init_from:
-        return load_variables(setup.model, setup.mesh, init_from)
-    return jax.tree.map(jnp.copy, state.variables)
+    score = functools.partial(logprobs_at_tokens, setup.model, stage, temperature)
 
+    def in_parts(variables: dict, batch: dict[str, Array]) -> Array:
+        if parts == 1:
+            return score(variables, batch)
+        scored = jax.lax.map(functools.partial(score, variables), split_microbatches(batch, parts))
+        # Part p has the rows p, p + parts, ...
+        return jnp.moveaxis(scored, 0, 1).reshape(batch["mask"].shape)
 
-def jit_score(setup: Setup, stage: str, temperature: float) -> Callable[..., Array]:
-    """Returns the jitted (variables, batch) -> log-probs [B, T] of the tokens of the mask."""
-    return jax.jit(functools.partial(logprobs_at_tokens, setup.model, stage, temperature))
+    return jax.jit(in_parts)
 
 
 def jit_policy_step(
@@ -177,41 +198,35 @@ def jit_policy_step(
     )
 
 
-def problems_of_step(
-    step: int, problems: Sequence[Problem], count: int, seed: int
-) -> list[Problem]:
-    """Returns the `count` problems of a step, each epoch in its own order.
+def reward(generation: Generation, problems: Sequence[Problem], config: ReinforceConfig) -> Rewards:
+    """Rewards P * G completions, of which row p * G + g answers problem p.
 
-    They depend on the step alone, so that a run resumes with the ones it would have had.
+    Those that were cut before their stop token get 0 where reinforce.truncated says so.
     """
-    first = (step - 1) * count
-    chosen = []
-    for position in range(first, first + count):
-        epoch, place = divmod(position, len(problems))
-        order = np.random.default_rng((seed, epoch)).permutation(len(problems))
-        chosen.append(problems[order[place]])
-    return chosen
-
-
-def reward(texts: Sequence[str], problems: Sequence[Problem], config: ReinforceConfig) -> Rewards:
-    """Rewards P * G completions, of which row p * G + g answers problem p."""
-    coefficients = {"answer": config.answer_reward, "format": config.format_reward}
-    found = [
-        total_reward(text, problems[row // config.group_size].answer, coefficients)
-        for row, text in enumerate(texts)
-    ]
-    totals = np.asarray([total for total, _ in found], np.float32)
-    by_name = {name: [parts[name] for _, parts in found] for name in coefficients}
-    return Rewards(totals.reshape(-1, config.group_size), by_name)
+    totals, by_name = [], {name: [] for name in config.rewards}
+    for row, text in enumerate(generation.texts):
+        total, parts = 0.0, dict.fromkeys(config.rewards, 0.0)
+        if config.truncated != "no_reward" or not generation.truncated_B[row]:
+            problem = problems[row // config.group_size]
+            total, parts = total_reward(text, problem, config.rewards)
+        totals.append(total)
+        for name, value in parts.items():
+            by_name[name].append(value)
+    return Rewards(np.asarray(totals, np.float32).reshape(-1, config.group_size), by_name)
 
 
 def learning_batch(
-    generation: Generation, rewards: Rewards, algorithm: Algorithm, group_size: int
+    generation: Generation, rewards: Rewards, algorithm: Algorithm, config: ReinforceConfig
 ) -> dict[str, Array]:
-    """Returns the batch of `policy_batch` with "advantages" [B, T], 0 outside the mask."""
+    """Returns the batch of `policy_batch` with "advantages" [B, T], 0 outside the mask.
+
+    The mask leaves out what was cut before its stop token where reinforce.truncated says so.
+    """
     batch = policy_batch(
-        generation.prompts_PT, generation.segments_PT, generation.completions, group_size
+        generation.prompts_PT, generation.segments_PT, generation.completions, config.group_size
     )
+    if config.truncated == "mask":
+        batch["mask"] &= jnp.asarray(~generation.truncated_B)[:, None]
     advantages_B = algorithm.advantage(jnp.asarray(rewards.total_PG)).reshape(-1)
     return batch | {"advantages": jnp.where(batch["mask"], advantages_B[:, None], 0.0)}
 
@@ -255,18 +270,29 @@ def minibatches(
             yield {name: jax.device_put(x[part], sharding) for name, x in batch.items()}
 
 
-def observe(
-    generation: Generation, rewards: Rewards, stops: tuple[int, ...]
-) -> dict[str, float | np.number]:
+def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Returns the metrics of a rollout from those of its updates: means over them.
+
+    The gap between the log-probs of trainer and sampler is that of the first update, when both have
+    the same parameters. Counters and the learning rate are those after the last.
+    """
+    means = {
+        name: jnp.mean(jnp.stack([values[name] for values in measured]), axis=0)
+        for name in measured[0]
+    }
+    before = {name: measured[0][name] for name in means if name.startswith("logprob_gap")}
+    after = {name: measured[-1][name] for name in ("learning_rate", "skipped", "skipped_in_row")}
+    return means | before | after
+
+
+def observe(generation: Generation, rewards: Rewards) -> dict[str, float | np.number]:
     """Returns the metrics of what was sampled, "tokens" among them."""
     lengths_B = generation.mask_BC.sum(axis=1)
-    last_B = generation.tokens_BC[np.arange(len(lengths_B)), lengths_B - 1]
     return {
         "reward": rewards.total_PG.mean(),
-        "answer_reward": np.mean(rewards.by_name["answer"]),
-        "format_reward": np.mean(rewards.by_name["format"]),
+        **{metric_name(name): np.mean(values) for name, values in rewards.by_name.items()},
         "completion_length": lengths_B.mean(),
-        "truncated": 1 - np.isin(last_B, stops).mean(),
+        "truncated": generation.truncated_B.mean(),
         "zero_variance_groups": np.mean(np.ptp(rewards.total_PG, axis=1) == 0),
         "tokens": lengths_B.sum(),
     }

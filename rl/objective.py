@@ -121,7 +121,17 @@ def policy_objective(
     if divergence is not None:
         terms.append(Term("kl", aggregate_weight, divergence.coefficient))
     terms += [Term(name, token_count) for name in TOKEN_METRICS]
-    return Objective(tuple(terms), totals)
+    return Objective(tuple(terms), totals, signal=rewards_differ)
+
+
+def rewards_differ(batch: Batch) -> Array:
+    """Returns whether any token that is learnt from has an advantage, a bool scalar.
+
+    Without one there is no step, a divergence or not: the optimizer would make a step of full size
+    of whatever gradient is left, be it the rounding of a divergence from a reference that the
+    policy has not left.
+    """
+    return jnp.any(batch["mask"] & (batch["advantages"] != 0))
 
 
 def predicted(batch: Batch, name: str) -> Array:

@@ -1,17 +1,19 @@
 """Measures how many held-out problems the policy solves: completions, rewards and pass@k."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from data.tasks.draw import draw_problems
 from data.tasks.problem import Problem
-from rl.config import EvaluateConfig, SamplingConfig
+from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.evaluate import pass_at_k_table
 from rl.generate import Generation, Generator
-from rl.rewards import total_reward
+from rl.problems import problems_to_evaluate
+from rl.rewards import metric_name, total_reward
+from rl.sampler import keys_of
 from train.progress import Progress
 from train.setup import Setup
 
@@ -20,84 +22,144 @@ ROWS = 256  # completions sampled at a time
 
 @dataclasses.dataclass
 class Tally:
-    """Completions of problems, `samples` of each, and how right they are.
+    """Completions of problems, `samples` of each, and what they earn.
 
     Attributes:
-      correct_PG: 1.0 for each of G completions of P problems that is right.
-      formatted: for each completion, 1.0 where its format is right.
-      lengths: tokens of each completion, those that fill up a batch included.
+      samples: G, completions of each problem.
+      weights: reward name -> its weight in the total.
+      counted: the reward that pass@k counts, and `success`, the least of it that is a success.
+      solved_PG: for each of G completions of P problems, whether it is a success.
+      paid: reward name -> what each completion earns, "total" among them.
+      lengths: tokens of each completion.
+      truncated: for each completion, whether it was cut before its stop token.
       records: the lines of samples.jsonl.
     """
 
     samples: int
-    correct_PG: list[list[float]] = dataclasses.field(default_factory=list)
-    formatted: list[float] = dataclasses.field(default_factory=list)
+    weights: Mapping[str, float]
+    counted: str = "answer"
+    success: float = 1.0
+    solved_PG: list[list[bool]] = dataclasses.field(default_factory=list)
+    paid: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     lengths: list[int] = dataclasses.field(default_factory=list)
+    truncated: list[bool] = dataclasses.field(default_factory=list)
     records: list[dict] = dataclasses.field(default_factory=list)
 
     def add(self, problems: Sequence[Problem], generation: Generation) -> None:
         """Adds the completions of `problems`; what `generation` has beyond them fills it up."""
+        generation = generation.rows(len(problems) * self.samples)
+        # Whatever is counted or always reported is computed, with weight 0 in the total.
+        weights = {"format": 0.0, self.counted: 0.0} | dict(self.weights)
         for row, problem in enumerate(problems):
             texts = generation.texts[row * self.samples : (row + 1) * self.samples]
-            rewards = [
-                total_reward(text, problem.answer, {"answer": 1.0, "format": 1.0})[1]
-                for text in texts
-            ]
-            self.correct_PG.append([reward["answer"] for reward in rewards])
-            self.formatted.extend(reward["format"] for reward in rewards)
+            paid = [total_reward(text, problem, weights) for text in texts]
+            self.solved_PG.append([parts[self.counted] >= self.success for _, parts in paid])
+            for total, parts in paid:
+                for name, value in (parts | {"total": total}).items():
+                    self.paid.setdefault(name, []).append(value)
             self.records.extend(
                 {
                     "prompt": problem.question,
                     "completion": text,
                     "answer": problem.answer,
-                    "reward": reward["answer"],
-                    "format": reward["format"],
+                    "reward": parts[self.counted],
+                    "format": parts["format"],
+                    "id": problem.id,
+                    "rewards": parts,
                 }
-                for text, reward in zip(texts, rewards, strict=True)
+                for text, (_, parts) in zip(texts, paid, strict=True)
             )
         self.lengths.extend(generation.mask_BC.sum(axis=1).tolist())
+        self.truncated.extend(generation.truncated_B.tolist())
 
 
-def evaluate_reasoning(
-    setup: Setup,
-    variables: dict,
-    evaluate: EvaluateConfig,
-    sampling: SamplingConfig,
-    *,
-    task: str,
-    template: str,
-    seed: int,
-) -> tuple[dict, list[dict]]:
-    """Samples completions of held-out problems and counts the right ones.
+class ReasoningEvaluation:
+    """An evaluation on held-out problems, to be made of any variables.
 
-    Returns:
-      ("pass_at_k" for k = 1, 2, 4, ... up to the completions of a problem, each with its interval;
-      and the means of format and length), (every prompt, completion and reward).
+    Its problems, prompts and sampling keys are the same each time. What a problem's n-th completion
+    is drawn with depends on the problem's number and n alone, on one device and on many.
+
+    Args:
+      evaluate: how many problems and completions, and what counts as a success.
+      reinforce: the task and its rewards.
+      template: how prompts are written, `data.chat_template`.
+
+    Raises:
+      UserError: the task has no held-out problem, or a prompt is too long.
     """
-    problems = draw_problems(task, "validation", evaluate.problems, seed=0)
-    generate = Generator(setup, sampling, template, evaluate.samples)
-    key = jax.random.fold_in(jax.random.key(seed), 2)
-    at_once = max(ROWS // evaluate.samples, 1)
-    at_once += -at_once % setup.mesh.size
-    tally = Tally(evaluate.samples)
-    with Progress(len(problems), "evaluate", unit="tokens") as progress:
-        for first in range(0, len(problems), at_once):
-            chosen = problems[first : first + at_once]
-            # The last batch is filled up: one shape is one compilation.
-            padded = chosen + [chosen[-1]] * (at_once - len(chosen))
-            generation = generate(variables, padded, jax.random.fold_in(key, first))
-            tally.add(chosen, generation)
-            done, tokens = min(first + at_once, len(problems)), int(generation.mask_BC.sum())
-            progress.update(done, {"pass@1": np.mean(tally.correct_PG)}, tokens)
-    ks = [k for k in (2**i for i in range(20)) if k < evaluate.samples] + [evaluate.samples]
-    table = pass_at_k_table(np.asarray(tally.correct_PG), ks, evaluate.bootstrap, seed=0)
-    return {
-        "pass_at_k": [
-            {"k": k, "mean": float(i.mean), "low": float(i.low), "high": float(i.high)}
-            for k, i in table.items()
-        ],
-        "problems": len(problems),
-        "samples": evaluate.samples,
-        "format": float(np.mean(tally.formatted)),
-        "completion_length": float(np.mean(tally.lengths)),
-    }, tally.records
+
+    def __init__(
+        self,
+        setup: Setup,
+        evaluate: EvaluateConfig,
+        sampling: SamplingConfig,
+        reinforce: ReinforceConfig,
+        template: str,
+        seed: int,
+    ):
+        self._evaluate, self._weights, self._mesh = evaluate, reinforce.rewards, setup.mesh
+        self.problems, self.left_out = problems_to_evaluate(
+            reinforce.task, evaluate.problems, sampling, setup.tokenizer, template
+        )
+        self._generate = Generator(setup, sampling, template, evaluate.samples)
+        self._key = jax.random.fold_in(jax.random.key(seed), 2)
+
+    def __call__(self, variables: dict, *, shown: bool = True) -> tuple[dict, list[dict]]:
+        """Samples completions of the problems and counts those that solve them.
+
+        Args:
+          shown: shows how far it is; False inside another display.
+
+        Returns:
+          ("pass_at_k" for k = 1, 2, 4, ... up to the completions of a problem, each with its
+          interval; and means of rewards, format and length), (every prompt, completion and reward).
+        """
+        evaluate, problems = self._evaluate, self.problems
+        at_once = max(ROWS // evaluate.samples, 1)
+        at_once = min(at_once, len(problems))
+        at_once += -at_once % self._mesh.size
+        tally = Tally(evaluate.samples, self._weights, evaluate.reward, evaluate.success)
+        bar = Progress(len(problems), "evaluate") if shown else contextlib.nullcontext()
+        with bar as progress:
+            for first in range(0, len(problems), at_once):
+                chosen = problems[first : first + at_once]
+                # The last batch is filled up: one shape is one compilation.
+                padded = [*chosen, *([chosen[-1]] * (at_once - len(chosen)))]
+                keys_P = keys_of(self._key, range(first, first + at_once))
+                tally.add(chosen, self._generate(variables, padded, keys_P))
+                if progress is not None:
+                    tokens = sum(tally.lengths[-len(chosen) * evaluate.samples :])
+                    done = first + len(chosen)
+                    progress.update(done, {"pass@1": np.mean(tally.solved_PG)}, tokens)
+        return self._summary(tally), tally.records
+
+    def validation(self, variables: dict) -> dict[str, float]:
+        """Returns the figures of an evaluation in the midst of a run, for its metrics."""
+        summary, _ = self(variables, shown=False)
+        passes = {f"validation_pass_at_{row['k']}": row["mean"] for row in summary["pass_at_k"]}
+        return passes | {
+            f"validation_{name}": value
+            for name, value in summary.items()
+            if name.endswith("reward") or name in ("completion_length", "truncated")
+        }
+
+    def _summary(self, tally: Tally) -> dict:
+        evaluate = self._evaluate
+        ks = [k for k in (2**i for i in range(20)) if k < evaluate.samples] + [evaluate.samples]
+        table = pass_at_k_table(np.asarray(tally.solved_PG), ks, evaluate.bootstrap, seed=0)
+        means = {name: float(np.mean(values)) for name, values in tally.paid.items()}
+        return {
+            "pass_at_k": [
+                {"k": k, "mean": float(i.mean), "low": float(i.low), "high": float(i.high)}
+                for k, i in table.items()
+            ],
+            "success": {"reward": evaluate.reward, "least": evaluate.success},
+            "problems": len(self.problems),
+            "left_out": self.left_out,
+            "samples": evaluate.samples,
+            "format": means["format"],
+            "reward": means.pop("total"),
+            **{metric_name(name): mean for name, mean in means.items()},
+            "completion_length": float(np.mean(tally.lengths)),
+            "truncated": float(np.mean(tally.truncated)),
+        }

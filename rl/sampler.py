@@ -6,7 +6,7 @@ each token to the host as it is drawn.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import flax.struct
 import jax
@@ -176,22 +176,24 @@ def sample(
     variables: dict,
     prompts_PT: Array,
     segments_PT: Array,
-    key: Array,
+    keys_P: Array,
     group: int = 1,
 ) -> Completions:
     """Samples `group` completions of each prompt; row p * group + g is the g-th of prompt p.
 
-    To be jitted with the first four arguments and `group` static. Each row draws with its own key,
-    so what it samples does not depend on the other rows. The loop ends early when every row has
-    stopped.
+    To be jitted with the first four arguments and `group` static. Each row draws with a key of the
+    prompt's key and g alone, so what it samples does not depend on the other rows nor on its place
+    among them. The loop ends early when every row has stopped.
 
     Args:
       stop, pad: as in `advance`.
       prompts_PT, segments_PT: prompts padded on the left (segment 0).
+      keys_P: a random key a prompt, such as `keys_of` makes.
     """
     state = start(config, sampling, pad, variables, prompts_PT, segments_PT, group)
     rows = state.stopped_B.shape[0]
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    keys_B = fold(keys_P, jnp.arange(group)).reshape(rows)
     weights = decode_weights(config, variables, rows)
 
     def unfinished(state: DecodingState) -> Array:
@@ -203,6 +205,11 @@ def sample(
 
     completions = jax.lax.while_loop(unfinished, body, state).completions
     return jax.tree.map(lambda x_BC: constrain(x_BC, "batch", "time"), completions)
+
+
+def keys_of(key: Array, numbers: Sequence[int]) -> Array:
+    """Returns a random key [P] for each of P prompts by its number, which alone decides it."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(numbers))
 
 
 def stream(

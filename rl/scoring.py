@@ -23,7 +23,7 @@ from model.segments import same_segment
 from model.sharding import batch_sharding, batch_shards, replicated
 from model.transformer import Output, Transformer
 from rl.config import SamplingConfig
-from rl.sampler import sample
+from rl.sampler import keys_of, sample
 
 ROWS = 8  # scored at a time, on each shard of the batch
 
@@ -95,7 +95,8 @@ class Scorer:
             for chunk in self._chunks(rows):
                 filled = chunk + [chunk[-1]] * (-len(chunk) % shards)
                 prompts = self._on_mesh(pad_rows(filled, width, 0, side="left"))
-                completions = sample_fn(self.variables, *prompts, jax.random.key(0))
+                keys = keys_of(jax.random.key(0), range(len(filled)))  # greedy: they do not matter
+                completions = sample_fn(self.variables, *prompts, keys)
                 chunks.append(np.asarray(completions.tokens_BC)[: len(chunk)])
         return np.concatenate(chunks)
 

@@ -38,8 +38,10 @@ class TrainConfig:
     router_bias_rate: float = 1e-3  # gamma: how far a step moves the router bias
     indexer_weight: float = 1.0  # of the indexer's KL
     log_every: int = 10  # steps
-    eval_every: int = 0  # steps; 0 evaluates at the end alone
-    eval_batches: int = 8
+    # Steps between evaluations, of which one is at the end; 0 is that one alone, and none in
+    # reinforcement, which evaluates held-out problems as the section `evaluate` says.
+    eval_every: int = 0
+    eval_batches: int = 8  # of held-out text
     save_every: int = 500  # steps; the last step is always saved
     max_to_keep: int = 2  # checkpoints
     max_skipped: int = 10  # steps in a row without finite gradients before the run stops
@@ -64,3 +66,14 @@ class TrainConfig:
             re.compile(self.trainable)
         except re.error as error:
             check.that(False, "trainable", f"not a regular expression ({error})")
+
+    def microbatch_rows(self, rows: int, what: str) -> int:
+        """Returns the rows of a microbatch of a batch of `rows`, which is called `what`.
+
+        Raises UserError if they do not divide.
+        """
+        check = FieldChecks(self, "train")
+        check.that(
+            rows % self.microbatches == 0, "microbatches", f"does not divide {what} = {rows}"
+        )
+        return rows // self.microbatches

@@ -68,10 +68,13 @@ class Objective:
 
     terms: in the order in which the loss adds them.
     totals: (variables, batch) -> Totals, with one total for each term.
+    signal: batch -> bool scalar, whether a batch has anything to learn from: a step on one that has
+      not changes nothing. None where every batch has.
     """
 
     terms: tuple[Term, ...]
     totals: Callable[[dict, Batch], Totals]
+    signal: Callable[[Batch], Array] | None = None
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """Returns the weight of each term, over the whole of a batch."""

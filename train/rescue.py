@@ -25,11 +25,11 @@ class SavedOnError:
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
-        self._newest: tuple[int, Any, _Place] | None = None
+        self._newest: tuple[int, Any, _Place | None] | None = None
 
-    def is_at(self, step: int, state: Any, cursor: Cursor) -> None:
-        """Notes that `step` is done, with its state and the cursor behind its batch."""
-        self._newest = step, state, _Place(cursor.get_state())
+    def is_at(self, step: int, state: Any, cursor: Cursor | None = None) -> None:
+        """Notes that `step` is done, with its state and the cursor behind its batch, if any."""
+        self._newest = step, state, _Place(cursor.get_state()) if cursor else None
 
     def __enter__(self) -> "SavedOnError":
         return self

@@ -26,7 +26,8 @@ class TrainState:
     params: float32.
     router: the router biases, which are no parameters: no gradient reaches them.
     opt_state: of the optimizer.
-    skipped: int32, steps without finite gradients, in all.
+    skipped: int32, steps that changed nothing, in all: their gradients were not finite, or their
+      batch had nothing to learn from.
     skipped_in_row: int32, those since the last step with finite gradients.
     """
 

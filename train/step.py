@@ -29,8 +29,9 @@ def make_step(
 ) -> Step:
     """Returns a function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-    A step whose gradients are not finite changes nothing but its counters. Metrics are float32
-    scalars, and expert_load of the MoE layers [L, E].
+    A step whose gradients are not finite, or whose batch has no signal (`Objective.signal`),
+    changes nothing but its counters. Metrics are float32 scalars, and expert_load of the MoE layers
+    [L, E].
     """
     learning_rate = schedule(train)
 
@@ -47,7 +48,10 @@ def make_step(
             router = state.router
             if train.stage != "warmup":
                 router = update_router(config, router, totals.counts_LE, train.router_bias_rate)
-            new_state = next_state(state, params, router, opt_state, finite=jnp.isfinite(norm))
+            signal = objective.signal(batch) if objective.signal else jnp.asarray(True)
+            new_state = next_state(
+                state, params, router, opt_state, finite=jnp.isfinite(norm), signal=signal
+            )
         metrics = {name: mean.value for name, mean in means.items()} | totals.maxima
         metrics |= {
             "loss": objective.loss(means),
@@ -101,20 +105,31 @@ def loss_and_gradient(
 
 
 def next_state(
-    state: TrainState, params: optax.Params, router: dict, opt_state: optax.OptState, finite: Array
+    state: TrainState,
+    params: optax.Params,
+    router: dict,
+    opt_state: optax.OptState,
+    finite: Array,
+    signal: Array,
 ) -> TrainState:
-    """Returns the next state: the new trees if the gradients were finite, else the old ones."""
+    """Returns the next state: the new trees if the step is taken, else the old ones.
+
+    Args:
+      finite: whether the gradients were.
+      signal: whether the batch had anything to learn from.
+    """
+    takes = finite & signal
     taken = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
+        lambda new, old: jnp.where(takes, new, old),
         (params, router, opt_state),
         (state.params, state.router, state.opt_state),
     )
-    skipped = (~finite).astype(jnp.int32)
     return TrainState(
         state.step + 1,
         *taken,
-        skipped=state.skipped + skipped,
-        skipped_in_row=(state.skipped_in_row + 1) * skipped,
+        skipped=state.skipped + ~takes,
+        # A step without signal is no sign that the gradients are finite again.
+        skipped_in_row=jnp.where(takes, 0, state.skipped_in_row + ~finite),
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from ml_collections import ConfigDict
 
 from errors import UserError
 from experiment.fields import describe, fields
@@ -15,7 +16,7 @@ def test_every_field_is_shown_with_its_default():
 
     def leaves(section, prefix=""):
         for name, value in section.items():
-            if hasattr(value, "items"):
+            if isinstance(value, ConfigDict):
                 yield from leaves(value, f"{prefix}{name}.")
             else:
                 yield prefix + name, value

@@ -57,6 +57,10 @@ def test_an_override_is_answered_with_the_new_name(old, now):
             "x.py:5: width: no such field (it is now model.indexer.head_dim)",
         ),
         (
+            "c.reinforce.format_reward = 0.0",
+            "config.reinforce.format_reward: no such field (it is now reinforce.rewards)",
+        ),
+        (
             "c.model.expert_matmul = 'by_size'",
             "config.model.expert_matmul = 'by_size': is now 'bucketed'",
         ),

@@ -91,10 +91,8 @@ def test_the_schema_parses_and_nothing_is_lost():
 @pytest.mark.parametrize(
     "override, words",
     [
-        (
-            "--config.train.microbatches=3",
-            "train.microbatches = 3: does not divide data.batch_size = 8",
-        ),
+        ("--config.seed=-1", "seed = -1: must be at least 0 and below 2.32"),
+        ("--config.seed=4294967296", "seed = 4294967296: must be at least 0 and below"),
         ("--config.model.moe.n_group=3", "model.moe.n_group = 3"),
         (
             "--config.tokenizer.path=tok.json",
@@ -105,6 +103,51 @@ def test_the_schema_parses_and_nothing_is_lost():
 def test_parse_refuses_what_does_not_fit_together(override, words):
     with pytest.raises(UserError, match=words):
         schema.parse(with_overrides(base.get_config(), [override]))
+
+
+REWARDS = "--config.reinforce.rewards="
+
+
+def test_a_mapping_is_written_whole_on_the_command_line():
+    """Its names may have dots, and nothing of the default stays; a config file may assign it."""
+    word = REWARDS + "{'answer': 2, 'own_rewards.py:brevity': 0.5}"
+    expected = {"answer": 2.0, "own_rewards.py:brevity": 0.5}
+    assert schema.parse(with_overrides(base.get_config(), [word])).reinforce.rewards == expected
+    assert schema.parse(base.get_config()).reinforce.rewards == {"answer": 1.0, "format": 0.1}
+    config = base.get_config()
+    config.reinforce.rewards = expected
+    assert schema.parse(config).reinforce.rewards == expected
+    phases = ConfigDict({"reinforce": config})
+    changed = with_overrides(phases, ["--config.reinforce.reinforce.rewards={'answer': 3.0}"])
+    assert schema.parse(changed.reinforce).reinforce.rewards == {"answer": 3.0}
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ("answer", "config.reinforce.rewards = 'answer': must be a mapping of names, such as"),
+        ("{'answer'}", "must be a mapping of names"),
+        ("{1: 2.0}", "must be a mapping of names"),
+        ("{'answer': 'much'}", r"config.reinforce.rewards\['answer'\] = 'much': must be a float"),
+        ("{'answer': True}", r"config.reinforce.rewards\['answer'\] = True: must be a float"),
+        ("{'anwser': 1.0}", r"reinforce.rewards: no reward 'anwser' \(did you mean 'answer'\?"),
+        ("{}", "must name at least one reward"),
+        ("(" * 10_000, "must be a mapping of names"),
+    ],
+)
+def test_a_mapping_that_is_none_is_one_line(value, words):
+    with pytest.raises(UserError, match=words):
+        schema.parse(with_overrides(base.get_config(), [REWARDS + value]))
+
+
+def test_a_name_within_a_mapping_is_no_field():
+    with pytest.raises(UserError, match=r"rewards.answer: no such field .* not a section"):
+        with_overrides(base.get_config(), ["--config.reinforce.rewards.answer=2.0"])
+
+
+def test_the_fields_that_rewards_had_are_answered_with_the_present_one():
+    with pytest.raises(UserError, match=r"answer_reward: no such field .it is now reinforce.rew"):
+        with_overrides(base.get_config(), ["--config.reinforce.answer_reward=2.0"])
 
 
 def test_an_indexer_stage_needs_an_indexer():

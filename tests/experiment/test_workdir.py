@@ -101,3 +101,31 @@ def test_a_damaged_record_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text('{"command": ')
     with pytest.raises(UserError, match="not the record of a run"):
         record_config(tmp_path, config, "pretrain")
+
+
+@pytest.mark.parametrize(
+    "recorded, rewards",
+    [
+        ({"answer_reward": 2.0, "format_reward": 0.0}, {"answer": 2.0, "format": 0.0}),
+        ({"format_reward": 0.1, "answer_reward": 1.0}, {"answer": 1.0, "format": 0.1}),
+        ({}, {"answer": 1.0, "format": 0.1}),
+        ({"rewards": {"answer": 1.0}}, {"answer": 1.0}),
+        ({"rewards": {"own.py:brevity": 0.5}}, {"own.py:brevity": 0.5}),
+    ],
+)
+def test_rewards_of_any_record_are_those_of_the_run(tmp_path, recorded, rewards):
+    """Those that it had as two fields become a mapping, and one that it lacks is not added."""
+    config = parse(with_overrides(base.get_config(), [f"--config.reinforce.rewards={rewards}"]))
+    record_config(tmp_path, config, "reinforce")
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["config"]["reinforce"]["rewards"]
+    record["config"]["reinforce"] |= recorded
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert parse(recorded_config(tmp_path)) == config
+    record_config(tmp_path, config, "reinforce")
+    other = parse(with_overrides(base.get_config(), [f"--config.reinforce.rewards={OTHER}"]))
+    with pytest.raises(UserError, match=r"belongs to another config \(reinforce.rewards\."):
+        record_config(tmp_path, other, "reinforce")
+
+
+OTHER = {"answer": 1.0, "format": 0.1, "own.py:other": 1.0}

@@ -146,7 +146,7 @@ def test_a_run_that_started_from_another_is_read_from_its_own_checkpoints(dense_
     assert any(
         np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     )
-    setup = set_up(config, tmp_path / "second", rows=8, trains=True)
+    setup = set_up(config, tmp_path / "second", rows={"rows": 8}, trains=True)
 
     def read(init_from: str, workdir: str) -> dict:
         return jax.device_get(run_variables(setup, init_from, tmp_path / workdir))
@@ -212,7 +212,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
         ),
         (
             {"train__stage": "sparse", "train__microbatches": 8, "reinforce__minibatches": 4},
-            "train.microbatches = 8: does not divide the 4 completions",
+            "train.microbatches = 8: does not divide reinforce.prompts_per_step .* = 4",
         ),
     ],
 )

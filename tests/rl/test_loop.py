@@ -12,9 +12,19 @@ from data.tasks.problem import Problem
 from data.tokenizer import Tokenizer
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
+from rl.algorithms import get_algorithm
 from rl.config import ReinforceConfig
-from rl.generate import Generation
-from rl.loop import Rewards, minibatches, observe, per_update, problems_of_step, reward
+from rl.generate import Generation, truncated
+from rl.loop import (
+    Rewards,
+    learning_batch,
+    minibatches,
+    observe,
+    over_updates,
+    per_update,
+    reward,
+)
+from rl.problems import problems_of_step
 from rl.sampler import Completions
 from tests import tiny
 from train.setup import Setup
@@ -37,12 +47,69 @@ def test_every_epoch_has_every_problem_once_in_its_own_order():
     assert first != second
 
 
+def test_few_problems_are_cycled():
+    """A step may take more problems than there are: every epoch still has each once."""
+    three = PROBLEMS[:3]
+    drawn = [p.answer for step in (1, 2, 3) for p in problems_of_step(step, three, 8, seed=0)]
+    assert Counter(drawn) == {"0": 8, "1": 8, "2": 8}
+    assert all(len(set(drawn[at : at + 3])) == 3 for at in range(0, 24, 3))
+
+
+def generation_of(texts: list[str], truncated: tuple[bool, ...] = ()) -> Generation:
+    """What the hosts have of completions: two tokens each, the second a stop unless cut."""
+    nothing = jnp.zeros(())
+    cut = np.asarray(truncated or [False] * len(texts))
+    return Generation(
+        nothing,
+        nothing,
+        Completions(nothing, nothing, nothing),
+        tokens_BC=np.asarray([[5, 9 - one] for one in cut]),
+        mask_BC=np.ones((len(texts), 2), bool),
+        truncated_B=cut,
+        texts=texts,
+    )
+
+
+TEXTS = [f"<think>hm</think><answer>{n}</answer>" for n in (3, 4, 4, 4)]
+
+
 def test_rewards_of_a_group_are_those_of_its_problem():
-    config = dataclasses.replace(CONFIG, answer_reward=1.0, format_reward=0.0)
-    texts = [f"<think>hm</think><answer>{n}</answer>" for n in (3, 4, 4, 4)]
-    rewards = reward(texts, [PROBLEMS[3], PROBLEMS[4]], config)
+    config = dataclasses.replace(CONFIG, rewards={"answer": 1.0, "format": 0.0})
+    rewards = reward(generation_of(TEXTS), [PROBLEMS[3], PROBLEMS[4]], config)
     np.testing.assert_array_equal(rewards.total_PG, [[1, 0], [1, 1]])
     assert rewards.by_name["answer"] == [1, 0, 1, 1]
+
+
+def test_a_truncated_completion_is_paid_by_default_and_not_on_request():
+    generation = generation_of(TEXTS, truncated=(True, False, True, False))
+    for option, paid in (
+        ("reward", [[1.1, 0.1], [1.1, 1.1]]),
+        ("mask", [[1.1, 0.1], [1.1, 1.1]]),
+        ("no_reward", [[0, 0.1], [0, 1.1]]),
+    ):
+        config = dataclasses.replace(CONFIG, truncated=option)
+        rewards = reward(generation, [PROBLEMS[3], PROBLEMS[4]], config)
+        np.testing.assert_allclose(rewards.total_PG, paid, rtol=1e-6)
+    assert ReinforceConfig().truncated == "reward"
+
+
+def test_nothing_is_learnt_from_what_is_masked():
+    """Its tokens are attended to like any others, have no advantage, and count in no mean."""
+    generation = generation_of(TEXTS, truncated=(True, False, False, False))._replace(
+        prompts_PT=jnp.ones((2, 3), jnp.int32),
+        segments_PT=jnp.ones((2, 3), jnp.int32),
+        completions=Completions(
+            jnp.full((4, 2), 5), jnp.ones((4, 2), bool), jnp.full((4, 2), -1.0)
+        ),
+    )
+    algorithm = get_algorithm("dr_grpo", max_completion=2)
+    for option, learnt in (("reward", [2, 2, 2, 2]), ("mask", [0, 2, 2, 2])):
+        config = dataclasses.replace(CONFIG, truncated=option)
+        rewards = reward(generation, PROBLEMS[3:5], config)
+        batch = learning_batch(generation, rewards, algorithm, config)
+        np.testing.assert_array_equal(batch["mask"].sum(axis=1), learnt)
+        np.testing.assert_array_equal(batch["segments"].sum(axis=1), [5] * 4)
+        np.testing.assert_array_equal((batch["advantages"] != 0).sum(axis=1), [learnt[0], 2, 0, 0])
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +136,42 @@ def test_a_single_minibatch_is_the_batch_itself(setup):
 
 
 def test_what_is_observed_of_completions():
-    tokens_BC = np.asarray([[5, 9, 0], [5, 6, 7]])
-    mask_BC = np.asarray([[True, True, False], [True, True, True]])
-    nothing = jnp.zeros(())
-    generation = Generation(
-        nothing, nothing, Completions(nothing, nothing, nothing), tokens_BC, mask_BC, ["", ""]
+    generation = generation_of(["", ""], truncated=(False, True))._replace(
+        tokens_BC=np.asarray([[5, 9, 0], [5, 6, 7]]),
+        mask_BC=np.asarray([[True, True, False], [True, True, True]]),
     )
-    rewards = Rewards(np.asarray([[1.0, 0.0]], np.float32), {"answer": [1, 0], "format": [0, 0]})
-    observed = observe(generation, rewards, stops=(9,))
+    by_name = {"answer": [1.0, 0.0], "my.py:brevity": [0.25, 0.5]}
+    observed = observe(generation, Rewards(np.asarray([[1.0, 0.0]], np.float32), by_name))
     assert observed["reward"] == 0.5 and observed["answer_reward"] == 0.5
+    assert observed["brevity_reward"] == 0.375
     assert observed["truncated"] == 0.5 and observed["tokens"] == 5
     assert observed["completion_length"] == 2.5 and observed["zero_variance_groups"] == 0
+
+
+def test_a_completion_is_truncated_unless_its_last_token_is_a_stop():
+    tokens_BC = np.asarray([[5, 9, 0], [5, 6, 7], [8, 0, 0], [9, 9, 9]])
+    mask_BC = np.asarray([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], bool)
+    assert truncated(tokens_BC, mask_BC, (8, 9)).tolist() == [False, True, False, False]
+
+
+def test_metrics_of_a_rollout_are_means_over_its_updates():
+    """But for the gap, which is that before the first, and for counters."""
+    measured = [
+        {"clip_fraction": 0.0, "logprob_gap_max": 1e-6, "logprob_gap_mean": 1e-7, "grad_norm": 1.0,
+         "skipped": 0, "skipped_in_row": 0, "learning_rate": 0.1, "expert_load": [0.0, 2.0]},
+        {"clip_fraction": 0.5, "logprob_gap_max": 3.0, "logprob_gap_mean": 1.0, "grad_norm": 2.0,
+         "skipped": 1, "skipped_in_row": 1, "learning_rate": 0.2, "expert_load": [1.0, 1.0]},
+    ]  # fmt: skip
+    found = over_updates(
+        [{name: jnp.asarray(value) for name, value in values.items()} for values in measured]
+    )
+    expected = {
+        "clip_fraction": 0.25, "logprob_gap_max": 1e-6, "logprob_gap_mean": 1e-7, "grad_norm": 1.5,
+        "skipped": 1, "skipped_in_row": 1, "learning_rate": 0.2,
+    }  # fmt: skip
+    load = found.pop("expert_load")
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
+    np.testing.assert_allclose(load, [0.5, 1.5])
 
 
 def test_the_schedule_counts_updates_where_the_config_counts_steps():

@@ -7,7 +7,9 @@ from decimal import Decimal
 
 import pytest
 
-from rl.rewards import REWARDS, total_reward
+from data.tasks.problem import Problem
+from errors import UserError
+from rl.rewards import REWARDS, check_weights, get_reward, metric_name, total_reward
 from rl.rewards.answer import answer_reward, format_reward, normalise
 
 
@@ -126,11 +128,12 @@ def test_normalise():
 
 
 def test_the_total_weighs_the_named_rewards():
-    total, by_name = total_reward(completion("9"), "9", {"answer": 1.0, "format": 0.1})
+    nine = Problem("4 + 5?", "9")
+    total, by_name = total_reward(completion("9"), nine, {"answer": 1.0, "format": 0.1})
     assert total == pytest.approx(1.1) and by_name == {"answer": 1.0, "format": 1.0}
-    total, by_name = total_reward(completion("8"), "9", {"answer": 1.0, "format": 0.1})
+    total, by_name = total_reward(completion("8"), nine, {"answer": 1.0, "format": 0.1})
     assert total == pytest.approx(0.1) and by_name == {"answer": 0.0, "format": 1.0}
-    assert total_reward(completion("9"), "9", {"format": 0.5}) == (0.5, {"format": 1.0})
+    assert total_reward(completion("9"), nine, {"format": 0.5}) == (0.5, {"format": 1.0})
 
 
 @pytest.mark.parametrize("name", REWARDS)
@@ -138,9 +141,10 @@ def test_every_reward_is_a_number_for_any_text(name):
     """A completion must not be able to raise, whatever it says, and an answer neither."""
     texts = [*HACKS.values(), completion("9"), completion("nan"), "\x00", "\ud800"]
     for text, answer in itertools.product(texts, ("9", "", "New York")):
-        reward = REWARDS[name](text, answer)
+        problem = Problem("4 + 5?", answer)
+        reward = REWARDS[name](text, problem)
         assert isinstance(reward, float) and math.isfinite(reward)
-        assert total_reward(text, answer, {name: 2.0}) == (2 * reward, {name: reward})
+        assert total_reward(text, problem, {name: 2.0}) == (2 * reward, {name: reward})
 
 
 @pytest.mark.parametrize(
@@ -161,3 +165,104 @@ def test_a_right_answer_of_a_million_characters_is_paid_in_no_time():
         assert answer_reward(completion(right), right) == 1
         assert answer_reward(completion(right[:-1] + "8"), right) == 0
         assert time.perf_counter() - began < 2
+
+
+OWN = """
+def brevity(text, problem):
+    return max(0, 1 - len(text) / 10)
+
+def knows(text, problem):
+    return problem.data["unit"] in text
+
+def fails(text, problem):
+    return 1 / len(text)
+
+def odd(text, problem):
+    return problem.data["value"]
+
+constant = 1.0
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    get_reward.cache_clear()
+    return "own.py"
+
+
+def test_a_function_of_ones_own_is_a_reward_and_keeps_its_fractions(own):
+    problem = Problem("How far?", "9", data={"unit": "km"})
+    weights = {"answer": 1.0, f"{own}:brevity": 0.5, f"{own}:knows": 2.0}
+    total, by_name = total_reward("9 km...", problem, weights)
+    assert by_name == {"answer": 0.0, f"{own}:brevity": pytest.approx(0.3), f"{own}:knows": 1.0}
+    assert total == pytest.approx(2.15)
+    assert [metric_name(name) for name in weights] == [
+        "answer_reward", "brevity_reward", "knows_reward",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "1", [1.0], {"a": 1}])
+def test_what_is_no_finite_number_is_one_line_that_names_reward_and_problem(own, value):
+    problem = Problem("How far?", "9", id="far.jsonl:7", data={"value": value})
+    with pytest.raises(UserError, match=r"own.py:odd: returned .* for problem far.jsonl:7; a rew"):
+        get_reward(f"{own}:odd")("", problem)
+
+
+def test_a_reward_that_raises_is_one_line_with_its_place(own):
+    problem = Problem("How far?", "9", id="far.jsonl:7")
+    message = r"own.py:9: ZeroDivisionError: .* \(reward own.py:fails, problem far.jsonl:7\)"
+    with pytest.raises(UserError, match=message):
+        get_reward(f"{own}:fails")("", problem)
+
+
+@pytest.mark.parametrize(
+    "text, name, message",
+    [
+        (OWN, "own.py:brevty", "own.py: defines no 'brevty' .did you mean 'brevity'"),
+        (OWN, "own.py:constant", "own.py:constant: is a float, not a function"),
+        (OWN, "other.py:brevity", "other.py: no such file .looked from"),
+        ("def brevity(:\n", "own.py:brevity", "own.py:1: SyntaxError"),
+        ("import sys\nsys.exit(3)\n", "own.py:brevity", "own.py:2: SystemExit: 3"),
+        ("x = 1\nimport nowhere_at_all\n", "own.py:brevity", "own.py:2: ModuleNotFoundError"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line(tmp_path, monkeypatch, text, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(text)
+    get_reward.cache_clear()
+    with pytest.raises(UserError, match=message) as caught:
+        get_reward(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({}, "must name at least one reward"),
+        ({"anwser": 1.0}, "no reward 'anwser' (did you mean 'answer'?"),
+        ({"own.py": 1.0}, "no reward 'own.py' (there are answer, format"),
+        ({"own.txt:f": 1.0}, "no reward 'own.txt:f'"),
+        ({"answer": math.nan}, "the weight of 'answer' = nan: must be finite"),
+        ({"a.py:f": 1.0, "b.py:f": 1.0}, "two rewards would be 'f_reward' in the metrics"),
+    ],
+)
+def test_wrong_weights_name_the_field(weights, message):
+    with pytest.raises(UserError) as caught:
+        check_weights(weights)
+    assert str(caught.value).startswith("reinforce.rewards") and message in str(caught.value)
+
+
+def test_a_file_is_run_once(tmp_path, monkeypatch):
+    """By whatever name it goes, for a reward, for two, and for tasks beside them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "once.py").write_text(
+        "with open('runs', 'a') as runs:\n    runs.write('.')\n"
+        "one = lambda text, problem: 1\ntwo = lambda text, problem: 2\n"
+    )
+    get_reward.cache_clear()
+    problem = Problem("?", "")
+    names = ("once.py:one", "once.py:two", f"{tmp_path}/once.py:one")
+    assert [get_reward(name)("", problem) for name in names] == [1, 2, 1]
+    assert (tmp_path / "runs").read_text() == "."

@@ -13,7 +13,7 @@ from rl import sampler
 from rl.config import SamplingConfig
 from rl.objective import logprobs_at_tokens
 from rl.rollout import pad_prompts, policy_batch
-from rl.sampler import draw, keep_likely, sample, stream
+from rl.sampler import draw, keep_likely, keys_of, sample, stream
 from tests import tiny
 
 CONFIG = tiny.model_config(num_nextn_predict_layers=0, initializer_range=0.15)
@@ -38,11 +38,11 @@ def sampling(**changes) -> SamplingConfig:
     return dataclasses.replace(plain, **changes)
 
 
-def sampled(settings: SamplingConfig, prompts=PROMPTS, seed: int = 0):
+def sampled(settings: SamplingConfig, prompts=PROMPTS, seed: int = 0, numbers=(0, 1, 2)):
     """Returns the padded prompts, tokens and segments, and their completions."""
     padded = on_device(prompts)
     model = CONFIG, settings, STOP, PAD, tiny.variables(CONFIG)
-    return padded, sample(*model, *padded, jax.random.key(seed), GROUP)
+    return padded, sample(*model, *padded, keys_of(jax.random.key(seed), numbers), GROUP)
 
 
 def on_device(prompts: list[list[int]]) -> tuple[jax.Array, jax.Array]:
@@ -96,7 +96,8 @@ def test_the_loop_ends_with_the_last_row(monkeypatch):
     monkeypatch.setattr(sampler, "decode_step", counting)
     everything = tuple(range(tiny.VOCAB))
     once = jax.jit(functools.partial(sampler.sample, CONFIG, SETTINGS["dense"], everything, PAD))
-    found = once(tiny.variables(CONFIG), *on_device(PROMPTS), jax.random.key(0))
+    keys_P = keys_of(jax.random.key(0), range(3))
+    found = once(tiny.variables(CONFIG), *on_device(PROMPTS), keys_P)
     jax.effects_barrier()
     assert len(steps) == 1
     chex.assert_trees_all_equal(jnp.sum(found.mask_BC, axis=1), jnp.ones(3, jnp.int32))
@@ -142,6 +143,15 @@ def test_what_a_row_samples_does_not_depend_on_the_others(name):
     # Matrix products of other shapes.
     chex.assert_trees_all_close(first(other), first(found), atol=1e-5)
     assert jnp.any(other.tokens_BC[GROUP:] != found.tokens_BC[GROUP:])
+
+
+def test_what_a_row_samples_depends_on_its_number_and_not_on_its_place():
+    _, found = sampled(SETTINGS["dense"])
+    _, other = sampled(SETTINGS["dense"], PROMPTS[::-1], numbers=(2, 1, 0))
+    groups = np.asarray(other.tokens_BC).reshape(3, GROUP, NEW)
+    np.testing.assert_array_equal(groups[::-1].reshape(-1, NEW), found.tokens_BC)
+    _, moved = sampled(SETTINGS["dense"], numbers=(3, 4, 5))
+    assert jnp.any(moved.tokens_BC != found.tokens_BC)
 
 
 def test_seeds_and_rows_differ():

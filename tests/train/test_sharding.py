@@ -17,7 +17,7 @@ from rl.algorithms import get_algorithm
 from rl.config import SamplingConfig
 from rl.objective import policy_objective
 from rl.rollout import policy_batch
-from rl.sampler import sample
+from rl.sampler import keys_of, sample
 from tests import tiny
 from train.objective import language_objective
 from train.optimizer import make_optimizer, path_of
@@ -211,9 +211,8 @@ def sampled_on(name: str):
             jax.device_put(prompts[key], batch_sharding(mesh)) for key in ("tokens", "segments")
         )
         run = jax.jit(functools.partial(sample, config, SAMPLING, (5, 6, 7), 0, group=2))
-        completions = run(
-            placed_state(config, mesh).variables, tokens_PT, segments_PT, jax.random.key(3)
-        )
+        keys_P = keys_of(jax.random.key(3), range(8))
+        completions = run(placed_state(config, mesh).variables, tokens_PT, segments_PT, keys_P)
         return jax.device_get((completions, policy_batch(tokens_PT, segments_PT, completions, 2)))
 
 

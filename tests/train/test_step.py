@@ -2,6 +2,8 @@
 batch.
 """
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -36,12 +38,12 @@ def weight(batch):
 OBJECTIVE = Objective((Term("square", weight, coefficient=2.0), Term("bias", weight)), totals)
 
 
-def fresh(train):
+def fresh(train, objective=OBJECTIVE):
     optimizer = make_optimizer(train, {"w": Named(jnp.zeros(()), ())})
     params = {"w": jnp.asarray(1.0)}
     count = jnp.zeros((), jnp.int32)
     return TrainState(count, params, {}, optimizer.init(params), count, count), jax.jit(
-        make_step(CONFIG, train, OBJECTIVE, optimizer)
+        make_step(CONFIG, train, objective, optimizer)
     )
 
 
@@ -89,6 +91,23 @@ def test_a_step_without_finite_gradients_changes_its_counters_alone():
     after, metrics = step(state, batch(0, 1, 2, 3))
     assert int(after.skipped) == 3 and int(after.skipped_in_row) == 0
     assert float(after.params["w"]) != float(state.params["w"])
+
+
+def test_a_step_without_a_signal_changes_its_counters_alone():
+    """With moments, decay and a gradient; and it is no sign that gradients are finite again."""
+    signal = dataclasses.replace(OBJECTIVE, signal=lambda batch: jnp.any(batch["weight"] > 2))
+    state, step = fresh(tiny.train_config(stage="dense", weight_decay=0.1), signal)
+    state, _ = step(state, batch(0, 1, 2, 3))
+    state, _ = step(state, batch(0, 1, 2, np.nan))
+    after, metrics = step(state, batch(0, 1, 2))
+    assert float(metrics["grad_norm"]) > 0
+    chex.assert_trees_all_equal(
+        (after.params, after.opt_state, after.router), (state.params, state.opt_state, state.router)
+    )
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (3, 2, 1)
+    moved, _ = step(after, batch(0, 1, 2, 3))
+    assert (int(moved.step), int(moved.skipped), int(moved.skipped_in_row)) == (4, 2, 0)
+    assert float(moved.params["w"]) != float(after.params["w"])
 
 
 def test_the_reported_learning_rate_is_the_one_applied():
