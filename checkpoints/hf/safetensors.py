@@ -193,11 +193,13 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         if kind not in DTYPES:
             known = ", ".join(DTYPES)
             raise UserError(
-                f"{file}: {shown} is of dtype {kind[:LONGEST_WORD]}, which is unknown here (known: {known})"
+                f"{file}: {shown} is of dtype {kind[:LONGEST_WORD]}, which is unknown here"
+                f" (known: {known})"
             )
         if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
             raise UserError(
-                f"{file}: {shown}, {kind} of shape {list(shape)}, cannot fill bytes {begin} to {end}"
+                f"{file}: {shown}, {kind} of shape {list(shape)}, cannot fill bytes {begin} to"
+                f" {end}"
             )
         if begin != reached:
             raise UserError(
