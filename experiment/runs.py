@@ -11,21 +11,15 @@ import jax
 
 from errors import UserError
 from experiment.branch import branch_of
-from experiment.run_record import record_start
 from experiment.schema import Config
 from experiment.setup import run_variables, set_up
 from experiment.summary import phase_summary, write_summary
 from experiment.workdir import open_workdir
 from files import write_json, write_text
-from rl.infill import infill_samples
 from rl.loop import train_policy
-from rl.reasoning import ReasoningEvaluation
-from rl.rewards import get_rewards
+from rl.reasoning import evaluate_reasoning
 from train.evaluate import indexer_recall, infilling
 from train.loop import train_language_model
-
-# What an update of reinforcement learns from at once, in the words of fields.
-UPDATE = "reinforce.prompts_per_step * group_size / minibatches"
 
 
 def pretrain(config: Config, workdir: Path) -> bool:
@@ -40,13 +34,10 @@ def finetune(config: Config, workdir: Path) -> bool:
 
 def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bool) -> bool:
     """Pretrains or fine-tunes in a workdir; returns whether it is finished."""
-    microbatch_rows = config.train.microbatch_rows(config.data.batch_size, "data.batch_size")
-    rows = {"data.batch_size / train.microbatches": microbatch_rows}
     with open_workdir(workdir, config, phase):
-        setup = set_up(config, workdir, rows, trains=True)
-        record_start(workdir, setup.model)
+        rows = config.data.batch_size // config.train.microbatches
         finished = train_language_model(
-            setup,
+            set_up(config, workdir, rows, trains=True),
             config.train,
             config.data,
             workdir,
@@ -63,21 +54,12 @@ def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bo
 def reinforce(config: Config, workdir: Path) -> bool:
     """Trains on verifiable problems by rewards. Returns whether all steps are done."""
     check_reinforce(config)
-    evaluated = [config.evaluate.reward] if config.train.eval_every else []
-    get_rewards([*config.reinforce.rewards, *evaluated])
-    rows = {
-        "reinforce.prompts_per_step": config.reinforce.prompts_per_step,
-        f"{UPDATE} / train.microbatches": config.train.microbatch_rows(update_rows(config), UPDATE),
-    }
     with open_workdir(workdir, config, "reinforce"):
-        setup = set_up(config, workdir, rows, trains=True)
-        record_start(workdir, setup.model)
         finished = train_policy(
-            setup,
+            set_up(config, workdir, config.reinforce.prompts_per_step, trains=True),
             config.train,
             config.sampling,
             config.reinforce,
-            config.evaluate,
             workdir,
             template=config.data.chat_template,
             init_from=config.init_from,
@@ -89,7 +71,7 @@ def reinforce(config: Config, workdir: Path) -> bool:
 
 def check_reinforce(config: Config) -> None:
     """Raises UserError where sections, each right by itself, do not fit reinforcement together."""
-    train, sampling = config.train, config.sampling
+    train, sampling, reinforce = config.train, config.sampling, config.reinforce
     if config.init_state != "parameters":
         raise UserError(
             f"init_state = {config.init_state!r}: launch.reinforce has an optimizer of its own; "
@@ -109,53 +91,38 @@ def check_reinforce(config: Config) -> None:
             "sampling.temperature = 0: all completions of a prompt would be the same and nothing "
             "could be learnt; use 1.0"
         )
-    for name, whole in (("top_k", 0), ("top_p", 1.0)):
-        if getattr(sampling, name) != whole:
-            raise UserError(
-                f"sampling.{name} = {getattr(sampling, name)}: rollouts are drawn from the whole "
-                f"distribution, which the loss compares; set it to {whole} (launch.evaluate takes "
-                "any)"
-            )
-    train.microbatch_rows(update_rows(config), UPDATE)
-    if train.eval_every and not config.evaluate.problems:
+    rows = reinforce.prompts_per_step * reinforce.group_size // reinforce.minibatches
+    if rows % train.microbatches:
         raise UserError(
-            f"train.eval_every = {train.eval_every}: evaluates held-out problems, and "
-            "evaluate.problems = 0 leaves none; set one of them"
+            f"train.microbatches = {train.microbatches}: does not divide the {rows} completions "
+            "of an update"
         )
-
-
-def update_rows(config: Config) -> int:
-    """Returns how many completions an update of reinforcement learns from."""
-    reinforce = config.reinforce
-    return reinforce.prompts_per_step * reinforce.group_size // reinforce.minibatches
 
 
 def evaluate(config: Config, workdir: Path) -> dict:
     """Evaluates a run: pass@k of held-out problems, infilling, and the indexer's recall.
 
-    Writes evaluation.json, samples.jsonl with every prompt, completion and reward, and
-    infills.jsonl with a few gaps that the model fills. A number of 0 in the section `evaluate`
-    leaves that part out.
+    Writes evaluation.json, and samples.jsonl with every prompt, completion and reward. A number of
+    0 in the section `evaluate` leaves that part out.
 
     Returns:
       What evaluation.json has.
     """
-    get_rewards([config.evaluate.reward, *config.reinforce.rewards])
-    rows = {"data.batch_size": config.data.batch_size} if config.evaluate.infill_documents else {}
+    rows = config.data.batch_size // config.train.microbatches
     setup = set_up(config, workdir, rows, trains=False)
-    result, samples, infills = {}, [], []
+    result, samples = {}, []
     with jax.set_mesh(setup.mesh):
         variables = run_variables(setup, config.init_from, workdir)
         if config.evaluate.problems:
-            evaluation = ReasoningEvaluation(
+            result, samples = evaluate_reasoning(
                 setup,
+                variables,
                 config.evaluate,
                 config.sampling,
-                config.reinforce,
-                config.data.chat_template,
-                config.seed,
+                task=config.reinforce.task,
+                template=config.data.chat_template,
+                seed=config.seed,
             )
-            result, samples = evaluation(variables)
         if config.evaluate.infill_documents:
             result |= infilling(
                 setup,
@@ -165,15 +132,11 @@ def evaluate(config: Config, workdir: Path) -> dict:
                 count=config.evaluate.infill_documents,
                 resamples=config.evaluate.bootstrap,
             )
-            infills = infill_samples(
-                setup, variables, config.data, config.sampling, config.train.stage
-            )
             if config.model.indexer.n_heads:
                 result |= indexer_recall(setup, variables, config.train, config.data)
     if jax.process_index() == 0:
-        for name, records in (("samples.jsonl", samples), ("infills.jsonl", infills)):
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            write_text(workdir / name, "".join(lines))
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_text(workdir / "samples.jsonl", "".join(lines))
         write_json(workdir / "evaluation.json", result)
         print_evaluation(result)
     return result
@@ -181,12 +144,10 @@ def evaluate(config: Config, workdir: Path) -> dict:
 
 def print_evaluation(result: dict) -> None:
     """Prints the figures of evaluation.json, a line each, with their 95 % intervals."""
-    if result.get("left_out"):
-        print(f"{result['left_out']:,} problems left out, longer than sampling.max_prompt_tokens")
     for row in result.get("pass_at_k", []):
         print(f"pass@{row['k']:<4} {row['mean']:.3f}  ({row['low']:.3f} to {row['high']:.3f})")
     for name, value in result.items():
-        if name.startswith(("middle_loss", "indexer")) or name.endswith("_reward"):
+        if name.startswith(("middle_loss", "indexer")):
             print(f"{name:<34} {value:.3f}")
     for source, losses in result.get("infilling", {}).items():
         for name, saved in losses.items():
