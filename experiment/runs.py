@@ -17,9 +17,13 @@ from experiment.summary import phase_summary, write_summary
 from experiment.workdir import open_workdir
 from files import write_json, write_text
 from rl.loop import train_policy
-from rl.reasoning import evaluate_reasoning
+from rl.reasoning import ReasoningEvaluation
+from rl.rewards import get_rewards
 from train.evaluate import indexer_recall, infilling
 from train.loop import train_language_model
+
+# What an update of reinforcement learns from at once, in the words of fields.
+UPDATE = "reinforce.prompts_per_step * group_size / minibatches"
 
 
 def pretrain(config: Config, workdir: Path) -> bool:
@@ -34,8 +38,9 @@ def finetune(config: Config, workdir: Path) -> bool:
 
 def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bool) -> bool:
     """Pretrains or fine-tunes in a workdir; returns whether it is finished."""
+    microbatch_rows = config.train.microbatch_rows(config.data.batch_size, "data.batch_size")
+    rows = {"data.batch_size / train.microbatches": microbatch_rows}
     with open_workdir(workdir, config, phase):
-        rows = config.data.batch_size // config.train.microbatches
         finished = train_language_model(
             set_up(config, workdir, rows, trains=True),
             config.train,
@@ -54,12 +59,19 @@ def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bo
 def reinforce(config: Config, workdir: Path) -> bool:
     """Trains on verifiable problems by rewards. Returns whether all steps are done."""
     check_reinforce(config)
+    evaluated = [config.evaluate.reward] if config.train.eval_every else []
+    get_rewards([*config.reinforce.rewards, *evaluated])
+    rows = {
+        "reinforce.prompts_per_step": config.reinforce.prompts_per_step,
+        f"{UPDATE} / train.microbatches": config.train.microbatch_rows(update_rows(config), UPDATE),
+    }
     with open_workdir(workdir, config, "reinforce"):
         finished = train_policy(
-            set_up(config, workdir, config.reinforce.prompts_per_step, trains=True),
+            set_up(config, workdir, rows, trains=True),
             config.train,
             config.sampling,
             config.reinforce,
+            config.evaluate,
             workdir,
             template=config.data.chat_template,
             init_from=config.init_from,
@@ -71,7 +83,7 @@ def reinforce(config: Config, workdir: Path) -> bool:
 
 def check_reinforce(config: Config) -> None:
     """Raises UserError where sections, each right by itself, do not fit reinforcement together."""
-    train, sampling, reinforce = config.train, config.sampling, config.reinforce
+    train, sampling = config.train, config.sampling
     if config.init_state != "parameters":
         raise UserError(
             f"init_state = {config.init_state!r}: launch.reinforce has an optimizer of its own; "
@@ -91,12 +103,25 @@ def check_reinforce(config: Config) -> None:
             "sampling.temperature = 0: all completions of a prompt would be the same and nothing "
             "could be learnt; use 1.0"
         )
-    rows = reinforce.prompts_per_step * reinforce.group_size // reinforce.minibatches
-    if rows % train.microbatches:
+    for name, whole in (("top_k", 0), ("top_p", 1.0)):
+        if getattr(sampling, name) != whole:
+            raise UserError(
+                f"sampling.{name} = {getattr(sampling, name)}: rollouts are drawn from the whole "
+                f"distribution, which the loss compares; set it to {whole} (launch.evaluate takes "
+                "any)"
+            )
+    train.microbatch_rows(update_rows(config), UPDATE)
+    if train.eval_every and not config.evaluate.problems:
         raise UserError(
-            f"train.microbatches = {train.microbatches}: does not divide the {rows} completions "
-            "of an update"
+            f"train.eval_every = {train.eval_every}: evaluates held-out problems, and "
+            "evaluate.problems = 0 leaves none; set one of them"
         )
+
+
+def update_rows(config: Config) -> int:
+    """Returns how many completions an update of reinforcement learns from."""
+    reinforce = config.reinforce
+    return reinforce.prompts_per_step * reinforce.group_size // reinforce.minibatches
 
 
 def evaluate(config: Config, workdir: Path) -> dict:
@@ -108,21 +133,22 @@ def evaluate(config: Config, workdir: Path) -> dict:
     Returns:
       What evaluation.json has.
     """
-    rows = config.data.batch_size // config.train.microbatches
+    get_rewards([config.evaluate.reward, *config.reinforce.rewards])
+    rows = {"data.batch_size": config.data.batch_size} if config.evaluate.infill_documents else {}
     setup = set_up(config, workdir, rows, trains=False)
     result, samples = {}, []
     with jax.set_mesh(setup.mesh):
         variables = run_variables(setup, config.init_from, workdir)
         if config.evaluate.problems:
-            result, samples = evaluate_reasoning(
+            evaluation = ReasoningEvaluation(
                 setup,
-                variables,
                 config.evaluate,
                 config.sampling,
-                task=config.reinforce.task,
-                template=config.data.chat_template,
-                seed=config.seed,
+                config.reinforce,
+                config.data.chat_template,
+                config.seed,
             )
+            result, samples = evaluation(variables)
         if config.evaluate.infill_documents:
             result |= infilling(
                 setup,
@@ -144,10 +170,12 @@ def evaluate(config: Config, workdir: Path) -> dict:
 
 def print_evaluation(result: dict) -> None:
     """Prints the figures of evaluation.json, a line each, with their 95 % intervals."""
+    if result.get("left_out"):
+        print(f"{result['left_out']:,} problems left out, longer than sampling.max_prompt_tokens")
     for row in result.get("pass_at_k", []):
         print(f"pass@{row['k']:<4} {row['mean']:.3f}  ({row['low']:.3f} to {row['high']:.3f})")
     for name, value in result.items():
-        if name.startswith(("middle_loss", "indexer")):
+        if name.startswith(("middle_loss", "indexer")) or name.endswith("_reward"):
             print(f"{name:<34} {value:.3f}")
     for source, losses in result.get("infilling", {}).items():
         for name, saved in losses.items():
