@@ -1,6 +1,7 @@
 r"""Evaluates a run: pass@k on held-out problems, infilling, and the indexer's recall.
 
-pass@k is unbiased, with bootstrap intervals; infilling compares the loss with the suffix shown to
+pass@k is unbiased, with bootstrap intervals, of completions whose reward `evaluate.reward` is at
+least `evaluate.success`; infilling compares the loss with the suffix shown to
 that without. The newest checkpoint of a run, and one run with the config of another:
 
     python -m launch.evaluate --workdir=runs/rl

@@ -2,14 +2,20 @@ r"""Reinforcement learning on verifiable tasks: GRPO, Dr.GRPO and their relative
 
 The algorithms are the rows of rl/algorithms.py.
 
-    python -m launch.reinforce --config=configs/quickstart.py:reinforce --workdir=runs/rl \
+    python -m launch.reinforce --config=configs/reinforce.py --workdir=runs/rl \
         --config.init_from=runs/chat
-    python -m launch.reinforce ... --config.reinforce.algorithm=grpo \
+    python -m launch.reinforce --config=configs/reinforce.py --workdir=runs/grpo \
+        --config.init_from=runs/chat --config.reinforce.algorithm=grpo \
         --config.reinforce.kl_weight=0.01
+    python -m launch.reinforce --config=configs/reinforce.py --workdir=runs/own \
+        --config.init_from=runs/chat \
+        --config.reinforce.task="task:jsonl:problems.jsonl#question,answer" \
+        --config.reinforce.rewards="{'answer': 1.0, 'my_rewards.py:brevity': 0.1}"
 
-A step samples `reinforce.group_size` completions of `reinforce.prompts_per_step` prompts, rewards
-them, and updates epochs x minibatches times; train.steps counts such steps. The same command again
-goes on where the run stopped.
+docs/reinforce.md says what a problem file, a task and a reward of your own look like. A step
+samples `reinforce.group_size` completions of `reinforce.prompts_per_step` prompts, rewards them,
+and updates epochs x minibatches times; train.steps counts such steps. The same command again goes
+on where the run stopped.
 """
 
 from pathlib import Path
