@@ -28,6 +28,12 @@ def jinja_environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+@functools.lru_cache(maxsize=16)
+def compiled(source: str) -> jinja2.Template:
+    """Returns a template ready to run. Raises jinja2.TemplateSyntaxError if it is none."""
+    return jinja_environment().from_string(source)
+
+
 class _Generation(Extension):
     """The block {% generation %}, by which a template marks what the assistant writes.
 

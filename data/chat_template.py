@@ -1,23 +1,19 @@
 """A checkpoint's own chat template: the Jinja program that writes a conversation as text.
 
 It is a file beside the tokenizer, and runs as Hugging Face's `apply_chat_template(tokenize=False)`
-runs it (data/chat_jinja.py).
+runs it (data/chat_jinja.py), in a process of its own (data/jinja_process.py).
 """
 
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.meta
-
-from data.chat_jinja import jinja_environment
 from data.chat_omissions import THOUGHT_FIELDS, THOUGHT_TAG
 from data.documents import Messages, Tools
+from data.jinja_process import JINJA, Refused
 from errors import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -66,9 +62,10 @@ class ChatTemplate:
 
         Raises UserError for one that the program does not read.
         """
-        _ = self._program  # whose errors are lines
-        syntax = jinja_environment().parse(self.source)
-        read = jinja2.meta.find_undeclared_variables(syntax) - _GIVEN
+        try:
+            read = JINJA.ask(("names", self.source)) - _GIVEN
+        except Refused as error:
+            raise UserError(f"{self.name}: {error}") from error
         for name in options:
             if name not in read:
                 known = ", ".join(sorted(read - {*self.special_tokens})) or "none"
@@ -98,7 +95,6 @@ class ChatTemplate:
         """
         if not messages:
             raise UserError(f"{self.name}: the conversation is empty")
-        program = self._program
         context = {
             **self.special_tokens,
             **self.options,
@@ -107,11 +103,14 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return program.render(context | {"messages": _for_template(messages)})
-        except Exception as error:  # the program may raise anything that Python does
-            reason = " ".join(str(error).split()) or type(error).__name__
-            place = self._refused_message(messages, context)
-            raise UserError(f"{self.name}: {place}{reason}") from error
+            return self._rendered(messages, context)
+        except Refused as error:
+            place = self._refused_message(messages, context) if error.by_conversation else ""
+            raise UserError(f"{self.name}: {place}{error}") from error
+
+    def _rendered(self, messages: Messages, context: Mapping[str, Any]) -> str:
+        """Returns the text of a conversation. Raises Refused if the program gives none."""
+        return JINJA.ask(("render", self.source, {**context, "messages": _for_template(messages)}))
 
     def render_with_spans(
         self, messages: Messages, tools: Tools | None = None
@@ -179,20 +178,11 @@ class ChatTemplate:
         """
         for count in range(len(messages) - 1, 0, -1):
             try:
-                self._program.render(context | {"messages": _for_template(messages[:count])})
-            except Exception:
+                self._rendered(messages[:count], context)
+            except Refused:
                 continue
             return f"message {count + 1} of {len(messages)}: "
         return ""
-
-    @functools.cached_property
-    def _program(self) -> jinja2.Template:
-        try:
-            return jinja_environment().from_string(self.source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"{self.name}: line {error.lineno} of the chat template: {error.message}"
-            ) from error
 
 
 def find_chat_template(
@@ -209,7 +199,7 @@ def find_chat_template(
       special_tokens: as in `ChatTemplate`.
 
     Raises:
-      UserError: chat_template.jinja is not UTF-8.
+      UserError: chat_template.jinja is not UTF-8, or a list of templates is none.
     """
     path = directory / TEMPLATE_FILE
     if path.is_file():
@@ -219,7 +209,13 @@ def find_chat_template(
             raise UserError(f"{path}: not UTF-8 at byte {error.start}") from error
     source = config.get("chat_template")
     if isinstance(source, list):
-        source = {named["name"]: named["template"] for named in source}.get("default")
+        named = [one for one in source if isinstance(one, dict)]
+        if len(named) < len(source) or not all({"name", "template"} <= set(one) for one in named):
+            raise UserError(
+                f'{directory / "tokenizer_config.json"}: "chat_template": a list must have objects'
+                ' with a "name" and a "template" each'
+            )
+        source = next((one["template"] for one in named if one["name"] == "default"), None)
     if not isinstance(source, str):
         return None
     return ChatTemplate(source, str(directory / "tokenizer_config.json"), special_tokens)

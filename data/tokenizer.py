@@ -5,10 +5,11 @@ characters. Special ids are asked for by name, except in what a chat template re
 appear as text (`Tokenizer.encode_rendered`).
 """
 
+import contextlib
 import copy
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,11 +126,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, none of them special whatever the text contains."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with self._panics():
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes each text as `encode` does, on as many threads as the machine has."""
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        with self._panics():
+            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_rendered(self, text: str) -> list[int]:
@@ -137,11 +140,13 @@ class Tokenizer:
 
         A chat template renders such texts: "<|eos|>" in one is the end of a turn.
         """
-        return self._rendered_backend.encode(text, add_special_tokens=False).ids
+        with self._panics():
+            return self._rendered_backend.encode(text, add_special_tokens=False).ids
 
     def encode_rendered_with_offsets(self, text: str) -> Encoding:
         """Encodes a text as `encode_rendered` does, with the characters that each id stands for."""
-        encoding = self._rendered_backend.encode(text, add_special_tokens=False)
+        with self._panics():
+            encoding = self._rendered_backend.encode(text, add_special_tokens=False)
         return Encoding(text, encoding.ids, encoding.offsets)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -154,7 +159,8 @@ class Tokenizer:
         """
         skipped = self._skipped_ids if skip_special_tokens else frozenset()
         kept = [int(index) for index in ids if int(index) not in skipped]
-        return self._backend.decode(kept, skip_special_tokens=False)
+        with self._panics():
+            return self._backend.decode(kept, skip_special_tokens=False)
 
     def is_special(self, token_id: int) -> bool:
         """Returns whether an id is that of a special token."""
@@ -229,6 +235,20 @@ class Tokenizer:
         # It adds no token here, but some of them trim the spaces of a token off its offsets.
         backend.post_processor = None
         return backend
+
+    @contextlib.contextmanager
+    def _panics(self) -> Iterator[None]:
+        """Turns what the library throws at a text into UserError.
+
+        Its panics, as of a regular expression that takes too long, are no Exceptions.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.name}: the tokenizer fails at a text ({reason})") from error
 
     def _find(self, named: str | None, spellings: Sequence[str]) -> int | None:
         """Returns the id of the first of the spellings, `named` before all, that is special."""

@@ -1,6 +1,8 @@
 """Loads a Hugging Face tokenizer.json, with roles, stops and chat template from its folder."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "generation_config.json",
 )
+
+LARGEST_ID = 10_000_000  # the largest vocabularies have a few hundred thousand entries
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -54,12 +58,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _load_backend(path: Path, named: Collection[str]) -> tokenizers.Tokenizer:
     """Loads a tokenizer.json and flags every control token, and those `named`, as special."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if '"Precompiled"' in text:
+            _check_apart(path)
+        saved = json.loads(text)
         for token in saved["added_tokens"]:
             token["special"] = token["special"] or is_control_token(token["content"], named)
         backend = tokenizers.Tokenizer.from_str(json.dumps(saved))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: not a Hugging Face tokenizer.json ({error})") from error
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics, which are none
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not a Hugging Face tokenizer.json ({reason})") from error
+    largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest > LARGEST_ID:
+        raise UserError(f"{path}: id {largest}: a vocabulary has at most {LARGEST_ID:,} entries")
     backend.no_padding()
     backend.no_truncation()
     # A token with a role may be in the vocabulary only. As a special one it must be matched in
@@ -73,6 +86,22 @@ def _load_backend(path: Path, named: Collection[str]) -> tokenizers.Tokenizer:
         ]
     )
     return backend
+
+
+def _check_apart(path: Path) -> None:
+    """Raises UserError if a tokenizer ends the process that loads it.
+
+    That can happen where its normaliser is compiled, as some families' are: the library aborts.
+    """
+    code = "import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1]).encode('a é 你 ﬁ')"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)], capture_output=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{path}: takes more than two minutes to load") from None
+    if done.returncode:
+        raise UserError(f"{path}: not a Hugging Face tokenizer.json (its normalizer is damaged)")
 
 
 def _special_token_roles(config: Mapping[str, Any], directory: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Tokenizers of other projects, loaded from their files and saved with them."""
 
+import base64
 import json
 
 import pytest
@@ -218,3 +219,51 @@ def test_a_broken_file_beside_the_tokenizer_is_named(checkpoint):
         UserError, match=r"generation_config.json: must be a JSON object, not a list"
     ):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("charsmap", [b"", b"\xff" * 8, bytes(8), b"\x04\0\0\0abcd" + b"x" * 99])
+def test_a_compiled_normaliser_of_nonsense_is_one_line(tmp_path, charsmap):
+    """The library panics or aborts at it."""
+    path = hugging_face(tmp_path, {"</s>": True})
+    normalizer = {
+        "type": "Precompiled",
+        "precompiled_charsmap": base64.b64encode(charsmap).decode(),
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": normalizer}))
+    with pytest.raises(UserError, match=r"tokenizer.json: not a .* \(its normalizer is damaged\)"):
+        load_tokenizer(path)
+
+
+def test_a_regex_that_never_ends_is_one_line(tmp_path):
+    """The library panics, which is no Exception."""
+    path = hugging_face(tmp_path, {"</s>": True})
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated"}
+    split["invert"] = False
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": split}))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("abc")
+    for encode in (
+        tokenizer.encode,
+        tokenizer.encode_rendered,
+        lambda x: tokenizer.encode_batch([x]),
+    ):
+        with pytest.raises(
+            UserError, match=r"tokenizer.json: the tokenizer fails at a text \(.*retry"
+        ):
+            encode("x" * 5000)
+
+
+def test_an_id_beyond_all_vocabularies_is_one_line(tmp_path):
+    path = hugging_face(tmp_path, {"</s>": True})
+    saved = json.loads(path.read_text())
+    saved["model"]["vocab"]["zz"] = 2**32 - 1
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="id 4294967295: a vocabulary has at most 10,000,000"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("listed", [[1], [{}], [{"name": "default"}], [["default", "x"]], [None]])
+def test_a_list_that_is_none_of_templates_is_one_line(checkpoint, listed):
+    config = {"eos_token": "<|im_end|>", "chat_template": listed}
+    with pytest.raises(UserError, match=r'tokenizer_config.json: "chat_template": a list must'):
+        load_tokenizer(checkpoint(None, config))
