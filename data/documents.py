@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
+from data.waiting import Waiting
 from errors import UserError
 
 Split = Literal["train", "validation"]
@@ -161,11 +162,12 @@ def select_split(source: Source, split: Split, validation_share: float) -> Subse
     if isinstance(source, OwnSplit):
         indices = source.in_split(split)
     else:
-        indices = [
-            index
-            for index in range(len(source))
-            if (uniform_hash(source.key(index)) < share) == (split == "validation")
-        ]
+        indices, waiting = [], Waiting(f"splitting {source.spec}")
+        for index in range(len(source)):
+            if (uniform_hash(source.key(index)) < share) == (split == "validation"):
+                indices.append(index)
+            if index % 4096 == 0:
+                waiting.update(index, "documents", len(source))
     if not indices:
         reason = (
             f"data.validation = {share}"
