@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
 
 from checkpoints.training import Checkpoints
 from data.tasks.problem import Problem
@@ -31,6 +32,7 @@ from rl.reference import start_with_reference
 from rl.rewards import metric_name, total_reward
 from rl.rollout import policy_batch
 from rl.sampler import keys_of
+from rl.traces import Traces
 from train.config import TrainConfig
 from train.interrupt import Interrupt
 from train.metrics import Metrics
@@ -113,6 +115,7 @@ def train_policy(
         key = jax.random.fold_in(jax.random.key(seed), 1)
         with (
             Metrics(workdir, "reinforce", resume_step=done) as metrics,
+            Traces(workdir, resume_step=done) as traces,
             Progress(train.steps, workdir.resolve().name) as progress,
             SavedOnError(checkpoints) as newest,
         ):
@@ -136,6 +139,8 @@ def train_policy(
                 observed = observe(generation, rewards)
                 values = timed(over_updates(measured) | observed, started, sampled)
                 log.record(step, values, int(observed["tokens"]))
+                if Due(train).log(step):
+                    traces.write(step, chosen[0], generation.texts, rewards.total_PG[0])
                 if held_out and (step % train.eval_every == 0 or step == train.steps):
                     metrics.write(step, held_out.validation(state.variables))
                 checkpoints.check()
@@ -201,7 +206,8 @@ def jit_policy_step(
 def reward(generation: Generation, problems: Sequence[Problem], config: ReinforceConfig) -> Rewards:
     """Rewards P * G completions, of which row p * G + g answers problem p.
 
-    Those that were cut before their stop token get 0 where reinforce.truncated says so.
+    Those that were cut before their stop token get 0 where reinforce.truncated says so. Every
+    process computes them; those of the first count, should a reward of one's own draw lots.
     """
     totals, by_name = [], {name: [] for name in config.rewards}
     for row, text in enumerate(generation.texts):
@@ -212,7 +218,10 @@ def reward(generation: Generation, problems: Sequence[Problem], config: Reinforc
         totals.append(total)
         for name, value in parts.items():
             by_name[name].append(value)
-    return Rewards(np.asarray(totals, np.float32).reshape(-1, config.group_size), by_name)
+    total_PG = np.asarray(totals, np.float32).reshape(-1, config.group_size)
+    if jax.process_count() > 1:
+        total_PG = np.asarray(multihost_utils.broadcast_one_to_all(total_PG))
+    return Rewards(total_PG, by_name)
 
 
 def learning_batch(
@@ -276,6 +285,8 @@ def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     The gap between the log-probs of trainer and sampler is that of the first update, when both have
     the same parameters. Counters and the learning rate are those after the last.
     """
+    if len(measured) == 1:
+        return dict(measured[0])
     means = {
         name: jnp.mean(jnp.stack([values[name] for values in measured]), axis=0)
         for name in measured[0]
