@@ -171,7 +171,9 @@ def evaluate(config: Config, workdir: Path) -> dict:
 def print_evaluation(result: dict) -> None:
     """Prints the figures of evaluation.json, a line each, with their 95 % intervals."""
     if "problems" in result:
-        print(f"{result['problems']:,} held-out problems, {result['samples']:,} completions of each")
+        print(
+            f"{result['problems']:,} held-out problems, {result['samples']:,} completions of each"
+        )
     if result.get("left_out"):
         print(f"{result['left_out']:,} problems left out, longer than sampling.max_prompt_tokens")
     for row in result.get("pass_at_k", []):
