@@ -196,7 +196,8 @@ def _training_lines(config: Config) -> dict[str, str]:
     )
     schedule = f"{train.steps:,} steps, learning rate {train.learning_rate:g}"
     return {
-        "data": f"{', '.join(data.sources)}; {tokens}",
+        # A glob may have bytes that UTF-8 cannot write.
+        "data": f"{', '.join(data.sources)}; {tokens}".encode(errors="backslashreplace").decode(),
         "train": f"{train.stage}, {schedule}, seed {config.seed}",
         "export": _export_line(config.model),
     }

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from model.sharding import batch_sharding, replicated
 from train.config import TrainConfig
 from train.infill import infill_rows, middle_losses, middle_nats
 from train.mean import Mean
+from train.metrics import read_metrics
 from train.objective import language_objective
 from train.setup import Setup, open_batches
 from train.step import make_evaluation
@@ -51,6 +53,16 @@ def validation_means(
     found = [evaluate_fn(variables, setup.on_devices(next(held_out))) for _ in range(count)]
     sums = {name: functools.reduce(operator.add, [one[name] for one in found]) for name in found[0]}
     return {f"validation_{name}": jax.tree.map(float, mean).value for name, mean in sums.items()}
+
+
+def was_evaluated(path: Path, phase: str, step: int) -> bool:
+    """Returns whether metrics.jsonl at `path` has the validation of this step of a phase."""
+    return any(
+        line.get("stage") == phase
+        and line.get("step") == step
+        and any(name.startswith("validation_") for name in line)
+        for line in read_metrics(path)
+    )
 
 
 def infilling(

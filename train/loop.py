@@ -16,7 +16,7 @@ from checkpoints.training import Checkpoints
 from data.config import DataConfig
 from model.transformer import boxed_shapes
 from train.config import TrainConfig
-from train.evaluate import validation_means
+from train.evaluate import validation_means, was_evaluated
 from train.interrupt import Interrupt
 from train.metrics import Metrics
 from train.monitor import Due, StepLog
@@ -70,7 +70,8 @@ def train_language_model(
         Checkpoints(workdir / "checkpoints", train.max_to_keep) as checkpoints,
         Interrupt() as interrupt,
     ):
-        new = checkpoints.latest() is None and not init_from
+        resumes = checkpoints.latest() is not None
+        new = not resumes and not init_from
         step = make_step(setup.model, train, objective, optimizer)
         compile_step = functools.partial(compiled_step, setup, data, step, optimizer)
         with ThreadPoolExecutor(max_workers=1) as background:
@@ -98,6 +99,17 @@ def train_language_model(
             SavedOnError(checkpoints) as newest,
         ):
             log = StepLog(train, metrics, progress)
+
+            def evaluate(step: int) -> None:
+                means = validation_means(
+                    setup, evaluate_fn, state.variables, data, train.eval_batches, chat=chat
+                )
+                metrics.write(step, means)
+
+            # Where an error in it ended the run, which one process alone saves (train/rescue.py).
+            alone = resumes and jax.process_count() == 1
+            if alone and due.evaluation(done) and not was_evaluated(metrics.path, phase, done):
+                evaluate(done)
             # (step, metrics) still on the device: reading them a step late never blocks
             unread = None
             for step in range(done + 1, train.steps + 1):
@@ -117,10 +129,7 @@ def train_language_model(
                 if due.evaluation(step):
                     log.record(*unread, tokens)
                     unread = None
-                    means = validation_means(
-                        setup, evaluate_fn, state.variables, data, train.eval_batches, chat=chat
-                    )
-                    metrics.write(step, means)
+                    evaluate(step)
                 checkpoints.check()
                 stopping = interrupt.stop_requested(step)
                 if due.save(step) or stopping:

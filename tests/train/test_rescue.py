@@ -9,6 +9,7 @@ import pytest
 
 from checkpoints.training import Checkpoints
 from data.config import DataConfig
+from data.documents import uniform_hash
 from data.tokenizer_training import bytes_tokenizer
 from errors import UserError
 from model.mesh import MeshConfig
@@ -111,7 +112,7 @@ def test_a_run_that_a_bad_record_stopped_goes_on_when_it_skips(tmp_path):
             setup, train, data, tmp_path / name, phase="pretrain", chat=False, init_from="", seed=0
         )
 
-    with pytest.raises(UserError, match=r"a\.jsonl:32: .* is null.*; step \d is saved"):
+    with pytest.raises(UserError, match=r"a\.jsonl:32: .* is null.*; step \d is saved$"):
         run("one", stop)
     before = read_metrics(tmp_path / "one/metrics.jsonl")
     assert 0 < before[-1]["step"] < 8
@@ -128,3 +129,37 @@ def test_a_run_that_a_bad_record_stopped_goes_on_when_it_skips(tmp_path):
     )
     assert one == two and [line["step"] for line in one] == list(range(1, 9))
     assert one[-1]["bad_records"] >= 1 and "fim_share" in one[-1]
+
+
+@pytest.mark.heavy
+def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(tmp_path):
+    """The error comes after the last step, which is saved: nothing but the evaluation is left."""
+    tokenizer = bytes_tokenizer()
+    setup = Setup(
+        dataclasses.replace(tiny.MODEL, vocab_size=tokenizer.vocab_size, num_hidden_layers=1),
+        tokenizer,
+        make_mesh(MeshConfig()),
+    )
+    train = TrainConfig(steps=2, log_every=1, eval_batches=1, mtp_weight=0.0)
+    path = tmp_path / "a.jsonl"
+    data = DataConfig(
+        sources=(f"jsonl:{path}#t",), validation=0.5, seq_len=32, fim_rate=0.0, bad_records="stop"
+    )
+    is_training = [uniform_hash(f"a.jsonl:{number}") >= 0.5 for number in range(40)]
+    lines = ['{"t": "word word"}' if training else "{}" for training in is_training]
+    path.write_text("\n".join(lines))
+
+    def run():
+        return train_language_model(
+            setup, train, data, tmp_path / "run", phase="pretrain", chat=False, init_from="", seed=0
+        )
+
+    for _ in range(2):  # the same command stops there again
+        with pytest.raises(UserError, match=r'a\.jsonl:\d+: no field "t"'):
+            run()
+    path.write_text("\n".join(['{"t": "word word"}'] * 40))
+    assert run()
+    assert run()
+    found = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in found] == [1, 2, 2]
+    assert "validation_lm" in found[-1]
