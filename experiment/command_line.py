@@ -64,7 +64,8 @@ def command(
         --model in its place, a run's workdir or hf:DIR, of whose config fields may be overridden;
         `run` gets it as `model`. "source" wants --config too, but hands `run` the unread
         ConfigSource.
-      workdir: whether there is a --workdir. It may not exist yet.
+      workdir: whether there is a --workdir. It may not exist yet. One among `flags` is as it is
+        typed.
       flags: the command's own.
       rest: the keyword of `run` that takes, as a list, the words after `--`; without it a stray
         word is an error.
@@ -150,7 +151,7 @@ def _arguments(
     arguments = {name: values[name] for name in own}
     if rest:
         arguments[rest] = strays
-    if "workdir" in known:
+    if "workdir" in known and "workdir" not in own:
         reads = source.reads_workdir(values)
         arguments["workdir"] = checked_workdir(values["workdir"], reads=reads)
     pretend_devices(values.get("pretend_devices", 0))

@@ -11,11 +11,13 @@ import jax
 
 from errors import UserError
 from experiment.branch import branch_of
+from experiment.run_record import record_start
 from experiment.schema import Config
 from experiment.setup import run_variables, set_up
 from experiment.summary import phase_summary, write_summary
 from experiment.workdir import open_workdir
 from files import write_json, write_text
+from rl.infill import infill_samples
 from rl.loop import train_policy
 from rl.reasoning import ReasoningEvaluation
 from rl.rewards import get_rewards
@@ -41,8 +43,10 @@ def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bo
     microbatch_rows = config.train.microbatch_rows(config.data.batch_size, "data.batch_size")
     rows = {"data.batch_size / train.microbatches": microbatch_rows}
     with open_workdir(workdir, config, phase):
+        setup = set_up(config, workdir, rows, trains=True)
+        record_start(workdir, setup.model)
         finished = train_language_model(
-            set_up(config, workdir, rows, trains=True),
+            setup,
             config.train,
             config.data,
             workdir,
@@ -66,8 +70,10 @@ def reinforce(config: Config, workdir: Path) -> bool:
         f"{UPDATE} / train.microbatches": config.train.microbatch_rows(update_rows(config), UPDATE),
     }
     with open_workdir(workdir, config, "reinforce"):
+        setup = set_up(config, workdir, rows, trains=True)
+        record_start(workdir, setup.model)
         finished = train_policy(
-            set_up(config, workdir, rows, trains=True),
+            setup,
             config.train,
             config.sampling,
             config.reinforce,
@@ -127,8 +133,9 @@ def update_rows(config: Config) -> int:
 def evaluate(config: Config, workdir: Path) -> dict:
     """Evaluates a run: pass@k of held-out problems, infilling, and the indexer's recall.
 
-    Writes evaluation.json, and samples.jsonl with every prompt, completion and reward. A number of
-    0 in the section `evaluate` leaves that part out.
+    Writes evaluation.json, samples.jsonl with every prompt, completion and reward, and
+    infills.jsonl with a few gaps that the model fills. A number of 0 in the section `evaluate`
+    leaves that part out.
 
     Returns:
       What evaluation.json has.
@@ -136,7 +143,7 @@ def evaluate(config: Config, workdir: Path) -> dict:
     get_rewards([config.evaluate.reward, *config.reinforce.rewards])
     rows = {"data.batch_size": config.data.batch_size} if config.evaluate.infill_documents else {}
     setup = set_up(config, workdir, rows, trains=False)
-    result, samples = {}, []
+    result, samples, infills = {}, [], []
     with jax.set_mesh(setup.mesh):
         variables = run_variables(setup, config.init_from, workdir)
         if config.evaluate.problems:
@@ -158,11 +165,15 @@ def evaluate(config: Config, workdir: Path) -> dict:
                 count=config.evaluate.infill_documents,
                 resamples=config.evaluate.bootstrap,
             )
+            infills = infill_samples(
+                setup, variables, config.data, config.sampling, config.train.stage
+            )
             if config.model.indexer.n_heads:
                 result |= indexer_recall(setup, variables, config.train, config.data)
     if jax.process_index() == 0:
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_text(workdir / "samples.jsonl", "".join(lines))
+        for name, records in (("samples.jsonl", samples), ("infills.jsonl", infills)):
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            write_text(workdir / name, "".join(lines))
         write_json(workdir / "evaluation.json", result)
         print_evaluation(result)
     return result

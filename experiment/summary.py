@@ -1,18 +1,18 @@
 """Writes the results of a run as numbers: summary.json of a phase, and of the whole quickstart."""
 
-import platform
+import resource
+import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from errors import UserError
+from experiment.run_record import devices, versions
 from experiment.schema import Config
-from files import write_json
+from files import read_json, write_json
 from train.metrics import read_metrics
-
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def write_summary(workdir: Path, numbers: Mapping[str, Any]) -> None:
@@ -24,6 +24,8 @@ def write_summary(workdir: Path, numbers: Mapping[str, Any]) -> None:
 def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]:
     """Returns first and last values of a training run's metrics, its tokens and median speed.
 
+    memory_gib is the most that any of the run's processes had of a device, or of the machine where
+    devices do not tell.
     loss is the language model's, in nats per token. Reinforcement learning has its reward, length,
     entropy and log-prob gap, over the first and last tenth of the steps.
 
@@ -34,7 +36,8 @@ def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]
     trained = [line for line in lines if "loss" in line]
     if not trained:
         return {}
-    numbers = {"steps": trained[-1]["step"]}
+    recorded = _recorded_memory(workdir, phase)
+    numbers = {"steps": trained[-1]["step"], "memory_gib": max(recorded, peak_memory_gib())}
     speeds = sorted(line["tokens_per_s"] for line in trained if line.get("tokens_per_s"))
     if speeds:
         numbers["tokens_per_s"] = speeds[len(speeds) // 2]
@@ -55,6 +58,30 @@ def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]
             if name.startswith("validation_")
         }
     )
+
+
+def peak_memory_gib() -> float:
+    """Returns the most memory that any local device has used so far, in GiB.
+
+    Where devices do not tell, as a CPU does not, it is the most that this process had.
+    """
+    peaks = [
+        statistics["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if (statistics := device.memory_stats()) and "peak_bytes_in_use" in statistics
+    ]
+    if peaks:
+        return round(max(peaks) / 2**30, 3)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, else KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+
+
+def _recorded_memory(workdir: Path, phase: str) -> float:
+    """Returns memory_gib of a phase as its summary.json has it, 0 without one."""
+    try:
+        return float(read_json(workdir / "summary.json")[phase]["memory_gib"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return 0.0
 
 
 def _rewards(trained: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -84,6 +111,9 @@ def quickstart_summary(
         name: phase_summary(config, workdir / name, _metrics_name(name))
         for name, config in phases.items()
     }
+    for name in phases:  # the process that sums up had more in the end than each phase by itself
+        if recorded := _recorded_memory(workdir / name, _metrics_name(name)):
+            numbers[name]["memory_gib"] = recorded
     sparse = evaluations["sparse_evaluation"]
     numbers["pretrain"] |= {
         name: value
@@ -104,9 +134,8 @@ def quickstart_summary(
     return numbers | {
         "seed": phases["pretrain"].seed,
         "seconds": seconds,
-        "devices": [f"{device.platform}:{device.device_kind}" for device in jax.devices()],
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES},
+        "devices": devices(),
+        "versions": versions(),
     }
 
 

@@ -21,9 +21,9 @@ from errors import UserError
 from experiment import runs
 from experiment.command_line import Flag, command
 from experiment.config_files import ConfigSource
+from experiment.reporting import write_report
 from experiment.schema import Config, parse
 from experiment.summary import quickstart_summary, write_summary
-from report.page import write_report
 from report.table import print_table
 
 # Phases in order; each starts from the checkpoint of the one before.

@@ -1,28 +1,26 @@
-"""Charts of metrics over steps, the phases of a run end to end."""
+"""Charts of metrics over steps, the phases of a run end to end, of one run or of several."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from report import figures
-from report.figures import BLUE, GREEN, MUTED, ORANGE
-from report.results import PhaseMetrics
+from report.lenient import number
+from report.results import PhaseMetrics, Run
+from report.svg import PALETTE, Look, Series, line_chart
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-WIDE, NARROW = (4.6, 2.6), (3.1, 2.1)  # inches: text comes out alike in both, two or three in a row
+SMOOTHED_FROM = 60  # points of a curve: above, a running mean stands before the measured values
+POINTS = 300  # that are drawn of a curve
+ALL_POINTS = 4_000  # that are drawn in a chart of several runs
 
 
 class Panel(NamedTuple):
-    """A chart of the page, or what is missing for it."""
+    """A chart of the page."""
 
     title: str
-    svg: str  # "" where data are missing
-    caption: str  # one line: how to read it, or what is missing
+    svg: str
+    caption: str  # how to read it, in a line
+    legend: tuple[tuple[str, str], ...] = ()  # (name, colour)
 
 
 class Curve(NamedTuple):
@@ -34,113 +32,202 @@ class Curve(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Curves over steps. The first is what it is about: without it the panel is left out."""
+    """Curves over steps. The first is what it is about: without it the chart is left out."""
 
     title: str
     caption: str
     curves: tuple[Curve, ...]
-    unit: str = ""
-    log: bool = False
-    wide: bool = False  # for two in a row of the page; else for three
+    look: Look = Look()
 
 
-INDEXER_KL = Chart(
-    "Indexer divergence",
-    "KL from the attention the model pays to the indexer's scores; 0 is a perfect guess",
-    (Curve("indexer_kl", "", BLUE),),
-    unit="nats",
-    wide=True,
+def chart(title: str, caption: str, *curves: tuple[str, str, str], **look) -> Chart:
+    """Returns a chart of (metric, label, colour), which looks as the fields of `Look` say."""
+    return Chart(title, caption, tuple(Curve(*curve) for curve in curves), Look(**look))
+
+
+LOSS = chart(
+    "Loss",
+    "How surprised the model is by the next token; lower is better. Validation is on text that it "
+    "is not trained on",
+    ("lm", "training", "blue"),
+    ("validation_lm", "validation", "orange"),
+    ylabel="nats per token",
 )
-INDEXER_RECALL = Chart(
-    "Attention kept",
-    "Share of the true attention mass on the keys that are kept",
-    (
-        Curve("indexer_recall", "chosen by the indexer", BLUE),
-        Curve("indexer_recall_random", "as many at random", MUTED),
+FINETUNE_LOSS = LOSS._replace(
+    title="Fine-tuning loss",
+    caption="How surprised the model is by the answers in the conversations it is shown; lower is "
+    "better",
+)
+VALIDATION = chart(
+    "Validation loss",
+    "How surprised the model is by text that it is not trained on; lower is better",
+    ("validation_lm", "validation", "blue"),
+    ylabel="nats per token",
+)
+INDEXER = (
+    chart(
+        "Indexer divergence",
+        "How far the indexer's guess of what attention reads is from what it reads; 0 is a perfect "
+        "guess",
+        ("indexer_kl", "", "blue"),
+        ylabel="nats",
+        from_zero=True,
     ),
-    wide=True,
+    chart(
+        "Attention kept",
+        "Share of what full attention reads that lies on the tokens which the indexer picks",
+        ("indexer_recall", "picked by the indexer", "blue"),
+        ("indexer_recall_random", "as many at random", "muted"),
+        from_zero=True,
+        percent=True,
+    ),
+)
+EXPERT_LOAD_MAX = chart(
+    "Busiest expert",
+    "Tokens of the busiest expert of any layer, over an even share; 1 is even",
+    ("expert_load_max", "", "purple"),
+    ylabel="times an even share",
+    level=1.0,
+)
+REWARD = chart(
+    "Reward",
+    "What the completions of a step earn on average",
+    ("reward", "total", "blue"),
+    from_zero=True,
 )
 REINFORCE = (
-    Chart(
-        "Reward",
-        "Mean over the completions of a step",
-        (
-            Curve("reward", "total", BLUE),
-            Curve("answer_reward", "answer", GREEN),
-            Curve("format_reward", "format", ORANGE),
-        ),
+    chart(
+        "Held-out problems solved",
+        "Share of problems it does not train on that one of k completions solves",
+        *((f"validation_pass_at_{2**n}", f"pass@{2**n}", PALETTE[n]) for n in range(8)),
+        from_zero=True,
+        percent=True,
     ),
-    Chart(
+    chart(
         "Completion length",
-        "Mean, in tokens",
-        (Curve("completion_length", "", BLUE),),
-        unit="tokens",
+        "Tokens that it writes for a problem, on average",
+        ("completion_length", "", "blue"),
+        ylabel="tokens",
+        from_zero=True,
     ),
-    Chart(
+    chart(
+        "Cut short",
+        "Share of completions that reach the longest length before they end",
+        ("truncated", "", "blue"),
+        from_zero=True,
+        percent=True,
+    ),
+    chart(
         "Entropy",
-        "Of the policy at each token it wrote; near 0 it no longer explores",
-        (Curve("entropy", "", BLUE),),
-        unit="nats",
+        "How undecided the model is at each token that it writes; near 0 it tries nothing new",
+        ("entropy", "", "blue"),
+        ylabel="nats",
+        from_zero=True,
     ),
-    Chart(
+    chart(
+        "Distance from the start",
+        "How far the model has moved from the one that reinforcement learning began with (KL "
+        "divergence)",
+        ("kl", "", "blue"),
+        ylabel="nats",
+        from_zero=True,
+    ),
+    chart(
         "Sampler and trainer apart",
-        "Difference of their log-probabilities of a sampled token; what is above rounding biases "
-        "the ratio",
-        (Curve("logprob_gap_max", "largest", ORANGE), Curve("logprob_gap_mean", "mean", BLUE)),
-        unit="nats",
+        "Difference of their log-probabilities of a sampled token; more than rounding would bias "
+        "what is learnt",
+        ("logprob_gap_max", "largest", "orange"),
+        ("logprob_gap_mean", "mean", "blue"),
+        ylabel="nats",
         log=True,
+        from_zero=True,
     ),
-    Chart(
+    chart(
         "Clipped tokens",
-        "Share of tokens whose ratio the surrogate clips",
-        (Curve("clip_fraction", "", BLUE),),
+        "Share of tokens whose update is held back because they moved too far in one step",
+        ("clip_fraction", "", "blue"),
+        from_zero=True,
+        percent=True,
     ),
-    Chart(
+    chart(
         "Groups without a signal",
-        "Groups whose completions all have the same reward: no advantage, no gradient",
-        (Curve("zero_variance_groups", "", BLUE),),
+        "Share of problems whose completions all earn the same: nothing is learnt from them",
+        ("zero_variance_groups", "", "blue"),
+        from_zero=True,
+        percent=True,
+    ),
+)
+OPTIMIZATION = (
+    chart(
+        "Learning rate",
+        "How large a step of the optimizer is",
+        ("learning_rate", "", "blue"),
+        from_zero=True,
+    ),
+    chart(
+        "Gradient norm",
+        "Length of the gradient before it is clipped; spikes are steps that pull hard",
+        ("grad_norm", "", "purple"),
+        log=True,
+        from_zero=True,
+    ),
+    chart(
+        "Speed",
+        "Tokens a second, over the last steps; the first step compiles and is not counted",
+        ("tokens_per_s", "", "green"),
+        ylabel="tokens/s",
+        from_zero=True,
+    ),
+    chart(
+        "Time of a step",
+        "Seconds that a step of reinforcement takes to write completions and to learn from them",
+        ("sample_seconds", "writing", "blue"),
+        ("update_seconds", "learning", "orange"),
+        ylabel="seconds",
+        from_zero=True,
     ),
 )
 
 
-def curves_panel(phases: PhaseMetrics, chart: Chart) -> Panel:
-    """Draws the curves of a chart that the phases have."""
-    drawn = [(curve, *points(phases, curve.metric)) for curve in chart.curves]
-    if not len(drawn[0][1]):
-        return Panel(chart.title, "", f"no {chart.curves[0].metric} in metrics.jsonl")
-    drawn = [(curve, x, y) for curve, x, y in drawn if len(x)]
-    least = min(y.min() for _, _, y in drawn)
-
-    def draw(axes: Axes) -> None:
-        """Draws the curves over the steps, with marks where phases begin."""
-        for curve, x, y in drawn:
-            label = curve.label if len(drawn) > 1 else None
-            figures.line(axes, x, y, curve.color, label, starts(phases))
-        figures.phase_marks(axes, marks(phases, drawn[0][0].metric))
-        axes.set(xlabel="step", ylabel=chart.unit)
-        if chart.log and least > 0:
-            axes.set_yscale("log")
-            axes.minorticks_off()
-        elif chart.log or least >= 0:
-            axes.set_ylim(bottom=0)
-
-    return drawn_panel(chart.title, draw, WIDE if chart.wide else NARROW, chart.caption)
+def curves_panel(phases: PhaseMetrics, chart: Chart) -> Panel | None:
+    """Draws the curves of a chart that the phases of a run have; None if there is none."""
+    found = [(curve, *points(phases, curve.metric)) for curve in chart.curves]
+    if not len(found[0][1]):
+        return None
+    found = [(curve, x, y) for curve, x, y in found if len(x)]
+    begins = starts(phases)
+    series = [
+        smoothed(curve.label or chart.title, curve.color, x, y, begins) for curve, x, y in found
+    ]
+    label = f"{chart.title}. {chart.caption}"
+    svg = line_chart(series, chart.look, label, marks(phases, chart.curves[0].metric))
+    legend = tuple((curve.label, curve.color) for curve, _, _ in found) if len(found) > 1 else ()
+    return Panel(chart.title, svg, chart.caption, legend)
 
 
-def drawn_panel(
-    title: str, draw: Callable[[Axes], None], size: tuple[float, float], caption: str
-) -> Panel:
-    """Draws a panel of a size in inches (width, height)."""
-    return Panel(title, figures.svg(draw, *size, f"{title}. {caption}"), caption)
+def overlaid_panel(runs: Sequence[Run], colors: Sequence[str], chart: Chart) -> Panel | None:
+    """Draws the first curve of a chart for each of several runs that have it."""
+    curve = chart.curves[0]
+    limit = max(40, min(POINTS, ALL_POINTS // len(runs)))
+    series = []
+    for run, color in zip(runs, colors, strict=True):
+        x, y = points(run.phases, curve.metric)
+        if len(x):
+            one = smoothed(run.name, color, x, y, starts(run.phases), limit)
+            series.append(one._replace(faint=None))
+    if not series:
+        return None
+    label = f"{chart.title} of {len(series)} runs. {chart.caption}"
+    return Panel(chart.title, line_chart(series, chart.look, label), chart.caption)
 
 
 def points(phases: PhaseMetrics, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the steps and the finite values of a metric, the phases end to end."""
     found = [
-        (start + line["step"], line[metric])
+        (start + line["step"], value)
         for start, lines in zip(starts(phases), phases.values(), strict=True)
         for line in lines
-        if isinstance(line.get(metric), int | float) and np.isfinite(line[metric])
+        if (value := number(line.get(metric))) is not None
     ]
     x, y = np.array(found, float).reshape(-1, 2).T
     return x, y
@@ -149,7 +236,7 @@ def points(phases: PhaseMetrics, metric: str) -> tuple[np.ndarray, np.ndarray]:
 def starts(phases: PhaseMetrics) -> list[float]:
     """Returns the step at which each phase begins when they are put end to end."""
     lengths = [max(line["step"] for line in lines) for lines in phases.values()]
-    return [float(start) for start in np.cumsum([0, *lengths])[:-1]]
+    return [float(start) for start in np.cumsum([0.0, *lengths])[:-1]]
 
 
 def marks(phases: PhaseMetrics, metric: str) -> list[tuple[float, str]]:
@@ -164,3 +251,37 @@ def phases_with(phases: PhaseMetrics, metric: str) -> PhaseMetrics:
     return {
         phase: lines for phase, lines in phases.items() if any(metric in line for line in lines)
     }
+
+
+def smoothed(
+    name: str,
+    color: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    begins: Sequence[float] = (),
+    limit: int = POINTS,
+) -> Series:
+    """Returns a curve of at most about `limit` points.
+
+    Where it has many, it is a running mean, which begins anew at each of `begins`, before the
+    measured values, of which the least and the largest of each stretch are drawn.
+    """
+    kept = np.unique(np.linspace(0, len(x) - 1, limit).round().astype(int))
+    if len(x) <= SMOOTHED_FROM:
+        return Series(name, color, x[kept], y[kept], y[kept])
+    parts = np.split(y, np.searchsorted(x, begins, side="right"))
+    mean = np.concatenate([running_mean(part, len(x) // 40) for part in parts])
+    stretches = np.array_split(np.arange(len(x)), min(limit, len(x)))
+    extreme = np.unique([i for s in stretches for i in (s[y[s].argmin()], s[y[s].argmax()])])
+    return Series(name, color, x[kept], mean[kept], y[kept], faint=(x[extreme], y[extreme]))
+
+
+def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """Returns the mean over `reach` values to either side of each.
+
+    Near an end it is over fewer, as many on each side, so that the mean does not lag.
+    """
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    near = np.minimum(reach, np.minimum(index, len(values) - 1 - index))
+    return (total[index + near + 1] - total[index - near]) / (2 * near + 1)

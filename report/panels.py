@@ -1,191 +1,164 @@
 """The sections of a report and their charts, each made from what a run left behind.
 
-A chart whose data are missing is a line that says so.
+A chart whose data are missing is left out, and so is a section without charts.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from report import figures
 from report.curves import (
-    INDEXER_KL,
-    INDEXER_RECALL,
+    EXPERT_LOAD_MAX,
+    FINETUNE_LOSS,
+    INDEXER,
+    LOSS,
+    OPTIMIZATION,
     REINFORCE,
-    WIDE,
+    REWARD,
+    VALIDATION,
+    Curve,
     Panel,
     curves_panel,
-    drawn_panel,
-    marks,
+    overlaid_panel,
     phases_with,
-    points,
-    starts,
 )
-from report.figures import BLUE, MUTED, ORANGE, PURPLE
-from report.results import PhaseMetrics, Summary
+from report.lenient import mapping, matrix, number
+from report.results import PhaseMetrics, Run, Summary
+from report.svg import PALETTE, Look, Series, heat_map, interval_chart, line_chart
 from report.table import SAVINGS
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+OVERLAID = (
+    LOSS,
+    VALIDATION,
+    *INDEXER,
+    EXPERT_LOAD_MAX,
+    REWARD,
+    *REINFORCE,
+    *OPTIMIZATION,
+)
 
 
 class Section(NamedTuple):
     """A titled group of panels."""
 
     title: str
-    columns: int  # panels side by side on a wide screen
     panels: list[Panel]
 
 
-def sections(phases: PhaseMetrics, summary: Summary) -> list[Section]:
-    """Returns the sections of the page, in order."""
-    reinforce = phases_with(phases, "reward")
-    pretrain = {name: lines for name, lines in phases.items() if name not in reinforce}
-    finetune = {name: pretrain.pop(name) for name in list(pretrain) if name == "finetune"}
-    indexer = phases_with(pretrain, "indexer_kl")
-    indexer_charts = [curves_panel(indexer, chart) for chart in (INDEXER_KL, INDEXER_RECALL)]
-    return [
-        Section("Pretraining", 2, [loss(pretrain, "Loss"), infilling(summary)]),
-        Section("Sparse attention", 2, indexer_charts),
-        Section("Experts", 2, [expert_load(pretrain), expert_load_max(pretrain)]),
-        Section("After pretraining", 2, [loss(finetune, "Fine-tuning loss"), pass_at_k(summary)]),
-        Section(
-            "Reinforcement learning", 3, [curves_panel(reinforce, chart) for chart in REINFORCE]
-        ),
+def sections(run: Run) -> list[Section]:
+    """Returns the sections of the page of one run, in order."""
+    reinforce = phases_with(run.phases, "reward")
+    text = {name: lines for name, lines in run.phases.items() if name not in reinforce}
+    finetune = {name: text.pop(name) for name in list(text) if name == "finetune"}
+    indexer = phases_with(text, "indexer_kl")
+    experts = text or finetune or reinforce
+    found = {
+        "Learning from text": [
+            curves_panel(text, LOSS),
+            curves_panel(finetune, FINETUNE_LOSS),
+            infilling(run.summary),
+        ],
+        "Sparse attention": [curves_panel(indexer, chart) for chart in INDEXER],
+        "Experts": [expert_load(experts), curves_panel(experts, EXPERT_LOAD_MAX)],
+        "Learning from rewards": [
+            pass_at_k(run.summary),
+            rewards(reinforce),
+            *(curves_panel(reinforce, chart) for chart in REINFORCE),
+        ],
+        "How the training ran": [curves_panel(run.phases, chart) for chart in OPTIMIZATION],
+    }
+    shown = [
+        Section(title, [panel for panel in panels if panel]) for title, panels in found.items()
     ]
+    return [section for section in shown if section.panels]
 
 
-def loss(phases: PhaseMetrics, title: str) -> Panel:
-    """Draws the training loss, and the validation loss where it is measured."""
-    x, train = points(phases, "lm")
-    if not len(x):
-        return Panel(title, "", "no lm in metrics.jsonl: this phase did not run here")
-    validation_x, validation = points(phases, "validation_lm")
+def overlaid_sections(runs: Sequence[Run], colors: Sequence[str]) -> list[Section]:
+    """Returns the one section of a page of several runs: a curve for each run in each chart."""
+    panels = [overlaid_panel(runs, colors, chart) for chart in OVERLAID]
+    shown = [panel for panel in panels if panel]
+    return [Section("Curves", shown)] if shown else []
 
-    def draw(axes: Axes) -> None:
-        figures.line(axes, x, train, BLUE, "training", starts(phases))
-        if len(validation_x):
-            style: dict[str, Any] = {"marker": "o", "markersize": 2.5}
-            axes.plot(validation_x, validation, color=ORANGE, label="validation", **style)
-        figures.phase_marks(axes, marks(phases, "lm"))
-        axes.set(xlabel="step", ylabel="nats per token")
 
-    last = (
-        f"validation ends at {validation[-1]:.2f}"
-        if len(validation_x)
-        else f"training ends at {train[-1]:.2f}"
+def rewards(phases: PhaseMetrics) -> Panel | None:
+    """Draws the total reward, and each reward by its name."""
+    metrics = {name for lines in phases.values() for line in lines for name in line}
+    named = sorted(
+        name for name in metrics if name.endswith("_reward") and not name.startswith("validation_")
     )
-    caption = f"Next-token loss; {last} nats per token, the first step had {train[0]:.2f}"
-    return drawn_panel(title, draw, WIDE, caption)
+    curves = [
+        Curve(name, name.removesuffix("_reward"), PALETTE[place % len(PALETTE)])
+        for place, name in enumerate(named, 1)
+    ]
+    return curves_panel(phases, REWARD._replace(curves=(*REWARD.curves, *curves)))
 
 
-def infilling(summary: Summary) -> Panel:
+def infilling(summary: Summary) -> Panel | None:
     """Draws what the suffix saves of each source's held-out middles, over each baseline."""
-    sources = (summary.get("pretrain") or {}).get("infilling") or {}
-    rows = [
-        (f"{source.partition('?')[0]}, {baseline}", losses[name])
-        for source, losses in sources.items()
-        for name, baseline in SAVINGS.items()
-    ]
+    rows = []
+    for source, losses in mapping(mapping(summary.get("pretrain")).get("infilling")).items():
+        for name, baseline in SAVINGS.items():
+            saved = mapping(mapping(losses).get(name))
+            values = [number(saved.get(key)) for key in ("mean", "low", "high")]
+            if None not in values:
+                rows.append((f"{source.partition('?')[0]}, {baseline}", *values))
     if not rows:
-        return Panel("Infilling", "", "no infilling in summary.json")
-
-    def draw(axes: Axes) -> None:
-        """Draws a bar from low to high, and a dot for the mean, in each row."""
-        for row, (_, saved) in enumerate(rows):
-            interval = (saved["low"], saved["high"])
-            axes.plot(interval, (row, row), color=BLUE, linewidth=3, alpha=0.4)
-            axes.plot(saved["mean"], row, marker="o", color=BLUE)
-            axes.annotate(
-                f"{saved['mean']:.3f}",
-                (saved["mean"], row),
-                (0, 7),
-                textcoords="offset points",
-                ha="center",
-            )
-        axes.axvline(0, color=MUTED, linewidth=1)
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-        axes.set(xlabel="nats per token that the suffix saves", ylim=(-0.6, len(rows) - 0.3))
-        axes.invert_yaxis()
-
+        return None
     caption = (
-        "Held-out middles, with 95 % intervals. The suffix of a source is read only if both of its "
-        "rows lie right of 0"
+        "How much easier a gap in unseen text is to fill when what follows it is shown; bars are "
+        "95 % intervals, and one right of 0 shows that it is used"
     )
-    return drawn_panel("Infilling", draw, WIDE, caption)
+    svg = interval_chart(rows, f"Infilling. {caption}", "nats per token that the suffix saves")
+    return Panel("Filling gaps", svg, caption)
 
 
-def expert_load(phases: PhaseMetrics) -> Panel:
+def expert_load(phases: PhaseMetrics) -> Panel | None:
     """Draws the last load of each expert of each layer."""
-    title = "Load of the experts"
     loads = [
-        (phase, np.array(line["expert_load"], float))
+        (phase, load)
         for phase, lines in phases.items()
         for line in lines
-        if "expert_load" in line
+        if (load := matrix(line.get("expert_load"))) is not None
     ]
-    if not loads or loads[-1][1].ndim != 2:
-        return Panel(title, "", "no expert_load in metrics.jsonl")
+    if not loads:
+        return None
     phase, load_LE = loads[-1]
-    load_LE = load_LE / load_LE.mean(axis=1, keepdims=True)
-    caption = f"Tokens an expert gets over an even share, at the end of {phase}; 1.0 is even"
-    return drawn_panel(title, lambda axes: figures.heat_map(axes, load_LE), WIDE, caption)
-
-
-def expert_load_max(phases: PhaseMetrics) -> Panel:
-    """Draws the largest load of any expert over the steps."""
-    title = "Busiest expert"
-    x, load = points(phases, "expert_load_max")
-    if not len(x):
-        return Panel(title, "", "no expert_load_max in metrics.jsonl")
-
-    def draw(axes: Axes) -> None:
-        figures.line(axes, x, load, PURPLE, starts=starts(phases))
-        axes.axhline(1, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-        figures.phase_marks(axes, marks(phases, "expert_load_max"))
-        axes.set(xlabel="step", ylabel="load over even share", ylim=(min(0.9, load.min()), None))
-
+    mean_L1 = load_LE.mean(axis=1, keepdims=True)
+    load_LE = load_LE / np.where(mean_L1 > 0, mean_L1, 1.0)
     caption = (
-        f"Over experts and layers, the largest load; {load[0]:.1f} at first, {load[-1]:.2f} at the "
-        "end, 1 is even"
+        f"Tokens that each expert of each layer gets, over an even share, at the end of {phase}: "
+        "orange more, blue fewer"
     )
-    return drawn_panel(title, draw, WIDE, caption)
+    return Panel("Load of the experts", heat_map(load_LE, f"Load. {caption}"), caption)
 
 
-def pass_at_k(summary: Summary) -> Panel:
+def pass_at_k(summary: Summary) -> Panel | None:
     """Draws pass@k before and after reinforcement learning."""
-    numbers = summary.get("reinforce") or {}
-    lines = [
-        (numbers.get(f"pass_at_k_{when}") or [], when, color)
-        for when, color in (("before", MUTED), ("after", BLUE))
-    ]
-    every = [point for line, _, _ in lines for point in line]
-    if not every:
-        missing = "no reinforce.pass_at_k_before and pass_at_k_after in summary.json"
-        return Panel("pass@k", "", missing)
-
-    def draw(axes: Axes) -> None:
-        """Draws the means over k, each in the band of its interval."""
-        for line, when, color in lines:
-            if line:
-                k, mean, low, high = (
-                    np.array([point[name] for point in line], float)
-                    for name in ("k", "mean", "low", "high")
-                )
-                axes.fill_between(k, low, high, color=color, alpha=0.16, linewidth=0)
-                axes.plot(k, mean, color=color, marker="o", markersize=3, label=when)
-        ks = sorted({point["k"] for point in every})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ks, [str(k) for k in ks])
-        axes.minorticks_off()
-        axes.set(xlabel="k", ylabel="share of problems solved")
-        axes.set_ylim(0, max(0.1, 1.05 * max(point["high"] for point in every)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-
+    numbers = mapping(summary.get("reinforce"))
+    series, ks = [], set()
+    for when, color in (("before", "muted"), ("after", "blue")):
+        found = numbers.get(f"pass_at_k_{when}")
+        rows = [
+            [number(mapping(row).get(name)) for name in ("k", "mean", "low", "high")]
+            for row in (found if isinstance(found, list) else [])
+        ]
+        rows = [row for row in rows if None not in row and (row[0] or 0) >= 1]
+        if rows:
+            k, mean, low, high = np.array(rows, float).T
+            ks |= {float(one) for one in k}
+            series.append(Series(when, color, np.log2(k), mean, mean, band=(low, high)))
+    if not series:
+        return None
     caption = (
-        "Chance that one of k completions solves a held-out problem, before and after "
-        "reinforcement; bands: 95 % bootstrap over problems"
+        "Share of held-out problems that one of k completions solves; bands are 95 % intervals"
     )
-    return drawn_panel("pass@k", draw, WIDE, caption)
+    look = Look(
+        xlabel="k",
+        from_zero=True,
+        percent=True,
+        xticks={float(np.log2(k)): f"{k:g}" for k in sorted(ks)},
+    )
+    svg = line_chart(series, look, f"pass@k. {caption}")
+    legend = tuple((one.name, one.color) for one in series) if len(series) > 1 else ()
+    return Panel("pass@k", svg, caption, legend)

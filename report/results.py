@@ -1,13 +1,15 @@
-"""Reads what a run, or each phase of a run, left in its workdir."""
+"""Reads what a run, or each phase of a run, left in its workdir.
 
-import json
-from collections.abc import Mapping
+What cannot be read is left out and noted, so that one damaged line costs no report.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from files import read_json
-from train.metrics import read_metrics
+from report.lenient import mapping, number, read_object, read_records
 
 # In the order in which they run.
 PHASES = ("copying", "pretrain", "warmup", "sparse", "finetune", "reinforce")
@@ -17,45 +19,190 @@ Summary = Mapping[str, Any]
 Sample = Mapping[str, Any]
 
 
-def read_phases(workdir: Path) -> PhaseMetrics:
-    """Returns the metrics of a workdir by phase, in the order in which the phases ran.
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the numbers of a phase come from, as its workdir records it.
 
-    The workdir is that of one phase, or has a directory for each of its phases.
-
-    Raises:
-      UserError: a line is no JSON object.
+    Attributes:
+      command: of launch/, such as "pretrain".
+      changes: config field -> its value, where that is not the default of configs/base.py.
+      steps: that the config asks for.
+      starts: of the run, each {"time", "command", "commit", "parameters", "devices", "versions"};
+        [] of a run that recorded none.
     """
-    phases: dict[str, list[dict[str, Any]]] = {}
-    for directory in (workdir, *(workdir / phase for phase in PHASES)):
-        if (directory / "metrics.jsonl").is_file():
-            for line in read_metrics(directory / "metrics.jsonl"):
-                phase = line["stage"] if directory == workdir else directory.name
-                phases.setdefault(phase, []).append(line)
-    return phases
+
+    command: str = ""
+    seed: int | None = None
+    init_from: str = ""
+    stage: str = ""
+    steps: int = 0
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    starts: Sequence[Mapping[str, Any]] = ()
 
 
-def read_summary(workdir: Path) -> Summary:
-    """Returns the numbers of summary.json, {} without one. Raises UserError if they are no JSON."""
-    path = workdir / "summary.json"
-    return read_json(path) if path.is_file() else {}
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that a report shows of one run.
 
-
-def read_samples(path: Path) -> list[Sample]:
-    """Returns the first completion of each problem in a samples.jsonl, in order; [] without one.
-
-    Raises:
-      UserError: a line is no sample.
+    Attributes:
+      name: on the page.
+      phases: the metrics of each phase, in the order in which they ran.
+      origins: phase -> where its numbers come from; a phase without a record has none.
+      samples: "before" and "after" reinforcement, or "" -> the first completion of each problem.
+      traces: completions of the training of the policy, with their "step".
+      infills: gaps of held-out documents, and what the model writes there.
+      notes: what was left out.
     """
-    if not path.is_file():
-        return []
-    first: dict[str, Sample] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+
+    name: str
+    workdir: Path
+    phases: PhaseMetrics
+    origins: Mapping[str, Origin]
+    summary: Summary
+    samples: Mapping[str, Sequence[Sample]]
+    traces: Sequence[Sample]
+    infills: Sequence[Sample]
+    notes: Sequence[str]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        shown = (self.phases, self.summary, self.traces, self.infills, *self.samples.values())
+        return not any(shown)
+
+
+def read_run(
+    workdir: Path, read_origin: Callable[[Path], Origin | None], name: str | None = None
+) -> Run:
+    """Reads a workdir: that of one phase, or with a directory for each of its phases.
+
+    Args:
+      read_origin: reads what a directory records of its run, None if that is nothing; may raise
+        UserError, which becomes a note.
+      name: of the run; by default that of its directory.
+    """
+    notes: list[str] = []
+    summary = read_object(workdir / "summary.json", notes)
+    directories = phase_directories(workdir, summary)
+    phases, origins = {}, {}
+    for directory in (workdir, *directories):
+        records = read_records(directory / "metrics.jsonl", _is_metrics, "line of metrics", notes)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for record in records:
+            phase = str(record["stage"]) if directory == workdir else directory.name
+            found.setdefault(phase, []).append(record)
+        phases |= {phase: in_order(lines) for phase, lines in found.items()}
         try:
-            sample = json.loads(line)
-            first.setdefault(sample["prompt"], sample | {"completion": str(sample["completion"])})
-        except (ValueError, TypeError, KeyError) as failure:
-            raise UserError(
-                f'{path}:{number}: not a sample; a line has "prompt", "completion", "reward" and '
-                '"answer"'
-            ) from failure
+            if origin := read_origin(directory):
+                origins |= dict.fromkeys(found or [origin.command], origin)
+        except UserError as error:
+            notes.append(str(error))
+    for phase, lines in phases.items():
+        notes += _odd_values(phase, lines)
+    return Run(
+        workdir.resolve().name if name is None else name,
+        workdir,
+        phases,
+        origins,
+        _with_evaluation(summary, read_object(workdir / "evaluation.json", notes)),
+        {
+            when: _first_of_each(workdir / when / "samples.jsonl", notes)
+            for when in ("before", "after", "")
+        },
+        [
+            trace
+            for directory in (workdir, *directories)
+            for trace in read_records(
+                directory / "traces.jsonl",
+                lambda trace: _is_sample(trace) and number(trace.get("step")) is not None,
+                "completion",
+                notes,
+            )
+        ],
+        [
+            infill
+            for directory in (workdir, workdir / "sparse_evaluation")
+            for infill in read_records(
+                directory / "infills.jsonl", _is_infill, "infilled gap", notes
+            )
+        ],
+        notes,
+    )
+
+
+def phase_directories(workdir: Path, summary: Summary) -> list[Path]:
+    """Returns the directories of a workdir's phases, in the order in which they run."""
+    named = [*PHASES, *(name for name in summary if name not in PHASES)]
+    return [
+        workdir / name
+        for name in named
+        if Path(name).name == name and (workdir / name / "metrics.jsonl").is_file()
+    ]
+
+
+def in_order(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns lines of metrics by step; of a step that stands twice, the later line counts."""
+    by_step: dict[tuple[float, bool], dict[str, Any]] = {}
+    for line in lines:
+        is_validation = not any(name in line for name in ("loss", "lm", "reward"))
+        by_step[line["step"], is_validation] = line
+    return [by_step[key] for key in sorted(by_step)]
+
+
+def _is_metrics(record: dict[str, Any]) -> bool:
+    step = number(record.get("step"))
+    return step is not None and step >= 0 and isinstance(record.get("stage"), str)
+
+
+def _is_sample(record: dict[str, Any]) -> bool:
+    return all(isinstance(record.get(name), str) for name in ("prompt", "completion"))
+
+
+def _is_infill(record: dict[str, Any]) -> bool:
+    return all(isinstance(record.get(name), str) for name in ("prefix", "middle", "suffix"))
+
+
+def _first_of_each(path: Path, notes: list[str]) -> list[Sample]:
+    """Returns the first completion of each problem in a samples.jsonl, in order."""
+    first: dict[str, Sample] = {}
+    for sample in read_records(path, _is_sample, "completion", notes):
+        first.setdefault(sample["prompt"], sample)
     return list(first.values())
+
+
+def _odd_values(phase: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a note for each metric that has values which are no finite numbers."""
+    counts: dict[str, list[int]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if not isinstance(value, list):
+                count = counts.setdefault(name, [0, 0])
+                count[0] += 1
+                count[1] += number(value) is None
+    names = {"step", "stage", "time"}
+    return [
+        f"{phase}: {odd:,} of {total:,} values of {name} are no finite numbers and are left out"
+        for name, (total, odd) in counts.items()
+        if odd and name not in names
+    ]
+
+
+def _with_evaluation(summary: Summary, evaluation: Mapping[str, Any]) -> Summary:
+    """Returns a summary with what launch.evaluate measured in the same workdir."""
+    if not evaluation:
+        return summary
+    pretrain = {
+        name: value
+        for name, value in evaluation.items()
+        if name.startswith("middle_loss") or name == "infilling"
+    }
+    renamed = {"pass_at_k": "pass_at_k_after", "problems": "problems", "samples": "samples"}
+    policy = {ours: evaluation[name] for name, ours in renamed.items() if name in evaluation}
+    indexer = {
+        name.removeprefix("indexer_"): value
+        for name, value in evaluation.items()
+        if name.startswith("indexer_recall")
+    }
+    parts = {"pretrain": pretrain, "reinforce": policy, "indexer": indexer}
+    added = {name: {**mapping(summary.get(name)), **part} for name, part in parts.items() if part}
+    return {**summary, **added}

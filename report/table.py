@@ -1,12 +1,13 @@
-"""The numbers of summary.json as a person reads them, and as a table on the terminal."""
+"""The numbers of a run as a person reads them, in tables of a page and on the terminal."""
 
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from report.lenient import mapping, number
 from report.results import Summary
 
 Row = tuple[str, str]  # name, value
@@ -29,16 +30,16 @@ def print_table(summary: Summary, console: Console | None = None) -> None:
             table.add_row()
         table.add_row(f"[bold]{title}")
         for name, value in rows:
-            table.add_row(f"  {name}", value)
+            table.add_row(f"  {escape(name)}", escape(value))
     (console or Console()).print(table)
 
 
 def number_groups(summary: Summary) -> list[tuple[str, list[Row]]]:
     """Returns the numbers as a person reads them, [(title, rows)], without the missing ones."""
     groups = {
-        "Pretraining": _pretraining(summary.get("pretrain") or {}),
-        "Sparse attention": _sparse_attention(summary.get("indexer") or {}),
-        "Reinforcement learning": _reinforcement(summary.get("reinforce") or {}),
+        "Pretraining": _pretraining(mapping(summary.get("pretrain"))),
+        "Sparse attention": _sparse_attention(mapping(summary.get("indexer"))),
+        "Reinforcement learning": _reinforcement(mapping(summary.get("reinforce"))),
         "Run": _run(summary),
     }
     shown = [(title, [row for row in rows if row]) for title, rows in groups.items()]
@@ -51,10 +52,10 @@ def _pretraining(numbers: Mapping[str, Any]) -> list[Row | None]:
         _row(
             f"suffix saves, {source.partition('?')[0]}",
             "{:.3f} of left to right, {:.3f} of withheld",
-            {name: losses[name]["mean"] for name in SAVINGS},
+            {name: mapping(mapping(losses).get(name)).get("mean") for name in SAVINGS},
             *SAVINGS,
         )
-        for source, losses in (numbers.get("infilling") or {}).items()
+        for source, losses in mapping(numbers.get("infilling")).items()
     ]
     return [
         _row(
@@ -64,6 +65,7 @@ def _pretraining(numbers: Mapping[str, Any]) -> list[Row | None]:
             "loss_first",
             "loss_last",
         ),
+        _row("validation loss", "{:.2f} nats/token", numbers, "validation_lm"),
         _row("tokens", "{:,}", numbers, "tokens"),
         _row("speed", "{:,.0f} tokens/s", numbers, "tokens_per_s"),
         _row(
@@ -93,28 +95,39 @@ def _reinforcement(numbers: Mapping[str, Any]) -> list[Row | None]:
         return _row(f"{metric}, before → after", "{:.1%} → {:.1%}", numbers, *keys)
 
     measured = "{} held-out problems × {} samples"
+    algorithm = numbers.get("algorithm")
     return [
-        _row("algorithm", "{}", numbers, "algorithm"),
+        ("algorithm", algorithm) if isinstance(algorithm, str) else None,
         before_and_after("pass@1"),
         before_and_after("pass@8"),
+        _row("reward, first → last", "{:.2f} → {:.2f}", numbers, "reward_first", "reward_last"),
         _row("measured on", measured, numbers, "problems", "samples"),
     ]
 
 
 def _run(summary: Summary) -> list[Row | None]:
-    seconds = summary.get("seconds")
-    time = {"time": seconds and timedelta(seconds=round(seconds))}
-    lists = {name: _as_line(summary.get(name)) for name in ("devices", "versions")}
-    return [_row("time", "{}", time, "time"), *(_row(name, "{}", lists, name) for name in lists)]
+    seconds = number(summary.get("seconds"))
+    time = None if seconds is None else ("time", clock(seconds))
+    lists = {name: as_line(summary.get(name)) for name in ("devices", "versions")}
+    return [time, *((name, line) for name, line in lists.items() if line)]
 
 
 def _row(name: str, form: str, numbers: Mapping[str, Any], *keys: str) -> Row | None:
+    """Returns a row of numbers, None unless all are there."""
     values = [numbers.get(key) for key in keys]
-    return None if None in values else (name, form.format(*values))
+    if any(number(value) is None for value in values):
+        return None
+    return name, form.format(*values)
 
 
-def _as_line(value: Any) -> str | None:
-    """Returns a value, a list or a mapping of versions on one line; None if there is none."""
+def clock(seconds: float) -> str:
+    """Returns seconds as hours, minutes and seconds, such as "0:12:48"."""
+    whole = round(seconds)
+    return f"{whole // 3600:,}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def as_line(value: Any) -> str:
+    """Returns a value, a list or a mapping of versions on one line; "" for None."""
     if isinstance(value, Mapping):
         value = [f"{name} {version}" for name, version in value.items()]
-    return value and (", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")

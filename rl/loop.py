@@ -32,6 +32,7 @@ from rl.reference import start_with_reference
 from rl.rewards import metric_name, total_reward
 from rl.rollout import policy_batch
 from rl.sampler import keys_of
+from rl.traces import Traces
 from train.config import TrainConfig
 from train.interrupt import Interrupt
 from train.metrics import Metrics
@@ -114,6 +115,7 @@ def train_policy(
         key = jax.random.fold_in(jax.random.key(seed), 1)
         with (
             Metrics(workdir, "reinforce", resume_step=done) as metrics,
+            Traces(workdir, resume_step=done) as traces,
             Progress(train.steps, workdir.resolve().name) as progress,
             SavedOnError(checkpoints) as newest,
         ):
@@ -137,6 +139,8 @@ def train_policy(
                 observed = observe(generation, rewards)
                 values = timed(over_updates(measured) | observed, started, sampled)
                 log.record(step, values, int(observed["tokens"]))
+                if Due(train).log(step):
+                    traces.write(step, chosen[0], generation.texts, rewards.total_PG[0])
                 if held_out and (step % train.eval_every == 0 or step == train.steps):
                     metrics.write(step, held_out.validation(state.variables))
                 checkpoints.check()

@@ -1,4 +1,7 @@
-"""Shows the results of a sweep: a table on the terminal, and results.csv with every column."""
+"""Shows the results of a sweep: a table on the terminal, and with every column in results.csv.
+
+results.json has the same for report.html, the page of the sweep.
+"""
 
 import csv
 import io
@@ -11,7 +14,7 @@ from rich.table import Table
 
 from errors import UserError
 from experiment.sweep.runs import SweepRun
-from files import write_text
+from files import write_json, write_text
 
 COLUMNS_SHOWN = 8  # unless they are named; results.csv has them all
 
@@ -19,7 +22,7 @@ COLUMNS_SHOWN = 8  # unless they are named; results.csv has them all
 def write_table(
     question: str, runs: Sequence[SweepRun], workdir: Path, columns: Sequence[str]
 ) -> None:
-    """Prints the table and writes workdir/results.csv.
+    """Prints the table and writes results.csv, results.json and report.html into the workdir.
 
     Args:
       question: of the sweep, the table's title.
@@ -32,17 +35,18 @@ def write_table(
     """
     results = {run.name: run.results() for run in runs}
     found = _unique(name for values in results.values() for name in values)
-    _write_csv(workdir / "results.csv", runs, results, found)
-
     finished = [run for run in runs if run.exit_code() == 0]
     common = [name for name in found if all(name in results[run.name] for run in finished)]
     shown = list(columns) or common[:COLUMNS_SHOWN]
+    _write_csv(workdir / "results.csv", runs, results, found)
+    _write_json(workdir / "results.json", question, runs, results, shown)
     # The question is not rich's title, which wraps at the width of the table.
     print(f"\n{question or 'sweep'}", flush=True)
     _print_table(runs, results, shown)
     hidden = 0 if columns else len(common) - len(shown)
     more = f" ({hidden} more columns there; choose with --show=NAME)" if hidden else ""
     print(f"{workdir / 'results.csv'}{more}", flush=True)
+    _write_report(workdir)
 
     if len(finished) < len(runs):
         failed = [run for run in runs if run.exit_code() != 0]
@@ -72,6 +76,32 @@ def _write_csv(
         numbers = [results[run.name].get(name) for name in columns]
         writer.writerow([run.name, record.get("exit"), record.get("seconds"), *values, *numbers])
     write_text(path, text.getvalue())
+
+
+def _write_json(
+    path: Path, question: str, runs: Sequence[SweepRun], results: Results, columns: Sequence[str]
+) -> None:
+    """Writes what the report shows: the question, the columns, and a record for each run."""
+    records = [
+        {
+            "name": run.name,
+            "changes": run.changes,
+            **{name: (run.exit_record() or {}).get(name) for name in ("exit", "seconds")},
+            "results": results[run.name],
+        }
+        for run in runs
+    ]
+    write_json(path, {"question": question, "columns": list(columns), "runs": records})
+
+
+def _write_report(workdir: Path) -> None:
+    """Writes the page of a sweep; of one whose runs left nothing there is none."""
+    from experiment.reporting import write_report  # brings jax, which runs alone need before
+
+    try:
+        print(f"wrote {write_report(workdir)}", flush=True)
+    except UserError as error:
+        print(f"no report: {error}", flush=True)
 
 
 def _print_table(runs: Sequence[SweepRun], results: Results, columns: Sequence[str]) -> None:

@@ -1,0 +1,105 @@
+"""What a model writes in the gaps of held-out documents, to be read by a person."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from data.config import DataConfig
+from data.fim import fim_prompt
+from data.shuffled_texts import infill_documents
+from data.tokenizer import Tokenizer
+from model.sharding import batch_sharding, batch_shards
+from rl.config import SamplingConfig
+from rl.rollout import pad_prompts
+from rl.sampler import keys_of, sample
+from train.evaluate import INFILL_BYTES_PER_TOKEN
+from train.infill import WORD_END
+from train.setup import Setup, to_host
+
+GAPS = 4  # in all sources together
+TRIED = 500  # texts of a source that are looked at: those with few words or many tokens do not fit
+WORDS = 8  # of a gap at most
+NEW_TOKENS = 48  # that the model may write in a gap
+
+
+def infill_samples(
+    setup: Setup, variables: dict, data: DataConfig, sampling: SamplingConfig, stage: str
+) -> list[dict[str, str]]:
+    """Returns gaps of the first held-out documents, and what the model most likely writes there.
+
+    They are the same gaps for each model, of the sources that infilling applies to in turn.
+
+    Args:
+      sampling: of what is sampled otherwise; here it is greedy.
+      stage: "dense" or "sparse" attention.
+
+    Returns:
+      Records {"source", "document", "prefix", "middle", "suffix", "completion"}.
+    """
+    tokenizer = setup.tokenizer
+    width = data.seq_len - NEW_TOKENS
+    longest = INFILL_BYTES_PER_TOKEN * data.seq_len
+    sources = infill_documents(data, "validation", longest)
+    each = -(-GAPS // len(sources))
+    gaps = [
+        {"source": source, **gap}
+        for source, texts in sources.items()
+        for gap in _gaps(texts, tokenizer, width, each, spm=data.infills_spm)
+    ][:GAPS]
+    if not gaps:
+        return []
+    prompts = [_prompt(gap, tokenizer, spm=data.infills_spm) for gap in gaps]
+    padded = prompts + [prompts[-1]] * (-len(prompts) % batch_shards(setup.mesh))
+    rows = pad_prompts(padded, width, tokenizer.pad)
+    greedy = dataclasses.replace(
+        sampling,
+        temperature=0.0,
+        max_prompt_tokens=width,
+        max_new_tokens=NEW_TOKENS,
+        attention="sparse" if stage == "sparse" else "dense",
+    )
+    sample_fn = jax.jit(
+        functools.partial(sample, setup.model, greedy, tokenizer.stops, tokenizer.pad)
+    )
+    sharding = batch_sharding(setup.mesh)
+    tokens_PT, segments_PT = (
+        jax.device_put(x, sharding) for x in (rows.tokens_PT, rows.segments_PT)
+    )
+    found = sample_fn(
+        variables, tokens_PT, segments_PT, keys_of(jax.random.key(0), range(len(padded)))
+    )
+    tokens_BC, mask_BC = to_host(found.tokens_BC), to_host(found.mask_BC)
+    texts = [
+        tokenizer.decode([token for token in row[mask] if token not in tokenizer.stops])
+        for row, mask in zip(tokens_BC, mask_BC, strict=True)
+    ]
+    return [{**gap, "completion": text} for gap, text in zip(gaps, texts, strict=False)]
+
+
+def _gaps(
+    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, width: int, count: int, *, spm: bool
+) -> list[dict[str, str]]:
+    """Returns a gap of a few words in each of the first `count` texts that fit in a prompt."""
+    rng = np.random.default_rng(0)
+    gaps = []
+    for name, text in itertools.islice(texts, TRIED):
+        ends = [match.start() for match in WORD_END.finditer(text)]
+        if len(ends) <= 2 * WORDS:
+            continue
+        first = int(rng.integers(WORDS, len(ends) - WORDS))
+        begin, end = ends[first], ends[first + int(rng.integers(2, WORDS))]
+        gap = {"prefix": text[:begin], "middle": text[begin:end], "suffix": text[end:]}
+        if len(_prompt(gap, tokenizer, spm=spm)) > width:
+            continue
+        gaps.append({"document": name, **gap})
+        if len(gaps) == count:
+            break
+    return gaps
+
+
+def _prompt(gap: dict[str, str], tokenizer: Tokenizer, *, spm: bool) -> list[int]:
+    return fim_prompt(gap["prefix"], gap["suffix"], tokenizer, spm=spm)
