@@ -29,7 +29,7 @@ from checkpoints.locations import HF_RECORD, run_directory
 from checkpoints.streamed import StreamedReader, StreamedWriter
 from checkpoints.trees import by_path
 from data.tokenizer import Tokenizer
-from data.tokenizer_files import load_tokenizer
+from data.tokenizer_files import has_tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.transformer import boxed_shapes
 
@@ -71,8 +71,8 @@ def import_checkpoint(
     if (workdir / "checkpoints" / "0").exists() and recorded_origin(workdir) == origin:
         return None
     keep_record(directory, workdir, checkpoint.files.dtypes)
-    if (directory / "tokenizer.json").exists():
-        load_tokenizer(directory / "tokenizer.json").save(workdir / "tokenizer.json")
+    if has_tokenizer(directory):
+        load_tokenizer(directory).save(workdir / "tokenizer.json")
     checkpoint.check_copies()
     state = _abstract_variables(checkpoint.model, DTYPES[dtype])
     leaves = by_path(state)

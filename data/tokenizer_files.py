@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 
 from data.chat_template import TEMPLATE_FILE, find_chat_template
 from data.special_tokens import is_control_token
+from data.tiktoken_files import RANKS_FILE, tokenizer_json
 from data.tokenizer import Tokenizer
 from errors import UserError
 from files import read_json
@@ -35,13 +36,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     config.json what else ends one, chat_template.jinja or tokenizer_config.json how to chat.
 
     Args:
-      path: a tokenizer.json, or the directory that it is in.
+      path: a tokenizer.json, or the directory that it is in. Where there is none, the ranks in a
+        tiktoken.model are read (data/tiktoken_files.py).
 
     Raises:
       UserError: there is no such file, it is not a tokenizer, or a file beside it is broken.
     """
     path = Path(path)
     path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file() and path.with_name(RANKS_FILE).is_file():
+        path = path.with_name(RANKS_FILE)
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
     config = _read_optional(path.with_name("tokenizer_config.json"))
@@ -55,10 +59,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Returns whether a directory has a tokenizer that `load_tokenizer` reads."""
+    return any((directory / name).exists() for name in ("tokenizer.json", RANKS_FILE))
+
+
 def _load_backend(path: Path, named: Collection[str]) -> tokenizers.Tokenizer:
-    """Loads a tokenizer.json and flags every control token, and those `named`, as special."""
+    """Loads the file and flags every control token, and those `named`, as special."""
     try:
-        text = path.read_text(encoding="utf-8")
+        ranks = path.name == RANKS_FILE
+        text = tokenizer_json(path) if ranks else path.read_text(encoding="utf-8")
         if '"Precompiled"' in text:
             _check_apart(path)
         saved = json.loads(text)

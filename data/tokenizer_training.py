@@ -6,6 +6,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from data.byte_level import bytes_to_unicode
 from data.config import DataConfig, TokenizerConfig
 from data.documents import BadRecord, Document, ReadableDocuments
 from data.sources import open_split
@@ -66,7 +67,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def bytes_tokenizer() -> Tokenizer:
     """Makes a tokenizer with one id a byte, its value; the special tokens follow from 256."""
-    vocabulary = {char: value for value, char in enumerate(_bytes_to_unicode())}
+    vocabulary = {char: value for value, char in enumerate(bytes_to_unicode())}
     backend = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
     backend.add_special_tokens(_special_tokens())
     return Tokenizer(backend, "bytes")
@@ -87,18 +88,6 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     )
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _bytes_to_unicode() -> Iterator[str]:
-    """Yields the character by which byte-level BPE writes each byte 0..255, as GPT-2's does.
-
-    A byte that is printable Latin-1 is written as itself, any other as the next character from
-    U+0100 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_in = iter(range(0x100, 0x200))
-    for value in range(256):
-        yield chr(value if value in printable else next(stand_in))
 
 
 def _training_texts(config: DataConfig, num_bytes: int) -> Iterator[str]:

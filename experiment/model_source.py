@@ -35,9 +35,10 @@ def with_hf_fields(config: ConfigDict, directory: Path) -> ConfigDict:
     from checkpoints.hf.config import model_fields
     from checkpoints.hf.safetensors import TensorFiles
     from data.chat_template import find_chat_template
+    from data.tokenizer_files import has_tokenizer
 
     config = with_model(config, model_fields(directory, TensorFiles(directory).tensors))
-    if (directory / "tokenizer.json").exists():
+    if has_tokenizer(directory):
         config.tokenizer.kind, config.tokenizer.path = "file", str(directory)
         settings = directory / "tokenizer_config.json"
         tokenizer_config = read_json(settings) if settings.exists() else {}

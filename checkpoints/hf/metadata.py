@@ -18,6 +18,7 @@ from checkpoints.hf.safetensors import DTYPE_NAMES, DTYPES, TensorFiles
 from checkpoints.locations import HF_RECORD, hf_directory, run_directory
 from data.chat_template import TEMPLATE_FILE
 from data.tokenizer import Tokenizer
+from data.tokenizer_files import has_tokenizer
 from errors import UserError
 from files import read_json, replacing, write_json, write_text
 from model.config import ModelConfig
@@ -175,13 +176,13 @@ def write_other_files(
     Args:
       directory: the checkpoint.
       record: a directory with the files that the model came with.
-      tokenizer: is written if there is no tokenizer.json among those.
+      tokenizer: is written if there is none among those.
       chat_template: the Jinja that is written with it if it has none of its own.
       config: the keys of config.json.
     """
     files = [] if record is None else _other_files(record)
     _copy([file for file in files if file.name not in ("config.json", TENSOR_RECORD)], directory)
-    if tokenizer is not None and "tokenizer.json" not in [file.name for file in files]:
+    if tokenizer is not None and (record is None or not has_tokenizer(record)):
         tokenizer.save(directory / "tokenizer.json")
         write_json(directory / "generation_config.json", tokenizer.token_ids)
         if tokenizer.chat_template is None and chat_template is not None:
