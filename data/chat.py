@@ -319,6 +319,16 @@ def encode_chat(
     return _template(template).encode_chat(messages, tokenizer, tools, omitted)
 
 
+def spelled_out(template: str, tokenizer: Tokenizer) -> list[str]:
+    """Returns the tags that a template writes as characters, for want of a special token.
+
+    Only "r1" does.
+    """
+    if template != "r1":
+        return []
+    return [tag for tag in COMPLETION_TAGS if tokenizer.special_token_id(tag) is None]
+
+
 def jinja_of(template: str) -> str | None:
     """Returns the Jinja of a template of ours, or None of "checkpoint", which has its own."""
     return getattr(_template(template), "jinja", None)

@@ -15,6 +15,7 @@ from rich.table import Table
 from checkpoints.hf.config import export_refusals
 from checkpoints.hf.metadata import inherit_record
 from checkpoints.locations import hf_directory, run_directory
+from data.chat import spelled_out
 from data.tasks.spec import register_tasks
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import load_tokenizer
@@ -55,6 +56,10 @@ def set_up(config: Config, workdir: Path, rows: Mapping[str, int], *, trains: bo
     if config.init_from and jax.process_index() == 0:
         inherit_record(config.init_from, workdir)
     model = with_vocab_size(config.model, tokenizer)
+    characters = spelled_out(config.data.chat_template, tokenizer)
+    if characters and jax.process_index() == 0:
+        tags = ", ".join(characters)
+        print(f'data.chat_template = "r1": {tags} are characters in this tokenizer', flush=True)
     print_summary(config, *count_parameters(model), mesh, trains=trains)
     return Setup(model, tokenizer, mesh)
 

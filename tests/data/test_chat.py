@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from data.chat import encode_chat, encode_prompt
+from data.chat import encode_chat, encode_prompt, spelled_out
 from data.tokenizer_files import load_tokenizer
 from data.tokenizer_training import bytes_tokenizer
 from errors import UserError
@@ -85,7 +85,10 @@ def test_a_mark_that_the_tokenizer_lacks_is_never_spelled_out(tmp_path, mark):
 
 def test_r1_is_plain_text_where_the_tokenizer_has_no_tags(tmp_path):
     """Its prompt is made for base models, whose tokenizers have none of the tags."""
-    tokenizer = without(tmp_path, "<think>", "</think>", "<answer>", "</answer>")
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer = without(tmp_path, *tags)
+    assert spelled_out("r1", tokenizer) == tags and spelled_out("think", tokenizer) == []
+    assert spelled_out("r1", bytes_tokenizer()) == []
     ids, _ = encode_chat([USER, ASSISTANT], tokenizer, "r1")
     assert all(index < 256 for index in ids[:-1])
     assert tokenizer.decode(ids).endswith(f"Assistant: {ASSISTANT['content']}")
