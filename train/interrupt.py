@@ -27,8 +27,9 @@ def keep_handler_of_jax() -> None:
 class Interrupt:
     """Turns the first SIGTERM or SIGINT into a request; the second acts as it does without this.
 
-    With several processes one that gets a signal tells the others, and all stop after the same
-    step. It must be entered in the main thread.
+    So does one that comes before the first step is done, which may compile for minutes: there is
+    nothing to save yet. With several processes one that gets a signal tells the others, and all
+    stop after the same step. It belongs to the main thread.
 
         with Interrupt() as interrupt:
             for step in ...:
@@ -49,20 +50,24 @@ class Interrupt:
         Args:
           step: optimizer steps done.
         """
+        if not self._asked and not self._handlers:
+            self._catch()
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
 
     def __enter__(self) -> "Interrupt":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+    def _catch(self) -> None:
         if jax.process_count() > 1 and not _of_jax:
             keep_handler_of_jax()
         self._handlers = {
             number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
         }
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._restore()
 
     def _ask(self, number: int, _: Any) -> None:
         if self._asked:
