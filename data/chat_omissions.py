@@ -45,7 +45,7 @@ def omission(message: Mapping[str, Any], written: str) -> str | None:
             return _words(field, piece)
         reached = end
     for field in CALL_FIELDS:
-        for word in _call_words(message.get(field)):
+        for word in _call_words(message.get(field), written):
             if _find(word, written, 0)[0] < 0:
                 return _words(field, word)
     return None
@@ -94,10 +94,10 @@ def _pieces(message: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
                     gap = 1
 
 
-def _call_words(calls: Any) -> Iterator[str]:
+def _call_words(calls: Any, written: str) -> Iterator[str]:
     """Yields the names of the functions that are called, and the names and values they are given.
 
-    Arguments that are JSON in a string are read; any other string is one value.
+    Arguments in a string are one word if that is written as it is; else JSON in it is read.
     """
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else {}
@@ -106,7 +106,7 @@ def _call_words(calls: Any) -> Iterator[str]:
         if isinstance(function.get("name"), str):
             yield function["name"]
         arguments = function.get("arguments", function.get("parameters"))
-        if isinstance(arguments, str):
+        if isinstance(arguments, str) and squeezed(arguments) not in written:
             with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
         yield from _leaves(arguments)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SECONDS = 10.0  # for one rendering; a long conversation takes milliseconds
+START_SECONDS = 120.0  # until the process is there, on a machine that has other things to do
 MEMORY = 2 * 2**30  # bytes of address space of the process
 LONGEST = 2**24  # characters of a rendering
 
@@ -59,12 +60,12 @@ class JinjaProcess:
           Refused: the template is wrong, refuses, or goes beyond a bound.
         """
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            assert self._process is not None
             try:
+                if self._process is None or self._process.poll() is not None:
+                    self._start()
+                assert self._process is not None
                 _write(self._process.stdin, request)
-                answer = self._read()
+                answer = self._read(SECONDS)
             except RecursionError:
                 reason = "the conversation is nested too deeply"
                 raise Refused(reason, by_conversation=True) from None
@@ -96,11 +97,12 @@ class JinjaProcess:
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for us
         )
+        self._read(START_SECONDS)
 
-    def _read(self) -> Answer:
+    def _read(self, seconds: float) -> Answer:
         """Reads an answer. Raises TimeoutError, or EOFError if the process has ended."""
         assert self._process is not None and self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], SECONDS)
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
         if not ready:
             raise TimeoutError
         return _read(self._process.stdout)
@@ -114,6 +116,7 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     source, target = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     sys.stdout = sys.stderr
+    _write(target, Answer("ready"))
     while True:
         try:
             request = _read(source)

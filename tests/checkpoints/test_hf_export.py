@@ -155,6 +155,16 @@ def test_a_template_of_ours_goes_along_as_jinja(tokenizer, template, tmp_path):
     assert parse(with_hf_fields(default_config(), tmp_path)).data.chat_template == "checkpoint"
 
 
+@pytest.mark.parametrize("before, after", [("think", "checkpoint"), ("r1", "r1")])
+def test_a_checkpoint_without_a_template_is_not_taken_for_ours(tmp_path, before, after):
+    """What a config file says of a base model stays; "think", its default, does not."""
+    made_here(tmp_path, bytes_tokenizer())
+    (tmp_path / "chat_template.jinja").unlink()
+    config = default_config()
+    config.data.chat_template = before
+    assert parse(with_hf_fields(config, tmp_path)).data.chat_template == after
+
+
 def test_what_cannot_be_exported_is_known_before_training():
     """All fields of it, each with what it must be."""
     assert export_refusals(model("qwen3_next")) == []

@@ -87,6 +87,16 @@ def test_a_call_of_a_tool_must_be_written(checkpoint, field, spelled):
     assert weight > 0 and not lines
 
 
+def test_arguments_in_a_string_may_be_written_as_they_are(checkpoint):
+    """1e3 is not how Python writes the number."""
+    tokenizer = written(
+        checkpoint, "m.tool_calls[0].function.name ~ m.tool_calls[0].function.arguments"
+    )
+    call = {"function": {"name": "add", "arguments": '{"x": 1e3, "y": "\\u00e9"}'}}
+    weight, lines = weight_of(tokenizer, [user("q"), assistant("", tool_calls=[call])])
+    assert weight > 0 and not lines
+
+
 def test_r1_and_its_like_unlearn_no_thought(checkpoint):
     """DeepSeek-R1's template drops each thought: what is left would be learnt as an answer."""
     tokenizer = load_tokenizer(checkpoint("r1", {"eos_token": "<｜end▁of▁sentence｜>"}))

@@ -9,8 +9,12 @@ import json
 
 import pytest
 
+from data.chat import encode_chat, encode_prompt
+from data.config import DataConfig
 from data.tokenizer_files import load_tokenizer
+from data.tokenizer_training import bytes_tokenizer
 from errors import UserError
+from experiment.schema import Config, with_template_options
 from tests.data.chats import THOUGHT, TOOL_USE, TOOLS, assistant, inline_template, user
 
 
@@ -106,6 +110,33 @@ def test_a_switch_that_a_template_does_not_read_is_refused(template):
     for given in ("messages", "add_generation_prompt"):
         with pytest.raises(UserError, match=f'"{given}": no switch'):
             template("chatml").with_options({given: []})
+
+
+def test_a_switch_reaches_prompts_and_conversations(checkpoint):
+    """As `data.chat_template_options` and `--template_options` set it."""
+    plain = load_tokenizer(checkpoint("chatml"))
+    config = with_template_options(
+        Config(data=DataConfig(chat_template="checkpoint")), '{"enable_thinking": false}'
+    )
+    switched = plain.with_template_options(config.data.template_options or {})
+    prompts = [encode_prompt([user("q")], each, "checkpoint") for each in (plain, switched)]
+    assert plain.decode(prompts[1][len(prompts[0]) :]) == "<think>\n\n</think>\n\n"
+    assert prompts[1][: len(prompts[0])] == prompts[0]
+    assert plain.with_template_options({}) is plain
+    with pytest.raises(UserError, match=r"no chat template, so no data\.chat_template_options"):
+        bytes_tokenizer().with_template_options({"enable_thinking": False})
+
+
+def test_a_checkpoint_without_a_template_asks_for_one(checkpoint):
+    """Ours are not taken in its place: its model was trained on none of them."""
+    tokenizer = load_tokenizer(checkpoint(None))
+    for encode in (encode_prompt, encode_chat):
+        with pytest.raises(UserError) as error:
+            encode(
+                [user("q"), assistant("a")][: 1 + (encode is encode_chat)], tokenizer, "checkpoint"
+            )
+        line = str(error.value)
+        assert "no chat template" in line and "set data.chat_template to what the model" in line
 
 
 def test_templates_have_the_functions_and_filters_of_transformers():
