@@ -39,7 +39,8 @@ def record_start(workdir: Path, model: ModelConfig) -> None:
     """
     if jax.process_index() != 0:
         return
-    before = _starts(workdir) if (workdir / "metrics.jsonl").exists() else []
+    metrics = workdir / "metrics.jsonl"
+    before = _starts(workdir) if metrics.exists() and metrics.stat().st_size else []
     start = {
         "time": round(time.time(), 3),
         "command": command_line(),
@@ -61,11 +62,13 @@ def origin_of(workdir: Path) -> Origin | None:
         return None
     config: Any = recorded_config(workdir)
     command = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["command"]
+    sources = [config.reinforce.task] if command == "reinforce" else list(config.data.sources)
     return Origin(
         command,
         config.seed,
         config.init_from,
         config.train.stage,
+        sources,
         config.train.steps,
         changed_fields(config),
         _starts(workdir),

@@ -1,4 +1,4 @@
-r"""Runs every experiment of a config's sweep() and prints one table of what came out.
+r"""Runs every experiment of a config's sweep() and shows what came out, in a table and on a page.
 
     python -m launch.sweep --config=configs/x.py --command=pretrain --workdir=runs/sweep \
         --parallel=2
@@ -7,8 +7,9 @@ r"""Runs every experiment of a config's sweep() and prints one table of what cam
 
 The config file says what to run: `def sweep(add)` with its question as docstring calls
 `add({"train.learning_rate": 1e-3})` once a run. Each run is `python -m launch.COMMAND` with its own
-directory below --workdir, log in sweep.log. Give the same command again to go on: finished runs are
-kept. With CUDA_VISIBLE_DEVICES set, the runs that go on at once share the devices out among them.
+directory below --workdir, log in sweep.log; results.csv has all results, and report.html the table
+and the runs' curves. Give the same command again to go on: finished runs are kept. With
+CUDA_VISIBLE_DEVICES set, the runs that go on at once share the devices out among them.
 """
 
 import difflib

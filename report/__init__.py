@@ -1,7 +1,10 @@
-"""Shows what a run came to: one page of numbers, curves and samples, and a table on the terminal.
+"""Shows what runs came to: a page of sentences, numbers, curves and samples, and a table.
 
-In comes a workdir with what its phases left (`results.py` reads summary.json, metrics.jsonl and
-samples.jsonl); out goes WORKDIR/report.html, one file that needs no network. The package imports
-train.metrics, files and errors. Start at `page.py`, which puts the page together from the tables of
-`table.py` and the charts of `panels.py`, `curves.py` and `figures.py`.
+In come the workdirs of runs with what their phases left (`results.py` reads summary.json,
+metrics.jsonl and samples of text, whatever is in them; `lenient.py` leaves out what is damaged) and
+where it comes from (an `Origin` for each phase, which `experiment/run_record.py` reads); out goes
+the text of a page that needs no network. `page.py` puts it together: the sentences of `story.py`,
+the tables of `stages.py`, `table.py` and `comparison.py`, the charts of `panels.py` and
+`curves.py`, drawn by `svg.py` and `axes.py`, and what the model wrote (`texts.py`). The package
+imports errors alone. Start at `page.py`; `experiment/reporting.py` writes the file.
 """

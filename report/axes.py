@@ -26,9 +26,8 @@ class Axis(NamedTuple):
 
     def ticks(self, most: int = 6) -> list[float]:
         """Returns at most about `most` round values on the axis."""
-        return (
-            _decades(self.low, self.high, most) if self.log else _round(self.low, self.high, most)
-        )
+        powers = _decades(self.low, self.high, most) if self.log else []
+        return powers if len(powers) > 1 else _round(self.low, self.high, most)
 
 
 def axis_over(

@@ -1,11 +1,12 @@
 """Several runs side by side: what they differ in, and what came of each."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from report.lenient import mapping, number
-from report.results import Run
+from report.results import PhaseMetrics, Run, text_phases
 from report.stages import stages_of
 from report.story import duration
 
@@ -21,6 +22,7 @@ class Comparison(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()  # beside those of the runs
+    labels: Sequence[str] = ()  # of the rows, in place of the runs' names
 
 
 def compared(title: str, runs: Sequence[Run]) -> Comparison:
@@ -34,9 +36,9 @@ def compared(title: str, runs: Sequence[Run]) -> Comparison:
     columns |= {
         "steps": [f"{sum(stage.steps for stage in stages_of(run)):,}" for run in runs],
         "time": [_time(run) for run in runs],
-        "loss": [_last(run, "lm") for run in runs],
-        "validation loss": [_last(run, "validation_lm") for run in runs],
-        "reward": [_last(run, "reward") for run in runs],
+        "loss": [_last(text_phases(run.phases), "lm") for run in runs],
+        "validation loss": [_last(text_phases(run.phases), "validation_lm") for run in runs],
+        "reward": [_last(run.phases, "reward") for run in runs],
         "pass@1": [_pass_at_1(run) for run in runs],
     }
     shown = {name: cells for name, cells in columns.items() if any(cells)}
@@ -69,13 +71,23 @@ def swept(title: str, sweep: Mapping[str, Any], runs: Sequence[Run]) -> Comparis
         for record, one in zip(found, changes, strict=True)
     ]
     question = sweep.get("question")
+    named = [
+        dataclasses.replace(run, name=", ".join([str(place), *_short(one)]))
+        for place, (run, one) in enumerate(zip(runs, changes, strict=True), 1)
+    ]
     return Comparison(
         title,
         question if isinstance(question, str) else "",
-        runs,
+        named,
         [*changed, *results, "time", "ended"],
         rows,
+        labels=[str(place) for place in range(1, len(runs) + 1)],
     )
+
+
+def _short(changes: Mapping[str, Any]) -> list[str]:
+    """Returns what a run changes, each field by the last part of its name."""
+    return [f"{field.rpartition('.')[2]} {value}" for field, value in changes.items()]
 
 
 def run_names(workdirs: Sequence[Path]) -> list[str]:
@@ -108,10 +120,10 @@ def _time(run: Run) -> str:
     return duration(sum(known)) if known else ""
 
 
-def _last(run: Run, metric: str) -> str:
+def _last(phases: PhaseMetrics, metric: str) -> str:
     values = [
         value
-        for lines in run.phases.values()
+        for lines in phases.values()
         for line in lines
         if (value := number(line.get(metric))) is not None
     ]
@@ -122,7 +134,7 @@ def _pass_at_1(run: Run) -> str:
     solved = number(mapping(run.summary.get("reinforce")).get("pass@1_after"))
     if solved is not None:
         return f"{solved:.1%}"
-    last = _last(run, "validation_pass_at_1")
+    last = _last(run.phases, "validation_pass_at_1")
     return f"{float(last):.1%}" if last else ""
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from report.lenient import number
-from report.results import PhaseMetrics, Run
+from report.results import PhaseMetrics
 from report.svg import PALETTE, Look, Series, line_chart
 
 SMOOTHED_FROM = 60  # points of a curve: above, a running mean stands before the measured values
@@ -205,20 +205,28 @@ def curves_panel(phases: PhaseMetrics, chart: Chart) -> Panel | None:
     return Panel(chart.title, svg, chart.caption, legend)
 
 
-def overlaid_panel(runs: Sequence[Run], colors: Sequence[str], chart: Chart) -> Panel | None:
-    """Draws the first curve of a chart for each of several runs that have it."""
-    curve = chart.curves[0]
+def overlaid_panel(
+    names: Sequence[str], runs: Sequence[PhaseMetrics], colors: Sequence[str], chart: Chart
+) -> Panel | None:
+    """Draws the first curve of a chart for each of several runs that have it.
+
+    The phases of a run that have it stand end to end.
+    """
+    metric = chart.curves[0].metric
     limit = max(40, min(POINTS, ALL_POINTS // len(runs)))
-    series = []
-    for run, color in zip(runs, colors, strict=True):
-        x, y = points(run.phases, curve.metric)
+    series, begins = [], []
+    for name, run, color in zip(names, runs, colors, strict=True):
+        phases = phases_with(run, metric)
+        x, y = points(phases, metric)
         if len(x):
-            one = smoothed(run.name, color, x, y, starts(run.phases), limit)
-            series.append(one._replace(faint=None))
+            one = smoothed(name, color, x, y, starts(phases), limit)
+            series.append(one._replace(faint=None, measured=one.y))
+            begins.append(marks(phases, metric))
     if not series:
         return None
     label = f"{chart.title} of {len(series)} runs. {chart.caption}"
-    return Panel(chart.title, line_chart(series, chart.look, label), chart.caption)
+    alike = begins[0] if all(one == begins[0] for one in begins) else ()
+    return Panel(chart.title, line_chart(series, chart.look, label, alike), chart.caption)
 
 
 def points(phases: PhaseMetrics, metric: str) -> tuple[np.ndarray, np.ndarray]:

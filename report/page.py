@@ -46,30 +46,46 @@ def run_page(run: Run) -> str:
 def runs_page(comparison: Comparison) -> str:
     """Returns the page of several runs: one table, and charts with a curve for each."""
     runs = comparison.runs
-    colors = [PALETTE[place % len(PALETTE)] for place in range(len(runs))]
+    hues = {} if len(runs) <= len(PALETTE) else run_colors(len(runs))
+    colors = list(hues) or PALETTE[: len(runs)]
     lead = comparison.question or f"{len(runs)} runs side by side."
     rows = [
-        [f'<span class="swatch" style="--tone:var(--{color})"></span>{escape(run.name)}', *cells]
-        for run, color, cells in zip(
-            runs, colors, [[escape(cell) for cell in row] for row in comparison.rows], strict=True
+        [f'<span class="swatch" style="--tone:var(--{color})"></span>{escape(label)}', *cells]
+        for label, color, cells in zip(
+            comparison.labels or [run.name for run in runs],
+            colors,
+            [map(escape, row) for row in comparison.rows],
+            strict=True,
         )
     ]
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     body = [
         f'<h1>{escape(comparison.title)}</h1><div class="story">'
         f'<p class="lead">{escape(lead)}</p></div>',
-        f'<section class="card">{_table_html(["run", *comparison.columns], rows)}</section>',
+        f'<section class="card">{_table_html(["run", *comparison.columns], rows, [0])}</section>',
         *map(_section_html, overlaid_sections(runs, colors)),
         _notes_html([*comparison.notes, *notes]),
     ]
-    return _page(comparison.title, body)
+    return _page(comparison.title, body, hues)
 
 
-def _page(title: str, body: Sequence[str]) -> str:
+def run_colors(count: int) -> dict[str, tuple[str, str]]:
+    """Returns name -> (light, dark) of a colour for each of many runs, from red to violet."""
+    hues = [round(300 * place / max(count - 1, 1)) for place in range(count)]
+    return {
+        f"run{place}": (f"hsl({hue} 62% 42%)", f"hsl({hue} 62% 68%)")
+        for place, hue in enumerate(hues)
+    }
+
+
+def _page(
+    title: str, body: Sequence[str], more_colors: Mapping[str, tuple[str, str]] | None = None
+) -> str:
+    colors = COLORS | dict(more_colors or {})
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        light="".join(f"--{name}:{light};" for name, (light, _) in COLORS.items()),
-        dark="".join(f"--{name}:{dark};" for name, (_, dark) in COLORS.items()),
+        light="".join(f"--{name}:{light};" for name, (light, _) in colors.items()),
+        dark="".join(f"--{name}:{dark};" for name, (_, dark) in colors.items()),
         body="\n".join(part for part in body if part),
     )
     return FORBIDDEN.sub("\ufffd", page)
@@ -96,6 +112,7 @@ def _origin_html(run: Run) -> str:
     add("command", commands or [f"launch.{o.command}" for o in origins.values()], code=True)
     first = next(iter(origins.values()), Origin())
     add("started from", [first.init_from], code=True)
+    add("trained on", [one for o in origins.values() for one in o.sources], code=True)
     seconds = number(run.summary.get("seconds"))
     add("time", [] if seconds is None else [clock(seconds)])
     for name in ("devices", "versions"):

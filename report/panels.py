@@ -24,19 +24,13 @@ from report.curves import (
     phases_with,
 )
 from report.lenient import mapping, matrix, number
-from report.results import PhaseMetrics, Run, Summary
+from report.results import PhaseMetrics, Run, Summary, text_phases
 from report.svg import PALETTE, Look, Series, heat_map, interval_chart, line_chart
 from report.table import SAVINGS
 
-OVERLAID = (
-    LOSS,
-    VALIDATION,
-    *INDEXER,
-    EXPERT_LOAD_MAX,
-    REWARD,
-    *REINFORCE,
-    *OPTIMIZATION,
-)
+# What the pages of several runs show: of the phases that learn from text, and of all.
+OF_TEXT = (LOSS, VALIDATION, *INDEXER, EXPERT_LOAD_MAX)
+OF_ALL = (REWARD, *REINFORCE, *OPTIMIZATION)
 
 
 class Section(NamedTuple):
@@ -49,8 +43,8 @@ class Section(NamedTuple):
 def sections(run: Run) -> list[Section]:
     """Returns the sections of the page of one run, in order."""
     reinforce = phases_with(run.phases, "reward")
-    text = {name: lines for name, lines in run.phases.items() if name not in reinforce}
-    finetune = {name: text.pop(name) for name in list(text) if name == "finetune"}
+    text = text_phases(run.phases)
+    finetune = {name: lines for name, lines in run.phases.items() if name == "finetune"}
     indexer = phases_with(text, "indexer_kl")
     experts = text or finetune or reinforce
     found = {
@@ -76,7 +70,13 @@ def sections(run: Run) -> list[Section]:
 
 def overlaid_sections(runs: Sequence[Run], colors: Sequence[str]) -> list[Section]:
     """Returns the one section of a page of several runs: a curve for each run in each chart."""
-    panels = [overlaid_panel(runs, colors, chart) for chart in OVERLAID]
+    text = [text_phases(run.phases) for run in runs]
+    every = [run.phases for run in runs]
+    names = [run.name for run in runs]
+    panels = [
+        overlaid_panel(names, text if chart in OF_TEXT else every, colors, chart)
+        for chart in (*OF_TEXT, *OF_ALL)
+    ]
     shown = [panel for panel in panels if panel]
     return [Section("Curves", shown)] if shown else []
 

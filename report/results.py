@@ -26,6 +26,7 @@ class Origin:
     Attributes:
       command: of launch/, such as "pretrain".
       changes: config field -> its value, where that is not the default of configs/base.py.
+      sources: what it is trained on, as its config names it.
       steps: that the config asks for.
       starts: of the run, each {"time", "command", "commit", "parameters", "devices", "versions"};
         [] of a run that recorded none.
@@ -35,6 +36,7 @@ class Origin:
     seed: int | None = None
     init_from: str = ""
     stage: str = ""
+    sources: Sequence[str] = ()
     steps: int = 0
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     starts: Sequence[Mapping[str, Any]] = ()
@@ -138,6 +140,15 @@ def phase_directories(workdir: Path, summary: Summary) -> list[Path]:
         for name in named
         if Path(name).name == name and (workdir / name / "metrics.jsonl").is_file()
     ]
+
+
+def text_phases(phases: PhaseMetrics) -> PhaseMetrics:
+    """Returns the phases that learn from text, not from conversations nor from rewards."""
+    return {
+        phase: lines
+        for phase, lines in phases.items()
+        if phase != "finetune" and not any("reward" in line for line in lines)
+    }
 
 
 def in_order(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from report.lenient import mapping, number
-from report.results import Run
+from report.results import Run, text_phases
 from report.stages import Stage, stages_of
-
-CONVERSATIONS = ("finetune", "reinforce")  # the phases that are no reading of text
 
 
 def story(run: Run) -> list[str]:
@@ -106,8 +104,7 @@ def _solves(run: Run) -> str:
 
 def _predicts(run: Run) -> str:
     """Says what the loss of text means: among how many tokens the model would have to guess."""
-    # What it learns from rewards and conversations is no text like that before.
-    of_text = [lines for phase, lines in run.phases.items() if phase not in CONVERSATIONS]
+    of_text = list(text_phases(run.phases).values())
     for wanted in ("validation_lm", "lm"):
         firsts, lasts = (
             [

@@ -32,7 +32,7 @@ COLORS = {
 PALETTE = ("blue", "orange", "green", "purple", "red", "teal", "olive", "pink")
 
 WIDTH, HEIGHT = 360, 216  # in units of about a pixel where three charts stand in a row
-LETTER = 6.8  # about the width of a letter of the labels
+LETTER = 7.4  # about the width of a letter of the labels, at most
 
 
 class Series(NamedTuple):
@@ -281,7 +281,9 @@ def _y_ticks(axis: Axis, look: Look) -> str:
 
 def _x_ticks(axis: Axis, look: Look, bottom: float = HEIGHT - 38) -> str:
     parts = [f'<path class="axis" d="M{axis.start:.1f} {bottom}H{axis.end:.1f}"/>']
-    ticks = look.xticks or {tick: _tick(tick) for tick in axis.ticks()}
+    whole = look.xlabel == "step"
+    found = [tick for tick in axis.ticks() if tick.is_integer() or not whole]
+    ticks = look.xticks or {tick: _tick(tick) for tick in found}
     for tick, name in ticks.items():
         x = float(axis.pixels(np.array(tick)))
         parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v3"/>')
@@ -303,9 +305,10 @@ def _mark_rows(marks: Sequence[tuple[float, str]], axis: Axis) -> list[int]:
 
 def _tick(value: float, percent: bool = False) -> str:
     if percent:
-        return f"{value:.0%}"
+        return f"{100 * value:.6g}%"
     if abs(value) >= 1e6 or 0 < abs(value) < 1e-4:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        mantissa, _, exponent = f"{value:.6e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.10g}"
 
 

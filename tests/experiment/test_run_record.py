@@ -81,11 +81,12 @@ def test_each_start_is_recorded_and_those_before_the_first_step_are_forgotten(tm
     record_start(tmp_path, MODEL)  # the first one never came to a step
     origin = origin_of(tmp_path)
     assert origin is not None and len(origin.starts) == 1
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     record_start(tmp_path, MODEL)
     origin = origin_of(tmp_path)
     assert origin is not None and len(origin.starts) == 2
     assert (origin.command, origin.seed, origin.steps) == ("pretrain", 5, 9)
+    assert origin.sources == list(config.data.sources)
     assert origin.changes["train.steps"] == 9 and "seed" not in origin.changes
     start = origin.starts[-1]
     assert start.keys() == {"time", "command", "commit", "parameters", "devices", "versions"}

@@ -56,7 +56,19 @@ def test_every_phase_runs_and_its_models_write(tmp_path):
     assert summary["reinforce"].keys() >= REINFORCE
     assert summary.keys() >= {"seconds", "devices", "versions"}
     assert 0 < summary["indexer"]["recall_random"] < 1
-    assert (tmp_path / "report.html").stat().st_size > 10_000
+    page = (tmp_path / "report.html").read_text()
+    for shown in (
+        " -m launch.quickstart --config=tests/launch/tiny_quickstart.py",
+        "config fields differ from configs/base.py",
+        "How it fills a gap",
+        "What it writes",
+        "What it wrote as it learned",
+        "Learning rate",
+        "GiB",
+        "seed",
+    ):
+        assert shown in page
+    assert "Left out" not in page and len(page) < 3_000_000
     for phase in ("pretrain", "warmup", "sparse", "finetune", "reinforce"):
         assert (tmp_path / phase / "checkpoints" / "2").is_dir()
         assert (tmp_path / phase / "metrics.jsonl").exists()

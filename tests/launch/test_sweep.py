@@ -92,6 +92,9 @@ def test_runs_all_and_tables_the_results(place, capsys):
         ("4", "1.0", "7", "0"),
     ]
     assert "pretrain.text" not in rows[0] and "pretrain.on" not in rows[0]
+    page = (place / "runs/report.html").read_text()
+    assert "Which rate is best?" in page and "<td>4.999</td>" in page
+    assert "wrote runs/report.html" in out
 
 
 def test_show_chooses_the_columns(place, capsys):

@@ -49,8 +49,8 @@ def test_a_workdir_given_twice_is_one_run(tmp_path):
 
 def test_the_table_has_what_differs(tmp_path):
     origins = {
-        "a": Origin("pretrain", 0, "", changes={"train.steps": 20, "train.beta1": 0.5}),
-        "b": Origin("pretrain", 1, "", changes={"train.steps": 20, "model.x": "y"}),
+        "a": Origin("pretrain", seed=0, changes={"train.steps": 20, "train.beta1": 0.5}),
+        "b": Origin("pretrain", seed=1, changes={"train.steps": 20, "model.x": "y"}),
     }
     runs = [
         read_run(write_run(tmp_path / name, 2.0), lambda _, name=name: origins[name])
@@ -118,11 +118,35 @@ def test_a_sweep_has_its_question_one_table_and_overlaid_curves(tmp_path):
     assert cells[0] == ["0", "0.12346", "1 min 1 s", "finished"]
     assert cells[1] == ["1", "1.1235", "1 min 1 s", "not finished"] and len(cells) == 3
     (loss, *_) = parsed(page).charts
-    assert len(loss["series"]) == 3
+    assert [one["name"] for one in loss["series"]] == [
+        "1, learning_rate 0",
+        "2, learning_rate 1",
+        "3, learning_rate 2",
+    ]
 
 
-def test_a_sweep_of_many_runs_stays_small(tmp_path):
-    assert len(write_report(sweep_of(tmp_path, 60)).read_text()) < 3_000_000
+def test_a_sweep_of_many_runs_stays_small_and_each_has_its_colour(tmp_path):
+    page = write_report(sweep_of(tmp_path, 60)).read_text()
+    assert len(page) < 3_000_000
+    (loss, *_) = parsed(page).charts
+    colors = [one["color"] for one in loss["series"]]
+    assert len(set(colors)) == 60 and all(page.count(f"--{color}:hsl(") == 2 for color in colors)
+
+
+def test_conversations_and_rewards_are_not_on_the_curve_of_text(tmp_path):
+    """The runs of a pipeline compare what they learn from text, whatever follows it."""
+    for name in ("a", "b"):
+        write_run(tmp_path / name / "pretrain", 2.0)
+        write_run(tmp_path / name / "warmup", 2.0, indexer_kl=1.0)
+        write_run(tmp_path / name / "finetune", 0.5)
+        write_run(tmp_path / name / "reinforce", 0.5, reward=0.3)
+    page = write_report(tmp_path / "a", tmp_path / "b").read_text()
+    charts = dict(zip(shown(page), parsed(page).charts, strict=True))
+    assert [one["points"][-1] for one in charts["Loss"]["series"]] == [[40, 2]] * 2
+    assert charts["Loss"]["phases"] == [[0, "pretrain"], [20, "warmup"]]
+    assert [one["points"][0][0] for one in charts["Reward"]["series"]] == [1, 1]
+    cells = re.findall(r"<td.*?>(.*?)</td>", page)
+    assert "2" in cells and "0.5" not in cells
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"runs": 3}', '{"runs": [1, {"name": "../a"}]}'])
