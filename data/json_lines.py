@@ -54,8 +54,8 @@ class JsonLines(Records):
 
     def __init__(self, spec: str, files: FileSet, field: str):
         self._contents: list[Callable[[], BinaryIO]] = []
-        # For each file, [2, lines]: number and offset of every line that is not blank.
-        self._lines: list[np.ndarray] = []
+        # For each file, what returns [2, lines]: number and offset of every line that is not blank.
+        self._lines: list[Callable[[], np.ndarray]] = []
         super().__init__(spec, files, field)
 
     def _open_file(self, path: Path) -> int:
@@ -63,12 +63,12 @@ class JsonLines(Records):
         content = self._decompressed(path) if path.suffix in COMPRESSIONS else path
         if isinstance(content, bytes):
             self._contents.append(functools.partial(io.BytesIO, content))
-            lines = _find_lines(io.BytesIO(content), path)
+            lines = _in_memory(_find_lines(io.BytesIO(content), path))
         else:
             self._contents.append(functools.partial(content.open, "rb"))
             lines = _lines_of(content, path)
         self._lines.append(lines)
-        return lines.shape[1]
+        return lines().shape[1]
 
     def _decompressed(self, path: Path) -> bytes | Path:
         """Returns what a compressed file has: itself, or a file of it if it is long."""
@@ -91,11 +91,11 @@ class JsonLines(Records):
 
     def _read_record(self, file: int, record: int, where: str) -> tuple[object, object]:
         with self._contents[file]() as opened:
-            opened.seek(int(self._lines[file][1, record]))
+            opened.seek(int(self._lines[file]()[1, record]))
             return parse_record(opened.readline(), where, self._field)
 
     def _record_number(self, file: int, record: int) -> int:
-        return int(self._lines[file][0, record])
+        return int(self._lines[file]()[0, record])
 
 
 def decompress(path: Path) -> Iterator[bytes]:
@@ -112,8 +112,10 @@ def decompress(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: not a whole {name} file ({error})") from error
 
 
-def _lines_of(content: Path, path: Path) -> np.ndarray:
-    """Returns the lines of a file as `_find_lines` does, out of the cache if it is large.
+def _lines_of(content: Path, path: Path) -> Callable[[], np.ndarray]:
+    """Returns what returns the lines of a file as `_find_lines` does.
+
+    If the file is large they are in the cache.
 
     Args:
       content: the file.
@@ -126,8 +128,17 @@ def _lines_of(content: Path, path: Path) -> np.ndarray:
 
     if content.stat().st_size < INDEXED_BYTES:
         with content.open("rb") as opened:
-            return _find_lines(opened, path)
-    return np.load(cached(content, "lines 1", write), mmap_mode="r")
+            return _in_memory(_find_lines(opened, path))
+    return functools.partial(_open_index, cached(content, "lines 1", write))
+
+
+def _in_memory(lines: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: lines
+
+
+@functools.lru_cache(maxsize=128)  # an index is an open file, of which a process may have 1,000
+def _open_index(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
 
 
 def _find_lines(opened: BinaryIO, path: Path) -> np.ndarray:

@@ -116,7 +116,7 @@ def _blocks_in(directory: Path) -> _Blocks:
     )
 
 
-@functools.lru_cache(maxsize=256)  # a process may have some 1,000 files open
+@functools.lru_cache(maxsize=128)  # a process may have some 1,000 files open
 def _open_blocks(path: Path) -> pyarrow.ipc.RecordBatchFileReader:
     options = pyarrow.ipc.IpcReadOptions(use_threads=False)  # a block is small
     return pyarrow.ipc.open_file(pyarrow.OSFile(str(path)), options=options)

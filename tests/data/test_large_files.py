@@ -148,6 +148,20 @@ def test_memory_does_not_grow_with_a_file(tmp_path, kind):
     assert float(ended.stdout) < 64
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_few_files_are_open_at_a_time(tmp_path, kept, kind):
+    for number in range(200):
+        path = tmp_path / f"{number:03d}.{kind}"
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [f"{number}"]}), path)
+        else:
+            path.write_text(json.dumps({"text": f"{number}"}))
+    before = len(os.listdir("/proc/self/fd"))
+    found = documents(f"{kind}:{tmp_path}/*.{kind}#text")
+    assert [document.body for document in found] == [str(number) for number in range(200)]
+    assert len(os.listdir("/proc/self/fd")) - before <= 128
+
+
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("memory", [0, 2**30])
 def test_a_damaged_archive_is_one_line(tmp_path, kept, monkeypatch, suffix, memory):
