@@ -9,6 +9,7 @@ from errors import UserError
 from experiment.run_record import origin_of
 from files import write_text
 from report.comparison import Comparison, compared, run_names, swept
+from report.escape import plain
 from report.lenient import mapping, read_object
 from report.page import run_page, runs_page
 from report.results import Run, read_run
@@ -42,7 +43,7 @@ def write_report(workdir: Path, *others: Path, out: Path | None = None) -> Path:
         comparison = _compared_below(workdir, runs)._replace(notes=notes)
     for run in runs:
         for note in run.notes:
-            print(f"warning: {note}", file=sys.stderr)
+            print(f"warning: {plain(note)}", file=sys.stderr)
     if all(run.empty for run in runs):
         raise UserError(
             f"{workdir}: nothing to report there (no summary.json, metrics.jsonl or samples.jsonl "

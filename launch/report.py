@@ -16,6 +16,7 @@ from errors import UserError
 from experiment.command_line import command
 from experiment.flags import Flag
 from experiment.reporting import write_report
+from report.escape import plain
 from report.lenient import read_object
 from report.table import print_table
 
@@ -33,7 +34,7 @@ def run(workdir: tuple[str, ...], out: str) -> None:
     path = write_report(workdirs[0], *workdirs[1:], out=Path(out) if out else None)
     if len(workdirs) == 1:
         print_table(read_object(workdirs[0] / "summary.json", []))
-    print(f"wrote {path}")
+    print(f"wrote {plain(path)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 from errors import shortened
 from report.comparison import Comparison
 from report.curves import Panel
-from report.escape import FORBIDDEN, escape
+from report.escape import escape, plain
 from report.lenient import number
 from report.panels import Section, overlaid_sections, sections
 from report.results import Origin, Run, Summary
@@ -88,7 +88,7 @@ def _page(
         dark="".join(f"--{name}:{dark};" for name, (_, dark) in colors.items()),
         body="\n".join(part for part in body if part),
     )
-    return FORBIDDEN.sub("\ufffd", page)
+    return plain(page)
 
 
 def _origin_html(run: Run) -> str:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from report.escape import plain
 from report.lenient import mapping, number
 from report.results import Summary
 
@@ -30,7 +31,7 @@ def print_table(summary: Summary, console: Console | None = None) -> None:
             table.add_row()
         table.add_row(f"[bold]{title}")
         for name, value in rows:
-            table.add_row(f"  {escape(name)}", escape(value))
+            table.add_row(f"  {escape(plain(name))}", escape(plain(value)))
     (console or Console()).print(table)
 
 

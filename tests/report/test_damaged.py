@@ -1,5 +1,6 @@
 """Whatever a run's files and names have in them, its report is whole and says what it left out."""
 
+import io
 import json
 import math
 import random
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from errors import UserError
 from experiment.reporting import write_report
 from report.lenient import matrix, number
 from report.results import read_run
+from report.table import print_table
 from tests.report.test_page import parsed, shown
 from tests.report.workdirs import SUMMARY, write_quickstart
 
@@ -58,6 +61,9 @@ def test_any_text_is_shown_as_it_is(tmp_path, text):
     safe = "".join("\ufffd" if c in "\x00\x07\x1b\ud83d" else c for c in text)
     assert "".join(found.text).count(safe.strip()) >= 3
     assert {"Loss", "Reward", "Filling gaps"} & set(shown(page))
+    out = io.StringIO()
+    print_table(summary, Console(file=out, width=200))
+    assert out.getvalue().encode() and "\x1b" not in out.getvalue()
     both = write_report(workdir, plain, out=tmp_path / "both.html").read_text(encoding="utf-8")
     assert parsed(both).fetched == [] and both.count("<script") == 1
 
