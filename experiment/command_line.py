@@ -153,7 +153,9 @@ def _arguments(
         arguments[rest] = strays
     if "workdir" in known and "workdir" not in own:
         reads = source.reads_workdir(values)
-        arguments["workdir"] = checked_workdir(values["workdir"], reads=reads)
+        # A command without a config reports on what is there, and says itself what it cannot write.
+        writes = source.has_config and not reads
+        arguments["workdir"] = checked_workdir(values["workdir"], reads=reads, writes=writes)
     pretend_devices(values.get("pretend_devices", 0))
     return arguments | source.resolve(values, overrides, arguments.get("workdir"))
 

@@ -171,11 +171,11 @@ def evaluate(config: Config, workdir: Path) -> dict:
             if config.model.indexer.n_heads:
                 result |= indexer_recall(setup, variables, config.train, config.data)
     if jax.process_index() == 0:
+        print_evaluation(result)  # which are not lost where the disk is full or read-only
         for name, records in (("samples.jsonl", samples), ("infills.jsonl", infills)):
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             write_text(workdir / name, "".join(lines))
         write_json(workdir / "evaluation.json", result)
-        print_evaluation(result)
     return result
 
 

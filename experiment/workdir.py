@@ -45,6 +45,9 @@ MAY_CHANGE = (
     *(f"mesh.{axis}" for axis in MESH_AXES),
 )
 
+# Orbax and the libraries below it read these as patterns, in parts of a path too.
+PATTERN = "*?[]\\"
+
 
 def record_config(workdir: Path, config: Config, command: str) -> None:
     """Makes `workdir` this run's own.
@@ -115,16 +118,19 @@ def recorded_config(workdir: Path) -> ConfigDict:
     return as_config_dict(_with_tuples(_present(_read(record)["config"])))
 
 
-def checked_workdir(value: str, *, reads: bool) -> Path:
+def checked_workdir(value: str, *, reads: bool, writes: bool) -> Path:
     """Returns the directory that --workdir names. It may not exist yet.
 
     Args:
       value: the flag's value.
       reads: whether the command reads a model there. It may then be a Hugging Face checkpoint as it
         is, hf:DIR, to which nothing is written: a temporary directory takes the results.
+      writes: whether it must be possible to write there. What is read may lie on a disk that is
+        read-only.
 
     Raises:
-      UserError: the value is missing, no directory, or one that may not be written to.
+      UserError: the value is missing, no directory, or one that may not be written to; or the name
+        has characters that other libraries take for something else.
     """
     if not value:
         raise UserError(
@@ -146,12 +152,36 @@ def checked_workdir(value: str, *, reads: bool) -> Path:
             "give the mount point"
         )
     path = Path(value)
-    above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    _refuse_patterns(value, path)
+    try:
+        above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:
+        raise UserError(f"--workdir={value}: {error.strerror}") from error
     if not above.is_dir():
         raise UserError(f"--workdir={value}: {above} is a file, not a directory")
-    if not os.access(above, os.W_OK):
+    if max(len(os.fsencode(part)) for part in path.absolute().parts) > os.pathconf(
+        above, "PC_NAME_MAX"
+    ):
+        raise UserError(f"--workdir={value}: File name too long")
+    if writes and not os.access(above, os.W_OK):
         raise UserError(f"--workdir={value}: {above} may not be written to")
     return path
+
+
+def _refuse_patterns(value: str, path: Path) -> None:
+    """Raises UserError for a path that Orbax would take for a pattern, or that is no text.
+
+    A run could be saved in such a place and not be read again, or a place of another name could be
+    read.
+    """
+    whole = str(path.absolute())
+    wrong = sorted({letter for letter in whole if letter in PATTERN or ord(letter) < 32})
+    wrong += [letter for letter in whole if "\ud800" <= letter <= "\udfff"]
+    if wrong:
+        raise UserError(
+            f"--workdir={value!r}: {wrong[0]!r} may not be in the path of a workdir, since "
+            "libraries read it as a pattern; choose another name"
+        )
 
 
 def _read(record: Path) -> dict[str, Any]:

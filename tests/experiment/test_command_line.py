@@ -85,6 +85,11 @@ MISTAKES = {  # the words -> what the line must say
     "--config=F/good.py --workdir=F/file": "is a file",
     "--config=F/good.py --workdir=gs://bucket/run": "mount the bucket",
     "--config=F/good.py --workdir=W --pretend_devices=-1": "must be positive",
+    "--config=F/good.py --workdir=W/[a-z]*": "'*' may not be in the path of a workdir",
+    "--config=F/good.py --workdir=W/a\\b/c": "may not be in the path of a workdir",
+    "--config=F/good.py --workdir=W/x\x01": "'\\x01' may not be in the path of a workdir",
+    "--config=F/good.py --workdir=W/x\udcff": "may not be in the path of a workdir",
+    f"--config=F/good.py --workdir=W/{'x' * 256}": "File name too long",
 } | {f"--config=F/good.py --workdir=W --config.{words}": line for words, line in OVERRIDES.items()}
 
 
