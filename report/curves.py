@@ -11,6 +11,7 @@ from report.svg import PALETTE, Look, Series, line_chart
 
 SMOOTHED_FROM = 60  # points of a curve: above, a running mean stands before the measured values
 POINTS = 300  # that are drawn of a curve
+UNMEASURED = {("tokens_per_s", 0.0)}  # until the second step is done
 ALL_POINTS = 4_000  # that are drawn in a chart of several runs
 
 
@@ -190,7 +191,8 @@ OPTIMIZATION = (
 
 
 def curves_panel(phases: PhaseMetrics, chart: Chart) -> Panel | None:
-    """Draws the curves of a chart that the phases of a run have; None if there is none."""
+    """Draws the curves of a chart over the phases that have the first; None if none has it."""
+    phases = phases_with(phases, chart.curves[0].metric)
     found = [(curve, *points(phases, curve.metric)) for curve in chart.curves]
     if not len(found[0][1]):
         return None
@@ -235,7 +237,7 @@ def points(phases: PhaseMetrics, metric: str) -> tuple[np.ndarray, np.ndarray]:
         (start + line["step"], value)
         for start, lines in zip(starts(phases), phases.values(), strict=True)
         for line in lines
-        if (value := number(line.get(metric))) is not None
+        if (value := number(line.get(metric))) is not None and (metric, value) not in UNMEASURED
     ]
     x, y = np.array(found, float).reshape(-1, 2).T
     return x, y

@@ -45,7 +45,6 @@ def sections(run: Run) -> list[Section]:
     reinforce = phases_with(run.phases, "reward")
     text = text_phases(run.phases)
     finetune = {name: lines for name, lines in run.phases.items() if name == "finetune"}
-    indexer = phases_with(text, "indexer_kl")
     experts = text or finetune or reinforce
     found = {
         "Learning from text": [
@@ -53,7 +52,7 @@ def sections(run: Run) -> list[Section]:
             curves_panel(finetune, FINETUNE_LOSS),
             infilling(run.summary),
         ],
-        "Sparse attention": [curves_panel(indexer, chart) for chart in INDEXER],
+        "Sparse attention": [curves_panel(text, chart) for chart in INDEXER],
         "Experts": [expert_load(experts), curves_panel(experts, EXPERT_LOAD_MAX)],
         "Learning from rewards": [
             pass_at_k(run.summary),

@@ -123,7 +123,10 @@ def read_run(
         ],
         [
             infill
-            for directory in (workdir, workdir / "sparse_evaluation")
+            for directory in (
+                workdir,
+                *sorted(path.parent for path in workdir.glob("*/infills.jsonl")),
+            )
             for infill in read_records(
                 directory / "infills.jsonl", _is_infill, "infilled gap", notes
             )

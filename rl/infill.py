@@ -48,11 +48,11 @@ def infill_samples(
     gaps = [
         {"source": source, **gap}
         for source, texts in sources.items()
-        for gap in _gaps(texts, tokenizer, width, each, spm=data.infills_spm)
+        for gap in find_gaps(texts, tokenizer, width, each, spm=data.infills_spm)
     ][:GAPS]
     if not gaps:
         return []
-    prompts = [_prompt(gap, tokenizer, spm=data.infills_spm) for gap in gaps]
+    prompts = [infill_prompt(gap, tokenizer, spm=data.infills_spm) for gap in gaps]
     padded = prompts + [prompts[-1]] * (-len(prompts) % batch_shards(setup.mesh))
     rows = pad_prompts(padded, width, tokenizer.pad)
     greedy = dataclasses.replace(
@@ -80,10 +80,19 @@ def infill_samples(
     return [{**gap, "completion": text} for gap, text in zip(gaps, texts, strict=False)]
 
 
-def _gaps(
+def find_gaps(
     texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, width: int, count: int, *, spm: bool
 ) -> list[dict[str, str]]:
-    """Returns a gap of a few words in each of the first `count` texts that fit in a prompt."""
+    """Returns a gap of a few words in each of the first `count` texts that fit in a prompt.
+
+    Args:
+      texts: (name, text) of documents, of which the first TRIED are looked at.
+      width: tokens of the longest prompt.
+      spm: writes the suffix first.
+
+    Returns:
+      Records {"document", "prefix", "middle", "suffix"}.
+    """
     rng = np.random.default_rng(0)
     gaps = []
     for name, text in itertools.islice(texts, TRIED):
@@ -93,7 +102,7 @@ def _gaps(
         first = int(rng.integers(WORDS, len(ends) - WORDS))
         begin, end = ends[first], ends[first + int(rng.integers(2, WORDS))]
         gap = {"prefix": text[:begin], "middle": text[begin:end], "suffix": text[end:]}
-        if len(_prompt(gap, tokenizer, spm=spm)) > width:
+        if len(infill_prompt(gap, tokenizer, spm=spm)) > width:
             continue
         gaps.append({"document": name, **gap})
         if len(gaps) == count:
@@ -101,5 +110,6 @@ def _gaps(
     return gaps
 
 
-def _prompt(gap: dict[str, str], tokenizer: Tokenizer, *, spm: bool) -> list[int]:
+def infill_prompt(gap: dict[str, str], tokenizer: Tokenizer, *, spm: bool) -> list[int]:
+    """Returns the tokens that the model reads before it writes a gap's middle."""
     return fim_prompt(gap["prefix"], gap["suffix"], tokenizer, spm=spm)

@@ -315,3 +315,12 @@ def test_table_on_the_terminal():
     out.truncate(0)
     print_table({}, Console(file=out))
     assert not out.getvalue().strip("\0")
+
+
+def test_the_speed_before_the_second_step_is_not_measured(tmp_path):
+    with Metrics(tmp_path, "pretrain") as metrics:
+        for step, speed in ((1, 0.0), (2, 5.0), (3, 6.0)):
+            metrics.write(step, {"lm": 1.0, "tokens_per_s": speed})
+    page = write_report(tmp_path).read_text()
+    charts = dict(zip(shown(page), parsed(page).charts, strict=True))
+    assert charts["Speed"]["series"][0]["points"] == [[2, 5], [3, 6]]
