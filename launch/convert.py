@@ -34,6 +34,7 @@ from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.command_line import Flag, command
 from experiment.config_files import base_config_from, with_checkpoint_fields
+from experiment.lock import locked
 from experiment.schema import Config, parse
 from experiment.setup import with_vocab_size
 from experiment.workdir import record_config, recorded_config
@@ -73,9 +74,10 @@ def _into_workdir(origin: str, workdir: Path, dtype: str) -> None:
         raise UserError("--dtype=float16: a workdir's parameters are float32 or bfloat16")
     config = _config_of(origin)
     checkpoint = _hf_checkpoint(origin, config)
-    record_config(workdir, dataclasses.replace(config, init_from=""), "convert")
     blocks = _Shown(f"{origin} to {workdir}")
-    count = import_checkpoint(checkpoint, workdir, dtype or "float32", blocks)
+    with locked(workdir):
+        record_config(workdir, dataclasses.replace(config, init_from=""), "convert")
+        count = import_checkpoint(checkpoint, workdir, dtype or "float32", blocks)
     print(f"{workdir}: " + ("has it already" if count is None else f"{count:,} parameters"))
 
 
