@@ -4,6 +4,7 @@ What does not fit, and what cannot be read, is one line.
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,19 @@ from errors import UserError
 # once, by us.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 warnings.filterwarnings("ignore", module="orbax")
+# After a failure it closes its event loop while other writes and reads are under way, which asyncio
+# logs and Python notes, each with a traceback.
+logging.getLogger("asyncio").addFilter(
+    lambda record: "exception was never retrieved" not in record.getMessage()
+)
+
+
+def _ignore_closed_loop(unraisable: Any, before: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        before(unraisable)
+
+
+sys.unraisablehook = _ignore_closed_loop
 
 # Replicas share the writing of an array if each gets this much of it. Orbax shares out every array,
 # and compiles each slice of each while training waits.

@@ -188,7 +188,8 @@ def test_stopping_the_sweep_stops_its_runs(place, stop):
         time.sleep(0.05)
     process.send_signal(stop)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and err == "interrupted\n"
+    assert process.returncode == 128 + stop
+    assert err == f"stopped by {signal.Signals(stop).name}; give the same command again\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text().split()[1]), 0)
     assert not (started.parent / "sweep.json").exists()
