@@ -99,7 +99,7 @@ def without_savings(evaluation: dict) -> tuple[dict, dict]:
 @pytest.mark.command
 def test_it_evaluates_and_resumes_as_with_the_old_code(workdir):
     """The step's loss shows the parameters and the place in the data, the validation after it what
-    the optimizer made of them.
+    the optimizer made of them. Metrics that did not exist then are not compared.
     """
     config = parse(recorded_config(workdir))
     infilling = dataclasses.replace(config.evaluate, problems=0)
@@ -117,4 +117,5 @@ def test_it_evaluates_and_resumes_as_with_the_old_code(workdir):
         {name: value for name, value in line.items() if name != "stage"}
         for line in EXPECTED["resumed"]
     ]
-    chex.assert_trees_all_close(found, expected, rtol=RTOL, atol=0)
+    old = [{name: line[name] for name in was} for line, was in zip(found, expected, strict=True)]
+    chex.assert_trees_all_close(old, expected, rtol=RTOL, atol=0)
