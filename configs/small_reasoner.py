@@ -5,7 +5,7 @@
     python -m launch.reinforce --config=configs/small_reasoner.py:reinforce --workdir=runs/x/rl \
         --config.init_from=runs/x/chat --config.reinforce.task="task:..."
 
-docs/reinforce.md has three such recipes, what each reached, and how long it took.
+docs/reinforce.md has three such recipes.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from configs import reinforce as rl
 
 
 def common() -> Any:
-    """Returns what both phases share: the model, of 1.0 million parameters, and its sampling."""
+    """Returns what both phases share: the model, of 0.75 million parameters, and its sampling."""
     c = rl.get_config()
     c.tokenizer.kind = "bytes"
     c.model.hidden_size = 128
@@ -43,12 +43,12 @@ def finetune() -> Any:
     c = common()
     c.data.seq_len = 256
     c.data.batch_size = 16
-    c.train.steps = 400
+    c.train.steps = 200
     c.train.optimizer = "muon"
     c.train.learning_rate = 5e-3
-    c.train.warmup_steps = 20
+    c.train.warmup_steps = 10
     c.train.final_ratio = 0.1
-    c.train.log_every = 20
+    c.train.log_every = 10
     c.train.eval_batches = 2
     return c
 
