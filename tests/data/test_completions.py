@@ -58,10 +58,11 @@ def test_it_accepts_what_the_expression_of_the_format_accepts():
         for parts in itertools.product([*COMPLETION_TAGS, "x", "\n\x1c"], repeat=length):
             text = "".join(parts)
             match = stated.fullmatch(text)
-            well = match is not None and not any(tag.search(block) for block in match.groups())
-            accepted += well
-            expected = ("", "", False) if not well else (match[1].strip(), match[2].strip(), True)
-            assert parse_completion(text) == Completion(*expected), text
+            expected = Completion("", "", False)
+            if match is not None and not any(tag.search(block) for block in match.groups()):
+                expected = Completion(match[1].strip(), match[2].strip(), True)
+            accepted += expected.well_formed
+            assert parse_completion(text) == expected, text
     assert accepted > 30
 
 

@@ -14,10 +14,19 @@ from data.sources import open_source
 from data.tasks import files
 from data.tasks.documents import as_messages
 from data.tasks.draw import draw_problems, training_problems
+from data.tasks.problem import ListedTask, Problem
 from data.tasks.spec import parse_task
 from errors import UserError
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+def problems_of(spec: str) -> list[Problem]:
+    task, _ = parse_task(spec)
+    assert isinstance(task, ListedTask)
+    return [task[index] for index in range(len(task))]
+
+
 RECORDS = [{"question": f"What is {n} + 1?", "answer": n + 1, "level": n % 3} for n in range(50)]
 TASK = "task:jsonl:sums.jsonl#question,answer"
 
@@ -68,7 +77,9 @@ def test_a_file_of_its_own_is_held_out_and_never_trained_on():
     source = open_source(f"{spec}&style=chat&count=10", 1_000)
     train, validation = (select_split(source, split, 0.0) for split in SPLITS)
     assert len(train) == 10 and len(validation) == 2, "count leaves what is held out"
-    assert {document.body[0]["content"] for document in validation} == {"What is 7 + 1?", "?"}
+    bodies = [document.body for document in validation]
+    asked = {body[0]["content"] for body in bodies if isinstance(body, list)}
+    assert asked == {"What is 7 + 1?", "?"}
 
 
 def test_documents_and_problems_agree_on_the_split():
@@ -76,8 +87,8 @@ def test_documents_and_problems_agree_on_the_split():
     source = open_source(TASK, 1_000)
     assert len(source) == 50
     for split in SPLITS:
-        texts = {document.body for document in select_split(source, split, 0.5)}
-        asked = {re.findall("Question: (.*)\n", str(text))[0] for text in texts}
+        texts = {str(document.body) for document in select_split(source, split, 0.5)}
+        asked = {re.findall("Question: (.*)\n", text)[0] for text in texts}
         assert asked == set(questions(TASK, split))
 
 
@@ -102,8 +113,7 @@ def test_the_formats_have_the_same_problems():
 def test_what_stands_before_the_mark_is_the_way_to_the_answer():
     """As in GSM8K: fine-tuning shows it, and rewards compare what stands behind."""
     write("g.jsonl", [{"q": "How many?", "a": "2 + 3 = 5 #### no\nSo 5.\n#### 1,005"}])
-    task, _ = parse_task("task:jsonl:g.jsonl#q,a?answer_after=####")
-    (problem,) = [task[index] for index in range(len(task))]
+    (problem,) = problems_of("task:jsonl:g.jsonl#q,a?answer_after=####")
     assert problem.answer == "1,005" and problem.trace == "2 + 3 = 5 #### no\nSo 5."
     assert as_messages(problem)[-1]["content"].startswith("<think>2 + 3 = 5")
     assert problem.data["a"].endswith("#### 1,005")
@@ -112,8 +122,7 @@ def test_what_stands_before_the_mark_is_the_way_to_the_answer():
 def test_a_question_may_be_a_conversation():
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "6 x 7?"}]
     write("chat.jsonl", [{"prompt": asked, "gold": 42}, {"prompt": asked[1:], "gold": 42}])
-    task, _ = parse_task("task:jsonl:chat.jsonl#prompt,gold")
-    first, second = (task[index] for index in range(2))
+    first, second = problems_of("task:jsonl:chat.jsonl#prompt,gold")
     assert first.messages == asked and second.question == "6 x 7?"
     assert as_messages(first) == [
         *asked, {"role": "assistant", "content": "<think></think><answer>42</answer>"},
@@ -122,14 +131,14 @@ def test_a_question_may_be_a_conversation():
 
 def test_a_problem_may_have_no_answer():
     write("open.jsonl", [{"question": "Write a haiku.", "n": n} for n in range(3)])
-    task, _ = parse_task("task:jsonl:open.jsonl#question")
-    assert [task[index].answer for index in range(len(task))] == ["", "", ""]
+    problems = problems_of("task:jsonl:open.jsonl#question")
+    assert [problem.answer for problem in problems] == ["", "", ""]
 
 
 def test_a_lone_surrogate_is_no_trouble():
     Path("s.jsonl").write_text('{"question": "\\ud83d?", "answer": "\\udc00"}\n')
-    task, _ = parse_task("task:jsonl:s.jsonl#question,answer")
-    assert (task[0].question, task[0].answer) == ("\ufffd?", "\ufffd")
+    (problem,) = problems_of("task:jsonl:s.jsonl#question,answer")
+    assert (problem.question, problem.answer) == ("\ufffd?", "\ufffd")
 
 
 @pytest.mark.parametrize(

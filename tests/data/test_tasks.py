@@ -78,12 +78,14 @@ def test_all_kinds_of_steps_appear():
 
 def test_problems_are_distinct_and_held_out():
     """No question is in both, whatever the seed and the parameters: its hash alone decides."""
-    train = draw_problems("task:arithmetic", "train", 2000, seed=0) + draw_problems(
-        "task:arithmetic?max_ops=2&style=chat", "train", 500, seed=7
-    )
-    validation = draw_problems("task:arithmetic", "validation", 200, seed=0) + draw_problems(
-        "task:arithmetic?max_ops=2", "validation", 200, seed=9
-    )
+    train = [
+        *draw_problems("task:arithmetic", "train", 2000, seed=0),
+        *draw_problems("task:arithmetic?max_ops=2&style=chat", "train", 500, seed=7),
+    ]
+    validation = [
+        *draw_problems("task:arithmetic", "validation", 200, seed=0),
+        *draw_problems("task:arithmetic?max_ops=2", "validation", 200, seed=9),
+    ]
     train_questions = [problem.question for problem in train]
     assert not set(train_questions) & {problem.question for problem in validation}
     assert len(set(train_questions[:2000])) == 2000
