@@ -5,6 +5,7 @@ directory of their own.
 """
 
 import json
+import shlex
 from pathlib import Path
 
 import jax
@@ -56,7 +57,7 @@ def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bo
             seed=config.seed,
             branch=branch_of(config, phase, workdir),
         )
-        write_summary(workdir, {phase: phase_summary(config, workdir, phase)})
+        summarise(config, workdir, phase)
         return finished
 
 
@@ -83,8 +84,20 @@ def reinforce(config: Config, workdir: Path) -> bool:
             init_from=config.init_from,
             seed=config.seed,
         )
-        write_summary(workdir, {"reinforce": phase_summary(config, workdir, "reinforce")})
+        summarise(config, workdir, "reinforce")
         return finished
+
+
+def summarise(config: Config, workdir: Path, phase: str) -> None:
+    """Writes summary.json of a training run, and prints its outcome and what reads it."""
+    numbers = phase_summary(config, workdir, phase)
+    write_summary(workdir, {phase: numbers})
+    if jax.process_index() == 0 and numbers:
+        outcome = ("validation_lm", "loss_last", "reward_last")
+        shown = [f"{name} {numbers[name]:.4g}" for name in outcome if name in numbers][:1]
+        steps = f"{numbers['steps']} of {config.train.steps} steps"
+        print(f"{workdir}: {', '.join([steps, *shown])}")
+        print(f"next: python -m launch.sample --workdir={shlex.quote(str(workdir))}", flush=True)
 
 
 def check_reinforce(config: Config) -> None:

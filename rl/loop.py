@@ -120,6 +120,9 @@ def train_policy(
             SavedOnError(checkpoints) as newest,
         ):
             log = StepLog(train, metrics, progress)
+            if done:
+                progress.note(f"goes on from step {done}")
+            progress.note("the first step compiles the sampler and the update")
             for step in range(done + 1, train.steps + 1):
                 started = time.monotonic()
                 chosen = problems_of_step(step, problems, reinforce.prompts_per_step, seed)
@@ -142,7 +145,7 @@ def train_policy(
                 if Due(train).log(step):
                     traces.write(step, chosen[0], generation.texts, rewards.total_PG[0])
                 if held_out and (step % train.eval_every == 0 or step == train.steps):
-                    metrics.write(step, held_out.validation(state.variables))
+                    log.validation(step, held_out.validation(state.variables))
                 checkpoints.check()
                 stopping = interrupt.stop_requested(step)
                 if Due(train).save(step) or stopping:

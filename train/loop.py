@@ -22,7 +22,7 @@ from train.metrics import Metrics
 from train.monitor import Due, StepLog
 from train.objective import language_objective
 from train.optimizer import make_optimizer
-from train.progress import Progress
+from train.progress import Progress, timed_line
 from train.rescue import SavedOnError
 from train.restore import Branch, restored_or_new
 from train.setup import Setup, open_batches
@@ -74,22 +74,23 @@ def train_language_model(
         new = not resumes and not init_from
         step = make_step(setup.model, train, objective, optimizer)
         compile_step = functools.partial(compiled_step, setup, data, step, optimizer)
-        with ThreadPoolExecutor(max_workers=1) as background:
-            # The step compiles while a new state is made: on two cores the first step comes
-            # seconds sooner.
-            program = background.submit(compile_step) if new else None
-            state = restored_or_new(
-                setup,
-                optimizer,
-                checkpoints,
-                stream,
-                init_from=init_from,
-                seed=seed,
-                branch=branch,
-            )
-        done = int(state.step)
-        if done < train.steps:
-            step_fn = program.result() if program else compile_step()
+        with timed_line("making the state and compiling the step"):
+            with ThreadPoolExecutor(max_workers=1) as background:
+                # The step compiles while a new state is made: on two cores the first step comes
+                # seconds sooner.
+                program = background.submit(compile_step) if new else None
+                state = restored_or_new(
+                    setup,
+                    optimizer,
+                    checkpoints,
+                    stream,
+                    init_from=init_from,
+                    seed=seed,
+                    branch=branch,
+                )
+            done = int(state.step)
+            if done < train.steps:
+                step_fn = program.result() if program else compile_step()
         evaluate_fn = jax.jit(make_evaluation(objective))
         tokens = data.batch_size * data.seq_len
         due = Due(train)
@@ -99,12 +100,14 @@ def train_language_model(
             SavedOnError(checkpoints) as newest,
         ):
             log = StepLog(train, metrics, progress)
+            if resumes and done:
+                progress.note(f"goes on from step {done}")
 
             def evaluate(step: int) -> None:
                 means = validation_means(
                     setup, evaluate_fn, state.variables, data, train.eval_batches, chat=chat
                 )
-                metrics.write(step, means)
+                log.validation(step, means)
 
             # Where an error in it ended the run, which one process alone saves (train/rescue.py).
             alone = resumes and jax.process_count() == 1

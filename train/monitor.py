@@ -11,7 +11,8 @@ from train.metrics import Metrics
 from train.progress import Progress
 
 # Metrics that the progress line shows, where the step has them.
-ON_PROGRESS_LINE = ("lm", "indexer_kl", "reward", "completion_length", "entropy")
+ON_PROGRESS_LINE = ("reward", "lm", "indexer_kl", "completion_length", "entropy")
+OF_VALIDATION = ("validation_lm", "validation_pass_at_1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +70,9 @@ class StepLog:
             written = {name: value for name, value in values.items() if last or value.ndim == 0}
             speed = {"tokens_per_s": self.progress.tokens_per_s}
             self.metrics.write(step, written | speed)
+
+    def validation(self, step: int, means: Mapping[str, float]) -> None:
+        """Writes what a step's evaluation measured, and shows the most important of it."""
+        self.metrics.write(step, means)
+        shown = [f"{name} {means[name]:.4g}" for name in OF_VALIDATION if name in means]
+        self.progress.note("  ".join([f"step {step}:", *shown]))

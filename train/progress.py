@@ -1,8 +1,9 @@
 """Shows how far a run is: a bar on a terminal, a plain line every few seconds in a log."""
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 WINDOW = 50  # updates the speed is measured over
+
+
+@contextlib.contextmanager
+def timed_line(what: str) -> Iterator[None]:
+    """Prints what is being done, and when it is done how long it took; on process 0 alone."""
+    if jax.process_index() == 0:
+        print(f"{what} ...", flush=True)
+    begun = time.monotonic()
+    yield
+    if jax.process_index() == 0:
+        print(f"{what} took {time.monotonic() - begun:.1f} s", flush=True)
 
 
 class Progress:
@@ -80,6 +92,11 @@ class Progress:
             self._console.print(
                 f"{self.label} {step}/{self.total}  {text}", highlight=False, soft_wrap=True
             )
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own, above the bar where there is one."""
+        if self._first:
+            self._console.print(f"{self.label}  {escape(text)}", highlight=False, soft_wrap=True)
 
     @property
     def tokens_per_s(self) -> float:
