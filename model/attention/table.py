@@ -47,8 +47,8 @@ LATENT_FORMS: dict[tuple[str, str], LatentForm] = {
 def sequence_form(config: ModelConfig, length: int) -> SequenceForm:
     """Returns the form of attention over keys and values of a whole sequence.
 
-    It is `attend_expanded` or `attend_tiled`. See `gathers_latents` for what needs neither.
-    It depends on `model.attention_form`, the platform and kind of device, and the tokens of a row.
+    It is `attend_expanded` or `attend_tiled`; `gathers_latents` says where neither is called. It
+    depends on `model.attention_form`, the platform and kind of device, and the tokens of a row.
     Raises UserError where tiles are asked for and there are no kernels for the platform.
     """
     roomy = platform() == "tpu" and vmem_bytes(ambient_device().device_kind) >= MIN_VMEM

@@ -117,9 +117,12 @@ class LatentAttention(nn.Module):
             indexer = None if index_query is None else IndexerInputs(index_query, index_key_BTC)
             length = hidden_BTD.shape[1]
             if indexer is not None and gathers_latents(self.config, tokens.stage, length):
-                out_BTNV, stats = self.selected(projected, entries, tokens, indexer)
+                attended = self.selected(projected, entries, tokens, indexer)
             else:
-                out_BTNV, stats = self.expanded(projected, tokens, indexer)
+                attended = self.expanded(projected, tokens, indexer)
+            out_BTNV, stats, selected_BTk = attended
+            if selected_BTk is not None:
+                self.sow("record", "selected", selected_BTk)
         else:
             assert tokens.allowed_BTS is not None and tokens.slot is not None
             entries, stats = past.write(entries, tokens.slot), IndexerStats.zero()
@@ -163,11 +166,10 @@ class LatentAttention(nn.Module):
 
     def expanded(
         self, projected: Projections, tokens: TokenInfo, indexer: IndexerInputs | None
-    ) -> tuple[Array, IndexerStats]:
+    ) -> tuple[Array, IndexerStats, Array | None]:
         """Attends over keys and values of each head, made from the latents: a whole sequence.
 
-        Returns out_BTNV and what the indexer did; records the selected keys where "record" is
-        mutable.
+        Returns out_BTNV, what the indexer did, and where "record" is mutable the selected keys.
         """
         N, k_rope_BSH = self.config.mla.num_attention_heads, projected.k_rope_BTH
         with jax.named_scope("expand"):
@@ -182,7 +184,7 @@ class LatentAttention(nn.Module):
             v_BSNV = constrain(v_BSNV, "batch", "time", "heads", None)
         q_BTNH = jnp.concatenate([projected.q_nope_BTNH, projected.q_rope_BTNH], axis=-1)
         attend = sequence_form(self.config, q_BTNH.shape[1])
-        out_BTNV, stats, selected_BTk = attend(
+        return attend(
             q_BTNH,
             k_BSNH,
             v_BSNV,
@@ -192,9 +194,6 @@ class LatentAttention(nn.Module):
             topk=self.config.indexer.topk,
             record=self.is_mutable_collection("record"),
         )
-        if selected_BTk is not None:
-            self.sow("record", "selected", selected_BTk)
-        return out_BTNV, stats
 
     def selected(
         self,
@@ -202,7 +201,7 @@ class LatentAttention(nn.Module):
         entries: LatentCache,
         tokens: TokenInfo,
         indexer: IndexerInputs,
-    ) -> tuple[Array, IndexerStats]:
+    ) -> tuple[Array, IndexerStats, Array | None]:
         """Attends over the latents that the indexer selects, and reads no others.
 
         See `expanded`, which computes the same in stage "sparse".
@@ -219,9 +218,7 @@ class LatentAttention(nn.Module):
             causal_parts=c.causal_parts,
             record=self.is_mutable_collection("record"),
         )
-        if selected_BTk is not None:
-            self.sow("record", "selected", selected_BTk)
-        return self.absorb_value(mixed_BTNR), stats
+        return self.absorb_value(mixed_BTNR), stats, selected_BTk
 
     def absorbed(
         self,

@@ -22,10 +22,10 @@ MODEL = ModelConfig(vocab_size=300)
     ("argv", "shown"),
     [
         (
-            ["/opt/x/python3", "-m", "launch.pretrain", "--workdir=a b", "--config=c.py"],
+            ["/a/b/python3", "-m", "launch.pretrain", "--workdir=a b", "--config=c.py"],
             "python3 -m launch.pretrain '--workdir=a b' --config=c.py",
         ),
-        (["/opt/python", "/opt/bin/athanor", "pretrain", "--x=$y"], "athanor pretrain '--x=$y'"),
+        (["/a/python", "/a/bin/athanor", "pretrain", "--x=$y"], "athanor pretrain '--x=$y'"),
         (["python", "mine.py"], "python mine.py"),
     ],
 )
