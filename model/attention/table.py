@@ -29,7 +29,7 @@ from model.attention.tiled import KERNELS, MIN_TILED, attend_tiled
 from model.config import ModelConfig
 
 # On a CPU gathering takes less time than masking where a row is this many times as long as the keys
-# that are selected (bench/results/README.md).
+# that are selected (`python -m bench.sparse_train` measures it).
 GATHER_RATIO = 12
 
 SequenceForm = Callable[..., tuple[Array, IndexerStats, Array | None]]
