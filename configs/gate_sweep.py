@@ -14,7 +14,6 @@ from configs import quickstart
 def get_config() -> ConfigDict:
     """Returns the config that the sweep changes."""
     c: Any = quickstart.pretrain()
-    c.init_from = ""  # the checkpoint that `copying` leaves has a gate per element
     c.train.steps = 100
     return c
 

@@ -59,7 +59,23 @@ def infill_documents(
     Raises:
       UserError: infilling applies to no source.
     """
-    chunk_bytes = chunk_bytes or config.seq_len
+    texts = _texts_by_source(config, split, chunk_bytes or config.seq_len)
+    if not texts:
+        raise UserError(
+            f"data.sources = {config.sources}: none has text to infill "
+            f"(data.fim_sources = {config.fim_sources})"
+        )
+    return texts
+
+
+def infillable_sources(config: DataConfig) -> list[str]:
+    """Returns the sources that infilling applies to and that hold texts, no conversations."""
+    return list(_texts_by_source(config, "validation", config.seq_len))
+
+
+def _texts_by_source(
+    config: DataConfig, split: Split, chunk_bytes: int
+) -> dict[str, ShuffledTexts]:
     sources = {spec: open_source(spec, chunk_bytes) for spec in config.sources}
     documents = {
         spec: ReadableDocuments(
@@ -68,17 +84,11 @@ def infill_documents(
         for spec, source in sources.items()
         if source.kind in config.fim_sources
     }
-    texts = {
+    return {
         spec: ShuffledTexts(readable, 2 * chunk_bytes)
         for spec, readable in documents.items()
         if _are_texts(readable)
     }
-    if not texts:
-        raise UserError(
-            f"data.sources = {config.sources}: none has text to infill "
-            f"(data.fim_sources = {config.fim_sources})"
-        )
-    return texts
 
 
 def _are_texts(documents: ReadableDocuments) -> bool:

@@ -181,6 +181,11 @@ class Tokenizer:
             "set data.fim_rate = 0 or take another tokenizer"
         )
 
+    @property
+    def has_fim(self) -> bool:
+        """Whether there are fill-in-the-middle sentinels."""
+        return any(all(text in self._special for text in spelling) for spelling in FIM_SPELLINGS)
+
     def save(self, path: str | Path) -> None:
         """Writes a tokenizer.json that `load_tokenizer` and Hugging Face read.
 

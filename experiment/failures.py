@@ -5,8 +5,11 @@ import os
 import re
 import traceback
 
+from errors import shortened
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAY_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
+NO_NAME = (errno.ENAMETOOLONG,)
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -38,8 +41,8 @@ def _disk(error: BaseException) -> str | None:
             f"{error.filename or 'writing'}: {error.strerror}; free some space and give the same "
             "command again"
         )
-    if isinstance(error, OSError) and error.errno in MAY_NOT_WRITE and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (*MAY_NOT_WRITE, *NO_NAME) and error.filename:
+        return f"{shortened(str(error.filename))}: {error.strerror}"
     for number in DISK_FULL:
         if os.strerror(number) in str(error):
             return f"{os.strerror(number)}; free some space and give the same command again"
@@ -51,7 +54,7 @@ def _memory(error: BaseException) -> str | None:
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in words:
         return None
     much = "of a device"
-    if found := re.search(r"allocat\w* (\d+)", words):
+    if found := re.search(r"allocat\w* (\d+) bytes", words):
         much = f"for {_size(int(found[1]))} at once"
     elif found := re.search(r"Used (\S+) of (\S+)", words):
         much = f"of a device: {found[1]} needed, {found[2]} there"

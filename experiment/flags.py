@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from absl import flags as absl_flags
 
 from errors import UserError
+from experiment.fields import fields
+from experiment.nearest import nearest
 
 
 class Flag(NamedTuple):
@@ -37,6 +39,8 @@ def parse_flags(
         _define(parsed, name, flag)
     try:
         strays = parsed(["command", *words])[1:]
+    except absl_flags.UnrecognizedFlagError as error:
+        raise UserError(_no_such_flag(error.flagname, flags)) from error
     except absl_flags.Error as error:
         raise UserError(str(error)) from error
     values: dict[str, Any] = {name: parsed[name].value for name in flags}
@@ -44,6 +48,13 @@ def parse_flags(
         if isinstance(flag.default, tuple):
             values[name] = tuple(values[name])
     return values, strays
+
+
+def _no_such_flag(name: str, flags: Mapping[str, Flag]) -> str:
+    """Says that a flag does not exist, and which flag or field of the config is meant."""
+    known = [*flags, *(f"config.{field.name}" for field in fields() if "config" in flags)]
+    meant = nearest(name, known)
+    return f"--{name}: no such flag ({f'did you mean --{meant}?' if meant else 'see --help'})"
 
 
 def _define(parsed: absl_flags.FlagValues, name: str, flag: Flag) -> None:

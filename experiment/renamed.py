@@ -89,6 +89,9 @@ RENAMED = {
 MERGED = {"reinforce.rewards": {"answer_reward": "answer", "format_reward": "format"}}
 # field -> {old value: the new value}
 RENAMED_VALUES = {"model.expert_matmul": {"by_size": "bucketed"}}
+# section -> {field that records from before lack: the value that they were made with, where that is
+# not the default}
+ADDED = {"train": {"layer_losses": "mean"}}
 
 
 def new_name(name: str) -> str | None:
@@ -128,14 +131,14 @@ def new_name_in(section: Iterable[str], name: str) -> str | None:
 
 
 def with_new_names(config: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-    """Returns a section of a recorded config with the present names and values.
+    """Returns a section of a recorded config with the present names and values, and with `ADDED`.
 
     Args:
       config: the section; one that has the present names already comes back as it is.
       section: its old dotted name; "" is the whole config.
     """
     names = RENAMED.get(section, {})
-    translated = {}
+    translated: dict[str, Any] = dict(ADDED.get(section, {}))
     for name, value in config.items():
         path = f"{section}.{name}" if section else name
         if isinstance(value, Mapping):

@@ -10,20 +10,22 @@ from pathlib import Path
 
 import jax
 
+from data.shuffled_texts import infillable_sources
 from errors import UserError
 from experiment.branch import branch_of
 from experiment.run_record import record_start
 from experiment.schema import Config
 from experiment.setup import run_variables, set_up
 from experiment.summary import phase_summary, write_summary
-from experiment.workdir import open_workdir
+from experiment.workdir import command_of, open_workdir
 from files import write_json, write_text
 from rl.infill import infill_samples
 from rl.loop import train_policy
 from rl.reasoning import ReasoningEvaluation
 from rl.rewards import get_rewards
-from train.evaluate import indexer_recall, infilling
+from train.evaluate import held_out_loss, indexer_recall, infilling
 from train.loop import train_language_model
+from train.setup import Setup
 
 # What an update of reinforcement learns from at once, in the words of fields.
 UPDATE = "reinforce.prompts_per_step * group_size / minibatches"
@@ -144,7 +146,7 @@ def update_rows(config: Config) -> int:
 
 
 def evaluate(config: Config, workdir: Path) -> dict:
-    """Evaluates a run: pass@k of held-out problems, infilling, and the indexer's recall.
+    """Evaluates a run: held-out loss, pass@k of problems, infilling, and the indexer's recall.
 
     Writes evaluation.json, samples.jsonl with every prompt, completion and reward, and
     infills.jsonl with a few gaps that the model fills. A number of 0 in the section `evaluate`
@@ -154,11 +156,21 @@ def evaluate(config: Config, workdir: Path) -> dict:
       What evaluation.json has.
     """
     get_rewards([config.evaluate.reward, *config.reinforce.rewards])
-    rows = {"data.batch_size": config.data.batch_size} if config.evaluate.infill_documents else {}
+    reads_text = config.evaluate.text_batches or config.evaluate.infill_documents
+    rows = {"data.batch_size": config.data.batch_size} if reads_text else {}
     setup = set_up(config, workdir, rows, trains=False)
     result, samples, infills = {}, [], []
     with jax.set_mesh(setup.mesh):
         variables = run_variables(setup, config.init_from, workdir)
+        if config.evaluate.text_batches:
+            result |= held_out_loss(
+                setup,
+                variables,
+                config.train,
+                config.data,
+                config.evaluate.text_batches,
+                chat=command_of(config.init_from or workdir) == "finetune",
+            )
         if config.evaluate.problems:
             evaluation = ReasoningEvaluation(
                 setup,
@@ -168,8 +180,9 @@ def evaluate(config: Config, workdir: Path) -> dict:
                 config.data.chat_template,
                 config.seed,
             )
-            result, samples = evaluation(variables)
-        if config.evaluate.infill_documents:
+            solved, samples = evaluation(variables)
+            result |= solved
+        if config.evaluate.infill_documents and can_infill(config, setup):
             result |= infilling(
                 setup,
                 variables,
@@ -192,8 +205,22 @@ def evaluate(config: Config, workdir: Path) -> dict:
     return result
 
 
+def can_infill(config: Config, setup: Setup) -> bool:
+    """Returns whether there is text to infill and a way to write it; says so where there is not."""
+    missing = ""
+    if not setup.tokenizer.has_fim:
+        missing = "the tokenizer has no sentinels for it"
+    elif not infillable_sources(config.data):
+        missing = "data.sources has no text that data.fim_sources names"
+    if missing and jax.process_index() == 0:
+        print(f"{'infilling':<12}left out: {missing}", flush=True)
+    return not missing
+
+
 def print_evaluation(result: dict) -> None:
     """Prints the figures of evaluation.json, a line each, with their 95 % intervals."""
+    if "held_out_loss" in result:
+        print(f"{'held_out_loss':<34} {result['held_out_loss']:.3f}  nats a token")
     if "problems" in result:
         print(
             f"{result['problems']:,} held-out problems, {result['samples']:,} completions of each"

@@ -5,7 +5,6 @@ sections it needs.
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 
 from data.config import DataConfig, TokenizerConfig
 from errors import FieldChecks, UserError
+from experiment.nearest import nearest
 from experiment.renamed import RENAMED_VALUES, new_name
 from model.config import ModelConfig
 from model.mesh import MeshConfig
@@ -188,8 +188,8 @@ def no_such_field(path: str, name: str, fields: Iterable[str]) -> UserError:
     now = new_name(f"{path}.{name}".removeprefix("config."))
     if now is not None:
         return renamed_field(f"{path}.{name}", now)
-    nearest = difflib.get_close_matches(name, list(fields), n=1, cutoff=0.5)
-    hint = f'did you mean "{nearest[0]}"?' if nearest else f"has: {', '.join(fields)}"
+    meant = nearest(name, fields)
+    hint = f'did you mean "{meant}"?' if meant else f"has: {', '.join(fields)}"
     return UserError(f"{path}.{name}: no such field ({hint})")
 
 

@@ -162,6 +162,6 @@ def _before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> di
 def _metrics_name(phase: str) -> str:
     """Returns the name under which a phase's command writes its metrics.
 
-    Copying, warm-up and sparse training are pretraining.
+    Warm-up and sparse training are pretraining.
     """
-    return "pretrain" if phase in ("copying", "warmup", "sparse") else phase
+    return "pretrain" if phase in ("warmup", "sparse") else phase

@@ -118,6 +118,17 @@ def recorded_config(workdir: Path) -> ConfigDict:
     return as_config_dict(_with_tuples(_present(_read(record)["config"])))
 
 
+def command_of(place: str | Path) -> str:
+    """Returns the command whose run a workdir has, such as "finetune"; "" where none is recorded.
+
+    `place` may be anything that names a model: hf:DIR has no command.
+    """
+    record = Path(place) / "config.json"
+    if hf_directory(str(place)) is not None or not record.exists():
+        return ""
+    return str(_read(record)["command"])
+
+
 def checked_workdir(value: str, *, reads: bool, writes: bool) -> Path:
     """Returns the directory that --workdir names. It may not exist yet.
 

@@ -1,12 +1,12 @@
 r"""Runs every phase once, on a laptop, and evaluates what came of it.
 
-The phases are learning to copy, pretraining with FIM, the sparse indexer's warm-up and sparse
-training, a cold start on conversations, and reinforcement.
+The phases are pretraining with FIM, the sparse indexer's warm-up and sparse training, a cold start
+on conversations, and reinforcement.
 
     python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/quickstart
     python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/seed1 --seed=1
     python -m launch.quickstart --config=configs/quickstart.py --workdir=runs/longer \
-        --config.pretrain.train.steps=5000
+        --config.pretrain.train.steps=3000
 
 It composes what launch.pretrain, launch.finetune, launch.reinforce and launch.evaluate run; the
 same command again goes on where it stopped. Writes summary.json and report.html; each phase has its
@@ -28,7 +28,6 @@ from report.table import print_table
 
 # Phases in order; each starts from the checkpoint of the one before.
 PHASES = {
-    "copying": runs.pretrain,
     "pretrain": runs.pretrain,
     "warmup": runs.pretrain,
     "sparse": runs.pretrain,

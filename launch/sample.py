@@ -6,12 +6,15 @@ r"""Continues a prompt, answers as the assistant of a chat, or fills the gap bet
     python -m launch.sample --workdir=runs/quickstart/reinforce \
         --chat="A zoo has 7 lions. 3 leave. 5 are born. How many lions now?"
 
-A Hugging Face checkpoint chats by its own template. Without a prompt, each line of standard input
-is a question:
+A Hugging Face checkpoint chats by its own template. A second --chat goes on from the first answer.
+Without a prompt, each line of standard input is the user's next turn, and an empty line begins
+another conversation:
 
     python -m launch.sample --workdir=hf:DIR --chat="What is 17 x 23?"
     python -m launch.sample --workdir=hf:DIR --chat="What is 17 x 23?" \
         --template_options='{"enable_thinking": false}'
+    python -m launch.sample --workdir=hf:DIR --system="Answer in one word." \
+        --chat="What is the capital of Peru?" --chat="And of Chile?"
     python -m launch.sample --workdir=runs/quickstart/reinforce
 
 Tokens appear as they are sampled. A prefix, suffix or prompt that begins with @ names a file. \n
@@ -20,7 +23,7 @@ and \t are read as line end and tab.
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -29,12 +32,14 @@ import jax.numpy as jnp
 from data.chat import encode_prompt
 from data.decode_stream import DecodeStream
 from data.fim import fim_prompt
+from data.tokenizer import Tokenizer
 from errors import UserError
 from experiment.command_line import Flag, command
 from experiment.flags import TEMPLATE_OPTIONS
 from experiment.schema import Config, with_template_options
 from experiment.setup import run_variables, set_up
 from model.sharding import batch_shards
+from rl.generate import completion_text
 from rl.rollout import pad_prompts
 from rl.sampler import stream
 from train.setup import Setup
@@ -43,7 +48,8 @@ BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are
 
 FLAGS = {
     "prompt": Flag("", "text to go on from"),
-    "chat": Flag("", "what the user says"),
+    "chat": Flag((), "what the user says"),
+    "system": Flag("", "what the system says before the user"),
     "infill": Flag(False, "write between --prefix and --suffix"),
     "prefix": Flag("", "of the gap"),
     "suffix": Flag("", "of the gap"),
@@ -55,18 +61,21 @@ def run(
     config: Config,
     workdir: Path,
     prompt: str,
-    chat: str,
+    chat: tuple[str, ...],
+    system: str,
     infill: bool,
     prefix: str,
     suffix: str,
     template_options: str = "",
 ) -> None:
-    """Prints a completion of what the flags name, or of each line of standard input."""
-    config = with_template_options(config, template_options)
+    """Prints a completion of what the flags name, or an answer to each line of standard input."""
     if sum(map(bool, (prompt, chat, infill))) > 1:
         raise UserError("give one of --prompt, --chat and --infill")
     if (prefix or suffix) and not infill:
         raise UserError("--prefix and --suffix go with --infill")
+    if system and (prompt or infill):
+        raise UserError("--system goes with --chat")
+    config = with_template_options(config, template_options)
     setup = set_up(config, workdir, rows={}, trains=False)
     tokenizer = setup.tokenizer
     with jax.set_mesh(setup.mesh):
@@ -82,9 +91,35 @@ def run(
             print(before, end="")
             complete(fim_prompt(before, after, tokenizer, spm=config.data.infills_spm), end=after)
         else:
-            for question in [text_of(chat)] if chat else map(str.strip, sys.stdin):
-                messages = [{"role": "user", "content": question}]
-                complete(encode_prompt(messages, tokenizer, config.data.chat_template))
+            turns = map(text_of, chat) if chat else map(str.strip, sys.stdin)
+            converse(complete, turns, text_of(system), tokenizer, config.data.chat_template)
+
+
+def converse(
+    complete: Callable[[list[int]], list[int]],
+    turns: Iterable[str],
+    system: str,
+    tokenizer: Tokenizer,
+    template: str,
+) -> None:
+    """Answers each turn of a user with the conversation so far in sight.
+
+    Args:
+      complete: prints a completion of ids, and returns it.
+      turns: what the user says; after "" another conversation begins.
+      system: what the system says first, "" for nothing.
+      template: `data.chat_template`.
+    """
+    beginning = [{"role": "system", "content": system}] if system else []
+    messages = [*beginning]
+    for said in turns:
+        if not said:
+            messages = [*beginning]
+            continue
+        messages.append({"role": "user", "content": said})
+        answer = complete(encode_prompt(messages, tokenizer, template))
+        content = completion_text(answer, tokenizer, template).strip()
+        messages.append({"role": "assistant", "content": content})
 
 
 def text_of(argument: str) -> str:
@@ -99,14 +134,16 @@ def text_of(argument: str) -> str:
 
 def print_completion(
     config: Config, setup: Setup, variables: dict, ids: list[int], end: str = ""
-) -> None:
-    """Prints a completion of `ids` as it is sampled, then `end`."""
+) -> list[int]:
+    """Prints a completion of `ids` as it is sampled, then `end`. Returns its tokens."""
     if not ids:
         raise UserError("nothing to go on from: the prompt is empty")
-    decoder = DecodeStream(setup.tokenizer)
+    decoder, sampled = DecodeStream(setup.tokenizer), []
     for token in sampled_tokens(config, setup, variables, ids):
         print(decoder.push(token), end="", flush=True)
+        sampled.append(token)
     print(decoder.flush() + end, flush=True)
+    return sampled
 
 
 def sampled_tokens(config: Config, setup: Setup, variables: dict, ids: list[int]) -> Iterator[int]:

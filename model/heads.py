@@ -13,7 +13,10 @@ from model.sharding import constrain
 def embed(config: ModelConfig, embedding_VD: Array, tokens_BT: Array) -> Array:
     """Looks tokens up in the embedding: [B, T, D] in the compute type."""
     with jax.named_scope("embed"):
-        x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.dtype)
+        # Every device looks whole rows up. Rows cut by channel would have to be laid out anew by
+        # batch, which the compiler cannot do without making all of them on every device.
+        table_VD = constrain(embedding_VD, "vocab", "hidden")
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(config.dtype)
         return constrain(x_BTD, "batch", "time", "hidden")
 
 

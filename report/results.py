@@ -12,7 +12,7 @@ from errors import UserError
 from report.lenient import mapping, number, read_object, read_records
 
 # In the order in which they run.
-PHASES = ("copying", "pretrain", "warmup", "sparse", "finetune", "reinforce")
+PHASES = ("pretrain", "warmup", "sparse", "finetune", "reinforce")
 
 PhaseMetrics = Mapping[str, list[dict[str, Any]]]  # phase -> the lines of its metrics.jsonl
 Summary = Mapping[str, Any]

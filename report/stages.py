@@ -10,7 +10,6 @@ from report.results import Origin, Run
 
 # What a model learns in a phase, as "it learned ..." goes on, and the same in a table.
 LEARNS = {
-    "copying": "to repeat what it has read",
     "pretrain": "to predict text",
     "warmup": "to guess which parts of a text matter",
     "sparse": "to read only the parts that matter",

@@ -106,8 +106,9 @@ class ReinforceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Sets how many held-out problems and documents an evaluation has, and samples of each."""
+    """Sets how much held-out text and how many problems an evaluation has, and samples of each."""
 
+    text_batches: int = 8  # of held-out documents of data.sources, for their loss; 0 for none
     problems: int = 128  # held out, or as many as there are; 0 for none
     samples: int = 8  # completions of a problem; pass@k for k up to this
     # The reward that pass@k counts, named as in reinforce.rewards, and the least of it with which a
@@ -122,7 +123,7 @@ class EvaluateConfig:
         check = FieldChecks(self, "evaluate")
         check.positive("samples", "bootstrap")
         check.that(math.isfinite(self.success), "success", "must be finite")
-        for name in ("problems", "infill_documents"):
+        for name in ("text_batches", "problems", "infill_documents"):
             check.that(getattr(self, name) >= 0, name, "must be 0 (none) or positive")
-        check.at_most(1_000_000, "problems", "infill_documents", "bootstrap")
+        check.at_most(1_000_000, "text_batches", "problems", "infill_documents", "bootstrap")
         check.at_most(100_000, "samples")

@@ -110,16 +110,25 @@ def encode_problems(
 def completion_texts(
     tokens_BC: np.ndarray, mask_BC: np.ndarray, tokenizer: Tokenizer, template: str
 ) -> list[str]:
-    """Decodes completions, with tags such as <think> and without the stop token.
-
-    Some checkpoints' templates put <think> at the end of the prompt: it then stands at the
-    beginning of each text, as if the model had written it.
-    """
-    cue = encode_prompt([{"role": "user", "content": "?"}], tokenizer, template)
-    thinks = tokenizer.decode(cue, skip_special_tokens=False).rstrip().endswith("<think>")
-    opening = "<think>" if thinks else ""
+    """Decodes completions, each as `completion_text` does, without the stop token."""
     rows = (
-        [token for token in row[mask] if token not in tokenizer.stops]
+        [int(token) for token in row[mask] if token not in tokenizer.stops]
         for row, mask in zip(tokens_BC, mask_BC, strict=True)
     )
+    opening = _opening(tokenizer, template)
     return [opening + tokenizer.decode(row, skip_special_tokens=False) for row in rows]
+
+
+def completion_text(ids: Sequence[int], tokenizer: Tokenizer, template: str) -> str:
+    """Decodes what an assistant wrote, with tags such as <think>.
+
+    Some checkpoints' templates put <think> at the end of the prompt: it then stands at the
+    beginning of the text, as if the model had written it.
+    """
+    return _opening(tokenizer, template) + tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _opening(tokenizer: Tokenizer, template: str) -> str:
+    cue = encode_prompt([{"role": "user", "content": "?"}], tokenizer, template)
+    thinks = tokenizer.decode(cue, skip_special_tokens=False).rstrip().endswith("<think>")
+    return "<think>" if thinks else ""

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from checkpoints.hf.config import config_json
 from checkpoints.hf.safetensors_writer import TensorWriter
@@ -33,6 +35,39 @@ MODEL = tiny.model_config(
         "routed_scaling_factor": 1.0,
     },
 )
+# Earlier thoughts of the assistant are left out.
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last"
+    " else m.content }}"
+    "{{ '<|end|>' if m.role == 'assistant' else '' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = (
+    "<|endoftext|>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Writes a tokenizer of bytes with an <|end|> that ends turns, and TEMPLATE."""
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|end|>", "pad_token": "<|endoftext|>"})
+    )
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def write_checkpoint(directory: Path, model: ModelConfig = MODEL, **keys) -> Path:

@@ -7,6 +7,7 @@ from errors import FieldChecks
 from model.config import STAGES
 
 OPTIMIZERS = ("adamw", "muon")
+LAYER_LOSSES = ("sum", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,10 @@ class TrainConfig:
     balance_weight: float = 1e-4  # alpha of the sequence-wise balance loss, eq. 17
     router_bias_rate: float = 1e-3  # gamma: how far a step moves the router bias
     indexer_weight: float = 1.0  # of the indexer's KL
+    # How the losses that each layer has, balance and the indexer's KL, come together: "sum", each
+    # is added to the loss, as arXiv 2412.19437 (eq. 17) and 2512.02556 (eq. 3, 4) define them, of
+    # one layer | "mean" over the layers. metrics.jsonl has the mean either way.
+    layer_losses: str = "sum"
     log_every: int = 10  # steps
     # Steps between evaluations, of which one is at the end; 0 is that one alone, and none in
     # reinforcement, which evaluates held-out problems as the section `evaluate` says.
@@ -57,6 +62,7 @@ class TrainConfig:
         rule = "must be -1 (what is left) or not negative"
         check.that(self.cosine_steps >= -1, "cosine_steps", rule)
         check.one_of("optimizer", OPTIMIZERS)
+        check.one_of("layer_losses", LAYER_LOSSES)
         check.positive("learning_rate")
         check.that(0 <= self.final_ratio <= 1, "final_ratio", "must be between 0 and 1")
         for name in ("beta1", "beta2"):

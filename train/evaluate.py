@@ -65,6 +65,20 @@ def was_evaluated(path: Path, phase: str, step: int) -> bool:
     )
 
 
+def held_out_loss(
+    setup: Setup, variables: dict, train: TrainConfig, data: DataConfig, count: int, *, chat: bool
+) -> dict[str, float]:
+    """Returns {"held_out_loss": nats a token} of the first `count` batches of held-out documents.
+
+    It is the mean of next-token prediction over their targets, as `validation_lm` of a run on the
+    same data. `chat`: only the assistant's words are targets.
+    """
+    without_mtp = dataclasses.replace(train, mtp_weight=0.0)
+    evaluate_fn = jax.jit(make_evaluation(language_objective(setup.model, without_mtp)))
+    found = validation_means(setup, evaluate_fn, variables, data, count, chat=chat)
+    return {"held_out_loss": found["validation_lm"]}
+
+
 def infilling(
     setup: Setup, variables: dict, data: DataConfig, *, stage: str, count: int, resamples: int
 ) -> dict:

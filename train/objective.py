@@ -167,21 +167,27 @@ def prediction_total(
 def layer_terms(config: ModelConfig, train: TrainConfig, mtp_depth: int) -> list[Term]:
     """Lists the terms that the layers report; their totals are `layer_totals`.
 
+    Each is a mean over the tokens of all its layers. Where losses are added over layers
+    (`train.layer_losses`), its coefficient is as many times larger as it has layers.
+
     The warm-up stage minimises the indexer's KL alone, and reports how much of dense attention's
     probability mass the selected keys have (indexer_recall), beside a random selection.
 
     Args:
       mtp_depth: how many MTP modules run.
     """
+
+    def layer_loss(name: str, has: Callable[[LayerKind], bool], coefficient: float | None) -> Term:
+        if coefficient is not None and train.layer_losses == "sum":
+            coefficient *= sum(map(has, config.kinds)) + mtp_depth * has(config.mtp_kind)
+        return Term(name, functools.partial(layer_tokens, config, has, mtp_depth), coefficient)
+
     terms = []
     if config.moe_layers:
-        weight = functools.partial(layer_tokens, config, lambda kind: kind.moe, mtp_depth)
-        terms.append(
-            Term("balance", weight, train.balance_weight if train.stage != "warmup" else None)
-        )
+        minimised = None if train.stage == "warmup" else train.balance_weight
+        terms.append(layer_loss("balance", lambda kind: kind.moe, minimised))
     if train.stage != "dense":
-        weight = functools.partial(layer_tokens, config, has_indexer, mtp_depth)
-        terms.append(Term("indexer_kl", weight, train.indexer_weight))
+        terms.append(layer_loss("indexer_kl", has_indexer, train.indexer_weight))
     if train.stage == "warmup":
         weight = functools.partial(selecting_tokens, config, mtp_depth)
         terms += [Term("indexer_recall", weight), Term("indexer_recall_random", weight)]

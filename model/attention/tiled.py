@@ -158,7 +158,8 @@ def attend_tiled(
 ) -> tuple[Array, IndexerStats, Array | None]:
     """Computes what `attend_expanded` does, by the kernels of one platform. See there.
 
-    Where an indexer selects, the mask must be `causal_mask`.
+    Queries may be grouped, several heads to one of k and v; the indexer's loss makes a copy of the
+    keys for each head. Where an indexer selects, the mask must be `causal_mask`.
     """
     T = q_BTNH.shape[1]
     q_BNTH, k_BNSH, v_BNSV = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
@@ -184,6 +185,8 @@ def attend_tiled(
     recorded = stage == "sparse" and record
     selected_BTk = positions_of(unpack(bits_BTW, T), min(topk, T)) if recorded else None
     with jax.named_scope("indexer_kl"):
+        group = q_BNTH.shape[1] // k_BNSH.shape[1]
+        k_BNSH = k_BNSH if group == 1 else jnp.repeat(k_BNSH, group, axis=1)  # a key a head
         attention = jax.lax.stop_gradient(MainAttention(q_BNTH, k_BNSH, lse_BNT))
         allowed_blocks = selected_blocks if stage == "sparse" else to_block_cyclic(bits_BTW, 1)
         kl, recall_blocks = total_kl(

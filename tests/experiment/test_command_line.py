@@ -78,7 +78,16 @@ MISTAKES = {  # the words -> what the line must say
     "--config=F/nothing.py --workdir=W": "must return a ConfigDict, not NoneType",
     "--config=F/argument.py --workdir=W": "TypeError",
     "--config=F/argument.py:x --workdir=W": "argument.py:5: ValueError",
-    "--config=F/good.py --workdir=W --stpes=3": "Unknown command line flag 'stpes'",
+    "--config=F/good.py --workdir=W --stpes=3": (
+        "--stpes: no such flag (did you mean --config.train.steps?)"
+    ),
+    "--config=F/good.py --workdir=W --train.lr=3": (
+        "--train.lr: no such flag (did you mean --config.train.learning_rate?)"
+    ),
+    "--config=F/good.py --workdir=W --batch_size=3": "did you mean --config.data.batch_size?",
+    "--config=F/good.py --workdri=W": "--workdri: no such flag (did you mean --workdir?)",
+    "--config=F/good.py --workdir=W --zzzzz": "--zzzzz: no such flag (see --help)",
+    "--config=F/good.py --workdir=W --config.train.lr=3": 'did you mean "learning_rate"?',
     "--config=F/good.py --workdir=W --samples=x": "--samples=x",
     "--config=F/good.py --workdir=W --mode=x": "--mode=x",
     "--config=F/good.py --workdir=W stray": "stray: not expected",

@@ -24,6 +24,13 @@ def test_no_present_name_is_taken_for_an_old_one():
     assert with_new_names(present) == present
 
 
+def test_a_record_from_before_a_field_was_there_keeps_what_it_meant():
+    """A run that took the mean over layers goes on with it; a new one adds."""
+    recorded = default_config().to_dict()
+    assert recorded["train"].pop("layer_losses") == "sum"
+    assert with_new_names(recorded)["train"]["layer_losses"] == "mean"
+
+
 @pytest.mark.parametrize(
     "old, now",
     [

@@ -9,11 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from checkpoints.hf.safetensors import TensorFiles
 from configs import base
+from data.chat import encode_prompt
 from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.command_line import command
@@ -23,49 +22,17 @@ from experiment.workdir import recorded_config
 from launch import convert, evaluate, finetune, reinforce, sample
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
-from tests.tiny_checkpoint import MODEL, write_checkpoint
+from tests.tiny_checkpoint import MODEL, write_checkpoint, write_tokenizer
 from train.restore import load_variables
 
 pytestmark = pytest.mark.command
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>"
-    "{{ m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last"
-    " else m.content }}"
-    "{{ '<|end|>' if m.role == 'assistant' else '' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
 
 @pytest.fixture
 def brought(tmp_path) -> Path:
-    """A Qwen3-MoE of random numbers, a tokenizer of bytes with an <|end|> that ends turns, and
-    TEMPLATE.
-    """
+    """A Qwen3-MoE of random numbers with its tokenizer, template and license."""
     directory = write_checkpoint(tmp_path / "brought", eos_token_id=257)
-    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    special = [
-        "<|endoftext|>",
-        "<|end|>",
-        "<|user|>",
-        "<|assistant|>",
-        "<|system|>",
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-    ]
-    backend.add_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": "<|end|>", "pad_token": "<|endoftext|>"})
-    )
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    write_tokenizer(directory)
     (directory / "LICENSE").write_text("do as you like\n")
     return directory
 
@@ -132,6 +99,23 @@ def test_its_template_makes_the_prompt(brought, capsys, monkeypatch):
         and seen
     )
     assert sorted(file.name for file in brought.iterdir()) == before
+
+
+def test_a_second_turn_sees_the_first_by_its_template(brought, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "print_completion", lambda *words: seen.append(words[3]) or [70])
+    argv = [f"--workdir=hf:{brought}", "--chat=2+2?", "--chat=and 3?"]
+    command(sample.run, config="recorded", flags=sample.FLAGS, argv=argv)
+    tokenizer = load_tokenizer(brought)
+    answer = tokenizer.decode([70], skip_special_tokens=False).strip()
+    messages = [("user", "2+2?"), ("assistant", answer), ("user", "and 3?")]
+    assert seen[1:] == [
+        encode_prompt(
+            [{"role": role, "content": content} for role, content in messages],
+            tokenizer,
+            "checkpoint",
+        )
+    ]
 
 
 def test_it_is_fine_tuned_reinforced_evaluated_and_written_back(brought, tmp_path):

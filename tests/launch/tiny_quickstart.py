@@ -27,6 +27,7 @@ def shrink(name: str, c: Any) -> None:
     )
     c.model.indexer.update({"n_heads": 2, "head_dim": 8, "rope_head_dim": 4, "topk": 8})
     c.model.moe.update({"num_experts": 4, "intermediate_size": 16})
+    c.model.num_nextn_predict_layers = 1
     c.data.seq_len, c.data.batch_size = 128, 4
     c.train.update({"steps": 2, "warmup_steps": 1, "log_every": 1})
     # Each program compiles for seconds: pretraining alone trains the MTP module, and held-out

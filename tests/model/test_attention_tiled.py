@@ -125,6 +125,21 @@ def test_devices_that_share_queries_count_their_loss_once(monkeypatch):
     assert_same(result(attend, make_mesh(MeshConfig(2, 1, 1, 4))), by_chunks("sparse"))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("mesh", [None, (2, 2, 1, 2)])
+def test_heads_may_share_keys(stage, mesh):
+    """Four heads of queries and two of keys and values."""
+
+    def grouped(attend):
+        return lambda q, k, v, *rest, **kwargs: attend(q, k[:, :, :2], v[:, :, :2], *rest, **kwargs)
+
+    options = {"stage": stage, "topk": TOPK}
+    tiles = functools.partial(attend_tiled, kernels=KERNELS["reference"], **options)
+    chunks = functools.partial(attend_expanded, query_chunk=512, causal_parts=1, **options)
+    where = None if mesh is None else make_mesh(MeshConfig(*mesh))
+    assert_same(result(grouped(tiles), where), result(grouped(chunks)))
+
+
 def window_of_100(query_segments_BT, query_index_T, key_segments_BS):
     near_TS = query_index_T[:, None] - jnp.arange(key_segments_BS.shape[1]) < 100
     return causal_mask(query_segments_BT, query_index_T, key_segments_BS) & near_TS

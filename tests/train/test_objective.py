@@ -138,14 +138,25 @@ def minimised(stage: str, **changes) -> dict[str, float | None]:
 
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
 def test_a_stage_that_trains_the_model_minimises_its_terms_by_their_weights(stage):
-    found = minimised(stage, balance_weight=0.5, mtp_weight=0.3, indexer_weight=0.25)
+    weights = {"balance_weight": 0.5, "mtp_weight": 0.3, "indexer_weight": 0.25}
+    found = minimised(stage, **weights, layer_losses="mean")
     assert (found["lm"], found["mtp_1"], found["balance"]) == (1.0, 0.3, 0.5)
     assert found.get("indexer_kl") == (0.25 if stage == "sparse" else None)
 
 
 def test_the_warmup_minimises_the_indexer_s_loss_alone():
     """Everything else, the recall included, is reported only."""
-    assert minimised("warmup", indexer_weight=0.25) == {"indexer_kl": 0.25}
+    found = minimised("warmup", indexer_weight=0.25, layer_losses="mean")
+    assert found == {"indexer_kl": 0.25}
+
+
+def test_the_losses_of_layers_are_added_over_those_that_have_them():
+    """As DeepSeek's code adds them: the layers with experts, or an indexer, and the MTP module."""
+    assert (len(CONFIG.kinds), CONFIG.moe_layers, CONFIG.num_nextn_predict_layers) == (3, 2, 1)
+    found = minimised("sparse", balance_weight=0.5, indexer_weight=0.25)
+    assert (found["balance"], found["indexer_kl"]) == (0.5 * 3, 0.25 * 4)
+    without_mtp = minimised("sparse", balance_weight=0.5, indexer_weight=0.25, mtp_weight=0.0)
+    assert (without_mtp["balance"], without_mtp["indexer_kl"]) == (0.5 * 2, 0.25 * 3)
 
 
 def test_the_loss_is_the_sum_of_its_terms_by_their_coefficients():

@@ -29,7 +29,7 @@ from train.state import (
     make_state,
     state_shardings,
 )
-from train.step import make_step
+from train.step import abstract_batch, jit_step, make_step
 
 pytestmark = pytest.mark.mesh
 
@@ -40,6 +40,7 @@ MESHES = {
     "data 2, fsdp 2, expert 2": MeshConfig(data=2, fsdp=2, expert=2, tensor=1),
     "expert 4, tensor 2": MeshConfig(data=1, fsdp=1, expert=4, tensor=2),
     "data 2, expert 2, tensor 2": MeshConfig(data=2, fsdp=1, expert=2, tensor=2),
+    "fsdp 2, expert 2, tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
 }
 # The vocabulary divides over the tensor axis. One MoE layer, whose shared experts are a dense FFN
 # too; MTP where the objective has it.
@@ -129,6 +130,26 @@ def test_a_mesh_computes_what_one_device_does(name, kind):
     )
     for leaf, before in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
         assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim), "a step moved it"
+
+
+@pytest.fixture
+def no_cache():
+    """A program that is found in the cache is not compiled, and nothing is said of it."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_no_array_is_made_whole_on_every_device_to_be_cut_anew(name, no_cache, capfd):
+    """XLA warns of it: "Involuntary full rematerialization"."""
+    config, mesh = CONFIGS["language"], mesh_of(name)
+    with jax.set_mesh(mesh):
+        step = make_step(config, TRAIN, language_objective(config, TRAIN), optimizer())
+        batch = abstract_batch(len(LAYOUT), tiny.T, mesh)
+        state = abstract_state(config, optimizer(), mesh)
+        jit_step(step, state, mesh).lower(state, batch).compile()
+    assert "ematerialization" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", MESHES)
