@@ -195,6 +195,21 @@ def test_gathered_latents_are_the_masked_ones(ties):
     tiny.assert_close(jnp.concatenate(one_by_one, axis=1), masked, rtol=1e-5, atol=1e-5)
 
 
+def test_the_backward_pass_does_not_select_again():
+    """Nor does it in a layer that is computed again and keeps what has attention's name."""
+
+    def total(arrays, segments_BT):
+        return loss(arrays, segments_BT, "sparse", TOPK, query_chunk=512)[0]
+
+    arrays, segments_BT = inputs(2, 24), jnp.ones((2, 24), jnp.int32)
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+    searches = [
+        str(jax.make_jaxpr(function)(arrays, segments_BT)).count("= scan[")
+        for function in (total, jax.grad(total), jax.grad(jax.checkpoint(total, policy=policy)))
+    ]
+    assert searches == [2, 2, 2], "of the threshold and of the last of equal scores"
+
+
 LENGTH = 512  # no other dimension of the model below is this long
 
 
@@ -203,7 +218,7 @@ LENGTH = 512  # no other dimension of the model below is this long
 def test_nothing_is_length_by_length(stage):
     """Neither the forward nor the backward pass of the whole model makes an array of which two
     dimensions are the length of the row, masks included: with chunks of 64 queries memory is linear
-    in length. Read from the program as it is handed to the compiler.
+    in length, but for a bit a selected pair. Read from the program as it is handed to the compiler.
     """
     config = tiny.model_config(query_chunk=64, logit_chunk=128, num_nextn_predict_layers=1)
     batch = tiny.batch_of((((1, 300), (2, 200), (0, 12)),), width=LENGTH)
