@@ -58,6 +58,7 @@ def reinforce() -> Any:
     c = common()
     c.train.steps = 30
     c.train.learning_rate = 2e-4
+    c.train.final_ratio = 0.5
     c.reinforce.prompts_per_step = 16
     c.reinforce.group_size = 8
     return c
