@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from checkpoints.locations import HF_RECORD, hf_directory, run_directory
 from errors import UserError
-from experiment.model_source import with_hf_fields, with_recorded_model
+from experiment.model_source import with_hf_fields, with_model_of_run, with_recorded_model
 from experiment.renamed import new_name, new_name_in
 from experiment.schema import default_config, must_be, no_such_field, renamed_field
 from experiment.workdir import recorded_config
@@ -47,8 +47,9 @@ class ConfigSource(NamedTuple):
 def with_checkpoint_fields(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """Returns the config with what the checkpoint that `init_from` names decides.
 
-    That is nothing, unless it is a Hugging Face checkpoint or a run that comes from one. The
-    command line has the last word.
+    A Hugging Face checkpoint, or a run that comes from one, decides the model whatever the config
+    says; another run of ours what the config leaves at its default. The command line has the last
+    word.
     """
     origin = str(config.get("init_from", ""))
     directory = hf_directory(origin)
@@ -57,6 +58,10 @@ def with_checkpoint_fields(config: ConfigDict, overrides: Sequence[str]) -> Conf
     if origin and (run_directory(origin) / HF_RECORD).exists():
         recorded = recorded_config(run_directory(origin))
         return with_overrides(with_recorded_model(config, recorded), overrides)
+    if origin and (run_directory(origin) / "config.json").exists():
+        recorded = recorded_config(run_directory(origin))
+        unsaid = with_model_of_run(config, recorded, default_config())
+        return with_overrides(unsaid, overrides)
     return config
 
 

@@ -1,7 +1,8 @@
 """The part of a config that a checkpoint decides.
 
 The config.json of `hf:DIR` decides the model section, the tokenizer and the chat template; so does
-the record of a run that comes from such a checkpoint.
+the record of a run that comes from such a checkpoint. The record of any other run fills in what a
+config does not say of its model.
 """
 
 from pathlib import Path
@@ -77,4 +78,32 @@ def with_recorded_model(config: ConfigDict, recorded: ConfigDict) -> ConfigDict:
     if not config.data.chat_template_options:
         config.data.chat_template_options = recorded.data.chat_template_options
     config.sampling.attention = recorded.sampling.attention
+    return config
+
+
+def with_model_of_run(config: ConfigDict, recorded: ConfigDict, default: ConfigDict) -> ConfigDict:
+    """Returns the config with what it does not say of its model as a recorded run has it.
+
+    A field of the model section, of the chat template or of the attention in sampling is not said
+    where it has its default. So a config file may still change the model, as to stretch its
+    positions, by any other value.
+    """
+    config = config.copy_and_resolve_references()
+
+    def fill(section: ConfigDict, of_run: ConfigDict, usual: ConfigDict) -> None:
+        if not isinstance(section, ConfigDict):
+            return  # a mistake, which validation answers
+        for name, value in usual.items():
+            if isinstance(value, ConfigDict):
+                fill(section.get(name), of_run[name], value)
+            elif section.get(name) == value:
+                section[name] = of_run[name]
+
+    fill(config.get("model"), recorded.model, default.model)
+    for section, names in (
+        ("data", ("chat_template", "chat_template_options")),
+        ("sampling", ("attention",)),
+    ):
+        usual = ConfigDict({name: default[section][name] for name in names})
+        fill(config.get(section), recorded[section], usual)
     return config

@@ -29,7 +29,8 @@ class Config:
     seed: int = 0
     # Workdir (or checkpoint directory) whose newest parameters to start from, or hf:DIR, a Hugging
     # Face checkpoint; "" starts fresh. Of the latter, and of runs that come from one, the model
-    # section, tokenizer and chat template are the checkpoint's, whatever a config file says.
+    # section, tokenizer and chat template are the checkpoint's, whatever a config file says. Of
+    # another run they are what the config leaves at its default.
     init_from: str = ""
     # What launch.pretrain and launch.finetune take of that run: "parameters" | "all": optimizer and
     # step too, for another schedule, and its place in the data where these are the same.

@@ -4,7 +4,14 @@ import pytest
 
 from configs import base
 from errors import UserError
-from experiment.config_files import experiments, get_config, with_overrides
+from experiment.config_files import (
+    experiments,
+    get_config,
+    with_checkpoint_fields,
+    with_overrides,
+)
+from experiment.schema import parse
+from experiment.workdir import record_config
 
 
 @pytest.mark.parametrize(
@@ -55,3 +62,23 @@ def test_the_working_directorys_configs_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert get_config("configs/quickstart.py").seed == 7
     assert experiments() == ["configs/quickstart.py"]
+
+
+def test_a_run_to_start_from_takes_its_model_along(tmp_path):
+    """A config that says nothing of its model has that of the run; what it says, it keeps, and the
+    command line has the last word.
+    """
+    before = base.get_config()
+    before.model.hidden_size, before.model.mla.q_lora_rank = 64, 24
+    before.model.rope.rope_theta, before.sampling.attention = 100.0, "dense"
+    record_config(tmp_path, parse(before), "pretrain")
+
+    config = base.get_config()
+    config.init_from = str(tmp_path / "checkpoints")
+    config.model.rope.rope_theta = 5e4
+    found = with_checkpoint_fields(config, ["--config.model.mla.q_lora_rank=48"])
+    assert (found.model.hidden_size, found.model.mla.q_lora_rank) == (64, 48)
+    assert (found.model.rope.rope_theta, found.sampling.attention) == (5e4, "dense")
+    assert found.train.to_dict() == config.train.to_dict()
+    config.init_from = str(tmp_path / "elsewhere")
+    assert with_checkpoint_fields(config, ()).model.hidden_size != 64
