@@ -102,7 +102,7 @@ def test_it_evaluates_and_resumes_as_with_the_old_code(workdir):
     the optimizer made of them. Metrics that did not exist then are not compared.
     """
     config = parse(recorded_config(workdir))
-    infilling = dataclasses.replace(config.evaluate, problems=0)
+    infilling = dataclasses.replace(config.evaluate, problems=0, text_batches=0)
     found = runs.evaluate(dataclasses.replace(config, evaluate=infilling), workdir)
     saved, rest = without_savings(found)
     expected_saved, expected_rest = without_savings(EXPECTED["evaluation"])

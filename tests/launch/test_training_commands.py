@@ -15,7 +15,7 @@ from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.schema import Config, parse
 from experiment.setup import run_variables, set_up, with_vocab_size
-from launch import finetune, pretrain, reinforce
+from launch import evaluate, finetune, pretrain, reinforce
 from model.sharding import make_mesh
 from train.interrupt import Interrupt
 from train.restore import load_variables
@@ -110,6 +110,39 @@ def test_stopped_and_resumed_is_bit_identical_to_never_stopped(name, tmp_path, m
         final_variables(config, tmp_path / "parts"), final_variables(config, tmp_path / "whole")
     )
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_an_evaluation_has_the_held_out_loss_of_training(tmp_path, capsys):
+    """On lines of JSON: texts of a pretrained model, and conversations of a fine-tuned one, of
+    which the assistant's words count. There is nothing to infill in conversations, and it says so.
+    """
+    chats, texts = tmp_path / "chats.jsonl", tmp_path / "texts.jsonl"
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "it is 4"}]
+    chats.write_text((json.dumps({"messages": turns}) + "\n") * 100)
+    numbers = (f"a text of some ten words, the number {number} one" for number in range(400))
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in numbers))
+    few = {"train__eval_batches": 2, "evaluate__text_batches": 2, "evaluate__problems": 0} | NO_MTP
+    for run, name, source in (
+        (pretrain.run, "text", f"jsonl:{texts}#text"),
+        (finetune.run, "chat", f"jsonl:{chats}#messages"),
+    ):
+        config = tiny(
+            **few,
+            data__sources=(source,),
+            data__seq_len=128,
+            evaluate__infill_documents=2,
+            evaluate__bootstrap=10,
+            data__validation=0.3,
+        )
+        assert run(config, tmp_path / name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        capsys.readouterr()
+        found = evaluate.run(config, tmp_path / name)
+        assert found["held_out_loss"] == json.loads(lines[-1])["validation_lm"]
+        assert ("infilling" in found) == (name == "text")
+        said = capsys.readouterr().out
+        assert ("infilling   left out: data.sources has no text" in said) == (name == "chat")
+        assert f"held_out_loss                      {found['held_out_loss']:.3f}" in said
 
 
 def test_a_finished_run_given_again_changes_nothing(dense_run):
