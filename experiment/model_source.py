@@ -81,7 +81,7 @@ def with_recorded_model(config: ConfigDict, recorded: ConfigDict) -> ConfigDict:
     return config
 
 
-def with_model_of_run(config: ConfigDict, recorded: ConfigDict, default: ConfigDict) -> ConfigDict:
+def with_model_of_run(config: Any, recorded: Any, default: Any) -> Any:
     """Returns the config with what it does not say of its model as a recorded run has it.
 
     A field of the model section, of the chat template or of the attention in sampling is not said
@@ -90,7 +90,7 @@ def with_model_of_run(config: ConfigDict, recorded: ConfigDict, default: ConfigD
     """
     config = config.copy_and_resolve_references()
 
-    def fill(section: ConfigDict, of_run: ConfigDict, usual: ConfigDict) -> None:
+    def fill(section: Any, of_run: Any, usual: Any) -> None:
         if not isinstance(section, ConfigDict):
             return  # a mistake, which validation answers
         for name, value in usual.items():
