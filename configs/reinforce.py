@@ -30,6 +30,5 @@ def get_config() -> Any:
     c.train.indexer_weight = 0.0
     c.train.mtp_weight = 0.0
     c.train.log_every = 1
-    c.evaluate.text_batches = 0  # rewards are what it learns from, no text
     c.train.save_every = 50
     return c

@@ -156,20 +156,19 @@ def evaluate(config: Config, workdir: Path) -> dict:
       What evaluation.json has.
     """
     get_rewards([config.evaluate.reward, *config.reinforce.rewards])
-    reads_text = config.evaluate.text_batches or config.evaluate.infill_documents
+    trained_by = command_of(workdir) or command_of(config.init_from)
+    # Reinforcement learns from no text: its section `data` says nothing of what it has seen.
+    text_batches = 0 if trained_by == "reinforce" else config.evaluate.text_batches
+    reads_text = text_batches or config.evaluate.infill_documents
     rows = {"data.batch_size": config.data.batch_size} if reads_text else {}
     setup = set_up(config, workdir, rows, trains=False)
     result, samples, infills = {}, [], []
     with jax.set_mesh(setup.mesh):
         variables = run_variables(setup, config.init_from, workdir)
-        if config.evaluate.text_batches:
+        if text_batches:
+            chat = trained_by == "finetune"
             result |= held_out_loss(
-                setup,
-                variables,
-                config.train,
-                config.data,
-                config.evaluate.text_batches,
-                chat=command_of(config.init_from or workdir) == "finetune",
+                setup, variables, config.train, config.data, text_batches, chat=chat
             )
         if config.evaluate.problems:
             evaluation = ReasoningEvaluation(

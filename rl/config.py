@@ -108,7 +108,9 @@ class ReinforceConfig:
 class EvaluateConfig:
     """Sets how much held-out text and how many problems an evaluation has, and samples of each."""
 
-    text_batches: int = 8  # of held-out documents of data.sources, for their loss; 0 for none
+    # Batches of held-out documents of data.sources, for their loss; 0 for none. A run of
+    # launch.reinforce has none: it learns from no text.
+    text_batches: int = 8
     problems: int = 128  # held out, or as many as there are; 0 for none
     samples: int = 8  # completions of a problem; pass@k for k up to this
     # The reward that pass@k counts, named as in reinforce.rewards, and the least of it with which a

@@ -1,5 +1,7 @@
 """The commands of README.md run in the words that stand there, one after the other, made small.
 
+The quickstart runs before them, as make would run it, and what it leaves is looked at.
+
 Those that only a tool outside Python understands are left to the tests of what they call: make,
 and the planner, whose compiler has an environment of its own (tests/compile).
 """
@@ -56,6 +58,37 @@ SMALLER = {  # a command -> overrides of its config
     "sample": ["sampling.max_new_tokens=4"],
 }
 
+# What the quickstart measures, and what its page shows.
+PRETRAIN = {
+    "loss_first",
+    "loss_last",
+    "tokens",
+    "tokens_per_s",
+    "middle_loss_with_suffix",
+    "middle_loss_without_suffix",
+    "validation_lm",
+    "validation_mtp_1",
+}
+REINFORCE = {
+    "algorithm",
+    "pass@1_before",
+    "pass@1_after",
+    "pass@8_before",
+    "pass@8_after",
+    "problems",
+    "samples",
+}
+SHOWN = (
+    " -m launch.quickstart --config=tests/launch/tiny_quickstart.py",
+    "config fields differ from configs/base.py",
+    "How it fills a gap",
+    "What it writes",
+    "What it wrote as it learned",
+    "Learning rate",
+    "GiB",
+    "seed",
+)
+
 
 def smaller(line: str) -> list[str]:
     """Returns the words of a command, with overrides that make it small behind them."""
@@ -75,19 +108,21 @@ def test_every_line_is_known():
     assert len(COMMANDS) > 15
 
 
-@pytest.mark.command
-def test_every_command_runs_as_it_is_written(tmp_path):
-    write_files(tmp_path)
+@pytest.fixture(scope="module")
+def pasted(tmp_path_factory) -> Path:
+    """A directory in which all commands ran, the quickstart first, which others read."""
+    directory = tmp_path_factory.mktemp("readme")
+    write_files(directory)
     quickstart = "python -m launch.quickstart --config=tests/launch/tiny_quickstart.py"
     lines = [f"{quickstart} --workdir=runs/quickstart", *COMMANDS]
     sweeps = [line for line in lines if "launch.sweep" in line]  # six processes: test_sweep.py
     commands = [smaller(line) for line in lines if line not in sweeps]
-    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    (directory / "commands.json").write_text(json.dumps(commands))
+    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILE_FLAGS}
     done = subprocess.run(
         [sys.executable, "-m", "tests.launch.paste", "commands.json"],
-        cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILE_FLAGS},
+        cwd=directory,
+        env=os.environ | environment,  # one device
         capture_output=True,
         text=True,
         check=False,
@@ -95,8 +130,37 @@ def test_every_command_runs_as_it_is_written(tmp_path):
     begun = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
     assert done.returncode == 0, f"{begun[-1]}\n{done.stderr[-2000:]}"
     assert len(begun) == len(commands)
+    (directory / "stdout").write_text(done.stdout)
+    return directory
+
+
+@pytest.mark.command
+def test_every_command_runs_as_it_is_written(pasted):
     for written in ("runs/rl/summary.json", "scores.npz", "OUT/model.safetensors"):
-        assert (tmp_path / written).exists(), written
+        assert (pasted / written).exists(), written
+    said = (pasted / "stdout").read_text()
+    _, _, infilled = said.partition("launch.sample --workdir=runs/quickstart/sparse")
+    assert "def add(a, b):" in infilled and "return c" in infilled
+
+
+@pytest.mark.command
+def test_the_quickstart_leaves_numbers_and_a_page(pasted):
+    """Every phase at its smallest."""
+    run = pasted / "runs" / "quickstart"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["pretrain"].keys() >= PRETRAIN
+    assert summary["indexer"].keys() >= {"recall", "recall_random", "topk", "context"}
+    assert summary["reinforce"].keys() >= REINFORCE
+    assert summary.keys() >= {"seconds", "devices", "versions"}
+    assert 0 < summary["indexer"]["recall_random"] < 1
+    page = (run / "report.html").read_text()
+    for shown in SHOWN:
+        assert shown in page, shown
+    assert "Left out" not in page and len(page) < 3_000_000
+    for phase in ("pretrain", "warmup", "sparse", "finetune", "reinforce"):
+        assert (run / phase / "checkpoints" / "2").is_dir()
+        assert (run / phase / "metrics.jsonl").exists()
+        assert list((run / phase / "tensorboard").iterdir())
 
 
 def write_files(directory: Path) -> None:
