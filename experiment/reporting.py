@@ -15,6 +15,7 @@ from report.page import run_page, runs_page
 from report.results import Run, read_run
 
 NAME = "report.html"
+COMPARISON = "comparison.html"  # beside the workdirs: that place may be a run's, with its report
 SWEEP = "results.json"  # in the workdir of a sweep: its question, its runs and their results
 
 
@@ -22,8 +23,8 @@ def write_report(workdir: Path, *others: Path, out: Path | None = None) -> Path:
     """Writes one page and returns its path; prints what in the files was left out.
 
     Of one workdir it is the page of that run, in the workdir; of the workdir of a sweep, or of a
-    directory of workdirs, it compares those. Of several workdirs it compares them, in the directory
-    that holds the first.
+    directory of workdirs, it compares those. Of several workdirs it compares them, in a file
+    comparison.html in the directory that holds the first.
 
     Args:
       out: the file to write in place of these.
@@ -35,7 +36,7 @@ def write_report(workdir: Path, *others: Path, out: Path | None = None) -> Path:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; --workdir names that of a run")
     runs = _read_runs((workdir, *others))
-    place = workdir if len(runs) == 1 else workdir.resolve().parent
+    place = workdir / NAME if len(runs) == 1 else workdir.resolve().parent / COMPARISON
     comparison = compared(f"{len(runs)} runs", runs) if len(runs) > 1 else None
     if comparison is None and runs[0].empty and (below := workdirs_below(workdir)):
         notes = runs[0].notes
@@ -50,7 +51,7 @@ def write_report(workdir: Path, *others: Path, out: Path | None = None) -> Path:
             "that can be read)"
         )
     page = run_page(runs[0]) if comparison is None else runs_page(comparison)
-    path = out or place / NAME
+    path = out or place
     try:
         write_text(path, page)
     except UserError as error:

@@ -7,7 +7,8 @@
 Writes WORKDIR/report.html, one file that needs no network, and shows what it finds in WORKDIR and
 in the directories of its phases. What did not run is not on it; a damaged line is left out, and
 said. Of several workdirs, or of a directory that holds some, such as that of a sweep, the page
-compares the runs: a table, and their curves in the same charts.
+compares the runs: a table, and their curves in the same charts. That of several workdirs is
+comparison.html, beside the first of them.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ from report.table import print_table
 
 FLAGS = {
     "workdir": Flag((), "of a run; several are compared"),
-    "out": Flag("", "the file to write, in place of report.html in the workdir"),
+    "out": Flag("", "the file to write, in place of WORKDIR/report.html"),
 }
 
 

@@ -129,6 +129,7 @@ def indexer_recall(
     """
     warmup = dataclasses.replace(train, stage="warmup")
     evaluate_fn = jax.jit(make_evaluation(language_objective(setup.model, warmup)))
-    found = validation_means(setup, evaluate_fn, variables, data, train.eval_batches, chat=False)
+    batches = max(train.eval_batches, 1)  # a run that does not validate has a recall too
+    found = validation_means(setup, evaluate_fn, variables, data, batches, chat=False)
     names = ("indexer_recall", "indexer_recall_random", "indexer_kl")
     return {name: found[f"validation_{name}"] for name in names}

@@ -79,7 +79,7 @@ REINFORCE = {
     "samples",
 }
 SHOWN = (
-    " -m launch.quickstart --config=tests/launch/tiny_quickstart.py",
+    " -m tests.launch.paste commands.json",  # the command, as the process was started
     "config fields differ from configs/base.py",
     "How it fills a gap",
     "What it writes",

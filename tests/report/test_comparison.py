@@ -26,7 +26,7 @@ def write_run(workdir: Path, last: float, steps: int = 20, **more) -> Path:
 def test_runs_are_overlaid(tmp_path):
     a, b = write_run(tmp_path / "a", 2.0), write_run(tmp_path / "b", 3.0, steps=40, grad_norm=1.0)
     path = write_report(a, b)
-    assert path == tmp_path / "report.html"
+    assert path == tmp_path / "comparison.html"
     page = path.read_text()
     assert shown(page) == ["Loss", "Validation loss", "Gradient norm"]
     loss, _, norm = parsed(page).charts
