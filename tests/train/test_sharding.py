@@ -140,7 +140,13 @@ def no_cache():
     jax.config.update("jax_enable_compilation_cache", True)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [  # those that divide most ways; the others take their time in `make test-all`
+        pytest.param(name, marks=[] if name.count("2") == 3 else [pytest.mark.slow])
+        for name in MESHES
+    ],
+)
 def test_no_array_is_made_whole_on_every_device_to_be_cut_anew(name, no_cache, capfd):
     """XLA warns of it: "Involuntary full rematerialization"."""
     config, mesh = CONFIGS["language"], mesh_of(name)
