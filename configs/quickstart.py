@@ -35,8 +35,8 @@ def common() -> Any:
     c.model.moe.num_experts = 8
     c.model.moe.num_experts_per_tok = 2
     c.model.moe.intermediate_size = 96
-    # Experts are small: by blocks a step takes a tenth less time than "bucketed", and compiles in
-    # four fifths of the time.
+    # Experts are small: by blocks a step takes 8 % less time than "bucketed", and compiles in four
+    # fifths of the time.
     c.model.expert_matmul = "blocks"
     # MTP modules would take 70 % more time a step. In 900 steps they make nothing better here.
     c.model.num_nextn_predict_layers = 0
@@ -46,9 +46,9 @@ def common() -> Any:
     c.model.tie_word_embeddings = True
     c.model.initializer_range = 0.06  # the model is narrow
     # Code, problems as text, and problems as conversations. In some solutions the answer stands
-    # without any working, so the model learns both habits. Without working it is right one time in
-    # six, so working pays; imitation does not know that, rewards find it out, and completions
-    # grow longer.
+    # without any working, so the model learns both habits. Without working it is right one to three
+    # times in ten, so working pays; imitation does not know that, rewards find it out, and
+    # completions grow longer.
     c.data.sources = ("stdlib", f"{TASK}&direct=0.3", f"{TASK}&direct=0.3&style=chat")
     # Shares of documents. A piece of code has some 30 times the tokens of a problem, so half of the
     # tokens are code.
@@ -99,8 +99,8 @@ def warmup() -> ConfigDict:
 def sparse() -> ConfigDict:
     """Returns the third phase: training with the keys that the indexer selects.
 
-    In seed 1 the held-out loss is 0.014 nats a token above that of dense attention after 60 steps,
-    and 0.026 below after 100.
+    In seed 1 the held-out loss is 0.013 nats a token above that of dense attention after 80 steps,
+    and 0.003 after 100.
     """
     c = common()
     c.init_from = "runs/quickstart/warmup"
@@ -114,8 +114,8 @@ def sparse() -> ConfigDict:
 def finetune() -> ConfigDict:
     """Returns the fourth phase: conversations, more than half of which jump to the answer.
 
-    Here the model learns to work a problem out: of what it works out one tenth is right before, and
-    nearly nine tenths after.
+    Here the model learns to work a problem out: after 450 steps of pretraining a tenth of what it
+    works out is right, after this eight to nine tenths.
     """
     c = common()
     c.init_from = "runs/quickstart/sparse"

@@ -173,9 +173,8 @@ class Tokenizer:
     @property
     def fim(self) -> FimTokens:
         """The fill-in-the-middle sentinels. Raises UserError if the tokenizer has none."""
-        for spelling in FIM_SPELLINGS:
-            if all(text in self._special for text in spelling):
-                return FimTokens(*(self._special[text] for text in spelling))
+        if spelling := self._fim_spelling:
+            return FimTokens(*(self._special[text] for text in spelling))
         raise UserError(
             f"{self.name}: no fill-in-the-middle tokens (such as {' '.join(FIM_SPELLINGS[0])}); "
             "set data.fim_rate = 0 or take another tokenizer"
@@ -184,7 +183,12 @@ class Tokenizer:
     @property
     def has_fim(self) -> bool:
         """Whether there are fill-in-the-middle sentinels."""
-        return any(all(text in self._special for text in spelling) for spelling in FIM_SPELLINGS)
+        return self._fim_spelling is not None
+
+    @property
+    def _fim_spelling(self) -> tuple[str, ...] | None:
+        whole = (words for words in FIM_SPELLINGS if all(text in self._special for text in words))
+        return next(whole, None)
 
     def save(self, path: str | Path) -> None:
         """Writes a tokenizer.json that `load_tokenizer` and Hugging Face read.

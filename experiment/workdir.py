@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from checkpoints.locations import hf_directory
+from checkpoints.locations import hf_directory, run_directory
 from data.tokenizer_files import TOKENIZER_FILES
 from errors import UserError
 from experiment.lock import locked
@@ -121,10 +121,10 @@ def recorded_config(workdir: Path) -> ConfigDict:
 def command_of(place: str | Path) -> str:
     """Returns the command whose run a workdir has, such as "finetune"; "" where none is recorded.
 
-    `place` may be anything that names a model: hf:DIR has no command.
+    `place` may be anything that `init_from` may be: hf:DIR has no command.
     """
-    record = Path(place) / "config.json"
-    if hf_directory(str(place)) is not None or not record.exists():
+    record = run_directory(place) / "config.json"
+    if hf_directory(place) is not None or not record.exists():
         return ""
     return str(_read(record)["command"])
 

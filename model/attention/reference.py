@@ -30,7 +30,6 @@ from model.segments import causal_mask
 # (query_segments_BT, query_index_T, key_segments_BS) -> allowed_BTS, as `causal_mask`.
 Mask = Callable[[Array, Array, Array], Array]
 
-KEPT = "attention"  # the name of what a rematerialised layer keeps (model/transformer.py)
 MIN_PART = 64  # queries; smaller parts cost more in small matmuls than the skipped pairs save
 
 
@@ -191,7 +190,7 @@ def attend_expanded(
         stats.append(part_stats)
     out_BTNV, selected_BTk = jax.tree.map(lambda *x_BT: jnp.concatenate(x_BT, axis=1), *outs)
     total = jax.tree.map(lambda *parts: sum(parts), *stats)
-    return checkpoint_name(out_BTNV, KEPT), total, selected_BTk if num_recorded else None
+    return checkpoint_name(out_BTNV, "attention"), total, selected_BTk if num_recorded else None
 
 
 def part_ends(length: int, parts: int) -> list[int]:
@@ -230,7 +229,7 @@ def attend_part(
     # Recomputing the probabilities in the backward pass is cheaper than writing and reading
     # [B, N, C, S] a few times, even when one chunk is all there is. The selection is kept.
     whole = length <= query_chunk
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
     attend = jax.checkpoint(attend, prevent_cse=whole, policy=policy)
     if whole:
         return attend(*queries, query_index_T)
@@ -277,9 +276,10 @@ def attend_chunk(
         index_k_BSC = keys.index_k_BTC[:, : keys.end]
         scores_BTS = indexer_scores(index_query.q_BTIC, index_k_BSC, index_query.w_BTI)
         if stage == "sparse":
-            # What has this name is kept for the backward pass, which does not select again.
+            # A rematerialised layer keeps what has this name: the backward pass does not select
+            # again.
             bits_BTs = jnp.packbits(select_topk(scores_BTS, allowed_BTS, topk), axis=-1)
-            bits_BTs = checkpoint_name(bits_BTs, KEPT)
+            bits_BTs = checkpoint_name(bits_BTs, "attention")
             selected_BTS = jnp.unpackbits(bits_BTs, axis=-1, count=keys.end).astype(bool)
     with jax.named_scope("attention"):
         q_BNTH = jnp.swapaxes(q_BTNH, 1, 2)

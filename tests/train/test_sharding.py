@@ -2,6 +2,7 @@
 order.
 """
 
+import dataclasses
 import functools
 from typing import Any, cast
 
@@ -143,9 +144,9 @@ def no_cache():
 
 @pytest.mark.parametrize(
     "name",
-    [  # those that divide most ways; the others take their time in `make test-all`
-        pytest.param(name, marks=[] if name.count("2") == 3 else [pytest.mark.slow])
-        for name in MESHES
+    [  # those with the most axes; the others take their time in `make test-all`
+        pytest.param(name, marks=[] if sum(size > 1 for size in sizes) == 3 else [pytest.mark.slow])
+        for name, sizes in ((name, dataclasses.astuple(mesh)) for name, mesh in MESHES.items())
     ],
 )
 def test_no_array_is_made_whole_on_every_device_to_be_cut_anew(name, no_cache, capfd):
