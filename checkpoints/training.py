@@ -4,8 +4,11 @@ A checkpoint has the state and the data cursor, saved at the same step. This is 
 errors of disks and of checkpoints that do not fit in one line each.
 """
 
+import contextlib
+import errno
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +80,9 @@ class Checkpoints:
         if cursor is not None:
             items["cursor"] = CheckpointSave(SavedCursor(to_bytes(cursor.get_state())))
         self.wait()
-        with disk_errors(self._clean_up):
+        with self._disk_errors(self._clean_up):
             self._saving = step
+            self.directory.stat()  # a directory that was deleted meanwhile is not made again
             try:
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             except StepAlreadyExistsError:
@@ -130,7 +134,7 @@ class Checkpoints:
         Orbax waits for them; so whoever hears of it ends the run.
         """
         if self._failure is not None and jax.process_count() > 1:
-            with disk_errors(self._described):
+            with self._disk_errors(self._described):
                 raise self._failure
         if self._failure is not None:
             self.wait()
@@ -140,7 +144,7 @@ class Checkpoints:
         while jax.process_count() > 1 and self._manager.is_saving_in_progress():
             self.check()
             time.sleep(0.02)
-        with disk_errors(self._clean_up):
+        with self._disk_errors(self._clean_up):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -170,12 +174,36 @@ class Checkpoints:
 
         Orbax calls it in its thread, on process 0.
         """
-        (unnamed,) = self.directory.glob(f"{self._saving}{TMP_MARK}*")
+        unnamed = next(self.directory.glob(f"{self._saving}{TMP_MARK}*"), None)
+        if unnamed is None:
+            raise _is_gone(self.directory / str(self._saving))
         write_checksums(unnamed)
 
     def _note_failure(self, failure: Exception) -> None:
         """Remembers why a save fails; a thread of Orbax calls it, as soon as this process knows."""
         self._failure = failure
+
+    @contextlib.contextmanager
+    def _disk_errors(self, describe: Callable[[str], str]) -> Iterator[None]:
+        """Turns a failure of the disk into a UserError, as `disk_errors` does.
+
+        Where somebody has deleted what is being written, libraries fail in words of any kind.
+        """
+        with disk_errors(describe):
+            try:
+                yield
+            except Exception as failure:
+                gone = self._deleted()
+                if gone is None or reason_of(failure):
+                    raise
+                raise _is_gone(gone) from failure
+
+    def _deleted(self) -> Path | None:
+        """Returns a checkpoint that is no longer on the disk, or the one that was being written."""
+        known = [self.directory / str(step) for step in self._manager.all_steps()]
+        if next(self.directory.glob(f"{self._saving}*"), None) is None:
+            known.append(self.directory / str(self._saving))
+        return next((place for place in known if not place.exists()), None)
 
     def _clean_up(self, reason: str) -> str:
         """Removes what is half written, which may be what filled the disk.
@@ -190,9 +218,15 @@ class Checkpoints:
         return self._described(reason)
 
     def _described(self, reason: str) -> str:
-        newest = self._manager.latest_step()
-        if newest is None:
-            rest = "nothing is saved yet"
+        there = [
+            step for step in self._manager.all_steps() if (self.directory / str(step)).exists()
+        ]
+        if there:
+            rest = f"the newest good checkpoint is step {max(there)}"
         else:
-            rest = f"the newest good checkpoint is step {newest}"
+            rest = "no checkpoint is there"
         return f"{self.directory}: cannot write a checkpoint: {reason} ({rest})"
+
+
+def _is_gone(place: Path) -> OSError:
+    return FileNotFoundError(errno.ENOENT, "its files were deleted meanwhile", str(place))

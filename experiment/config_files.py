@@ -38,29 +38,40 @@ class ConfigSource(NamedTuple):
     path: str
     overrides: tuple[str, ...]
 
-    def read(self) -> ConfigDict:
-        """Returns the config with the overrides and with what a checkpoint decides."""
+    def read(self, workdir: Path | None = None) -> ConfigDict:
+        """Returns the config with the overrides and with what a checkpoint decides.
+
+        `workdir` is where the run is, or will be.
+        """
         config = with_overrides(get_config(self.path), self.overrides)
-        return with_checkpoint_fields(config, self.overrides)
+        return with_checkpoint_fields(config, self.overrides, workdir)
 
 
-def with_checkpoint_fields(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+def with_checkpoint_fields(
+    config: ConfigDict, overrides: Sequence[str], workdir: Path | None = None
+) -> ConfigDict:
     """Returns the config with what the checkpoint that `init_from` names decides.
 
     A Hugging Face checkpoint, or a run that comes from one, decides the model whatever the config
     says; another run of ours what the config leaves at its default. The command line has the last
-    word.
+    word. A run that has begun in `workdir` has all that in its own record: the run that it came
+    from may have changed since, or be gone.
     """
     origin = str(config.get("init_from", ""))
     directory = hf_directory(origin)
     if directory is not None:
         return with_overrides(with_hf_fields(config, directory), overrides)
-    if origin and (run_directory(origin) / HF_RECORD).exists():
-        recorded = recorded_config(run_directory(origin))
-        return with_overrides(with_recorded_model(config, recorded), overrides)
-    if origin and (run_directory(origin) / "config.json").exists():
-        recorded = recorded_config(run_directory(origin))
-        unsaid = with_model_of_run(config, recorded, default_config())
+    if not origin:
+        return config
+    begun = workdir is not None and (workdir / "config.json").exists()
+    if begun and recorded_config(workdir).init_from == origin:
+        run = workdir
+    else:
+        run = run_directory(origin)
+    if (run / HF_RECORD).exists():
+        return with_overrides(with_recorded_model(config, recorded_config(run)), overrides)
+    if (run / "config.json").exists():
+        unsaid = with_model_of_run(config, recorded_config(run), default_config())
         return with_overrides(unsaid, overrides)
     return config
 

@@ -83,7 +83,7 @@ class File(Input):
     ) -> dict[str, Any]:
         """Returns the validated config."""
         source = ConfigSource(values["config"], tuple(overrides))
-        return {"config": validated(source.read(), source.path)}
+        return {"config": validated(source.read(workdir), source.path)}
 
 
 class UnreadFile(File):
@@ -163,8 +163,11 @@ INPUTS = {
 
 def model_config(origin: str, overrides: Sequence[str]) -> ConfigDict:
     """Returns the config recorded in a run's workdir, or what config.json of `hf:DIR` says."""
-    base = base_config_from(origin) if hf_directory(origin) else recorded_config(Path(origin))
-    return with_checkpoint_fields(with_overrides(base, overrides), overrides)
+    if hf_directory(origin):
+        base, workdir = base_config_from(origin), None
+    else:
+        base, workdir = recorded_config(Path(origin)), Path(origin)
+    return with_checkpoint_fields(with_overrides(base, overrides), overrides, workdir)
 
 
 def validated(config: ConfigDict, name: object) -> Config:

@@ -111,11 +111,11 @@ def _plan_run(
     if twice := typed & changes.keys():
         raise UserError(f"{where}: sets {min(twice)}, and so does the command line; drop one")
     overrides = tuple(f"--config.{field}={_as_text(value)}" for field, value in changes.items())
+    directory = workdir / run_name(changes)
     try:
-        config = parse(ConfigSource(source.path, source.overrides + overrides).read())
+        config = parse(ConfigSource(source.path, source.overrides + overrides).read(directory))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    directory = workdir / run_name(changes)
     argv = (
         sys.executable,
         "-m",

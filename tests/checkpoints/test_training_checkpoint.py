@@ -5,6 +5,7 @@ why not.
 import dataclasses
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,7 +328,7 @@ def test_failure_reaches_the_next_save_and_close(tmp_path, small_files):
     big = {"w": jax.random.normal(jax.random.key(0), (512, 512))}
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, big)
-    with pytest.raises(UserError, match="nothing is saved yet"):
+    with pytest.raises(UserError, match="no checkpoint is there"):
         checkpoints.save(2, big)
     checkpoints.save(2, big)
     with pytest.raises(UserError, match="File too large"):
@@ -374,3 +375,26 @@ def test_killed_while_saving_leaves_nothing_to_see(tmp_path):
         assert checkpoints.latest() == 1
         checkpoints.save(3, {"w": jnp.ones(3)})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
+
+
+def test_a_directory_deleted_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """One line, and the directory is not made again."""
+    directory, write = tmp_path / "checkpoints", Checkpoints._write_checksums
+
+    def write_after_deletion(self):
+        shutil.rmtree(directory)
+        write(self)
+
+    with Checkpoints(directory, keep=2) as checkpoints:
+        checkpoints.save(1, {"w": jnp.zeros(3)})
+        checkpoints.wait()
+    monkeypatch.setattr(Checkpoints, "_write_checksums", write_after_deletion)
+    with Checkpoints(directory, keep=2) as checkpoints:
+        checkpoints.save(2, {"w": jnp.zeros(3)})
+        with pytest.raises(
+            UserError, match=r"its files were deleted meanwhile \(no checkpoint is there\)"
+        ):
+            checkpoints.wait()
+        with pytest.raises(UserError, match="cannot write a checkpoint: No such file"):
+            checkpoints.save(3, {"w": jnp.zeros(3)})
+    assert not directory.exists()

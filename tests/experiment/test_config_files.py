@@ -1,5 +1,7 @@
 """Config files are found from any directory, and overrides are read by the type of their field."""
 
+import shutil
+
 import pytest
 
 from configs import base
@@ -10,6 +12,7 @@ from experiment.config_files import (
     with_checkpoint_fields,
     with_overrides,
 )
+from experiment.inputs import model_config
 from experiment.schema import parse
 from experiment.workdir import record_config
 
@@ -82,3 +85,22 @@ def test_a_run_to_start_from_takes_its_model_along(tmp_path):
     assert found.train.to_dict() == config.train.to_dict()
     config.init_from = str(tmp_path / "elsewhere")
     assert with_checkpoint_fields(config, ()).model.hidden_size != 64
+
+
+def test_a_run_that_has_begun_has_its_model_in_its_own_record(tmp_path):
+    """Whatever became of the run that it came from meanwhile."""
+    origin, workdir = tmp_path / "origin", tmp_path / "run"
+    before = base.get_config()
+    before.model.hidden_size = 64
+    origin.mkdir()
+    record_config(origin, parse(before), "pretrain")
+    config = base.get_config()
+    config.init_from = str(origin)
+    begun = parse(with_checkpoint_fields(config, (), workdir))
+    workdir.mkdir()
+    record_config(workdir, begun, "finetune")
+    shutil.rmtree(origin)
+    assert parse(with_checkpoint_fields(config, (), workdir)) == begun
+    assert model_config(str(workdir), ()).model.hidden_size == 64
+    config.init_from = str(tmp_path / "another")
+    assert with_checkpoint_fields(config, (), workdir).model.hidden_size != 64
