@@ -63,11 +63,11 @@ def with_checkpoint_fields(
         return with_overrides(with_hf_fields(config, directory), overrides)
     if not origin:
         return config
-    begun = workdir is not None and (workdir / "config.json").exists()
-    if begun and recorded_config(workdir).init_from == origin:
-        run = workdir
-    else:
-        run = run_directory(origin)
+    run = run_directory(origin)
+    if workdir is not None and (workdir / "config.json").exists():
+        begun: Any = recorded_config(workdir)
+        if begun.init_from == origin:
+            run = workdir
     if (run / HF_RECORD).exists():
         return with_overrides(with_recorded_model(config, recorded_config(run)), overrides)
     if (run / "config.json").exists():

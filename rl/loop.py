@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from checkpoints.training import Checkpoints
 from data.tasks.problem import Problem
+from kernels.device import compiler_options
 from model.sharding import batch_sharding
 from model.transformer import boxed_shapes
 from rl.algorithms import Algorithm, get_algorithm
@@ -187,7 +188,7 @@ def jit_score(setup: Setup, stage: str, temperature: float, parts: int) -> Calla
         # Part p has the rows p, p + parts, ...
         return jnp.moveaxis(scored, 0, 1).reshape(batch["mask"].shape)
 
-    return jax.jit(in_parts)
+    return jax.jit(in_parts, compiler_options=compiler_options(setup.mesh))
 
 
 def jit_policy_step(

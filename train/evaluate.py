@@ -12,6 +12,7 @@ from jax import Array
 
 from data.config import DataConfig
 from data.shuffled_texts import infill_documents
+from kernels.device import compiler_options
 from model.sharding import batch_sharding, replicated
 from train.config import TrainConfig
 from train.infill import infill_rows, middle_losses, middle_nats
@@ -19,7 +20,7 @@ from train.mean import Mean
 from train.metrics import read_metrics
 from train.objective import language_objective
 from train.setup import Setup, open_batches
-from train.step import make_evaluation
+from train.step import jit_evaluation
 
 # (variables, batch) -> the mean of each term
 Evaluation = Callable[[dict, dict[str, Array]], dict[str, Mean]]
@@ -43,7 +44,7 @@ def validation_means(
     The batches are the same each time.
 
     Args:
-      evaluate_fn: `train.step.make_evaluation` of the objective, jitted.
+      evaluate_fn: `train.step.jit_evaluation` of the objective.
       chat: whether the documents are conversations.
 
     Returns:
@@ -74,7 +75,7 @@ def held_out_loss(
     same data. `chat`: only the assistant's words are targets.
     """
     without_mtp = dataclasses.replace(train, mtp_weight=0.0)
-    evaluate_fn = jax.jit(make_evaluation(language_objective(setup.model, without_mtp)))
+    evaluate_fn = jit_evaluation(language_objective(setup.model, without_mtp), setup.mesh)
     found = validation_means(setup, evaluate_fn, variables, data, count, chat=chat)
     return {"held_out_loss": found["validation_lm"]}
 
@@ -100,6 +101,7 @@ def infilling(
     nats_fn = jax.jit(
         functools.partial(middle_nats, setup.model, stage, tokenizer.eos),
         out_shardings=replicated(setup.mesh),
+        compiler_options=compiler_options(setup.mesh),
     )
     by_source = {}
     longest = INFILL_BYTES_PER_TOKEN * data.seq_len
@@ -128,7 +130,7 @@ def indexer_recall(
     indexer would select; beside it stands that of a random selection of as many.
     """
     warmup = dataclasses.replace(train, stage="warmup")
-    evaluate_fn = jax.jit(make_evaluation(language_objective(setup.model, warmup)))
+    evaluate_fn = jit_evaluation(language_objective(setup.model, warmup), setup.mesh)
     batches = max(train.eval_batches, 1)  # a run that does not validate has a recall too
     found = validation_means(setup, evaluate_fn, variables, data, batches, chat=False)
     names = ("indexer_recall", "indexer_recall_random", "indexer_kl")

@@ -27,7 +27,7 @@ from train.rescue import SavedOnError
 from train.restore import Branch, restored_or_new
 from train.setup import Setup, open_batches
 from train.state import abstract_state
-from train.step import Step, abstract_batch, jit_step, make_evaluation, make_step
+from train.step import Step, abstract_batch, jit_evaluation, jit_step, make_step
 
 
 def train_language_model(
@@ -91,7 +91,7 @@ def train_language_model(
             done = int(state.step)
             if done < train.steps:
                 step_fn = program.result() if program else compile_step()
-        evaluate_fn = jax.jit(make_evaluation(objective))
+        evaluate_fn = jit_evaluation(objective, setup.mesh)
         tokens = data.batch_size * data.seq_len
         due = Due(train)
         with (

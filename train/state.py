@@ -13,6 +13,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
+from kernels.device import compiler_options
 from model.config import ModelConfig
 from model.sharding import is_named, replicated, shardings
 from model.transformer import boxed_shapes, init
@@ -121,17 +122,12 @@ def fresh_state(
 ) -> TrainState:
     """Draws a new state, each shard where it lives."""
     abstract = abstract_state(config, optimizer, mesh)
-    # It runs once: on a CPU, LLVM would spend seconds on what takes a moment (11.5 and 4.3 s for
-    # the quickstart's model). Other compilers lack the option.
-    options = (
-        {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    )
-    with jax.set_mesh(mesh):
-        return jax.jit(
-            lambda key: make_state(config, optimizer, key),
-            out_shardings=state_shardings(abstract),
-            compiler_options=options,
-        )(key)
+    # No mesh is set: what comes out has its sharding, and the trace of `boxed_shapes` serves again.
+    return jax.jit(
+        lambda key: make_state(config, optimizer, key),
+        out_shardings=state_shardings(abstract),
+        compiler_options=compiler_options(mesh, runs_once=True),
+    )(key)
 
 
 def state_from(

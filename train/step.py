@@ -9,6 +9,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from kernels.device import compiler_options
 from model.config import ModelConfig
 from model.sharding import batch_sharding, replicated
 from train.balance import expert_load, update_router
@@ -162,13 +163,18 @@ def jit_step(step: Step, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
 
     The state is donated, and the next one is laid out as `state`, an abstract one, is.
     """
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(state), replicated(mesh)))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings(state), replicated(mesh)),
+        compiler_options=compiler_options(mesh),
+    )
 
 
-def make_evaluation(objective: Objective) -> Callable[[dict, Batch], dict[str, Mean]]:
+def jit_evaluation(objective: Objective, mesh: Mesh) -> Callable[[dict, Batch], dict[str, Mean]]:
     """Returns a function (variables, batch) -> means: to be added over batches, then divided."""
 
     def evaluate(variables: dict, batch: Batch) -> dict[str, Mean]:
         return means_of(objective.totals(variables, batch), objective.weights(batch))
 
-    return evaluate
+    return jax.jit(evaluate, compiler_options=compiler_options(mesh))

@@ -30,7 +30,9 @@ from model.segments import causal_mask
 # (query_segments_BT, query_index_T, key_segments_BS) -> allowed_BTS, as `causal_mask`.
 Mask = Callable[[Array, Array, Array], Array]
 
-MIN_PART = 64  # queries; smaller parts cost more in small matmuls than the skipped pairs save
+# Queries. Smaller parts take as long, in small matmuls, as the pairs that they skip would; and each
+# part is compiled by itself.
+MIN_PART = 128
 
 
 @flax.struct.dataclass

@@ -12,7 +12,7 @@ may not depend on data, and an expert's share of the tokens does: so there is a 
 A window's last rows may be the next expert's. In the forward pass that expert writes over what the
 window puts there; in the backward pass the gate of those rows is 0.
 
-Letters: S sorted rows; v windows; C rows of one window.
+Letters: S sorted rows; v windows; C rows of one window; H the gate's and the up projection's width.
 """
 
 import functools
@@ -104,27 +104,12 @@ def _windows(counts_E: Array, choices: int, sizes: list[int]) -> Windows:
     return Windows(expert_v, jnp.searchsorted(jnp.asarray(sizes), rows_v), first_v, rows_v)
 
 
-def fold_windows(body: Callable[..., Any], carry: Any, sizes: list[int], windows: Windows) -> Any:
-    """Folds `body` over the windows, in order.
+def by_size(body: Callable[..., Any], sizes: list[int], size: Array, *operands: Any) -> Any:
+    """Calls `body(rows, *operands)`, where `rows` is the static entry `size` of `sizes`.
 
-    Args:
-      body: (size, carry, expert, first, rows) -> carry; `size` is a static number of rows.
-      carry: what the first window receives.
-      sizes: of windows; nothing is done in a window of size 0.
-      windows: which to go over.
+    Each size is compiled by itself: what does not depend on it is better done outside of the body.
     """
-    branches = [
-        lambda carry, *_: carry,
-        *(functools.partial(body, size) for size in sizes[1:]),
-    ]
-
-    def step(carry, window: Windows):
-        carry = jax.lax.switch(
-            window.size_v, branches, carry, window.expert_v, window.first_v, window.rows_v
-        )
-        return carry, None
-
-    return jax.lax.scan(step, carry, windows)[0]
+    return jax.lax.switch(size, [functools.partial(body, rows) for rows in sizes], *operands)
 
 
 def read_rows(x_S: Array, first: Array, size: int) -> Array:
@@ -164,62 +149,85 @@ def _forward(
     E, F, D = down_EFD.shape
     token_S, gate_S, slot_of_TK, windows, sizes = sorted_by_expert(expert_TK, gates_TK, E)
 
-    def apply_expert(size, buffers, expert, first, rows):
+    def apply_expert(size, gate_up_SH, y_SD, gate_up_DH, down_FD, first):
         """Writes one expert's activations and weighted outputs for a window of its slots."""
-        gate_SF, up_SF, y_SD = buffers
         x_CD = jnp.take(x_TD, read_rows(token_S, first, size), axis=0, mode="clip")
-        gate_CF, up_CF = x_CD @ gate_EDF[expert], x_CD @ up_EDF[expert]
-        hidden_CF = swiglu(gate_CF, up_CF)
-        weighted_CF = hidden_CF * read_rows(gate_S, first, size)[:, None].astype(x_TD.dtype)
+        gate_up_CH = x_CD @ gate_up_DH
+        weight_C1 = read_rows(gate_S, first, size)[:, None].astype(x_TD.dtype)
+        weighted_CF = swiglu(*jnp.split(gate_up_CH, 2, axis=1)) * weight_C1
         return (
-            write_rows(gate_SF, gate_CF, first),
-            write_rows(up_SF, up_CF, first),
-            write_rows(y_SD, weighted_CF @ down_EFD[expert], first),
+            write_rows(gate_up_SH, gate_up_CH, first),
+            write_rows(y_SD, weighted_CF @ down_FD, first),
         )
 
-    buffers = tuple(jnp.zeros((token_S.shape[0], width), x_TD.dtype) for width in (F, F, D))
-    gate_SF, up_SF, y_SD = fold_windows(apply_expert, buffers, sizes, windows)
-    kept = checkpoint_name(gate_SF, "gate_and_up"), checkpoint_name(up_SF, "gate_and_up")
+    def step(buffers, window: Windows):
+        gate_up_DH = gate_and_up(gate_EDF, up_EDF, window.expert_v)
+        down_FD = down_EFD[window.expert_v]
+        operands = (*buffers, gate_up_DH, down_FD, window.first_v)
+        return by_size(apply_expert, sizes, window.size_v, *operands), None
+
+    buffers = tuple(jnp.zeros((token_S.shape[0], width), x_TD.dtype) for width in (2 * F, D))
+    gate_up_SH, y_SD = jax.lax.scan(step, buffers, windows)[0]
     inputs = x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD
-    return collect(y_SD, token_S, slot_of_TK), (*kept, *inputs)
+    return (
+        collect(y_SD, token_S, slot_of_TK),
+        (checkpoint_name(gate_up_SH, "gate_and_up"), *inputs),
+    )
+
+
+def gate_and_up(gate_EDF: Array, up_EDF: Array, expert: Array) -> Array:
+    """Returns an expert's two projections side by side, so that they are one matmul."""
+    return jnp.concatenate([gate_EDF[expert], up_EDF[expert]], axis=1)
 
 
 def _backward(saved: tuple[Array, ...], dout_TD: Array):
     """Computes the gradients to all arguments of `experts_bucketed`; none to the ids."""
-    gate_SF, up_SF, x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD = saved
-    token_S, gate_S, slot_of_TK, windows, sizes = sorted_by_expert(
-        expert_TK, gates_TK, down_EFD.shape[0]
-    )
+    gate_up_SH, x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD = saved
+    E, F, D = down_EFD.shape
+    token_S, gate_S, slot_of_TK, windows, sizes = sorted_by_expert(expert_TK, gates_TK, E)
 
-    def add_gradients(size, buffers, expert, first, rows):
-        """Adds the gradients of one expert, for a window of its slots."""
-        dx_SD, dgate_S, dweights = buffers
+    def gradients(size, dx_SD, dgate_S, gate_up_DH, down_FD, first, rows):
+        """Writes the gradients of a window's slots, and returns those of its expert's weights."""
         token_C = read_rows(token_S, first, size)
         x_CD, dout_CD = (jnp.take(x, token_C, axis=0, mode="clip") for x in (x_TD, dout_TD))
         own_gate_C = jnp.where(jnp.arange(size) < rows, read_rows(gate_S, first, size), 0)
         weight_C1 = own_gate_C[:, None].astype(x_TD.dtype)
         hidden_CF, pull_swiglu = jax.vjp(
-            swiglu, read_rows(gate_SF, first, size), read_rows(up_SF, first, size)
+            lambda gate_up_CH: swiglu(*jnp.split(gate_up_CH, 2, axis=1)),
+            read_rows(gate_up_SH, first, size),
         )
-        dmixed_CF = dout_CD @ down_EFD[expert].T
-        dgate_CF, dup_CF = pull_swiglu(dmixed_CF * weight_C1)
-        dx_CD = dgate_CF @ gate_EDF[expert].T + dup_CF @ up_EDF[expert].T
+        dmixed_CF = dout_CD @ down_FD.T
+        (dgate_up_CH,) = pull_swiglu(dmixed_CF * weight_C1)
         dgate_C = jnp.sum((dmixed_CF * hidden_CF).astype(dgate_S.dtype), axis=1)
-        own = x_CD.T @ dgate_CF, x_CD.T @ dup_CF, (hidden_CF * weight_C1).T @ dout_CD
-        dweights = tuple(
-            jax.lax.dynamic_update_index_in_dim(dw, dw[expert] + dw_own, expert, 0)
-            for dw, dw_own in zip(dweights, own, strict=True)
+        return (
+            write_rows(dx_SD, dgate_up_CH @ gate_up_DH.T, first),
+            write_rows(dgate_S, dgate_C, first),
+            (x_CD.T @ dgate_up_CH, (hidden_CF * weight_C1).T @ dout_CD),
         )
-        return write_rows(dx_SD, dx_CD, first), write_rows(dgate_S, dgate_C, first), dweights
+
+    def step(buffers, window: Windows):
+        dx_SD, dgate_S, dweights = buffers
+        gate_up_DH = gate_and_up(gate_EDF, up_EDF, window.expert_v)
+        down_FD = down_EFD[window.expert_v]
+        operands = dx_SD, dgate_S, gate_up_DH, down_FD, window.first_v, window.rows_v
+        dx_SD, dgate_S, of_window = by_size(gradients, sizes, window.size_v, *operands)
+        dweights = tuple(
+            jax.lax.dynamic_update_index_in_dim(
+                dw, dw[window.expert_v] + dw_own, window.expert_v, 0
+            )
+            for dw, dw_own in zip(dweights, of_window, strict=True)
+        )
+        return (dx_SD, dgate_S, dweights), None
 
     buffers = (
-        jnp.zeros((token_S.shape[0], x_TD.shape[1]), x_TD.dtype),
+        jnp.zeros((token_S.shape[0], D), x_TD.dtype),
         jnp.zeros(token_S.shape, gates_TK.dtype),
-        tuple(map(jnp.zeros_like, (gate_EDF, up_EDF, down_EFD))),
+        (jnp.zeros((E, D, 2 * F), gate_EDF.dtype), jnp.zeros_like(down_EFD)),
     )
-    dx_SD, dgate_S, dweights = fold_windows(add_gradients, buffers, sizes, windows)
+    (dx_SD, dgate_S, (dgate_up_EDH, ddown_EFD)), _ = jax.lax.scan(step, buffers, windows)
     dgates_TK = jnp.take(dgate_S, slot_of_TK, mode="fill", fill_value=0)
-    return collect(dx_SD, token_S, slot_of_TK), None, dgates_TK, *dweights
+    dx_TD = collect(dx_SD, token_S, slot_of_TK)
+    return dx_TD, None, dgates_TK, *jnp.split(dgate_up_EDH, 2, axis=2), ddown_EFD
 
 
 experts_bucketed.defvjp(_forward, _backward)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.sharding import Named
+from model.mesh import MeshConfig
+from model.sharding import Named, make_mesh
 from tests import tiny
 from train.objective import Objective, Term, Totals
 from train.optimizer import make_optimizer
 from train.state import TrainState
-from train.step import make_evaluation, make_step
+from train.step import jit_evaluation, make_step
 
 # It has no experts, so there is no router to update.
 CONFIG = tiny.model_config(first_k_dense_replace=3, num_nextn_predict_layers=0)
@@ -123,7 +124,7 @@ def test_the_reported_learning_rate_is_the_one_applied():
 
 
 def test_evaluation_adds_up():
-    evaluate = jax.jit(make_evaluation(OBJECTIVE))
+    evaluate = jit_evaluation(OBJECTIVE, make_mesh(MeshConfig()))
     found = [
         evaluate({"params": {"w": jnp.asarray(1.0)}}, part)
         for part in (batch(0, 1, 2, 3), batch(5, 5))
