@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from errors import UserError
 from experiment.schema import Config
 
+WIDTH = 79  # columns: a terminal has 80 unless somebody makes it wider
+
 
 class Field(NamedTuple):
     """One field: its dotted name, its default, and the comment beside or above it."""
@@ -45,7 +47,7 @@ def describe(under: str = "") -> str:
         raise UserError(f"{under}: no such field or section of a config")
     blocks = []
     for name, default, meaning in found:
-        lines = textwrap.wrap(meaning, 96, initial_indent="    ", subsequent_indent="    ")
+        lines = textwrap.wrap(meaning, WIDTH, initial_indent="    ", subsequent_indent="    ")
         blocks.append("\n".join([f"{name} = {default!r}", *lines]))
     return "\n".join(blocks)
 

@@ -1,12 +1,13 @@
 """The flags of a command: declared by a default, parsed by absl, and written out for --help."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
 from errors import UserError
-from experiment.fields import fields
+from experiment.fields import WIDTH, fields
 from experiment.nearest import nearest
 
 
@@ -75,7 +76,7 @@ def _define(parsed: absl_flags.FlagValues, name: str, flag: Flag) -> None:
 
 
 def describe_flags(flags: Mapping[str, Flag]) -> list[str]:
-    """Returns a line for each flag: its name, the kind of its value, its meaning and default."""
+    """Describes each flag: its name, the kind of its value, its meaning and default."""
     lines = []
     for name, flag in flags.items():
         kind = "|".join(flag.choices) or {bool: "", int: "N", float: "X"}.get(
@@ -84,5 +85,8 @@ def describe_flags(flags: Mapping[str, Flag]) -> list[str]:
         shown = f"--{name}={kind}" if kind else f"--{name}"
         repeated = " (may be repeated)" if isinstance(flag.default, tuple) else ""
         default = f" (default {flag.default})" if flag.default else ""
-        lines.append(f"  {shown:<22}  {flag.help}{repeated}{default}")
+        line = f"  {shown:<22}  {flag.help}{repeated}{default}"
+        lines += textwrap.wrap(
+            line, WIDTH, subsequent_indent=" " * 26, break_on_hyphens=False, break_long_words=False
+        )
     return lines

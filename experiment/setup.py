@@ -25,6 +25,7 @@ from experiment.schema import Config
 from experiment.workdir import recorded_config
 from model.config import ModelConfig
 from model.sharding import batch_shards, make_mesh, mesh_axes
+from train.progress import timed_line
 from train.restore import load_variables
 from train.setup import Setup
 from train.state import count_parameters
@@ -102,11 +103,13 @@ def workdir_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     if own.exists():
         return load_tokenizer(own)
     inherited = _inherited_tokenizer(config.init_from)
-    tokenizer = (
-        make_tokenizer(config.tokenizer, config.data)
-        if inherited is None
-        else load_tokenizer(inherited)
-    )
+    if inherited is not None:
+        tokenizer = load_tokenizer(inherited)
+    elif config.tokenizer.kind == "bpe":
+        with timed_line("training the tokenizer"):
+            tokenizer = make_tokenizer(config.tokenizer, config.data)
+    else:
+        tokenizer = make_tokenizer(config.tokenizer, config.data)
     if jax.process_index() == 0:
         tokenizer.save(own)
     return tokenizer

@@ -174,9 +174,8 @@ def describe(plan: Plan, devices: int) -> list[str]:
     lines += _flops_lines(plan, devices)
     lines += _traffic_lines(plan.traffic) if plan.traffic else []
     if plan.seconds:
-        limits = ", ".join(f"{kind} {seconds:.4g} s" for kind, seconds in plan.seconds.items())
-        longest = max(plan.seconds.values())
-        lines += [_line("no faster than", f"{longest:.4g} s (static estimate: {limits})")]
+        lines += [_line("no faster than", f"{max(plan.seconds.values()):.4g} s (static estimate)")]
+        lines += [_line(f"  by {kind}", f"{it:.4g} s") for kind, it in plan.seconds.items()]
     return [*lines, _line("compiled in", f"{plan.compile_seconds:.1f} s")]
 
 
@@ -186,8 +185,7 @@ def _flops_lines(plan: Plan, devices: int) -> list[str]:
     lines = [
         _line(
             "FLOPs",
-            f"{total:.4g} in all, {total / devices:.4g} per device "
-            f"({grouped / devices:.4g} of it grouped)",
+            f"{total:.4g}, per device {total / devices:.4g} ({grouped / devices:.4g} grouped)",
         ),
         _line(
             "FLOPs by formula",
@@ -195,7 +193,7 @@ def _flops_lines(plan: Plan, devices: int) -> list[str]:
         ),
     ]
     if plan.reported_flops:
-        reported = f"{plan.reported_flops:.4g} per device, each loop's body counted once"
+        reported = f"{plan.reported_flops:.4g} per device, a loop's body counted once"
         lines += [_line("FLOPs by cost_analysis", reported)]
     return lines
 

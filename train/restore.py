@@ -3,6 +3,7 @@
 They come from its own newest checkpoint, another run, a Hugging Face checkpoint, or a random key.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from pathlib import Path
@@ -19,7 +20,7 @@ from checkpoints.restore import open_checkpoint, restore_parameters, restore_sta
 from checkpoints.training import Checkpoints
 from errors import UserError
 from model.config import ModelConfig
-from train.progress import Progress
+from train.progress import Progress, timed_line
 from train.setup import Setup
 from train.state import TrainState, abstract_state, fresh_state, state_from
 
@@ -107,12 +108,13 @@ def load_variables(model: ModelConfig, mesh: Mesh, path: str | Path) -> dict:
     """
     abstract = abstract_state(model, optax.identity(), mesh)
     wanted = {"params": abstract.params, "router": abstract.router}
-    directory = hf_directory(path)
+    directory, leaves = hf_directory(path), jax.tree.leaves(wanted)
+    takes_long = sum(leaf.size for leaf in leaves) >= PARAMETERS_WORTH_A_BAR
     if directory is None:
-        return restore_parameters(Path(path), wanted)
+        with timed_line(f"loading {path}") if takes_long else contextlib.nullcontext():
+            return restore_parameters(Path(path), wanted)
     checkpoint = HFCheckpoint(directory, model)
-    leaves = jax.tree.leaves(wanted)
-    if sum(leaf.size for leaf in leaves) < PARAMETERS_WORTH_A_BAR:
+    if not takes_long:
         return load_checkpoint(checkpoint, wanted)
     count = itertools.count(1)
     with Progress(len(leaves), f"loading {path}", unit="parameters") as progress:

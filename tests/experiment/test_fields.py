@@ -6,7 +6,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from errors import UserError
-from experiment.fields import describe, fields
+from experiment.fields import WIDTH, describe, fields
+from experiment.flags import Flag, describe_flags
 from experiment.schema import default_config
 from model.layer_configs import GQAConfig
 
@@ -52,3 +53,14 @@ def test_a_section_may_inherit_fields():
 def test_a_section_that_does_not_exist_is_named():
     with pytest.raises(UserError, match=r"^modle: no such field or section"):
         describe("modle")
+
+
+def test_a_terminal_of_80_columns_shows_a_line_as_one():
+    names = {field.name for field in fields()}
+    long = [line for line in describe().split("\n") if len(line) > WIDTH]
+    # A default is written as it is given on a command line, in one piece.
+    assert all(line.partition(" = ")[0] in names for line in long)
+    flags = {"pretend_devices": Flag(0, "dry run: pretend this CPU is so many devices " * 3)}
+    lines = describe_flags(flags)
+    assert len(lines) > 1 and max(map(len, lines)) <= WIDTH
+    assert all(line.startswith(" " * 26) for line in lines[1:])
