@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from kernels.reference import IndexerQuery
+from model.attention import reference
 from model.attention.caches import LatentCache
 from model.attention.decode import attend_gathered, attend_masked
-from model.attention.reference import IndexerInputs, attend_expanded
+from model.attention.reference import IndexerInputs, attend_expanded, part_ends
 from model.attention.table import latent_form
 from model.config import STAGES
 from tests import tiny
@@ -79,15 +80,16 @@ def test_chunks_of_queries_change_nothing(stage):
 LONG = (
     ((1, 90), (2, 70), (0, 10)),
     ((1, 170),),
-)  # 170 queries: of two parts 85 each, of three or more 64, 64 and 42
+)  # 170 queries: of two parts 85 each, of three or more, of 64 at least, 64, 64 and 42
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("stage", STAGES)
-def test_parts_of_the_sequence_change_nothing(stage):
+def test_parts_of_the_sequence_change_nothing(stage, monkeypatch):
     """Each part sees the keys up to its own end only, in one chunk or several, ragged ones
     included: what it does not see was masked before.
     """
+    monkeypatch.setattr(reference, "MIN_PART", 64)
     arrays, segments_BT = inputs(2, 170), tiny.batch_of(LONG, width=170)["segments"]
     whole = value_and_gradient(arrays, segments_BT, stage, TOPK, 512, 1)
     for chunk, parts in ((512, 2), (512, 8), (24, 2)):
@@ -97,6 +99,11 @@ def test_parts_of_the_sequence_change_nothing(stage):
             rtol=1e-5,
             atol=1e-5,
         )
+
+
+def test_a_part_is_no_smaller_than_pays():
+    assert part_ends(256, 4) == [128, 256] and part_ends(2048, 4) == [512, 1024, 1536, 2048]
+    assert part_ends(170, 8) == [128, 170] and part_ends(40, 4) == [40]
 
 
 def test_parts_skip_what_causality_masks():
