@@ -282,12 +282,10 @@ class Transformer(nn.Module):
         return hidden, stats
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: Array) -> dict[str, Any]:
     """Makes fresh variables {"params", "router"}, each leaf in its box (`sharding.Named`).
 
-    `flax.linen.meta.unbox` takes the boxes off. For shapes alone, use `boxed_shapes`: the model is
-    traced once for both.
+    `flax.linen.meta.unbox` takes the boxes off. For shapes alone, use `boxed_shapes`.
     """
     # Under a mesh a batch must divide over it, even one of which only the shapes matter.
     rows = max(jax.sharding.get_abstract_mesh().size, 1)
@@ -302,6 +300,6 @@ def boxed_shapes(config: ModelConfig) -> dict[str, Any]:
     """Returns the shapes and types of the variables, each in its box (`sharding.Named`).
 
     A box has the names of the axes and the parameter's use. They are kept, because tracing a model
-    takes half a second and several ask.
+    takes a second and several ask.
     """
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))

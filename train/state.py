@@ -122,12 +122,12 @@ def fresh_state(
 ) -> TrainState:
     """Draws a new state, each shard where it lives."""
     abstract = abstract_state(config, optimizer, mesh)
-    # No mesh is set: what comes out has its sharding, and the trace of `boxed_shapes` serves again.
-    return jax.jit(
-        lambda key: make_state(config, optimizer, key),
-        out_shardings=state_shardings(abstract),
-        compiler_options=compiler_options(mesh, runs_once=True),
-    )(key)
+    with jax.set_mesh(mesh):
+        return jax.jit(
+            lambda key: make_state(config, optimizer, key),
+            out_shardings=state_shardings(abstract),
+            compiler_options=compiler_options(mesh, runs_once=True),
+        )(key)
 
 
 def state_from(
