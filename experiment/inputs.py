@@ -66,7 +66,7 @@ class File(Input):
     """The config is a config file with overrides."""
 
     has_config = True
-    help = f"the experiment, configs/x.py or configs/x.py:ARGUMENT; {OVERRIDES}"
+    help = f"experiment, configs/x.py or configs/x.py:ARGUMENT; {OVERRIDES}"
 
     def flags(self) -> dict[str, Flag]:
         """Returns --config."""

@@ -7,8 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 # On a CPU LLVM takes most of the time before the first step. A train step compiled so runs as fast
-# and compiles in 0.6 of the time (0.85 on jax 0.11 and later, where the second option is gone, and
-# what it turned off costs less).
+# and compiles in 0.6 of the time (0.9 on jax 0.12, where the second option is gone, and what it
+# turned off costs less): bench/results/cpu.json, `first_step_2026_11_29`.
 CPU_OPTIONS = {"xla_backend_optimization_level": 2}
 if jax.__version_info__ < (0, 11):
     CPU_OPTIONS["xla_cpu_use_fusion_emitters"] = False
