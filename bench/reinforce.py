@@ -5,7 +5,6 @@
 In float32, median of 10, also of sampling and update alone; compilation is not in the time.
 """
 
-import functools
 import statistics
 import time
 
@@ -14,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bench.workload import print_result, random_tokens, seconds, tiny_dsv3_config
+from bench.workload import print_result, random_prompts, seconds, tiny_dsv3_config
 from experiment.command_line import command
 from experiment.schema import Config
 from model.sharding import make_mesh
 from model.transformer import boxed_shapes
 from rl.algorithms import get_algorithm
+from rl.engine import Engine
 from rl.objective import policy_objective
-from rl.rollout import policy_batch
-from rl.sampler import keys_of, sample
+from rl.trajectory import batch_of
 from train.optimizer import make_optimizer
 from train.state import fresh_state
 from train.step import make_step
@@ -46,30 +45,33 @@ class Steps:
             max_completion=sampling.max_new_tokens,
             kl_weight=reinforce.kl_weight,
         )
-        self._sample = jax.jit(
-            functools.partial(sample, config.model, sampling, (), 0, group=reinforce.group_size)
+        prompts = reinforce.prompts_per_step
+        self._engine = Engine(
+            config.model,
+            mesh,
+            sampling,
+            rows=prompts * reinforce.group_size,
+            group_size=reinforce.group_size,
         )
         objective = policy_objective(config.model, config.train, self.algorithm, 1.0)
         step = make_step(config.model, config.train, objective, optimizer)
         self._step = jax.jit(step, donate_argnums=0)
-        prompts = reinforce.prompts_per_step
-        self._segments = jnp.ones((prompts, sampling.max_prompt_tokens), jnp.int32)
 
     def take(self, repeat: int):
         """Samples, updates, and returns the metrics. Calls before number 0 are not recorded."""
-        model, group = self.config.model, self.config.reinforce.group_size
-        prompts = self.config.reinforce.prompts_per_step
+        model, sampling = self.config.model, self.config.sampling
+        group, prompts = self.config.reinforce.group_size, self.config.reinforce.prompts_per_step
         began = time.perf_counter()
-        length = self.config.sampling.max_prompt_tokens
         # The two warm-up calls are numbers -2 and -1, and a seed may not be negative.
-        tokens = jnp.asarray(random_tokens(repeat + 2, prompts, length, model.vocab_size))
-        keys = keys_of(jax.random.key(repeat + 2), range(prompts))
-        completions = jax.block_until_ready(
-            self._sample(self.state.variables, tokens, self._segments, keys)
-        )
+        asked = random_prompts(repeat + 2, prompts, model, sampling, group)
+        with self._engine.loaded(self.state.variables):
+            ended = self._engine.run(asked)
+            trajectories = sorted(ended, key=lambda each: (each.group, each.sample))
         sampled = time.perf_counter()
-        batch = policy_batch(tokens, self._segments, completions, group)
-        tokens_PGC = np.asarray(completions.tokens_BC).reshape(prompts, group, -1)
+        batch = jax.tree.map(jnp.asarray, batch_of(trajectories, self._engine.capacity, 0))
+        tokens_PGC = np.stack([each.completion for each in trajectories]).reshape(
+            prompts, group, -1
+        )
         advantages_PG = self.algorithm.advantage(
             jnp.asarray(tokens_PGC.mean(axis=-1) / model.vocab_size)
         )

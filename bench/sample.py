@@ -6,16 +6,13 @@ In float32, median of 10; compilation is not in the time. The time of prefill co
 not.
 """
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import optax
 
-from bench.workload import print_result, random_tokens, seconds, tiny_dsv3_config
+from bench.workload import print_result, random_prompts, seconds, tiny_dsv3_config
 from experiment.command_line import command
 from model.sharding import make_mesh
-from rl.sampler import keys_of, sample
+from rl.engine import Engine
 from train.state import fresh_state
 
 ROWS = 16
@@ -28,16 +25,14 @@ def main() -> None:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         variables = fresh_state(model, optax.identity(), mesh, jax.random.key(0)).variables
-        # Without a stop token every row goes to the end.
-        sample_fn = jax.jit(functools.partial(sample, model, sampling, (), 0))
-        segments = jnp.ones((ROWS, sampling.max_prompt_tokens), jnp.int32)
+    engine = Engine(model, mesh, sampling, rows=ROWS)
 
-        def action(repeat: int):
-            # The two warm-up calls are numbers -2 and -1, and a seed may not be negative.
-            tokens = random_tokens(repeat + 2, ROWS, sampling.max_prompt_tokens, model.vocab_size)
-            keys = keys_of(jax.random.key(repeat + 2), range(ROWS))
-            return sample_fn(variables, jnp.asarray(tokens), segments, keys)
+    def action(repeat: int):
+        # The two warm-up calls are numbers -2 and -1, and a seed may not be negative. Without a
+        # stop token every row goes to the end.
+        return list(engine.run(random_prompts(repeat + 2, ROWS, model, sampling)))
 
+    with engine.loaded(variables):
         print_result("sample", config, seconds(action), ROWS * sampling.max_new_tokens)
 
 

@@ -148,7 +148,8 @@ def read(
             return out_BTNV
         return next_fun(*args, **kwargs)
 
-    tokens = TokenInfo(positions_BT, segments_BT, stage, allowed_BTS, slot=jnp.int32(0))
+    index_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    tokens = TokenInfo(positions_BT, segments_BT, stage, allowed_BTS, index_BT)
     x_BTD = embed(model, weights.params["embedding"], tokens_BT)
     caches = Cache.empty(model, B, T, stage, top_p).layers
     for kind, layer, cache in zip(model.kinds, weights.layers, caches, strict=True):

@@ -12,6 +12,9 @@ import numpy as np
 
 from experiment.config_files import ConfigSource
 from experiment.schema import Config, parse
+from model.config import ModelConfig
+from rl.config import SamplingConfig
+from rl.engine import Prompt, keys_of
 from train.state import count_parameters
 
 CONFIG = "configs/tiny_dsv3.py"
@@ -28,6 +31,18 @@ def tiny_dsv3_config(*overrides: str) -> Config:
 def random_tokens(seed: int, rows: int, columns: int, vocab_size: int) -> np.ndarray:
     """Draws tokens [rows, columns], int32, uniform over the vocabulary."""
     return np.random.default_rng(seed).integers(0, vocab_size, (rows, columns), dtype=np.int32)
+
+
+def random_prompts(
+    seed: int, count: int, model: ModelConfig, sampling: SamplingConfig, group_size: int = 1
+) -> list[Prompt]:
+    """Draws prompts as long as they may be, without stop ids, for completions as long."""
+    tokens_PT = random_tokens(seed, count, sampling.max_prompt_tokens, model.vocab_size)
+    keys_PG2 = keys_of(jax.random.key(seed), range(count), group_size)
+    return [
+        Prompt(row.tolist(), keys_G2, sampling.max_new_tokens, group=number)
+        for number, (row, keys_G2) in enumerate(zip(tokens_PT, keys_PG2, strict=True))
+    ]
 
 
 def seconds(action: Callable[[int], object], repeats: int = REPEATS) -> list[float]:

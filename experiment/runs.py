@@ -19,6 +19,7 @@ from experiment.setup import run_variables, set_up
 from experiment.summary import phase_summary, write_summary
 from experiment.workdir import command_of, open_workdir
 from files import write_json, write_text
+from rl.generate import Generator
 from rl.infill import infill_samples
 from rl.loop import train_policy
 from rl.reasoning import ReasoningEvaluation
@@ -171,13 +172,16 @@ def evaluate(config: Config, workdir: Path) -> dict:
                 setup, variables, config.train, config.data, text_batches, chat=chat
             )
         if config.evaluate.problems:
-            evaluation = ReasoningEvaluation(
+            samples_of_each = config.evaluate.samples
+            generate = Generator(
                 setup,
-                config.evaluate,
                 config.sampling,
-                config.reinforce,
                 config.data.chat_template,
-                config.seed,
+                completions=config.evaluate.problems * samples_of_each,
+                group_size=samples_of_each,
+            )
+            evaluation = ReasoningEvaluation(
+                setup, config.evaluate, config.reinforce, generate, config.seed
             )
             solved, samples = evaluation(variables)
             result |= solved

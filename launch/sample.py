@@ -21,13 +21,13 @@ Tokens appear as they are sampled. A prefix, suffix or prompt that begins with @
 and \t are read as line end and tab.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from data.chat import encode_prompt
 from data.decode_stream import DecodeStream
@@ -38,13 +38,11 @@ from experiment.command_line import Flag, command
 from experiment.flags import TEMPLATE_OPTIONS
 from experiment.schema import Config, with_template_options
 from experiment.setup import run_variables, set_up
-from model.sharding import batch_shards
-from rl.generate import completion_text
-from rl.rollout import pad_prompts
-from rl.sampler import stream
+from rl.engine import Engine, Prompt, keys_of
+from rl.generate import completion_text, opening
 from train.setup import Setup
 
-BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
+LEAST_ROOM = 512  # tokens of a prompt; longer ones have the next power of two
 
 FLAGS = {
     "prompt": Flag("", "text to go on from"),
@@ -80,7 +78,7 @@ def run(
     tokenizer = setup.tokenizer
     with jax.set_mesh(setup.mesh):
         variables = run_variables(setup, config.init_from, workdir)
-        complete = functools.partial(print_completion, config, setup, variables)
+        complete = functools.partial(print_completion, Sampler(config, setup, variables))
         if prompt:
             text = text_of(prompt)
             print(text, end="")
@@ -111,14 +109,14 @@ def converse(
       template: `data.chat_template`.
     """
     beginning = [{"role": "system", "content": system}] if system else []
-    messages = [*beginning]
+    messages, began = [*beginning], opening(tokenizer, template)
     for said in turns:
         if not said:
             messages = [*beginning]
             continue
         messages.append({"role": "user", "content": said})
         answer = complete(encode_prompt(messages, tokenizer, template))
-        content = completion_text(answer, tokenizer, template).strip()
+        content = (began + completion_text(answer, tokenizer)).strip()
         messages.append({"role": "assistant", "content": content})
 
 
@@ -132,40 +130,39 @@ def text_of(argument: str) -> str:
         raise UserError(f"{argument[1:]}: cannot read: {failure}") from failure
 
 
-def print_completion(
-    config: Config, setup: Setup, variables: dict, ids: list[int], end: str = ""
-) -> list[int]:
+class Sampler:
+    """Samples one completion after another, with one engine as long as prompts fit its slot."""
+
+    def __init__(self, config: Config, setup: Setup, variables: dict):
+        self.tokenizer = setup.tokenizer
+        self._config, self._setup, self._variables = config, setup, variables
+        self._room, self._engine = LEAST_ROOM, None
+
+    def __call__(self, ids: list[int]) -> Iterator[int]:
+        """Yields sampled ids until a stop token or sampling.max_new_tokens."""
+        if len(ids) > self._room or self._engine is None:
+            while len(ids) > self._room:
+                self._room *= 2
+            sampling = dataclasses.replace(self._config.sampling, max_prompt_tokens=self._room)
+            self._engine = Engine(self._setup.model, self._setup.mesh, sampling, rows=1, steps=1)
+            self._engine.load(self._variables)
+        keys_G2 = keys_of(jax.random.key(self._config.seed), [0], 1)[0]
+        stops, most = self.tokenizer.stops, self._config.sampling.max_new_tokens
+        for token in self._engine.stream(Prompt(ids, keys_G2, most, stops)):
+            if token not in stops:
+                yield token
+
+
+def print_completion(sampler: Sampler, ids: list[int], end: str = "") -> list[int]:
     """Prints a completion of `ids` as it is sampled, then `end`. Returns its tokens."""
     if not ids:
         raise UserError("nothing to go on from: the prompt is empty")
-    decoder, sampled = DecodeStream(setup.tokenizer), []
-    for token in sampled_tokens(config, setup, variables, ids):
+    decoder, sampled = DecodeStream(sampler.tokenizer), []
+    for token in sampler(ids):
         print(decoder.push(token), end="", flush=True)
         sampled.append(token)
     print(decoder.flush() + end, flush=True)
     return sampled
-
-
-def sampled_tokens(config: Config, setup: Setup, variables: dict, ids: list[int]) -> Iterator[int]:
-    """Yields sampled ids until a stop token or sampling.max_new_tokens."""
-    tokenizer = setup.tokenizer
-    width = -(-len(ids) // BUCKET) * BUCKET
-    # The devices that rows are spread over all sample the same: the first row is printed.
-    prompts = pad_prompts([ids] * batch_shards(setup.mesh), width, tokenizer.pad)
-    for tokens_B in stream(
-        setup.model,
-        config.sampling,
-        tokenizer.stops,
-        tokenizer.pad,
-        variables,
-        jnp.asarray(prompts.tokens_PT),
-        jnp.asarray(prompts.segments_PT),
-        jax.random.key(config.seed),
-    ):
-        token = int(tokens_B[0])
-        if token in tokenizer.stops:
-            return
-        yield token
 
 
 if __name__ == "__main__":

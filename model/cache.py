@@ -4,13 +4,14 @@ The caches of the types of attention are in model/attention/caches.py.
 """
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from model.attention.caches import AttentionCache
 from model.config import ModelConfig
 from model.layers.table import ATTENTION_TYPES
+from model.segments import TokenInfo
 
 
 @flax.struct.dataclass
@@ -25,37 +26,41 @@ class LayerCache:
     attention: AttentionCache
     recent_BPD: Array
 
-    def write(self, entries: "LayerCache", slot: ArrayLike) -> "LayerCache":
-        """Returns the cache with the entries of T tokens at slots `slot` .. `slot` + T - 1.
+    def write(self, entries: "LayerCache", index_BT: Array) -> "LayerCache":
+        """Returns the cache with the entry of each token at its index; past the end it writes none.
 
         The entries already have the newer of the recent inputs.
         """
         return LayerCache(
-            self.attention.write(entries.attention, slot),
+            self.attention.write(entries.attention, index_BT),
             entries.recent_BPD.astype(self.recent_BPD.dtype),
         )
 
 
 @flax.struct.dataclass
 class Cache:
-    """The cache of a model.
+    """The cache of a model: B rows of as many tokens as each has read, no two rows alike.
 
     layers: a cache for each layer of the trunk.
-    segments_BS: the segment of each slot; 0: nothing is there, or padding.
-    next_position_B: the position of each row's next token.
-    length: the number of slots filled, the same in every row.
+    length_B: the tokens that each row has read. The token at position p of a row is at index p;
+      what stands behind the last means nothing.
+    capacity: for how many tokens a row has room.
     """
 
     layers: tuple[LayerCache, ...]
-    segments_BS: Array
-    next_position_B: Array
-    length: Array
+    length_B: Array
+    capacity: int = flax.struct.field(pytree_node=False)
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float = 1.0
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        stage: str,
+        attention_top_p: float = 1.0,
     ) -> "Cache":
-        """Returns a cache of `batch` rows with room for `slots` tokens.
+        """Returns a cache of `batch` rows with room for `capacity` tokens.
 
         Args:
           stage: the stage that it is read in, "dense" or "sparse".
@@ -65,9 +70,39 @@ class Cache:
         recent_BPD = jnp.zeros((batch, P, config.hidden_size), config.dtype)
         caches = (ATTENTION_TYPES[kind.attention].cache for kind in config.kinds)
         layers = tuple(
-            LayerCache(cache.empty(config, batch, slots, stage, attention_top_p), recent_BPD)
+            LayerCache(cache.empty(config, batch, capacity, stage, attention_top_p), recent_BPD)
             for cache in caches
         )
-        segments_BS = jnp.zeros((batch, slots), jnp.int32)
-        zeros_B = jnp.zeros((batch,), jnp.int32)
-        return cls(layers, segments_BS, zeros_B, jnp.zeros((), jnp.int32))
+        return cls(layers, jnp.zeros((batch,), jnp.int32), capacity)
+
+    def tokens(self, count_B: Array, width: int, stage: str) -> TokenInfo:
+        """Describes the next tokens [B, width] of every row, of which the first `count_B` are real.
+
+        A token attends to those of its row up to itself.
+        """
+        offset_T = jnp.arange(width)
+        positions_BT = self.length_B[:, None] + offset_T
+        real_BT = offset_T < count_B[:, None]
+        return TokenInfo(
+            positions_BT,
+            real_BT.astype(jnp.int32),
+            stage,
+            allowed_BTS=jnp.arange(self.capacity) <= positions_BT[..., None],
+            index_BT=jnp.where(real_BT, positions_BT, self.capacity),
+        )
+
+    def take(self, row_R: Array) -> "Cache":
+        """Returns the cache of some rows; of a number past the last row, any of them."""
+        layers, length_R = jax.tree.map(
+            lambda leaf: jnp.take(leaf, row_R, axis=0, mode="clip"), (self.layers, self.length_B)
+        )
+        return Cache(layers, length_R, self.capacity)
+
+    def put(self, row_R: Array, rows: "Cache") -> "Cache":
+        """Returns the cache with other rows at these numbers; past the last row none is written."""
+        layers, length_B = jax.tree.map(
+            lambda leaf, new: leaf.at[row_R].set(new, mode="drop"),
+            (self.layers, self.length_B),
+            (rows.layers, rows.length_B),
+        )
+        return Cache(layers, length_B, self.capacity)

@@ -1,4 +1,4 @@
-"""Reading and writing token by token: `prefill` fills a cache, `decode_step` extends it.
+"""Reading and writing token by token: `prefill` fills a cache, `read` extends it.
 
 Attention over cached latents is absorbed (model/attention/decode.py).
 """
@@ -18,7 +18,6 @@ from model.config import ModelConfig
 from model.experts import table
 from model.heads import embed, logits_of
 from model.layers.norm import RMSNorm
-from model.segments import TokenInfo
 from model.sharding import is_named
 from model.transformer import Block, Output, Transformer, boxed_shapes, layer_paths
 
@@ -41,7 +40,7 @@ class DecodeWeights:
 
 
 def decode_weights(config: ModelConfig, variables: dict, rows: int) -> DecodeWeights:
-    """Prepares the weights that `decode_step` reads.
+    """Prepares the weights that `read` takes.
 
     They are cast to the compute type, except those declared with `keep_float32`: a step then reads
     half the bytes in bfloat16. With few rows every expert sees every token, in one matmul over all
@@ -100,76 +99,86 @@ def prefill(
     config: ModelConfig,
     variables: dict,
     tokens_BT: Array,
-    segments_BT: Array,
-    slots: int,
+    count_B: Array,
+    capacity: int,
     stage: str,
     attention_top_p: float = 1.0,
 ) -> tuple[Cache, Array]:
-    """Reads prompts, in full, into a new cache.
+    """Reads the beginnings of sequences into a new cache, as the trainer's forward pass does.
 
     Args:
       variables: {"params", "router"}.
-      tokens_BT, segments_BT: prompts, padded on the left (segment 0) so that each ends in the last
-        column.
-      slots: for how many tokens a row has room, the prompt included.
+      tokens_BT: one sequence a row, padded on the right.
+      count_B: how many tokens each row has, from 0 to T.
+      capacity: for how many tokens a row has room, at least T.
       stage: "dense" | "sparse"; what is decoded from the cache shall have the same.
       attention_top_p: decoding reads the fewest keys that by estimate have this share of attention
         (Twilight, arXiv 2502.02770).
 
-    Returns: the cache with T slots filled, and the logits [B, V] after the last token.
+    Returns: the cache, and the hidden states [B, D] of each row's last token, for the output head.
     """
-    positions_BT = jnp.maximum(jnp.cumsum(segments_BT > 0, axis=-1) - 1, 0)
+    B, T = tokens_BT.shape
+    cache = Cache.empty(config, B, capacity, stage, attention_top_p)
+    tokens = cache.tokens(count_B, T, stage)
     output = cast(
         Output,
         Transformer(config).apply(
-            variables, tokens_BT, positions_BT, segments_BT, stage=stage, mtp=False
+            variables, tokens_BT, tokens.positions_BT, tokens.segments_BT, stage=stage, mtp=False
         ),
     )
-    B, T = tokens_BT.shape
-    cache = Cache.empty(config, B, slots, stage, attention_top_p)
-    cache = Cache(
-        layers=tuple(
-            layer.write(entries, 0)
-            for layer, entries in zip(cache.layers, output.entries, strict=True)
-        ),
-        segments_BS=cache.segments_BS.at[:, :T].set(segments_BT),
-        next_position_B=positions_BT[:, -1] + 1,
-        length=jnp.asarray(T, jnp.int32),
+    layers = tuple(
+        layer.write(entries, cast(Array, tokens.index_BT))
+        for layer, entries in zip(cache.layers, output.entries, strict=True)
     )
-    return cache, logits_of(config, variables["params"], output.hidden_BTD[:, -1])
+    return Cache(layers, count_B, capacity), last_of(output.hidden_BTD, count_B)
 
 
-def decode_step(
-    config: ModelConfig, weights: DecodeWeights, tokens_B: Array, cache: Cache, stage: str
+def last_of(hidden_BTD: Array, count_B: Array) -> Array:
+    """Returns the hidden states [B, D] of each row's last token; of an empty row, any."""
+    return jnp.take_along_axis(hidden_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
+def read(
+    config: ModelConfig,
+    weights: DecodeWeights,
+    tokens_BT: Array,
+    count_B: Array,
+    cache: Cache,
+    stage: str,
 ) -> tuple[Cache, Array]:
-    """Reads one token a row. Returns the longer cache and the logits [B, V] for the next.
+    """Reads a few more tokens of every row, each row as many as it has.
 
-    `stage` is "dense" or "sparse".
+    Args:
+      tokens_BT: the tokens, padded on the right.
+      count_B: how many each row has, from 0, which leaves the row as it is, to T.
+      cache: what the rows have read, with room for these tokens.
+      stage: "dense" | "sparse".
+
+    Returns: the longer cache, and the hidden states [B, T, D] for the output head.
     """
-    segments_BS = jax.lax.dynamic_update_slice_in_dim(
-        cache.segments_BS, jnp.ones_like(tokens_B)[:, None], cache.length, axis=1
-    )
-    positions_B1 = cache.next_position_B[:, None]
-    tokens = TokenInfo(
-        positions_B1,
-        jnp.ones_like(positions_B1),
-        stage,
-        allowed_BTS=(segments_BS > 0)[:, None],
-        slot=cache.length,
-    )
-    x_B1D = embed(config, weights.params["embedding"], tokens_B[:, None])
+    tokens = cache.tokens(count_B, tokens_BT.shape[1], stage)
+    x_BTD = embed(config, weights.params["embedding"], tokens_BT)
     layers = []
     for kind, layer, past in zip(config.kinds, weights.layers, cache.layers, strict=True):
         if weights.side_by_side:
             # Tied to the step: a compiler that may move this out of a loop over steps undoes
             # `expert_columns` with it.
-            x_B1D, layer = jax.lax.optimization_barrier((x_B1D, layer))
+            x_BTD, layer = jax.lax.optimization_barrier((x_BTD, layer))
             layer = map_gate_and_up(
                 functools.partial(expert_matrices, count=config.moe.num_experts), layer
             )
-        x_B1D, (_, written) = Block(config, kind).apply(layer, x_B1D, tokens, past)
+        x_BTD, (_, written) = Block(config, kind).apply(layer, x_BTD, tokens, past)
         layers.append(written)
     final_norm = RMSNorm(config.rms_norm_eps, config.norm)
-    hidden_BD = cast(Array, final_norm.apply({"params": weights.params["final_norm"]}, x_B1D[:, 0]))
-    longer = Cache(tuple(layers), segments_BS, cache.next_position_B + 1, cache.length + 1)
-    return longer, logits_of(config, weights.params, hidden_BD)
+    hidden_BTD = cast(Array, final_norm.apply({"params": weights.params["final_norm"]}, x_BTD))
+    return Cache(tuple(layers), cache.length_B + count_B, cache.capacity), hidden_BTD
+
+
+def decode_step(
+    config: ModelConfig, weights: DecodeWeights, tokens_B: Array, cache: Cache, stage: str
+) -> tuple[Cache, Array]:
+    """Reads one token in every row. Returns the longer cache and the logits [B, V] for the next."""
+    cache, hidden_B1D = read(
+        config, weights, tokens_B[:, None], jnp.ones_like(tokens_B), cache, stage
+    )
+    return cache, logits_of(config, weights.params, hidden_B1D[:, 0])

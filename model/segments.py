@@ -15,16 +15,17 @@ class TokenInfo:
     positions_BT: the position of each token in its segment, for RoPE.
     segments_BT: the segment of each token; 0 is padding.
     stage: "dense" | "warmup" | "sparse", see `model.attention.reference.attend_expanded`.
-    allowed_BTS: while decoding, the slots of the cache that each token may attend to; None over
+    allowed_BTS: while decoding, the places in the cache that each token may attend to; None over
       whole sequences, where positions and segments say it.
-    slot: while decoding, the cache's slot of the first of these tokens, the same in every row.
+    index_BT: while decoding, the place in its row of the cache that each token is written to; past
+      the end for padding, which is not written.
     """
 
     positions_BT: Array
     segments_BT: Array
     stage: str = flax.struct.field(pytree_node=False)
     allowed_BTS: Array | None = None
-    slot: Array | None = None
+    index_BT: Array | None = None
 
 
 def shift_left(x_BT: Array, by: int) -> Array:

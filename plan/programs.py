@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh
 
 from data.config import DataConfig, TokenizerConfig
 from errors import UserError
 from model.config import ModelConfig
-from model.sharding import batch_sharding, batch_shards, mesh_axes, replicated
+from model.decode import decode_weights
+from model.sharding import batch_sharding, batch_shards, mesh_axes
 from model.transformer import boxed_shapes
 from plan.flops import rollout_formula, train_formula
 from rl.algorithms import get_algorithm
 from rl.config import ReinforceConfig, SamplingConfig
-from rl.sampler import sample
+from rl.slots import STOPS, Sampled, advance, empty_slots, place, read_prompts
 from train.config import TrainConfig
 from train.objective import language_objective, trained_mtp
 from train.optimizer import make_optimizer
@@ -106,17 +108,24 @@ def rollout_program(
 ) -> Program:
     """Builds the sampler of launch/reinforce.py; the trainer's state waits on the device meanwhile.
 
+    It has the engine's programs one after the other: it reads prompts for all slots and samples
+    until each is full.
+
     Raises:
       UserError: the prompts of a step do not divide over the mesh.
     """
-    prompts = reinforce.prompts_per_step
-    _require_divisible("reinforce.prompts_per_step", prompts, mesh)
+    group, devices = reinforce.group_size, batch_shards(mesh)
+    prompts = min(reinforce.prompts_per_step, max(sampling.slots // group, 1) * devices)
+    _require_divisible("reinforce.prompts_per_step", reinforce.prompts_per_step, mesh)
     state = abstract_state(model, make_optimizer(train, boxed_shapes(model)["params"]), mesh)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
-    tokens = jax.ShapeDtypeStruct(
-        (prompts, sampling.max_prompt_tokens), jnp.int32, sharding=batch_sharding(mesh)
+    tokens, lengths, keys = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for shape, dtype in (
+            ((prompts, sampling.max_prompt_tokens), jnp.int32),
+            ((prompts,), jnp.int32),
+            ((prompts * group, 2), jnp.uint32),
+        )
     )
-    segments = tokens
     argument_bytes = _state_bytes(state)
     waiting_bytes = {"moments (waiting)": argument_bytes.pop("moments")}
     algorithm = get_algorithm(
@@ -124,22 +133,50 @@ def rollout_program(
     )
     if algorithm.divergence is not None:
         waiting_bytes["reference policy (waiting)"] = argument_bytes["parameters"]
-    argument_bytes["batch"] = _bytes_per_device((tokens, segments))
-    # Which ids stop and pad does not matter to a program's size.
-    sampler = functools.partial(sample, model, sampling, (1,), 0, group=reinforce.group_size)
+    argument_bytes["batch"] = _bytes_per_device((tokens, lengths, keys))
     return Program(
-        jitted=jax.jit(sampler),
-        arguments=(
-            state.variables,
-            tokens,
-            segments,
-            jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=replicated(mesh)),
-        ),
+        jitted=jax.jit(functools.partial(_full_slots, model, sampling, devices)),
+        arguments=(state.variables, tokens, lengths, keys),
         argument_bytes=argument_bytes,
         waiting_bytes=waiting_bytes,
         trip_count=sampling.max_new_tokens,
-        formula_flops=rollout_formula(model, sampling, prompts, reinforce.group_size),
+        formula_flops=rollout_formula(model, sampling, prompts, group),
     )
+
+
+def _full_slots(
+    model: ModelConfig,
+    sampling: SamplingConfig,
+    devices: int,
+    variables: dict,
+    tokens_PT: Array,
+    count_P: Array,
+    key_B2: Array,
+) -> Sampled:
+    """Reads P prompts and samples B / P completions of each, in B slots on all devices together."""
+    capacity, rows = sampling.max_prompt_tokens + sampling.max_new_tokens, key_B2.shape[0]
+    prompts, each = tokens_PT.shape[0] // devices, rows // tokens_PT.shape[0]
+    read = read_prompts(model, sampling, capacity, variables, tokens_PT, count_P)
+    slots = place(
+        empty_slots(model, sampling, rows, capacity),
+        *read,
+        jnp.tile(jnp.repeat(jnp.arange(prompts), each), devices),
+        jnp.tile(jnp.arange(prompts * each), devices),
+        key_B2,
+        jnp.full(rows, sampling.max_new_tokens),
+        jnp.full((rows, STOPS), -1),
+    )
+    weights = decode_weights(model, variables, rows)
+    _, sampled = advance(
+        model,
+        sampling,
+        sampling.max_new_tokens,
+        weights,
+        slots,
+        jnp.int32(sampling.max_new_tokens),
+        jnp.int32(rows + 1),
+    )
+    return sampled
 
 
 def _require_divisible(field: str, rows: int, mesh: Mesh) -> None:

@@ -29,6 +29,10 @@ class SamplingConfig:
     # it one such prompt is an error before the first step.
     filter_overlong_prompts: bool = False
     max_new_tokens: int = 64
+    # Sequences that a device samples at a time, at most, and the memory in GiB that they may take
+    # on it; the others wait for their turn.
+    slots: int = 256
+    cache_gib: float = 8.0
     attention: str = "sparse"  # "sparse" | "dense"
     # Below 1, each new token attends to the fewest of its keys that by estimate hold this share of
     # its attention (Twilight, arXiv 2502.02770): by the indexer's softmax over what it selected, or
@@ -42,7 +46,9 @@ class SamplingConfig:
         check.that(finite, "temperature", "must be 0 (greedy) or positive")
         check.that(self.top_k >= 0, "top_k", "must be 0 (all) or positive")
         check.that(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
-        check.positive("max_prompt_tokens", "max_new_tokens")
+        check.positive("max_prompt_tokens", "max_new_tokens", "slots")
+        roomy = 0 < self.cache_gib < math.inf
+        check.that(roomy, "cache_gib", "must be positive")
         share = 0 < self.attention_top_p <= 1
         check.that(share, "attention_top_p", "must be in (0, 1]; 1 reads every selected key")
         check.one_of("attention", ATTENTIONS)

@@ -1,7 +1,6 @@
 """What a model writes in the gaps of held-out documents, to be read by a person."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable
 
@@ -12,13 +11,11 @@ from data.config import DataConfig
 from data.fim import fim_prompt
 from data.shuffled_texts import infill_documents
 from data.tokenizer import Tokenizer
-from model.sharding import batch_sharding, batch_shards
 from rl.config import SamplingConfig
-from rl.rollout import pad_prompts
-from rl.sampler import keys_of, sample
+from rl.engine import Engine, Prompt, keys_of
 from train.evaluate import INFILL_BYTES_PER_TOKEN
 from train.infill import WORD_END
-from train.setup import Setup, to_host
+from train.setup import Setup
 
 GAPS = 4  # in all sources together
 TRIED = 500  # texts of a source that are looked at: those with few words or many tokens do not fit
@@ -53,8 +50,6 @@ def infill_samples(
     if not gaps:
         return []
     prompts = [infill_prompt(gap, tokenizer, spm=data.infills_spm) for gap in gaps]
-    padded = prompts + [prompts[-1]] * (-len(prompts) % batch_shards(setup.mesh))
-    rows = pad_prompts(padded, width, tokenizer.pad)
     greedy = dataclasses.replace(
         sampling,
         temperature=0.0,
@@ -62,22 +57,19 @@ def infill_samples(
         max_new_tokens=NEW_TOKENS,
         attention="sparse" if stage == "sparse" else "dense",
     )
-    sample_fn = jax.jit(
-        functools.partial(sample, setup.model, greedy, tokenizer.stops, tokenizer.pad)
-    )
-    sharding = batch_sharding(setup.mesh)
-    tokens_PT, segments_PT = (
-        jax.device_put(x, sharding) for x in (rows.tokens_PT, rows.segments_PT)
-    )
-    found = sample_fn(
-        variables, tokens_PT, segments_PT, keys_of(jax.random.key(0), range(len(padded)))
-    )
-    tokens_BC, mask_BC = to_host(found.tokens_BC), to_host(found.mask_BC)
+    engine = Engine(setup.model, setup.mesh, greedy, rows=len(prompts), pad=tokenizer.pad)
+    keys_PG2 = keys_of(jax.random.key(0), range(len(prompts)), 1)  # greedy: they do not matter
+    with engine.loaded(variables):
+        found = engine.run(
+            Prompt(ids, keys_G2, NEW_TOKENS, tokenizer.stops, group=number)
+            for number, (ids, keys_G2) in enumerate(zip(prompts, keys_PG2, strict=True))
+        )
+        completions = {each.group: each.completion for each in found}
     texts = [
-        tokenizer.decode([token for token in row[mask] if token not in tokenizer.stops])
-        for row, mask in zip(tokens_BC, mask_BC, strict=True)
+        tokenizer.decode([token for token in completions[number] if token not in tokenizer.stops])
+        for number in range(len(prompts))
     ]
-    return [{**gap, "completion": text} for gap, text in zip(gaps, texts, strict=False)]
+    return [{**gap, "completion": text} for gap, text in zip(gaps, texts, strict=True)]
 
 
 def find_gaps(

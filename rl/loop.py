@@ -25,15 +25,14 @@ from model.sharding import batch_sharding
 from model.transformer import boxed_shapes
 from rl.algorithms import Algorithm, get_algorithm
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
-from rl.generate import Generation, Generator
+from rl.generate import Completion, Generator
 from rl.objective import logprobs_at_tokens, policy_objective
 from rl.problems import problems_of_step, problems_to_train
 from rl.reasoning import ReasoningEvaluation
 from rl.reference import start_with_reference
 from rl.rewards import metric_name, total_reward
-from rl.rollout import policy_batch
-from rl.sampler import keys_of
 from rl.traces import Traces
+from rl.trajectory import batch_of
 from train.config import TrainConfig
 from train.interrupt import Interrupt
 from train.metrics import Metrics
@@ -92,9 +91,17 @@ def train_policy(
     optimizer = make_optimizer(per_update(train, updates), parameters)
     tokenizer = setup.tokenizer
     problems = problems_to_train(reinforce.task, sampling, tokenizer, template, seed).problems
+    group_size = reinforce.group_size
+    generate = Generator(
+        setup,
+        sampling,
+        template,
+        completions=reinforce.prompts_per_step * group_size,
+        group_size=group_size,
+    )
     held_out = None
     if train.eval_every:
-        held_out = ReasoningEvaluation(setup, evaluate, sampling, reinforce, template, seed)
+        held_out = ReasoningEvaluation(setup, evaluate, reinforce, generate, seed)
     with (
         jax.set_mesh(setup.mesh),
         Checkpoints(workdir / "checkpoints", train.max_to_keep) as checkpoints,
@@ -106,7 +113,6 @@ def train_policy(
         else:
             state, reference = start_with_reference(setup, optimizer, checkpoints, workdir, **begin)
         done = int(state.step) // updates
-        generate = Generator(setup, sampling, template, reinforce.group_size)
         score_fn = jit_score(
             setup, train.stage, sampling.temperature, reinforce.minibatches * train.microbatches
         )
@@ -127,10 +133,11 @@ def train_policy(
             for step in range(done + 1, train.steps + 1):
                 started = time.monotonic()
                 chosen = problems_of_step(step, problems, reinforce.prompts_per_step, seed)
-                keys_P = keys_of(jax.random.fold_in(key, step), range(len(chosen)))
-                generation = generate(state.variables, chosen, keys_P)
-                rewards = reward(generation, chosen, reinforce)
-                batch = learning_batch(generation, rewards, algorithm, reinforce)
+                sampling_key = jax.random.fold_in(key, step)
+                completions = generate(state.variables, chosen, sampling_key, group_size)
+                rewards = reward(completions, chosen, reinforce)
+                batch = on_mesh(setup, rows(completions, setup, sampling))
+                batch = with_advantages(batch, completions, rewards, algorithm, reinforce)
                 sampled = time.monotonic()
                 batch |= compared_logprobs(
                     score_fn, state.variables, reference, batch, reinforce.old_logprobs
@@ -140,11 +147,11 @@ def train_policy(
                     state, values = step_fn(state, minibatch)
                     measured.append(values)
                 newest.is_at(step, state)
-                observed = observe(generation, rewards)
+                observed = observe(completions, rewards)
                 values = timed(over_updates(measured) | observed, started, sampled)
                 log.record(step, values, int(observed["tokens"]))
                 if Due(train).log(step):
-                    traces.write(step, chosen[0], generation.texts, rewards.total_PG[0])
+                    traces.write(step, chosen[0], completions, rewards.total_PG[0])
                 if held_out and (step % train.eval_every == 0 or step == train.steps):
                     log.validation(step, held_out.validation(state.variables))
                 checkpoints.check()
@@ -207,18 +214,20 @@ def jit_policy_step(
     )
 
 
-def reward(generation: Generation, problems: Sequence[Problem], config: ReinforceConfig) -> Rewards:
+def reward(
+    completions: Sequence[Completion], problems: Sequence[Problem], config: ReinforceConfig
+) -> Rewards:
     """Rewards P * G completions, of which row p * G + g answers problem p.
 
     Those that were cut before their stop token get 0 where reinforce.truncated says so. Every
     process computes them; those of the first count, should a reward of one's own draw lots.
     """
     totals, by_name = [], {name: [] for name in config.rewards}
-    for row, text in enumerate(generation.texts):
+    for row, completion in enumerate(completions):
         total, parts = 0.0, dict.fromkeys(config.rewards, 0.0)
-        if config.truncated != "no_reward" or not generation.truncated_B[row]:
+        if config.truncated != "no_reward" or not completion.truncated:
             problem = problems[row // config.group_size]
-            total, parts = total_reward(text, problem, config.rewards)
+            total, parts = total_reward(completion.text, problem, config.rewards)
         totals.append(total)
         for name, value in parts.items():
             by_name[name].append(value)
@@ -228,18 +237,38 @@ def reward(generation: Generation, problems: Sequence[Problem], config: Reinforc
     return Rewards(total_PG, by_name)
 
 
-def learning_batch(
-    generation: Generation, rewards: Rewards, algorithm: Algorithm, config: ReinforceConfig
+def rows(
+    completions: Sequence[Completion], setup: Setup, sampling: SamplingConfig
+) -> dict[str, np.ndarray]:
+    """Returns the completions as rows to learn from, see `rl.trajectory.batch_of`."""
+    trajectories = [completion.trajectory for completion in completions]
+    width = sampling.max_prompt_tokens + sampling.max_new_tokens
+    return batch_of(trajectories, width, setup.tokenizer.pad)
+
+
+def on_mesh(setup: Setup, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    """Puts a batch that every process has whole on the devices, its rows divided over them."""
+    sharding = batch_sharding(setup.mesh)
+    return {
+        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        for name, x in batch.items()
+    }
+
+
+def with_advantages(
+    batch: dict[str, Array],
+    completions: Sequence[Completion],
+    rewards: Rewards,
+    algorithm: Algorithm,
+    config: ReinforceConfig,
 ) -> dict[str, Array]:
-    """Returns the batch of `policy_batch` with "advantages" [B, T], 0 outside the mask.
+    """Returns the batch with "advantages" [B, T], 0 outside the mask.
 
     The mask leaves out what was cut before its stop token where reinforce.truncated says so.
     """
-    batch = policy_batch(
-        generation.prompts_PT, generation.segments_PT, generation.completions, config.group_size
-    )
     if config.truncated == "mask":
-        batch["mask"] &= jnp.asarray(~generation.truncated_B)[:, None]
+        whole_B = np.asarray([not completion.truncated for completion in completions])
+        batch = batch | {"mask": batch["mask"] & whole_B[:, None]}
     advantages_B = algorithm.advantage(jnp.asarray(rewards.total_PG)).reshape(-1)
     return batch | {"advantages": jnp.where(batch["mask"], advantages_B[:, None], 0.0)}
 
@@ -300,14 +329,14 @@ def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     return means | before | after
 
 
-def observe(generation: Generation, rewards: Rewards) -> dict[str, float | np.number]:
+def observe(completions: Sequence[Completion], rewards: Rewards) -> dict[str, float | np.number]:
     """Returns the metrics of what was sampled, "tokens" among them."""
-    lengths_B = generation.mask_BC.sum(axis=1)
+    lengths_B = np.asarray([completion.length for completion in completions])
     return {
         "reward": rewards.total_PG.mean(),
         **{metric_name(name): np.mean(values) for name, values in rewards.by_name.items()},
         "completion_length": lengths_B.mean(),
-        "truncated": generation.truncated_B.mean(),
+        "truncated": np.mean([completion.truncated for completion in completions]),
         "zero_variance_groups": np.mean(np.ptp(rewards.total_PG, axis=1) == 0),
         "tokens": lengths_B.sum(),
     }

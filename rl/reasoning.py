@@ -8,16 +8,13 @@ import jax
 import numpy as np
 
 from data.tasks.problem import Problem
-from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
+from rl.config import EvaluateConfig, ReinforceConfig
 from rl.evaluate import pass_at_k_table
-from rl.generate import Generation, Generator
+from rl.generate import Completion, Generator
 from rl.problems import problems_to_evaluate
 from rl.rewards import metric_name, total_reward
-from rl.sampler import keys_of
 from train.progress import Progress
 from train.setup import Setup
-
-ROWS = 256  # completions sampled at a time
 
 
 @dataclasses.dataclass
@@ -45,32 +42,29 @@ class Tally:
     truncated: list[bool] = dataclasses.field(default_factory=list)
     records: list[dict] = dataclasses.field(default_factory=list)
 
-    def add(self, problems: Sequence[Problem], generation: Generation) -> None:
-        """Adds the completions of `problems`; what `generation` has beyond them fills it up."""
-        generation = generation.rows(len(problems) * self.samples)
+    def add(self, problem: Problem, completions: Sequence[Completion]) -> None:
+        """Adds the completions of a problem."""
         # Whatever is counted or always reported is computed, with weight 0 in the total.
         weights = {"format": 0.0, self.counted: 0.0} | dict(self.weights)
-        for row, problem in enumerate(problems):
-            texts = generation.texts[row * self.samples : (row + 1) * self.samples]
-            paid = [total_reward(text, problem, weights) for text in texts]
-            self.solved_PG.append([parts[self.counted] >= self.success for _, parts in paid])
-            for total, parts in paid:
-                for name, value in (parts | {"total": total}).items():
-                    self.paid.setdefault(name, []).append(value)
-            self.records.extend(
-                {
-                    "prompt": problem.question,
-                    "completion": text,
-                    "answer": problem.answer,
-                    "reward": parts[self.counted],
-                    "format": parts["format"],
-                    "id": problem.id,
-                    "rewards": parts,
-                }
-                for text, (_, parts) in zip(texts, paid, strict=True)
-            )
-        self.lengths.extend(generation.mask_BC.sum(axis=1).tolist())
-        self.truncated.extend(generation.truncated_B.tolist())
+        paid = [total_reward(completion.text, problem, weights) for completion in completions]
+        self.solved_PG.append([parts[self.counted] >= self.success for _, parts in paid])
+        for total, parts in paid:
+            for name, value in (parts | {"total": total}).items():
+                self.paid.setdefault(name, []).append(value)
+        self.records.extend(
+            {
+                "prompt": problem.question,
+                "completion": completion.text,
+                "answer": problem.answer,
+                "reward": parts[self.counted],
+                "format": parts["format"],
+                "id": problem.id,
+                "rewards": parts,
+            }
+            for completion, (_, parts) in zip(completions, paid, strict=True)
+        )
+        self.lengths.extend(completion.length for completion in completions)
+        self.truncated.extend(completion.truncated for completion in completions)
 
 
 class ReasoningEvaluation:
@@ -82,7 +76,7 @@ class ReasoningEvaluation:
     Args:
       evaluate: how many problems and completions, and what counts as a success.
       reinforce: the task and its rewards.
-      template: how prompts are written, `data.chat_template`.
+      generate: samples the completions.
 
     Raises:
       UserError: the task has no held-out problem, or a prompt is too long.
@@ -92,16 +86,18 @@ class ReasoningEvaluation:
         self,
         setup: Setup,
         evaluate: EvaluateConfig,
-        sampling: SamplingConfig,
         reinforce: ReinforceConfig,
-        template: str,
+        generate: Generator,
         seed: int,
     ):
-        self._evaluate, self._weights, self._mesh = evaluate, reinforce.rewards, setup.mesh
+        self._evaluate, self._weights, self._generate = evaluate, reinforce.rewards, generate
         self.problems, self.left_out = problems_to_evaluate(
-            reinforce.task, evaluate.problems, sampling, setup.tokenizer, template
+            reinforce.task,
+            evaluate.problems,
+            generate.sampling,
+            setup.tokenizer,
+            generate.template,
         )
-        self._generate = Generator(setup, sampling, template, evaluate.samples)
         self._key = jax.random.fold_in(jax.random.key(seed), 2)
 
     def __call__(self, variables: dict, *, shown: bool = True) -> tuple[dict, list[dict]]:
@@ -115,21 +111,23 @@ class ReasoningEvaluation:
           interval; and means of rewards, format and length), (every prompt, completion and reward).
         """
         evaluate, problems = self._evaluate, self.problems
-        at_once = max(ROWS // evaluate.samples, 1)
-        at_once = min(at_once, len(problems))
-        at_once += -at_once % self._mesh.size
+        numbers = range(len(problems))
         tally = Tally(evaluate.samples, self._weights, evaluate.reward, evaluate.success)
         bar = Progress(len(problems), "evaluate") if shown else contextlib.nullcontext()
+        ended: dict[int, list[Completion]] = {}
         with bar as progress:
-            for first in range(0, len(problems), at_once):
-                chosen = problems[first : first + at_once]
-                # The last batch is filled up: one shape is one compilation.
-                padded = [*chosen, *([chosen[-1]] * (at_once - len(chosen)))]
-                keys_P = keys_of(self._key, range(first, first + at_once))
-                tally.add(chosen, self._generate(variables, padded, keys_P))
-                if progress is not None:
-                    tokens = sum(tally.lengths[-len(chosen) * evaluate.samples :])
-                    done = first + len(chosen)
+            groups = self._generate.groups(
+                variables, problems, self._key, numbers, evaluate.samples
+            )
+            for number, completions in groups:
+                ended[number] = completions
+                # In the order of their numbers, whichever ended first.
+                while len(tally.solved_PG) in ended:
+                    place = len(tally.solved_PG)
+                    tally.add(problems[place], ended.pop(place))
+                if progress is not None and tally.solved_PG:
+                    tokens = sum(completion.length for completion in completions)
+                    done = len(tally.solved_PG)
                     progress.update(done, {"pass@1": np.mean(tally.solved_PG)}, tokens)
         return self._summary(tally), tally.records
 

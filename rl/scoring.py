@@ -23,7 +23,7 @@ from model.segments import same_segment
 from model.sharding import batch_sharding, batch_shards, replicated
 from model.transformer import Output, Transformer
 from rl.config import SamplingConfig
-from rl.sampler import keys_of, sample
+from rl.engine import Engine, Prompt, keys_of
 
 ROWS = 8  # scored at a time, on each shard of the batch
 
@@ -76,7 +76,7 @@ class Scorer:
 
         Each is read again before the next. An end-of-text token does not stop them.
         """
-        width, shards = max(map(len, rows)), batch_shards(self.mesh)
+        width = max(map(len, rows))
         sampling = SamplingConfig(
             temperature=0.0,
             top_k=0,
@@ -86,19 +86,15 @@ class Scorer:
             attention=self.stage,
             attention_top_p=1.0,
         )
-        sample_fn = jax.jit(
-            functools.partial(sample, self.model, sampling, (), 0),
-            out_shardings=replicated(self.mesh),
-        )
-        chunks = []
-        with jax.set_mesh(self.mesh):
-            for chunk in self._chunks(rows):
-                filled = chunk + [chunk[-1]] * (-len(chunk) % shards)
-                prompts = self._on_mesh(pad_rows(filled, width, 0, side="left"))
-                keys = keys_of(jax.random.key(0), range(len(filled)))  # greedy: they do not matter
-                completions = sample_fn(self.variables, *prompts, keys)
-                chunks.append(np.asarray(completions.tokens_BC)[: len(chunk)])
-        return np.concatenate(chunks)
+        engine = Engine(self.model, self.mesh, sampling, rows=min(len(rows), self._rows_at_once))
+        keys_PG2 = keys_of(jax.random.key(0), range(len(rows)), 1)  # greedy: they do not matter
+        with engine.loaded(self.variables):
+            found = engine.run(
+                Prompt(row, keys_G2, count, group=number)
+                for number, (row, keys_G2) in enumerate(zip(rows, keys_PG2, strict=True))
+            )
+            completions = {each.group: each.completion for each in found}
+        return np.stack([completions[number] for number in range(len(rows))])
 
     def logprobs(self, rows: list[list[int]]) -> list[np.ndarray]:
         """Returns the log-probability of every token of each row but its first, in nats.

@@ -8,6 +8,7 @@ import jax
 
 from data.tasks.problem import Problem
 from files import AppendedFile, write_text
+from rl.generate import Completion
 
 COMPLETIONS = 2  # of a step's first problem
 
@@ -34,16 +35,20 @@ class Traces:
         self._file = AppendedFile(path)
 
     def write(
-        self, step: int, problem: Problem, texts: Sequence[str], rewards: Sequence[float]
+        self,
+        step: int,
+        problem: Problem,
+        completions: Sequence[Completion],
+        rewards: Sequence[float],
     ) -> None:
         """Adds the first completions of a problem, with what each earns."""
         if self._file is None:
             return
-        for text, reward in zip(texts[:COMPLETIONS], rewards, strict=False):
+        for completion, reward in zip(completions[:COMPLETIONS], rewards, strict=False):
             record = {
                 "step": step,
                 "prompt": problem.question,
-                "completion": text,
+                "completion": completion.text,
                 "answer": problem.answer,
                 "reward": round(float(reward), 6),
             }

@@ -18,7 +18,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from kernels import sparse_decode
 from kernels.device import platform
@@ -32,29 +31,33 @@ LATENT_GROUP = 64
 class AttentionCache(Protocol):
     """Remembers tokens for one layer's attention, or has the entries of some on their way to it."""
 
-    def write(self, entries: Self, slot: ArrayLike) -> Self:
-        """Returns the cache with the entries of T tokens at slots `slot` .. `slot` + T - 1."""
+    def write(self, entries: Self, index_BT: Array) -> Self:
+        """Returns the cache with the entry of each token at its index, see `write_tokens`."""
         ...
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
+        cls, config: ModelConfig, batch: int, capacity: int, stage: str, attention_top_p: float
     ) -> Self:
         """Returns a cache of zeros, to be read in this stage, with this share of attention."""
         ...
 
 
-def write_slots(old_BSX: Array, new_BTX: Array, slot: ArrayLike) -> Array:
-    """Returns the array with new entries at slots `slot` .. `slot` + T - 1, alike in every row."""
-    return jax.lax.dynamic_update_slice_in_dim(old_BSX, new_BTX.astype(old_BSX.dtype), slot, axis=1)
+def write_tokens(old_BSX: Array, new_BTX: Array, index_BT: Array) -> Array:
+    """Returns the array with each entry at its index in the row; past the end it writes none."""
+
+    def write_row(old_SX: Array, new_TX: Array, index_T: Array) -> Array:
+        return old_SX.at[index_T].set(new_TX, mode="drop")
+
+    return jax.vmap(write_row)(old_BSX, new_BTX.astype(old_BSX.dtype), index_BT)
 
 
-def write_int4(old: Int4 | None, keys_BTX: Array, group_size: int, slot: ArrayLike) -> Int4 | None:
+def write_int4(old: Int4 | None, keys_BTX: Array, group_size: int, index_BT: Array) -> Int4 | None:
     """Does the same for keys in four bits, in groups of channels; None stays None."""
     if old is None:
         return None
     new = quantise(keys_BTX.astype(old.low.dtype), group_size)
-    return jax.tree.map(lambda old_BSX, new_BTX: write_slots(old_BSX, new_BTX, slot), old, new)
+    return jax.tree.map(lambda old_BSX, new_BTX: write_tokens(old_BSX, new_BTX, index_BT), old, new)
 
 
 @flax.struct.dataclass
@@ -75,35 +78,35 @@ class LatentCache:
     attention_top_p: float = flax.struct.field(pytree_node=False, default=1.0)
     layout: str = flax.struct.field(pytree_node=False, default="rows")
 
-    def write(self, entries: "LatentCache", slot: ArrayLike) -> "LatentCache":
+    def write(self, entries: "LatentCache", index_BT: Array) -> "LatentCache":
         """Returns the cache with the new entries, which are rows, in its own layout."""
         new_BTR = entries.latent_BSR
         if self.layout == "tiles":
             new_BTR = sparse_decode.to_tiles(new_BTR)
         return dataclasses.replace(
             self,
-            latent_BSR=write_slots(self.latent_BSR, new_BTR, slot),
-            index_key_BSC=write_slots(self.index_key_BSC, entries.index_key_BSC, slot),
-            estimate=write_int4(self.estimate, entries.latent_BSR, LATENT_GROUP, slot),
+            latent_BSR=write_tokens(self.latent_BSR, new_BTR, index_BT),
+            index_key_BSC=write_tokens(self.index_key_BSC, entries.index_key_BSC, index_BT),
+            estimate=write_int4(self.estimate, entries.latent_BSR, LATENT_GROUP, index_BT),
         )
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
+        cls, config: ModelConfig, batch: int, capacity: int, stage: str, attention_top_p: float
     ) -> "LatentCache":
         """Returns a cache of zeros, in the layout that `sparse_decode.in_tiles` chooses."""
         dtype, indexer = jnp.dtype(config.dtype), config.indexer
         index_width = indexer.head_dim if indexer.n_heads else 0
         width = config.mla.kv_lora_rank + config.mla.qk_rope_head_dim
-        latent_BSR = jnp.zeros((batch, slots, width), dtype)
+        latent_BSR = jnp.zeros((batch, capacity, width), dtype)
         sparse = stage == "sparse" and indexer.n_heads > 0
         estimate = (
             quantise(latent_BSR, LATENT_GROUP) if attention_top_p < 1 and not sparse else None
         )
         layout = "rows"
-        if sparse and sparse_decode.in_tiles(platform(), slots, indexer.topk):
+        if sparse and sparse_decode.in_tiles(platform(), capacity, indexer.topk):
             latent_BSR, layout = sparse_decode.to_tiles(latent_BSR), "tiles"
-        index_key_BSC = jnp.zeros((batch, slots, index_width), dtype)
+        index_key_BSC = jnp.zeros((batch, capacity, index_width), dtype)
         return cls(latent_BSR, index_key_BSC, estimate, attention_top_p, layout)
 
 
@@ -122,23 +125,23 @@ class KeyValueCache:
     estimate: Int4 | None = None
     attention_top_p: float = flax.struct.field(pytree_node=False, default=1.0)
 
-    def write(self, entries: "KeyValueCache", slot: ArrayLike) -> "KeyValueCache":
+    def write(self, entries: "KeyValueCache", index_BT: Array) -> "KeyValueCache":
         """Returns the cache with the new keys and values, and the keys' four bits."""
         return dataclasses.replace(
             self,
-            k_BSKH=write_slots(self.k_BSKH, entries.k_BSKH, slot),
-            v_BSKH=write_slots(self.v_BSKH, entries.v_BSKH, slot),
-            estimate=write_int4(self.estimate, entries.k_BSKH, entries.k_BSKH.shape[-1], slot),
+            k_BSKH=write_tokens(self.k_BSKH, entries.k_BSKH, index_BT),
+            v_BSKH=write_tokens(self.v_BSKH, entries.v_BSKH, index_BT),
+            estimate=write_int4(self.estimate, entries.k_BSKH, entries.k_BSKH.shape[-1], index_BT),
         )
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
+        cls, config: ModelConfig, batch: int, capacity: int, stage: str, attention_top_p: float
     ) -> "KeyValueCache":
         """Returns a cache of zeros, the same for every stage: all read the same keys."""
         del stage
         g = config.gqa
-        zeros = jnp.zeros((batch, slots, g.num_key_value_heads, g.head_dim), config.dtype)
+        zeros = jnp.zeros((batch, capacity, g.num_key_value_heads, g.head_dim), config.dtype)
         estimate = quantise(zeros, g.head_dim) if attention_top_p < 1 else None
         return cls(zeros, zeros, estimate, attention_top_p)
 
@@ -157,9 +160,9 @@ class DeltaCache:
     recent_k: Array | None
     recent_v: Array | None
 
-    def write(self, entries: "DeltaCache", slot: ArrayLike) -> "DeltaCache":
-        """Returns the newer state: it has the older in it."""
-        del slot
+    def write(self, entries: "DeltaCache", index_BT: Array) -> "DeltaCache":
+        """Returns the newer state: it has the older in it, and padding changes neither."""
+        del index_BT
         return jax.tree.map(lambda old, new: new.astype(old.dtype), self, entries)
 
     @classmethod
@@ -171,10 +174,10 @@ class DeltaCache:
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, slots: int, stage: str, attention_top_p: float
+        cls, config: ModelConfig, batch: int, capacity: int, stage: str, attention_top_p: float
     ) -> "DeltaCache":
-        """Returns a state of zeros; it holds all there is, whatever slots, stage and share are."""
-        del slots, stage, attention_top_p
+        """Returns a state of zeros; it holds all there is, whatever the rest is."""
+        del capacity, stage, attention_top_p
         d = config.delta
 
         def recent(heads: int, width: int) -> Array:

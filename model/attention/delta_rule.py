@@ -78,13 +78,13 @@ def chunked_delta(
     """Computes `recurrent_delta` inside each segment, in chunks of tokens, see `delta_chunk`.
 
     Args:
-      q_BTNH, k_BTNH, v_BTNV, log_a_BTN, b_BTN: see `recurrent_delta`.
-      segments_BT: the segment of each token; 0 is padding.
+      q_BTNH, k_BTNH, v_BTNV, log_a_BTN, b_BTN: see `recurrent_delta`; both of the latter are 0 for
+        padding, which then neither decays the state nor writes to it.
+      segments_BT: the segment of each token, ascending; 0 is padding.
       state_BNHV: the state before the first token, of the segment it is in.
       chunk: C, tokens of a chunk.
 
-    Returns: o_BTNV, zeros for padding, and the state of the last token's segment (zeros if that is
-    padding); all float32.
+    Returns: o_BTNV, zeros for padding, and the state after the last token; all float32.
     """
     T = q_BTNH.shape[1]
     C = min(chunk, T)
@@ -93,11 +93,10 @@ def chunked_delta(
         """Cuts [B, T, N, ...] into [n, B, N, C, ...]."""
         return jnp.swapaxes(cut_chunks(x_BTN, C), 2, 3)
 
-    # Padding that fills the last chunk counts as more of the last segment, writes nothing and does
-    # not decay: so the state stays that of the last token.
-    segments_nBC = cut_chunks(jnp.pad(segments_BT, [(0, 0), (0, -T % C)], mode="edge"), C)
-    b_BTN = jnp.where((segments_BT > 0)[..., None], b_BTN, 0.0)
-    before_nB = jnp.concatenate([segments_BT[None, :, 0], segments_nBC[:-1, :, -1]])
+    # Padding counts as more of the segment before it: so the state stays that of the last token.
+    filled_BT = jax.lax.cummax(segments_BT, axis=1)
+    segments_nBC = cut_chunks(jnp.pad(filled_BT, [(0, 0), (0, -T % C)], mode="edge"), C)
+    before_nB = jnp.concatenate([filled_BT[None, :, 0], segments_nBC[:-1, :, -1]])
     chunks = DeltaChunk(
         cut(q_BTNH), cut(k_BTNH), cut(v_BTNV), cut(log_a_BTN), cut(b_BTN), segments_nBC, before_nB
     )

@@ -68,3 +68,14 @@ def few_choices(choices: int, experts: int) -> bool:
     Then every expert may as well see every token.
     """
     return choices <= 16 * experts
+
+
+def by_token(name: str, platform: str, choices: int, experts: int) -> str:
+    """Returns the implementation to take where a token's result may depend on no other token.
+
+    "bucketed" cuts matmuls to sizes that depend on how many tokens an expert has, and a sum of
+    float32 in another order differs in its last bit. All others compute a row by itself.
+    """
+    if name == "auto" and platform == "cpu" and not few_choices(choices, experts):
+        return "blocks"
+    return name

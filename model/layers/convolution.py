@@ -19,13 +19,13 @@ def causal_convolution(
     Args:
       x_BTX: X stands for any axes of channels.
       kernel_KX: K weights of each channel, that of the token itself first.
-      segments_BT: the segment of each token; 0 is padding.
+      segments_BT: the segment of each token, ascending; 0 is padding.
       past_BPX: the P inputs before x, of the segment that x begins with. Without them the
         segments of x begin in x.
 
     Returns:
-      y_BTX, and the last inputs recent_BPX, which the next tokens need: zeros where the
-      last token's segment does not reach.
+      y_BTX, and the last inputs recent_BPX, which the tokens after the last that is no padding
+      need: zeros where its segment does not reach.
     """
     (B, T, *X), P = x_BTX.shape, kernel_KX.shape[0] - 1
     per_channel = (1,) * len(X)
@@ -43,8 +43,14 @@ def causal_convolution(
             jnp.where(same_BT.reshape(B, T, *per_channel), all_BSX[:, P - k : P - k + T], 0)
             * kernel_KX[k]
         )
-    reached_BP = segments_BS[:, T:] == segments_BT[:, -1:]
-    return y_BTX, jnp.where(reached_BP.reshape(B, P, *per_channel), all_BSX[:, T:], 0)
+    # Slot e of `all` holds the first of the P inputs before token e.
+    end_B1 = jnp.max(jnp.where(segments_BT > 0, jnp.arange(1, T + 1), 0), axis=1, keepdims=True)
+    recent_BP = end_B1 + jnp.arange(P)
+    reached_BP = jnp.take_along_axis(segments_BS, recent_BP, axis=1) == jnp.max(
+        segments_BT, axis=1, keepdims=True
+    )
+    recent_BPX = jnp.take_along_axis(all_BSX, recent_BP.reshape(B, P, *per_channel), axis=1)
+    return y_BTX, jnp.where(reached_BP.reshape(B, P, *per_channel), recent_BPX, 0)
 
 
 def uniform_kernel(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

@@ -96,9 +96,11 @@ class GatedDeltaNet(nn.Module):
         """Reads tokens into the state, and the state by them.
 
         See `LatentAttention.__call__` for the arguments and what is returned. Positions are not
-        needed; `past` holds all there is to attend to, so neither `allowed_BTS` nor `slot` is read.
+        needed; `past` holds all there is to attend to, so no place is read. Padding leaves the
+        state as it is.
         """
         d = self.config.delta
+        real_BT1 = (tokens.segments_BT > 0)[..., None]
         past = past or DeltaCache.begin(self.config, hidden_BTD.shape[0])
 
         def convolved(weight: Array, kernel: Array, recent: Array | None) -> tuple[Array, Array]:
@@ -116,7 +118,9 @@ class GatedDeltaNet(nn.Module):
             v_BTNV, recent_v = convolved(self.value, self.value_kernel, past.recent_v)
             a_BTN = linear(hidden_BTD, self.decay).astype(jnp.float32)
             log_a_BTN = -jnp.exp(self.decay_rate) * jax.nn.softplus(a_BTN + self.decay_bias)
+            log_a_BTN = jnp.where(real_BT1, log_a_BTN, 0.0)
             b_BTN = jax.nn.sigmoid(linear(hidden_BTD, self.strength).astype(jnp.float32))
+            b_BTN = jnp.where(real_BT1, b_BTN, 0.0)
         with jax.named_scope("delta_rule"):
             group = d.num_value_heads // d.num_key_heads
             q_BTNH, k_BTNH = (

@@ -83,8 +83,8 @@ class GroupedAttention(nn.Module):
                 topk=1,
             )
         else:
-            assert tokens.allowed_BTS is not None and tokens.slot is not None
-            entries = past.write(entries, tokens.slot)
+            assert tokens.allowed_BTS is not None and tokens.index_BT is not None
+            entries = past.write(entries, tokens.index_BT)
             out_BTNH = attend_cached(q_BTNH, entries, tokens.allowed_BTS)
         out_BTNH = gated(out_BTNH, hidden_BTD, self.gate)
         with jax.named_scope("output_projection"):

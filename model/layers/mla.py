@@ -97,8 +97,8 @@ class LatentAttention(nn.Module):
           hidden_BTD: the normalised hidden states.
           tokens: what is known about them.
           past: without it, tokens attend to their own sequence, in the expanded form. With it, they
-            are written to its slots from `tokens.slot` on and attend to the slots in
-            `tokens.allowed_BTS`, in the absorbed form.
+            are written to it at `tokens.index_BT` and attend to the places in `tokens.allowed_BTS`,
+            in the absorbed form.
 
         Returns: the output [B, T, D]; what the indexer did; the tokens' cache entries [B, T, ...],
         or with `past` the whole cache with them.
@@ -124,8 +124,8 @@ class LatentAttention(nn.Module):
             if selected_BTk is not None:
                 self.sow("record", "selected", selected_BTk)
         else:
-            assert tokens.allowed_BTS is not None and tokens.slot is not None
-            entries, stats = past.write(entries, tokens.slot), IndexerStats.zero()
+            assert tokens.allowed_BTS is not None and tokens.index_BT is not None
+            entries, stats = past.write(entries, tokens.index_BT), IndexerStats.zero()
             out_BTNV = self.absorbed(
                 projected,
                 entries,

@@ -80,9 +80,9 @@ def test_its_template_makes_the_prompt(brought, capsys, monkeypatch):
     conversation.
     """
     seen = []
-    plain = sample.pad_prompts
+    plain = sample.Prompt
     monkeypatch.setattr(
-        sample, "pad_prompts", lambda rows, *rest: seen.extend(rows) or plain(rows, *rest)
+        sample, "Prompt", lambda tokens, *rest: seen.append(tokens) or plain(tokens, *rest)
     )
     before = sorted(file.name for file in brought.iterdir())
     command(
@@ -103,7 +103,7 @@ def test_its_template_makes_the_prompt(brought, capsys, monkeypatch):
 
 def test_a_second_turn_sees_the_first_by_its_template(brought, monkeypatch):
     seen = []
-    monkeypatch.setattr(sample, "print_completion", lambda *words: seen.append(words[3]) or [70])
+    monkeypatch.setattr(sample, "print_completion", lambda *words: seen.append(words[1]) or [70])
     argv = [f"--workdir=hf:{brought}", "--chat=2+2?", "--chat=and 3?"]
     command(sample.run, config="recorded", flags=sample.FLAGS, argv=argv)
     tokenizer = load_tokenizer(brought)

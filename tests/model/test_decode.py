@@ -9,18 +9,21 @@ import jax.numpy as jnp
 import pytest
 
 from model.cache import Cache
-from model.decode import decode_step, decode_weights, prefill
+from model.decode import decode_step, decode_weights, last_of, prefill, read
+from model.heads import logits_of
 from tests import tiny
 from tests.tiny import T
 
-PROMPT = 16
-PADDING = (0, 3, 9, 15)  # on the left: the last prompt is one token
-LAYOUT = tuple(((0, n), (1, T - n)) for n in PADDING)
+PROMPTS = (16, 13, 7, 1)  # tokens of each row's prompt, padded on the right to the longest
+STEPS = T - max(PROMPTS)
+LAYOUT = (((1, T),),) * len(PROMPTS)
+CHUNK, COUNTS = 5, ((5, 2, 0, 1), (3, 5, 1, 0), (0, 1, 5, 4), (0, 0, 2, 3))
 # With this seed no choice of a key or expert is so close that weights 1e-6 off would turn it (with
 # 0 one key is, by 1e-7).
 SEED = 1
 
 prefill = jax.jit(prefill, static_argnums=(0, 4, 5))
+read = jax.jit(read, static_argnums=(0, 5))
 step = jax.jit(decode_step, static_argnums=(0, 4))
 
 CASES = {
@@ -54,34 +57,85 @@ CASES = {
 
 @functools.cache
 def decoded(case: str, topk: int | None = None):
-    """The cache after the last token, and logits [B, T - PROMPT + 1, V] after the prompt and each
+    """The cache after the last token, and logits [B, STEPS + 1, V] after the prompts and each
     token.
     """
     stage, config = CASES[case]
     if topk:
         config = tiny.model_config(num_nextn_predict_layers=0, indexer={"topk": topk})
-    variables, batch = tiny.variables(config), tiny.batch_of(LAYOUT, seed=SEED)
-    cache, logits_BV = prefill(
-        config, variables, batch["tokens"][:, :PROMPT], batch["segments"][:, :PROMPT], T, stage
-    )
-    weights, found = decode_weights(config, variables, len(logits_BV)), [logits_BV]
-    for t in range(PROMPT, T):
-        cache, logits_BV = step(config, weights, batch["tokens"][:, t], cache, stage)
+    cache, logits_BV = prompts_read(config, stage)
+    weights, found = decode_weights(config, tiny.variables(config), len(PROMPTS)), [logits_BV]
+    for _ in range(STEPS):
+        cache, logits_BV = step(config, weights, tokens_at(cache.length_B, 1)[:, 0], cache, stage)
         found.append(logits_BV)
     return cache, jnp.stack(found, axis=1)
+
+
+def prompts_read(config, stage: str) -> tuple[Cache, jax.Array]:
+    """The cache after the prompts, and the logits after them."""
+    variables, count_B = tiny.variables(config), jnp.asarray(PROMPTS)
+    tokens_BT = tokens_at(jnp.zeros_like(count_B), max(PROMPTS))
+    cache, hidden_BD = prefill(config, variables, tokens_BT, count_B, T, stage)
+    return cache, logits_of(config, variables["params"], hidden_BD)
+
+
+def tokens_at(start_B: jax.Array, width: int) -> jax.Array:
+    """The tokens of each row from a place on, [B, width]."""
+    tokens_BT = tiny.batch_of(LAYOUT, seed=SEED)["tokens"]
+    return jnp.take_along_axis(tokens_BT, start_B[:, None] + jnp.arange(width), axis=1, mode="clip")
+
+
+def expected_logits(case: str, stage: str | None = None) -> jax.Array:
+    """Logits [B, STEPS + 1, V] of the whole rows, as `decoded` has them."""
+    own_stage, config = CASES[case]
+    batch = tiny.batch_of(LAYOUT, seed=SEED)
+    logits_BTV = tiny.forward(config, tiny.variables(config), batch, stage or own_stage)[
+        "logits_BTV"
+    ]
+    at_BT = jnp.asarray(PROMPTS)[:, None] - 1 + jnp.arange(STEPS + 1)
+    return jnp.take_along_axis(logits_BTV, at_BT[..., None], axis=1)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES)
 def test_decoding_is_the_forward_pass(case):
-    """Absorbed against expanded: products of float32 matrices in another order, logits of size
-    1.
+    """Rows of four lengths. Absorbed against expanded: products of float32 matrices in another
+    order, logits of size 1.
     """
+    tiny.assert_close(decoded(case)[1], expected_logits(case), atol=1e-4)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("case", CASES)
+def test_reading_by_chunks_is_reading_token_by_token(case):
+    """Each row its own number of tokens at a time, from none on; then the logits after the last."""
     stage, config = CASES[case]
-    expected = tiny.forward(
-        config, tiny.variables(config), tiny.batch_of(LAYOUT, seed=SEED), stage
-    )["logits_BTV"][:, PROMPT - 1 :]
-    tiny.assert_close(decoded(case)[1], expected, atol=1e-4)
+    variables = tiny.variables(config)
+    weights = decode_weights(config, variables, len(PROMPTS))
+    cache, _ = prompts_read(config, stage)
+    hidden_BD = jnp.zeros((len(PROMPTS), config.hidden_size))
+    for counts in COUNTS:
+        count_B = jnp.asarray(counts)
+        tokens_BT = tokens_at(cache.length_B, CHUNK)
+        cache, hidden_BTD = read(config, weights, tokens_BT, count_B, cache, stage)
+        hidden_BD = jnp.where(count_B[:, None] > 0, last_of(hidden_BTD, count_B), hidden_BD)
+    chex.assert_trees_all_equal(cache.length_B, jnp.asarray(PROMPTS) + STEPS)
+    logits_BV = logits_of(config, variables["params"], hidden_BD)
+    tiny.assert_close(logits_BV, expected_logits(case)[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["sparse, gate per element, query latent", "hybrid"])
+def test_a_row_without_a_new_token_stays_as_it_is(case):
+    """To the bit, whatever stands in its place of the batch."""
+    stage, config = CASES[case]
+    weights = decode_weights(config, tiny.variables(config), len(PROMPTS))
+    before, _ = prompts_read(config, stage)
+    after, _ = read(config, weights, jnp.full((4, 1), 7), jnp.asarray([1, 0, 0, 1]), before, stage)
+    kept = jnp.asarray([1, 2])
+    chex.assert_trees_all_equal(after.take(kept), before.take(kept))
+    moved = after.put(jnp.asarray([3, 4]), before.take(kept))  # the cache has no row 4
+    chex.assert_trees_all_equal(moved.take(jnp.asarray([3])), before.take(kept[:1]))
+    chex.assert_trees_all_equal(moved.take(kept), before.take(kept))
 
 
 @pytest.mark.parametrize("case", ["sparse, gate per element, query latent", "no indexer"])
@@ -97,9 +151,8 @@ def test_the_cache_holds_latents_index_keys_and_recent_states_alone(case):
     assert len(cache.layers) == config.num_hidden_layers
     for layer in cache.layers:
         assert {leaf.shape for leaf in jax.tree.leaves(layer)} == per_layer
-    assert len(jax.tree.leaves(cache)) == 3 * config.num_hidden_layers + 3
-    chex.assert_trees_all_equal(cache.next_position_B, T - jnp.asarray(PADDING))
-    assert int(cache.length) == T
+    assert len(jax.tree.leaves(cache)) == 3 * config.num_hidden_layers + 1
+    chex.assert_trees_all_equal(cache.length_B, jnp.asarray(PROMPTS) + STEPS)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +179,6 @@ def test_topk_of_everything_is_dense():
     differ.
     """
     case = "sparse, gate per element, query latent"
-    config = tiny.model_config(num_nextn_predict_layers=0)
-    dense = tiny.forward(config, tiny.variables(config), tiny.batch_of(LAYOUT, seed=SEED), "dense")[
-        "logits_BTV"
-    ][:, PROMPT - 1 :]
+    dense = expected_logits(case, "dense")
     tiny.assert_close(decoded(case, topk=T)[1], dense, atol=1e-4)
     assert jnp.max(jnp.abs(decoded(case)[1] - dense)) > 0.1

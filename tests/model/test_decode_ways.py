@@ -20,6 +20,7 @@ from model.attention.reference import IndexerInputs
 from model.attention.table import latent_form
 from model.cache import Cache
 from model.decode import decode_step, decode_weights, prefill
+from model.heads import logits_of
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from tests import tiny
@@ -182,20 +183,17 @@ HYBRID = tiny.model_config(
 
 def decoded(config, stage: str, top_p: float, steps: int = 3) -> jax.Array:
     """Logits after a prompt and each of some tokens."""
-    batch, variables = tiny.batch_of((((0, 3), (1, 21)), ((1, 24),))), tiny.variables(config)
-    cache, logits_BV = prefill(
-        config,
-        variables,
-        batch["tokens"][:, :-steps],
-        batch["segments"][:, :-steps],
-        tiny.T,
-        stage,
-        top_p,
+    tokens_BT = tiny.batch_of((((1, 24),), ((1, 24),)))["tokens"]
+    variables, count_B = tiny.variables(config), jnp.asarray([tiny.T - steps - 3, tiny.T - steps])
+    cache, hidden_BD = prefill(
+        config, variables, tokens_BT[:, :-steps], count_B, tiny.T, stage, top_p
     )
-    weights, found = decode_weights(config, variables, len(logits_BV)), [logits_BV]
+    weights = decode_weights(config, variables, len(hidden_BD))
+    found = [logits_of(config, variables["params"], hidden_BD)]
     step = jax.jit(lambda tokens_B, cache: decode_step(config, weights, tokens_B, cache, stage))
-    for t in range(tiny.T - steps, tiny.T):
-        cache, logits_BV = step(batch["tokens"][:, t], cache)
+    for t in range(steps):
+        tokens_B = jnp.take_along_axis(tokens_BT, count_B[:, None] + t, axis=1)[:, 0]
+        cache, logits_BV = step(tokens_B, cache)
         found.append(logits_BV)
     return jnp.stack(found, axis=1)
 

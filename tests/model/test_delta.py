@@ -74,24 +74,25 @@ def test_chunked_is_recurrent(length, chunk):
 
 @pytest.mark.heavy
 def test_packed_is_separate():
-    """Each segment of a packed row by itself, from an empty state; padding writes nothing and reads
-    zeros; the last state is the last segment's.
+    """Each segment of a packed row by itself, from an empty state; padding changes nothing and
+    reads zeros; the last state is the last segment's.
     """
-    inputs, batch = drawn(tiny.T), tiny.batch_of()
+    (q, k, v, log_a, b), batch = drawn(tiny.T), tiny.batch_of()
+    real_BT1 = batch["segments"][..., None] > 0
+    inputs = q, k, v, jnp.where(real_BT1, log_a, 0.0), jnp.where(real_BT1, b, 0.0)
     empty = jnp.zeros((B, N, H, V))
     for chunk in (4, 8, 64):
         o_BTNV, state_BNHV = chunked(*inputs, batch["segments"], empty, chunk=chunk)
         for row, spans in enumerate(tiny.LAYOUT):
-            at = 0
+            at, last = 0, empty[0]
             for segment, length in spans:
                 segment_inputs = jax.tree.map(
                     lambda x, at=at, row=row, length=length: x[row : row + 1, at : at + length],
                     inputs,
                 )
-                alone, last = recurrent_delta(*segment_inputs, state_BNHV=empty[:1])
-                expected, last = (
-                    (alone[0], last[0]) if segment else (jnp.zeros_like(alone[0]), empty[0])
-                )
+                alone, after = recurrent_delta(*segment_inputs, state_BNHV=empty[:1])
+                expected = alone[0] if segment else jnp.zeros_like(alone[0])
+                last = after[0] if segment else last
                 tiny.assert_close(o_BTNV[row, at : at + length], expected, atol=1e-5)
                 at += length
             tiny.assert_close(state_BNHV[row], last, atol=1e-5)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from model.decode import decode_step, decode_weights, prefill
+from model.heads import logits_of
 from tests.model.golden import (
     CASES,
     SHORT,
@@ -65,23 +66,18 @@ def test_mtp_logits(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens(case):
-    """Cached, absorbed, recurrent: token by token, from a prompt that is padded on the left."""
+    """Cached, absorbed, recurrent: token by token, from a prompt that is padded on the right."""
     config, expected = model(case), golden(case)["greedy"]
-    prompt_BT = np.pad(golden(case)["input_ids"], ((0, 0), (3, 0)))
-    segments_BT = np.pad(np.ones_like(golden(case)["input_ids"]), ((0, 0), (3, 0)))
+    prompt_BT = np.pad(golden(case)["input_ids"], ((0, 0), (0, 3)))
     slots = prompt_BT.shape[1] + expected.shape[1]
     read = jax.jit(prefill, static_argnums=(0, 4, 5))
-    cache, logits_BV = read(
-        config,
-        variables(case),
-        jnp.asarray(prompt_BT),
-        jnp.asarray(segments_BT),
-        slots,
-        stage(case),
+    count_B = jnp.full(len(prompt_BT), prompt_BT.shape[1] - 3)
+    cache, hidden_BD = read(
+        config, variables(case), jnp.asarray(prompt_BT), count_B, slots, stage(case)
     )
-    weights = decode_weights(config, variables(case), len(logits_BV))
+    weights = decode_weights(config, variables(case), len(hidden_BD))
     step = jax.jit(decode_step, static_argnums=(0, 4))
-    logits = [logits_BV]
+    logits = [logits_of(config, variables(case)["params"], hidden_BD)]
     while len(logits) < expected.shape[1]:
         tokens_B = jnp.argmax(logits[-1], axis=-1)
         cache, logits_BV = step(config, weights, tokens_B, cache, stage(case))

@@ -14,19 +14,19 @@ from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from rl.algorithms import get_algorithm
 from rl.config import ReinforceConfig
-from rl.generate import Generation, truncated
 from rl.loop import (
     Rewards,
-    learning_batch,
     minibatches,
     observe,
     over_updates,
     per_update,
     reward,
+    with_advantages,
 )
 from rl.problems import problems_of_step
-from rl.sampler import Completions
+from rl.trajectory import batch_of
 from tests import tiny
+from tests.trajectories import completion
 from train.setup import Setup
 
 PROBLEMS = [Problem(f"what is {n}?", str(n), trace="", ops=1) for n in range(10)]
@@ -55,58 +55,41 @@ def test_few_problems_are_cycled():
     assert all(len(set(drawn[at : at + 3])) == 3 for at in range(0, 24, 3))
 
 
-def generation_of(texts: list[str], truncated: tuple[bool, ...] = ()) -> Generation:
-    """What the hosts have of completions: two tokens each, the second a stop unless cut."""
-    nothing = jnp.zeros(())
-    cut = np.asarray(truncated or [False] * len(texts))
-    return Generation(
-        nothing,
-        nothing,
-        Completions(nothing, nothing, nothing),
-        tokens_BC=np.asarray([[5, 9 - one] for one in cut]),
-        mask_BC=np.ones((len(texts), 2), bool),
-        truncated_B=cut,
-        texts=texts,
-    )
-
-
 TEXTS = [f"<think>hm</think><answer>{n}</answer>" for n in (3, 4, 4, 4)]
 
 
 def test_rewards_of_a_group_are_those_of_its_problem():
     config = dataclasses.replace(CONFIG, rewards={"answer": 1.0, "format": 0.0})
-    rewards = reward(generation_of(TEXTS), [PROBLEMS[3], PROBLEMS[4]], config)
+    rewards = reward(list(map(completion, TEXTS)), [PROBLEMS[3], PROBLEMS[4]], config)
     np.testing.assert_array_equal(rewards.total_PG, [[1, 0], [1, 1]])
     assert rewards.by_name["answer"] == [1, 0, 1, 1]
 
 
 def test_a_truncated_completion_is_paid_by_default_and_not_on_request():
-    generation = generation_of(TEXTS, truncated=(True, False, True, False))
+    cut = (True, False, True, False)
+    completions = [completion(text, cut=each) for text, each in zip(TEXTS, cut, strict=True)]
     for option, paid in (
         ("reward", [[1.1, 0.1], [1.1, 1.1]]),
         ("mask", [[1.1, 0.1], [1.1, 1.1]]),
         ("no_reward", [[0, 0.1], [0, 1.1]]),
     ):
         config = dataclasses.replace(CONFIG, truncated=option)
-        rewards = reward(generation, [PROBLEMS[3], PROBLEMS[4]], config)
+        rewards = reward(completions, [PROBLEMS[3], PROBLEMS[4]], config)
         np.testing.assert_allclose(rewards.total_PG, paid, rtol=1e-6)
     assert ReinforceConfig().truncated == "reward"
 
 
 def test_nothing_is_learnt_from_what_is_masked():
     """Its tokens are attended to like any others, have no advantage, and count in no mean."""
-    generation = generation_of(TEXTS, truncated=(True, False, False, False))._replace(
-        prompts_PT=jnp.ones((2, 3), jnp.int32),
-        segments_PT=jnp.ones((2, 3), jnp.int32),
-        completions=Completions(
-            jnp.full((4, 2), 5), jnp.ones((4, 2), bool), jnp.full((4, 2), -1.0)
-        ),
-    )
+    completions = [completion(text, cut=place == 0) for place, text in enumerate(TEXTS)]
     algorithm = get_algorithm("dr_grpo", max_completion=2)
     for option, learnt in (("reward", [2, 2, 2, 2]), ("mask", [0, 2, 2, 2])):
         config = dataclasses.replace(CONFIG, truncated=option)
-        rewards = reward(generation, PROBLEMS[3:5], config)
-        batch = learning_batch(generation, rewards, algorithm, config)
+        rewards = reward(completions, PROBLEMS[3:5], config)
+        batch = batch_of([each.trajectory for each in completions], width=7, pad=0)
+        batch = with_advantages(
+            jax.tree.map(jnp.asarray, batch), completions, rewards, algorithm, config
+        )
         np.testing.assert_array_equal(batch["mask"].sum(axis=1), learnt)
         np.testing.assert_array_equal(batch["segments"].sum(axis=1), [5] * 4)
         np.testing.assert_array_equal((batch["advantages"] != 0).sum(axis=1), [learnt[0], 2, 0, 0])
@@ -136,22 +119,13 @@ def test_a_single_minibatch_is_the_batch_itself(setup):
 
 
 def test_what_is_observed_of_completions():
-    generation = generation_of(["", ""], truncated=(False, True))._replace(
-        tokens_BC=np.asarray([[5, 9, 0], [5, 6, 7]]),
-        mask_BC=np.asarray([[True, True, False], [True, True, True]]),
-    )
+    completions = [completion("", length=2), completion("", length=3, cut=True)]
     by_name = {"answer": [1.0, 0.0], "my.py:brevity": [0.25, 0.5]}
-    observed = observe(generation, Rewards(np.asarray([[1.0, 0.0]], np.float32), by_name))
+    observed = observe(completions, Rewards(np.asarray([[1.0, 0.0]], np.float32), by_name))
     assert observed["reward"] == 0.5 and observed["answer_reward"] == 0.5
     assert observed["brevity_reward"] == 0.375
     assert observed["truncated"] == 0.5 and observed["tokens"] == 5
     assert observed["completion_length"] == 2.5 and observed["zero_variance_groups"] == 0
-
-
-def test_a_completion_is_truncated_unless_its_last_token_is_a_stop():
-    tokens_BC = np.asarray([[5, 9, 0], [5, 6, 7], [8, 0, 0], [9, 9, 9]])
-    mask_BC = np.asarray([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], bool)
-    assert truncated(tokens_BC, mask_BC, (8, 9)).tolist() == [False, True, False, False]
 
 
 def test_metrics_of_a_rollout_are_means_over_its_updates():

@@ -5,6 +5,7 @@ import json
 from data.tasks.problem import Problem
 from report.results import read_run
 from rl.traces import COMPLETIONS, Traces
+from tests.trajectories import completion
 
 PROBLEM = Problem("What is 1 + 1?", "2")
 
@@ -15,9 +16,10 @@ def steps(workdir) -> list[int]:
 
 
 def write(workdir, resume_step: int, *numbers: int) -> None:
+    completions = [completion(text) for text in ("a\n", "b", "c")]
     with Traces(workdir, resume_step) as traces:
         for step in numbers:
-            traces.write(step, PROBLEM, ["a\n", "b", "c"], [1.0, 0.1, 0.0])
+            traces.write(step, PROBLEM, completions, [1.0, 0.1, 0.0])
 
 
 def test_the_first_completions_of_a_problem_are_kept(tmp_path):
