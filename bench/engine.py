@@ -32,7 +32,8 @@ from model.heads import logits_of
 from model.sharding import make_mesh
 from rl.config import SamplingConfig
 from rl.draw import draw
-from rl.engine import Engine, Prompt
+from rl.engine import Engine
+from rl.request import Prompt
 from train.state import fresh_state
 
 REPEATS = 7
@@ -98,7 +99,7 @@ def run(rows: int) -> None:
                         variables,
                         np.asarray([prompt.tokens for prompt in some], np.int32),
                         np.asarray([len(prompt.tokens) for prompt in some], np.int32),
-                        jax.random.wrap_key_data(np.stack([p.keys_G2[0] for p in some])),
+                        jax.random.wrap_key_data(jnp.stack([p.keys_G2[0] for p in some])),
                         np.asarray([prompt.max_new_tokens for prompt in some], np.int32),
                     )
                 )

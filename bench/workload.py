@@ -14,7 +14,7 @@ from experiment.config_files import ConfigSource
 from experiment.schema import Config, parse
 from model.config import ModelConfig
 from rl.config import SamplingConfig
-from rl.engine import Prompt, keys_of
+from rl.request import Prompt, keys_of
 from train.state import count_parameters
 
 CONFIG = "configs/tiny_dsv3.py"

@@ -38,8 +38,9 @@ from experiment.command_line import Flag, command
 from experiment.flags import TEMPLATE_OPTIONS
 from experiment.schema import Config, with_template_options
 from experiment.setup import run_variables, set_up
-from rl.engine import Engine, Prompt, keys_of
+from rl.engine import Engine
 from rl.generate import completion_text, opening
+from rl.request import Prompt, keys_of
 from train.setup import Setup
 
 LEAST_ROOM = 512  # tokens of a prompt; longer ones have the next power of two

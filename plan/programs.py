@@ -24,7 +24,7 @@ from model.transformer import boxed_shapes
 from plan.flops import rollout_formula, train_formula
 from rl.algorithms import get_algorithm
 from rl.config import ReinforceConfig, SamplingConfig
-from rl.slots import STOPS, Sampled, advance, empty_slots, place, read_prompts
+from rl.slots import IDS, Rules, Sampled, advance, empty_slots, place, read_prompts
 from train.config import TrainConfig
 from train.objective import language_objective, trained_mtp
 from train.optimizer import make_optimizer
@@ -162,9 +162,7 @@ def _full_slots(
         *read,
         jnp.tile(jnp.repeat(jnp.arange(prompts), each), devices),
         jnp.tile(jnp.arange(prompts * each), devices),
-        key_B2,
-        jnp.full(rows, sampling.max_new_tokens),
-        jnp.full((rows, STOPS), -1),
+        Rules(key_B2, jnp.full(rows, sampling.max_new_tokens), *[jnp.full((rows, IDS), -1)] * 2),
     )
     weights = decode_weights(model, variables, rows)
     _, sampled = advance(

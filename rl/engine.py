@@ -6,9 +6,9 @@
         ...
 
 This is the host's part: which prompt goes into which slot, and what came out of it. The programs
-that it calls are in rl/slots.py. A prompt is read once, whatever the number of its completions.
-What a completion samples depends on the weights, its prompt and its key alone, not on its slot, on
-the others, or on when it began.
+that it calls are in rl/slots.py. A prompt is read once, whatever the number of its completions; of
+a conversation only what is new is read. What a completion samples depends on the weights, its
+prompt and its key alone, not on its slot, on the others, or on when it began.
 """
 
 import collections
@@ -16,10 +16,8 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -31,92 +29,52 @@ from model.config import ModelConfig
 from model.decode import decode_weights
 from model.sharding import batch_sharding, batch_shards, replicated
 from rl.config import SamplingConfig
-from rl.slots import NOTHING, STOPS, advance, empty_slots, place, read_prompts
-from rl.trajectory import LENGTH, STOP, Role, Trajectory
+from rl.request import Part, Prompt, Row, check_prompt, rules_of
+from rl.slots import (
+    NOTHING,
+    Sampled,
+    advance,
+    empty_slots,
+    extend,
+    halt,
+    place,
+    read_prompts,
+)
+from rl.trajectory import STOP, Trajectory
 
 WIDTHS = tuple(2 * 4**n for n in range(2, 12))  # 32, 128, 512, ...: tokens that prompts are read in
+CHUNKS = (16, 128)  # tokens that more is read in
 MOST_STEPS = 32
-READ_TOKENS = 1_024  # at most so many at a time, or one prompt
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt, and what is to be sampled after it.
-
-    Attributes:
-      tokens: its ids, at least one.
-      keys_G2: uint32, the data of a random key for each of G completions (`keys_of`).
-      max_new_tokens: how many tokens a completion may have.
-      stops: ids with which a completion ends.
-      group: its number, which its trajectories carry.
-    """
-
-    tokens: Sequence[int]
-    keys_G2: np.ndarray
-    max_new_tokens: int
-    stops: tuple[int, ...] = ()
-    group: int = 0
-
-
-class _Begin(NamedTuple):
-    """A completion that waits for a slot: its prompt's number among those read with it."""
-
-    number: int
-    prompt: Prompt
-    sample: int
+READ_TOKENS = 1_024  # of prompts at a time, at most, or one prompt
 
 
 @dataclasses.dataclass
 class _Reading:
-    """Prompts that have been read, and the completions of each device that wait for a slot."""
+    """Prompts that have been read, and the rows of each device that wait for a slot.
 
-    cache: Cache
-    logits_RV: Array
-    waiting: list[collections.deque[_Begin]]
+    A row stands beside the number of its prompt among those of its device.
+    """
+
+    prompts: tuple[Cache, Array]  # as `read_prompts` returns them
+    waiting: list[collections.deque[tuple[int, Row]]]
 
     def serves(self, idle: list[list[int]]) -> bool:
-        """Tells whether any device has both an idle slot and a completion that waits."""
+        """Tells whether any device has both an idle slot and a row that waits."""
         return any(map(min, zip(map(len, self.waiting), map(len, idle), strict=True)))
 
 
 @dataclasses.dataclass
-class _Row:
-    """A completion in a slot: what it has sampled, in parts."""
+class Counts:
+    """What an engine has done: numbers of tokens.
 
-    prompt: Prompt
-    sample: int
-    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
-    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
-    log_kept: list[np.ndarray] = dataclasses.field(default_factory=list)
-    versions: list[np.ndarray] = dataclasses.field(default_factory=list)
-    length: int = 0
+    sampled: that were sampled, those dropped again not included.
+    read: that were read to go on from: prompts and turns.
+    kept: that were not read again, since a completion of the same prompt, or the same row, had.
+    """
 
-    @property
-    def sampled(self) -> np.ndarray:
-        """The ids so far."""
-        return np.concatenate(self.tokens)
-
-    def ended(self) -> str | None:
-        """Returns why it ended, or None if it goes on."""
-        if self.tokens and self.tokens[-1][-1] in self.prompt.stops:
-            return STOP
-        return LENGTH if self.length == self.prompt.max_new_tokens else None
-
-    def trajectory(self, ended: str) -> Trajectory:
-        """Returns what happened."""
-        prompt = np.asarray(self.prompt.tokens, np.int32)
-        zeros, none = np.zeros(len(prompt), np.float32), np.full(len(prompt), -1, np.int32)
-        roles = [np.full(len(prompt), Role.PROMPT, np.int8)]
-        return Trajectory(
-            np.concatenate([prompt, *self.tokens]),
-            np.concatenate([*roles, np.full(self.length, Role.MODEL, np.int8)]),
-            np.concatenate([zeros, *self.logprobs]),
-            np.concatenate([zeros, *self.log_kept]),
-            np.concatenate([none, *self.versions]),
-            ended,
-            self.prompt.group,
-            self.sample,
-        )
+    sampled: int = 0
+    read: int = 0
+    kept: int = 0
 
 
 class Engine:
@@ -151,9 +109,14 @@ class Engine:
         self.capacity = sampling.max_prompt_tokens + sampling.max_new_tokens
         self._prompts_at_once = -(-self._per_device // group_size)
         self._placed_at_once = max(self._per_device // 8, 1)
-        self._occupants: list[_Row | None] = [None] * self.rows
-        self._waiting: collections.deque[Prompt] = collections.deque()
+        self._vocab_size = model.vocab_size
+        self._recurrent = "delta" in model.layer_types or model.canon_kernel_size > 0
+        self.counts = Counts()
+        self._occupants: list[Row | None] = [None] * self.rows
+        self._waiting: collections.deque[list[Row]] = collections.deque()
         self._readings: list[_Reading] = []
+        self._extending: collections.deque[tuple[int, int]] = collections.deque()
+        self._stale: list[int] = []
         self._version = 0
         self._variables = self._weights = self._slots = None
         # What only moves arrays need not be optimised well; decoding does: it takes 7 % longer with
@@ -169,6 +132,8 @@ class Engine:
         self._empty = by_row(empty, compiler_options=quick)
         self._read = by_row(functools.partial(read_prompts, model, sampling, self.capacity))
         self._place = by_row(functools.partial(place), donate_argnums=0, compiler_options=quick)
+        self._extend = by_row(functools.partial(extend, model, sampling), donate_argnums=1)
+        self._halt = by_row(functools.partial(halt), donate_argnums=0, compiler_options=quick)
         self._advance = jax.jit(
             functools.partial(advance, model, sampling, MOST_STEPS),
             donate_argnums=1,
@@ -178,23 +143,30 @@ class Engine:
     @property
     def compilations(self) -> int:
         """How many programs have been compiled."""
-        programs = self._prepare, self._empty, self._read, self._place, self._advance
+        programs = self._prepare, self._empty, self._read, self._place, self._extend, self._halt
         return sum(
             program._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
-            for program in programs
+            for program in (*programs, self._advance)
         )
 
-    def load(self, variables: dict, version: int = 0) -> None:
+    def load(self, variables: dict, version: int = 0, *, read_again: bool = False) -> None:
         """Samples with these variables, {"params", "router"}, from the next token on.
 
         Args:
           version: their number, which is recorded with each token.
+          read_again: reads what the rows in slots have so far with the new variables; without it
+            they go on from what the older ones made of it.
         """
         with jax.set_mesh(self._mesh):
             self._variables, self._version = variables, version
             self._weights = self._prepare(variables)
             if self._slots is None:
                 self._slots = self._empty()
+        if read_again:
+            rows = [row for row in self._occupants if row]
+            rows += [row for each in self._readings for some in each.waiting for _, row in some]
+            self._forget()
+            self._waiting.extendleft([row] for row in reversed(rows))
 
     @contextlib.contextmanager
     def loaded(self, variables: dict, version: int = 0) -> Iterator[None]:
@@ -204,85 +176,143 @@ class Engine:
             yield
         finally:
             self._variables = self._weights = self._slots = None
-            self._occupants = [None] * self.rows
+            self._forget()
             self._waiting.clear()
-            self._readings.clear()
+
+    def _forget(self) -> None:
+        self._occupants = [None] * self.rows
+        self._readings.clear()
+        self._extending.clear()
 
     def submit(self, prompt: Prompt) -> None:
         """Adds a prompt to those that wait.
 
-        Raises UserError for a prompt that no slot can hold, or without a token.
+        Raises UserError for a prompt that no slot can hold, or that asks for what cannot be.
         """
-        longest, new = self._sampling.max_prompt_tokens, prompt.max_new_tokens
-        length = len(prompt.tokens)
-        if not length:
-            raise UserError("a prompt is empty: there is nothing to go on from")
-        if length > longest:
-            raise UserError(
-                f"sampling.max_prompt_tokens = {longest}: a prompt has {length} tokens; "
-                "raise it to at least that"
-            )
-        if not 0 < new <= self._sampling.max_new_tokens:
-            raise UserError(
-                f"a prompt asks for {new} new tokens: must be between 1 and "
-                f"sampling.max_new_tokens = {self._sampling.max_new_tokens}"
-            )
-        if len(prompt.stops) > STOPS:
-            raise UserError(f"a prompt has {len(prompt.stops)} stop ids; at most {STOPS} may be")
-        self._waiting.append(prompt)
+        check_prompt(prompt, self._sampling)
+        self._waiting.append([Row.begin(prompt, g) for g in range(len(prompt.keys_G2))])
 
-    def run(self, prompts: Iterable[Prompt]) -> Iterator[Trajectory]:
-        """Yields the completions of prompts, each as it ends."""
+    def run(
+        self, prompts: Iterable[Prompt] = (), most_tokens: int | None = None
+    ) -> Iterator[Trajectory]:
+        """Yields the completions of prompts, and of those that wait already, each as it ends.
+
+        Args:
+          most_tokens: stops when so many have been sampled, or a few more; what has not ended goes
+            on in the next `run`.
+        """
         for prompt in prompts:
             self.submit(prompt)
-        while self.busy:
+        end = None if most_tokens is None else self.counts.sampled + most_tokens
+        while self.busy and (end is None or self.counts.sampled < end):
             yield from self.step()
 
     def stream(self, prompt: Prompt) -> Iterator[int]:
         """Yields the ids of a prompt's only completion as they are sampled; no other may wait."""
         self.submit(prompt)
-        sent = 0
+        sent = len(prompt.tokens)
         while self.busy:
             ended = self.step()
-            sampled = ended[0].completion if ended else next(filter(None, self._occupants)).sampled
-            yield from map(int, sampled[sent:])
-            sent = len(sampled)
+            row = next(filter(None, self._occupants), None)
+            tokens = ended[0].tokens_T if ended else row.tokens if row else []
+            yield from map(int, tokens[sent:])
+            sent = max(sent, len(tokens))
 
     @property
     def busy(self) -> bool:
         """Whether any completion waits or is in a slot."""
-        return bool(self._waiting) or self._reads_wait or any(self._occupants)
+        return self._rows_wait or any(self._occupants)
+
+    @property
+    def _rows_wait(self) -> bool:
+        return bool(self._waiting) or any(any(each.waiting) for each in self._readings)
 
     def step(self) -> list[Trajectory]:
         """Fills the slots, samples some tokens in each, and returns the rows that ended."""
         with jax.set_mesh(self._mesh):
             self._fill()
+            self._read_turns()
             idle = self.rows + 1
-            if self._waiting or self._reads_wait:
+            if self._rows_wait:
                 idle = self._occupants.count(None) + max(self.rows // 16, 1)
-            self._slots, sampled = self._advance(self._weights, self._slots, self._steps, idle)
-            sampled = jax.device_get(sampled)
-        ended = []
-        count_B = np.sum(sampled.tokens != NOTHING, axis=0)
-        for slot in np.flatnonzero(count_B):
-            count, row = count_B[slot], self._occupants[slot]
+            allowed_BV = self._allowed()
+            steps = self._steps if allowed_BV is None and not self._looks_each_token() else 1
+            self._slots, sampled = self._advance(
+                self._weights, self._slots, steps, idle, allowed_BV
+            )
+            ended = self._collect(jax.device_get(sampled))
+            live_B = np.asarray([row is not None for row in self._occupants])
+            if not live_B[self._stale].all():
+                self._slots = self._halt(self._slots, live_B)
+        return ended
+
+    def _looks_each_token(self) -> bool:
+        """Whether a row may have to go on from before its last tokens, and its state cannot."""
+        return self._recurrent and any(
+            row and row.halts and row.prompt.reply for row in self._occupants
+        )
+
+    def _allowed(self) -> np.ndarray | None:
+        """Returns which ids each row may sample next, or None if no row asks."""
+        asked = [(slot, row) for slot, row in enumerate(self._occupants) if row]
+        asked = [(slot, row) for slot, row in asked if row.prompt.allowed]
+        if not asked:
+            return None
+        allowed_BV = np.ones((self.rows, self._vocab_size), bool)
+        for slot, row in asked:
+            assert row.prompt.allowed is not None
+            allowed_BV[slot] = row.prompt.allowed(row.sampled)
+            if not allowed_BV[slot].any():
+                raise UserError(f"prompt {row.prompt.group}: its `allowed` lets no id follow")
+        return allowed_BV
+
+    def _collect(self, sampled: Sampled) -> list[Trajectory]:
+        """Adds what was sampled to the rows, and returns those that ended."""
+        ended, count_B = [], np.sum(sampled.tokens != NOTHING, axis=0)
+        self._stale = []
+        for slot in map(int, np.flatnonzero(count_B)):
+            count, row = int(count_B[slot]), self._occupants[slot]
             assert row is not None
-            row.tokens.append(sampled.tokens[:count, slot])
-            row.logprobs.append(sampled.logprobs[:count, slot])
-            row.log_kept.append(sampled.log_kept[:count, slot])
-            row.versions.append(np.full(count, self._version, np.int32))
-            row.length += count
-            if (reason := row.ended()) is not None:
-                ended.append(row.trajectory(reason))
+            row.add(Part.sampled(sampled, slot, count, self._version))
+            halted = row.halted()
+            # What ends a row on the device is not read any more.
+            read = len(row.tokens) - (halted is not None)
+            if row.halts and (keep := row.halts(row.sampled)) is not None:
+                row.take_back(row.in_turn - keep)
+                if halted is None:
+                    self._stale.append(slot)
+                halted = STOP
+            self.counts.sampled += count
+            if halted is None:
+                continue
+            if not self._goes_on(row, halted, slot, read):
+                ended.append(row.trajectory(halted))
                 self._occupants[slot] = None
         return ended
 
-    @property
-    def _reads_wait(self) -> bool:
-        return any(any(reading.waiting) for reading in self._readings)
+    def _goes_on(self, row: Row, halted: str, slot: int, read: int) -> bool:
+        """Gives a row that halted its next turn, and tells whether it has one.
+
+        Args:
+          read: how many of its tokens its slot has read, those taken back included.
+        """
+        turn = row.prompt.reply(row.trajectory(halted)) if row.prompt.reply else None
+        if turn is None:
+            return False
+        kept = len(row.tokens) - turn.take_back
+        room = self.capacity - kept - len(turn.tokens)
+        if room < 1:
+            return False
+        row.turn(dataclasses.replace(turn, max_new_tokens=min(turn.max_new_tokens, room)))
+        if kept < read and self._recurrent:
+            self._occupants[slot] = None
+            self._waiting.appendleft([row])
+        else:
+            self._extending.append((slot, min(kept, read)))
+        return True
 
     def _fill(self) -> None:
-        """Puts completions into idle slots until none is idle or none waits."""
+        """Puts rows into idle slots until none is idle or none waits."""
         while True:
             idle = [
                 [slot for slot in range(self._per_device) if not self._occupants[first + slot]]
@@ -297,86 +327,81 @@ class Engine:
             self._readings = [each for each in self._readings if any(each.waiting)]
 
     def _read_some(self, devices: Sequence[int]) -> _Reading:
-        """Reads the first prompt that waits, and others of its width, on these devices."""
+        """Reads the tokens of the first rows that wait, and of others of their width."""
         width = self._width(self._waiting[0])
         at_once = max(min(self._prompts_at_once, READ_TOKENS // width), 1)
-        chosen = [each for each in self._waiting if self._width(each) == width]
-        chosen = chosen[: at_once * len(devices)]
-        taken = set(map(id, chosen))
-        self._waiting = collections.deque(each for each in self._waiting if id(each) not in taken)
+        chosen, others = [], collections.deque()
+        for group in self._waiting:
+            fits = len(chosen) < at_once * len(devices) and self._width(group) == width
+            (chosen if fits else others).append(group)
+        self._waiting = others
         tokens_RT = np.full((self._devices * at_once, width), self._pad, np.int32)
         count_R = np.zeros(len(tokens_RT), np.int32)
-        waiting = [collections.deque[_Begin]() for _ in range(self._devices)]
-        for place_of, prompt in enumerate(chosen):
+        waiting = [collections.deque() for _ in range(self._devices)]
+        for place_of, group in enumerate(chosen):
             device, number = devices[place_of % len(devices)], place_of // len(devices)
-            row = device * at_once + number
-            count_R[row] = len(prompt.tokens)
-            tokens_RT[row, : count_R[row]] = prompt.tokens
-            waiting[device].extend(
-                _Begin(number, prompt, sample) for sample in range(len(prompt.keys_G2))
-            )
-        cache, logits_RV = self._read(self._variables, tokens_RT, count_R)
-        self._readings.append(_Reading(cache, logits_RV, waiting))
+            r, tokens = device * at_once + number, group[0].tokens
+            count_R[r], tokens_RT[r, : len(tokens)] = len(tokens), tokens
+            waiting[device].extend((number, row) for row in group)
+            self.counts.read += len(tokens)
+            self.counts.kept += len(tokens) * (len(group) - 1)
+        self._readings.append(_Reading(self._read(self._variables, tokens_RT, count_R), waiting))
         return self._readings[-1]
 
-    def _width(self, prompt: Prompt) -> int:
-        longest, length = self._sampling.max_prompt_tokens, len(prompt.tokens)
+    def _width(self, group: list[Row]) -> int:
+        length, longest = len(group[0].tokens), self._sampling.max_prompt_tokens
+        if length > longest:
+            longest = self.capacity
         return min(next(width for width in WIDTHS if width >= length), longest)
 
     def _place_some(self, reading: _Reading, idle: list[list[int]]) -> None:
         """Begins as many rows as there are idle slots, or as are placed at once, on each device."""
         M, nowhere = self._placed_at_once, self._per_device
         prompt_M = np.zeros(self._devices * M, np.int32)
-        slot_M, left_M = np.full_like(prompt_M, nowhere), np.zeros_like(prompt_M)
-        key_M2 = np.zeros((len(prompt_M), 2), np.uint32)
-        stop_MK = np.full((len(prompt_M), STOPS), -1, np.int32)
+        slot_M = np.full_like(prompt_M, nowhere)
+        rows: list[Row | None] = [None] * len(prompt_M)
         for device, (waiting, slots) in enumerate(zip(reading.waiting, idle, strict=True)):
             for m, slot in enumerate(slots[: min(M, len(waiting))], start=device * M):
-                number, prompt, sample = waiting.popleft()
-                prompt_M[m], slot_M[m], left_M[m] = number, slot, prompt.max_new_tokens
-                key_M2[m] = prompt.keys_G2[sample]
-                stop_MK[m, : len(prompt.stops)] = prompt.stops
-                self._occupants[device * self._per_device + slot] = _Row(prompt, sample)
-        begun = reading.cache, reading.logits_RV, prompt_M, slot_M, key_M2, left_M, stop_MK
-        self._slots = self._place(self._slots, *begun)
+                prompt_M[m], rows[m] = waiting.popleft()
+                slot_M[m] = slot
+                self._occupants[device * self._per_device + slot] = rows[m]
+        begun = prompt_M, slot_M, rules_of(rows)
+        self._slots = self._place(self._slots, *reading.prompts, *begun)
 
+    def _read_turns(self) -> None:
+        """Reads what rows have been given to read, a chunk of several rows at a time."""
+        M, nowhere = self._placed_at_once, self._per_device
+        while self._extending:
+            width = self._chunk(*self._extending[0])
+            slot_M = np.full(self._devices * M, nowhere, np.int32)
+            length_M, count_M = np.zeros_like(slot_M), np.zeros_like(slot_M)
+            tokens_MT = np.full((len(slot_M), width), self._pad, np.int32)
+            rows: list[Row | None] = [None] * len(slot_M)
+            taken, later = [0] * self._devices, collections.deque()
+            for slot, start in self._extending:
+                device, local = divmod(int(slot), self._per_device)
+                row, m = self._occupants[slot], device * M + taken[device]
+                assert row is not None
+                if taken[device] == M or self._chunk(slot, start) != width:
+                    later.append((slot, start))
+                    continue
+                taken[device] += 1
+                tokens = row.tokens[start:]
+                count = min(len(tokens), width)
+                slot_M[m], length_M[m], count_M[m] = local, start, count
+                tokens_MT[m, :count] = tokens[:count]
+                self.counts.read += count
+                if count < len(tokens):
+                    later.append((slot, start + count))
+                else:
+                    rows[m] = row
+                    self.counts.kept += start
+            read = slot_M, length_M, tokens_MT, count_M, rules_of(rows)
+            self._slots = self._extend(self._weights, self._slots, *read)
+            self._extending = later
 
-def slots_that_fit(
-    model: ModelConfig, mesh: Mesh, sampling: SamplingConfig, completions: int
-) -> int:
-    """Returns how many slots there are to be: one a completion, or as many as are allowed.
-
-    `sampling.slots` and `sampling.cache_gib` say how many that is on each device. Says on standard
-    output what it comes to.
-
-    Raises UserError if not even one slot fits.
-    """
-    capacity = sampling.max_prompt_tokens + sampling.max_new_tokens
-    slot = jax.eval_shape(lambda: empty_slots(model, sampling, 1, capacity))
-    slot_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slot))
-    per_device = int(sampling.cache_gib * 2**30 // slot_bytes)
-    if not per_device:
-        raise UserError(
-            f"sampling.cache_gib = {sampling.cache_gib}: one slot of {capacity:,} tokens takes "
-            f"{slot_bytes / 2**30:.2f} GiB; raise it, or lower sampling.max_new_tokens"
-        )
-    devices = batch_shards(mesh)
-    slots = min(completions, sampling.slots * devices, per_device * devices)
-    if jax.process_index() == 0:
-        size = f"{slots:,} slots of {slot_bytes / 2**20:.2f} MiB"
-        most = f"{per_device * devices:,} fit sampling.cache_gib"
-        print(f"{'sampling':<12}{size}; {most}", flush=True)
-    return slots
-
-
-def keys_of(key: Array, numbers: Sequence[int], group_size: int) -> np.ndarray:
-    """Returns the random keys of prompts' completions, uint32 [P, G, 2].
-
-    The g-th completion of the prompt of number n has a key of n and g alone.
-    """
-    fold_G = jax.vmap(jax.random.fold_in, (None, 0))
-
-    def keys_G(number: Array) -> Array:
-        return fold_G(jax.random.fold_in(key, number), jnp.arange(group_size))
-
-    return np.asarray(jax.random.key_data(jax.vmap(keys_G)(jnp.asarray(numbers))))
+    def _chunk(self, slot: int, start: int) -> int:
+        row = self._occupants[slot]
+        assert row is not None
+        left = len(row.tokens) - start
+        return next((width for width in CHUNKS if width >= left), CHUNKS[-1])

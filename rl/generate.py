@@ -10,8 +10,10 @@ from data.chat import encode_prompt
 from data.tasks.problem import Problem
 from data.tokenizer import Tokenizer
 from rl.config import SamplingConfig
-from rl.engine import Engine, Prompt, keys_of, slots_that_fit
+from rl.engine import Engine
 from rl.problems import prompt_of
+from rl.request import Prompt, keys_of
+from rl.slots import slots_that_fit
 from rl.trajectory import LENGTH, Trajectory
 from train.setup import Setup
 

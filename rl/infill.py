@@ -12,7 +12,8 @@ from data.fim import fim_prompt
 from data.shuffled_texts import infill_documents
 from data.tokenizer import Tokenizer
 from rl.config import SamplingConfig
-from rl.engine import Engine, Prompt, keys_of
+from rl.engine import Engine
+from rl.request import Prompt, keys_of
 from train.evaluate import INFILL_BYTES_PER_TOKEN
 from train.infill import WORD_END
 from train.setup import Setup

@@ -23,7 +23,8 @@ from model.segments import same_segment
 from model.sharding import batch_sharding, batch_shards, replicated
 from model.transformer import Output, Transformer
 from rl.config import SamplingConfig
-from rl.engine import Engine, Prompt, keys_of
+from rl.engine import Engine
+from rl.request import Prompt, keys_of
 
 ROWS = 8  # scored at a time, on each shard of the batch
 

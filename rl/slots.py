@@ -18,19 +18,37 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
+from errors import UserError
 from kernels.device import platform
 from model.cache import Cache
 from model.config import ModelConfig
 from model.decode import DecodeWeights, last_of, prefill, read
 from model.experts import table
 from model.heads import logits_of
-from model.sharding import constrain, map_shards, spec
+from model.sharding import batch_shards, constrain, map_shards, spec
 from rl.config import SamplingConfig
 from rl.draw import draw
 
-STOPS = 16  # ids that may end a row; -1 stands for none
+IDS = 16  # ids that may end a row, and ids that it may never sample
 NOTHING = -1  # in place of a token: nothing was sampled
+
+
+@flax.struct.dataclass
+class Rules:
+    """How B rows go on.
+
+    key_B2: uint32, the data of each row's random key. A token is drawn with it and its position.
+    left_B: int32, how many tokens the row may still sample; 0 in a slot that is not live.
+    stop_BK: int32, the ids with which a row halts, then -1; K is `IDS`.
+    forbidden_BK: int32, distinct ids that are never sampled, then -1.
+    """
+
+    key_B2: Array
+    left_B: Array
+    stop_BK: Array
+    forbidden_BK: Array
 
 
 @flax.struct.dataclass
@@ -39,16 +57,12 @@ class Slots:
 
     cache: what the model remembers of each.
     logits_BV: float32, of the next token.
-    key_B2: uint32, the data of each row's random key. A token is drawn with it and its position.
-    left_B: int32, how many tokens the row may still sample; 0 in a slot that is not live.
-    stop_BK: int32, the ids that end a row, then -1.
+    rules: how they go on.
     """
 
     cache: Cache
     logits_BV: Array
-    key_B2: Array
-    left_B: Array
-    stop_BK: Array
+    rules: Rules
 
 
 @flax.struct.dataclass
@@ -67,14 +81,9 @@ class Sampled:
 def empty_slots(config: ModelConfig, sampling: SamplingConfig, rows: int, capacity: int) -> Slots:
     """Returns `rows` slots with room for `capacity` tokens each, none of them live."""
     cache = Cache.empty(config, rows, capacity, sampling.attention, sampling.attention_top_p)
-    slots = Slots(
-        cache,
-        jnp.zeros((rows, config.vocab_size), jnp.float32),
-        jnp.zeros((rows, 2), jnp.uint32),
-        jnp.zeros((rows,), jnp.int32),
-        jnp.full((rows, STOPS), -1, jnp.int32),
-    )
-    return by_row(slots)
+    none_BK = jnp.full((rows, IDS), NOTHING, jnp.int32)
+    rules = Rules(jnp.zeros((rows, 2), jnp.uint32), jnp.zeros((rows,), jnp.int32), none_BK, none_BK)
+    return by_row(Slots(cache, jnp.zeros((rows, config.vocab_size), jnp.float32), rules))
 
 
 def by_token(config: ModelConfig, tokens: int) -> ModelConfig:
@@ -114,9 +123,7 @@ def place(
     logits_RV: Array,
     prompt_M: Array,
     slot_M: Array,
-    key_M2: Array,
-    left_M: Array,
-    stop_MK: Array,
+    rules: Rules,
 ) -> Slots:
     """Begins M rows, each with a prompt that has been read.
 
@@ -124,21 +131,27 @@ def place(
       prompts, logits_RV: from `read_prompts`.
       prompt_M: the number of each row's prompt.
       slot_M: the slot it begins in; past the last slot for none.
-      key_M2, left_M, stop_MK: as in `Slots`.
+      rules: of the M rows.
     """
 
-    def put(slots, prompts, logits_RV, prompt_M, slot_M, key_M2, left_M, stop_MK) -> Slots:
+    def put(
+        slots: Slots, prompts: Cache, logits_RV: Array, prompt_M: Array, slot_M: Array, rules: Rules
+    ) -> Slots:
         """Does so for one device's slots."""
-        return Slots(
-            slots.cache.put(slot_M, prompts.take(prompt_M)),
-            slots.logits_BV.at[slot_M].set(logits_RV[prompt_M], mode="drop"),
-            slots.key_B2.at[slot_M].set(key_M2, mode="drop"),
-            slots.left_B.at[slot_M].set(left_M, mode="drop"),
-            slots.stop_BK.at[slot_M].set(stop_MK, mode="drop"),
-        )
+        return put_rows(slots, slot_M, prompts.take(prompt_M), logits_RV[prompt_M], rules)
 
-    given = slots, prompts, logits_RV, prompt_M, slot_M, key_M2, left_M, stop_MK
+    given = slots, prompts, logits_RV, prompt_M, slot_M, rules
     return map_shards(put, (spec("batch"),) * len(given), spec("batch"))(*given)
+
+
+def put_rows(slots: Slots, slot_M: Array, rows: Cache, logits_MV: Array, rules: Rules) -> Slots:
+    """Returns one device's slots with other rows in some of them; past the last slot in none."""
+    logits_BV, new_rules = jax.tree.map(
+        lambda leaf, new: leaf.at[slot_M].set(new, mode="drop"),
+        (slots.logits_BV, slots.rules),
+        (logits_MV, rules),
+    )
+    return Slots(slots.cache.put(slot_M, rows), logits_BV, new_rules)
 
 
 def extend(
@@ -147,33 +160,27 @@ def extend(
     weights: DecodeWeights,
     slots: Slots,
     slot_M: Array,
+    length_M: Array,
     tokens_MT: Array,
     count_M: Array,
-    left_M: Array,
+    rules: Rules,
 ) -> Slots:
     """Reads more tokens into M slots, each its own number.
 
     Args:
       slot_M: the slots; past the last one for none.
+      length_M: how many tokens of each are kept before: all it has read, or fewer, which only a
+        cache without a recurrent state can.
       tokens_MT: the tokens, padded on the right.
-      count_M: how many they are, at least 1 in a slot.
-      left_M: how many tokens the row may sample after them; 0 if more are to be read.
+      count_M: how many they are; 0 changes nothing but the rules.
+      rules: of the M rows after them; `left_B` is 0 where more are to be read.
     """
 
-    def take(cache: Cache, slot_M: Array) -> Cache:
-        return cache.take(slot_M)
-
-    def put(slots: Slots, slot_M: Array, rows: Cache, logits_MV: Array, left_M: Array) -> Slots:
-        """Puts the longer rows back, on one device."""
-        return dataclasses.replace(
-            slots,
-            cache=slots.cache.put(slot_M, rows),
-            logits_BV=slots.logits_BV.at[slot_M].set(logits_MV, mode="drop"),
-            left_B=slots.left_B.at[slot_M].set(left_M, mode="drop"),
-        )
+    def take(cache: Cache, slot_M: Array, length_M: Array) -> Cache:
+        return dataclasses.replace(cache.take(slot_M), length_B=length_M)
 
     row = spec("batch")
-    rows = map_shards(take, (row, row), row)(slots.cache, slot_M)
+    rows = map_shards(take, (row, row, row), row)(slots.cache, slot_M, length_M)
     rows, hidden_MTD = read(
         by_token(config, tokens_MT.size),
         weights,
@@ -183,8 +190,23 @@ def extend(
         sampling.attention,
     )
     logits_MV = logits_of(config, weights.params, last_of(hidden_MTD, count_M))
-    given = slots, slot_M, rows, logits_MV, left_M
+
+    def put(
+        slots: Slots, slot_M: Array, rows: Cache, logits_MV: Array, count_M: Array, rules: Rules
+    ) -> Slots:
+        """Puts the rows back, on one device."""
+        before_MV = jnp.take(slots.logits_BV, slot_M, axis=0, mode="clip")
+        logits_MV = jnp.where(count_M[:, None] > 0, logits_MV, before_MV)
+        return put_rows(slots, slot_M, rows, logits_MV, rules)
+
+    given = slots, slot_M, rows, logits_MV, count_M, rules
     return map_shards(put, (row,) * len(given), row)(*given)
+
+
+def halt(slots: Slots, live_B: Array) -> Slots:
+    """Returns the slots with those that shall not be live halted."""
+    left_B = jnp.where(live_B, slots.rules.left_B, 0)
+    return dataclasses.replace(slots, rules=dataclasses.replace(slots.rules, left_B=left_B))
 
 
 def advance(
@@ -195,17 +217,19 @@ def advance(
     slots: Slots,
     steps: Array,
     idle: Array,
+    allowed_BV: Array | None = None,
 ) -> tuple[Slots, Sampled]:
     """Samples at most `steps` tokens in every live slot, and reads each but a row's last.
 
-    A row ends with an id of its `stop_BK`, or when it has sampled `left_B` tokens.
+    A row halts with an id of its `stop_BK`, or when it has sampled `left_B` tokens.
 
     Args:
       most_steps: N, of what is returned.
       steps: how many there are to be, at most N.
       idle: returns before, when at least so many slots are not live.
+      allowed_BV: bool, the ids that may be sampled; None allows all.
     """
-    rows = slots.left_B.shape[0]
+    rows = slots.rules.left_B.shape[0]
     nothing = Sampled(
         jnp.full((most_steps, rows), NOTHING, jnp.int32),
         jnp.zeros((most_steps, rows), jnp.float32),
@@ -214,19 +238,19 @@ def advance(
 
     def goes_on(state: tuple[Slots, Sampled, Array]) -> Array:
         slots, _, step = state
-        live = jnp.sum(slots.left_B > 0)
+        live = jnp.sum(slots.rules.left_B > 0)
         return (step < steps) & (live > 0) & (rows - live < idle)
 
     def body(state: tuple[Slots, Sampled, Array]) -> tuple[Slots, Sampled, Array]:
         slots, sampled, step = state
-        live_B = slots.left_B > 0
+        rules, live_B = slots.rules, slots.rules.left_B > 0
         key_B = jax.vmap(jax.random.fold_in)(
-            jax.random.wrap_key_data(slots.key_B2), slots.cache.length_B
+            jax.random.wrap_key_data(rules.key_B2), slots.cache.length_B
         )
-        drawn = draw(sampling, slots.logits_BV, key_B)
+        drawn = draw(sampling, slots.logits_BV, key_B, rules.forbidden_BK, allowed_BV)
         token_B = jnp.where(live_B, drawn.token_B, NOTHING)
-        stops_B = jnp.any(token_B[:, None] == slots.stop_BK, axis=-1)
-        left_B = jnp.where(live_B & ~stops_B, slots.left_B - 1, 0)
+        stops_B = jnp.any(token_B[:, None] == rules.stop_BK, axis=-1)
+        left_B = jnp.where(live_B & ~stops_B, rules.left_B - 1, 0)
         new = Sampled(
             token_B,
             jnp.where(live_B, drawn.logprob_B, 0.0),
@@ -242,7 +266,7 @@ def advance(
             sampling.attention,
         )
         logits_BV = logits_of(config, weights.params, hidden_B1D[:, 0])
-        slots = dataclasses.replace(slots, cache=cache, logits_BV=logits_BV, left_B=left_B)
+        slots = Slots(cache, logits_BV, dataclasses.replace(rules, left_B=left_B))
         return by_row(slots), sampled, step + 1
 
     begin = slots, nothing, jnp.zeros((), jnp.int32)
@@ -253,3 +277,31 @@ def advance(
 def by_row(tree: Any) -> Any:
     """Divides the rows of every array over the devices that divide a batch."""
     return jax.tree.map(lambda leaf: constrain(leaf, "batch"), tree)
+
+
+def slots_that_fit(
+    model: ModelConfig, mesh: Mesh, sampling: SamplingConfig, completions: int
+) -> int:
+    """Returns how many slots there are to be: one a completion, or as many as are allowed.
+
+    `sampling.slots` and `sampling.cache_gib` say how many that is on each device. Says on standard
+    output what it comes to.
+
+    Raises UserError if not even one slot fits.
+    """
+    capacity = sampling.max_prompt_tokens + sampling.max_new_tokens
+    slot = jax.eval_shape(lambda: empty_slots(model, sampling, 1, capacity))
+    slot_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slot))
+    per_device = int(sampling.cache_gib * 2**30 // slot_bytes)
+    if not per_device:
+        raise UserError(
+            f"sampling.cache_gib = {sampling.cache_gib}: one slot of {capacity:,} tokens takes "
+            f"{slot_bytes / 2**30:.2f} GiB; raise it, or lower sampling.max_new_tokens"
+        )
+    devices = batch_shards(mesh)
+    slots = min(completions, sampling.slots * devices, per_device * devices)
+    if jax.process_index() == 0:
+        size = f"{slots:,} slots of {slot_bytes / 2**20:.2f} MiB"
+        most = f"{per_device * devices:,} fit sampling.cache_gib"
+        print(f"{'sampling':<12}{size}; {most}", flush=True)
+    return slots

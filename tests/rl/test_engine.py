@@ -12,8 +12,10 @@ from errors import UserError
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from rl.config import SamplingConfig
-from rl.engine import Engine, Prompt, keys_of, slots_that_fit
+from rl.engine import Engine
 from rl.objective import logprobs_at_tokens
+from rl.request import Prompt, keys_of
+from rl.slots import slots_that_fit
 from rl.trajectory import LENGTH, STOP, Role, Trajectory, batch_of
 from tests import tiny
 
@@ -201,7 +203,7 @@ def test_each_prompt_has_its_own_ends():
 
 
 def test_nothing_is_compiled_again_whatever_the_lengths():
-    """One program for each width that prompts are read in, and four more."""
+    """One program for each width that prompts are read in, and four more, where none goes on."""
     own = engine("dense", steps=4)
     list(own.run(prompts_of()))
     assert own.compilations == 4 + 2
@@ -249,7 +251,7 @@ def test_slots_are_as_many_as_fit(capsys):
     assert slots_that_fit(model, MESH, dataclasses.replace(sampling, slots=6), 20) == 6
     # A latent of 16 and an index key of 8 for each of 48 tokens, recent inputs of 2 x 32, in three
     # layers; logits, and a few numbers.
-    slot = 4 * (3 * (48 * (16 + 8) + 2 * 32) + tiny.VOCAB + 2 + 1 + 16 + 1)
+    slot = 4 * (3 * (48 * (16 + 8) + 2 * 32) + tiny.VOCAB + 2 + 1 + 2 * 16 + 1)
     three = dataclasses.replace(sampling, cache_gib=3 * slot / 2**30)
     assert slots_that_fit(model, MESH, three, 20) == 3
     with pytest.raises(UserError, match=r"sampling.cache_gib = .*: one slot of 48 tokens takes"):

@@ -16,8 +16,9 @@ from model.sharding import batch_sharding, make_mesh
 from model.transformer import boxed_shapes
 from rl.algorithms import get_algorithm
 from rl.config import SamplingConfig
-from rl.engine import Engine, Prompt, keys_of
+from rl.engine import Engine
 from rl.objective import policy_objective
+from rl.request import Prompt, keys_of
 from tests import tiny
 from train.objective import language_objective
 from train.optimizer import make_optimizer, path_of

@@ -1,0 +1,234 @@
+"""What is asked of the engine, and what it keeps of a completion while it is being sampled."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from errors import UserError
+from rl.config import SamplingConfig
+from rl.slots import IDS, NOTHING, Rules, Sampled
+from rl.trajectory import LENGTH, STOP, Role, Trajectory
+
+Halts = Callable[[np.ndarray], int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What a completion reads when it has halted, and how it goes on after that.
+
+    Attributes:
+      tokens: ids that are read, maybe none: then it goes on from where it is.
+      role: who wrote them.
+      max_new_tokens: how many tokens may be sampled before it halts again.
+      stops, forbidden, halts: as of a `Prompt`, from here on.
+      take_back: how many of the sampled tokens are taken back before, the last ones.
+    """
+
+    tokens: Sequence[int]
+    role: Role
+    max_new_tokens: int
+    stops: tuple[int, ...] = ()
+    forbidden: tuple[int, ...] = ()
+    halts: Halts | None = None
+    take_back: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what is to be sampled after it.
+
+    Attributes:
+      tokens: its ids, at least one.
+      keys_G2: uint32, the data of a random key for each of G completions (`keys_of`).
+      max_new_tokens: how many tokens a completion may sample before it halts.
+      stops: ids with which a completion halts.
+      forbidden: ids that are never sampled.
+      group: its number, which its trajectories carry.
+      reply: asked what follows when a completion has halted; None, or a reply of None, ends it.
+      halts: asked, with the ids sampled since the prompt or the last turn, how many of them are to
+        be kept if it shall halt there, or None. It is asked every few tokens, and what was sampled
+        beyond is dropped.
+      allowed: asked, with the ids sampled since then, which ids may follow, bool [V]. While a row
+        with it is live the engine samples one token at a time, so it is never late.
+    """
+
+    tokens: Sequence[int]
+    keys_G2: np.ndarray
+    max_new_tokens: int
+    stops: tuple[int, ...] = ()
+    forbidden: tuple[int, ...] = ()
+    group: int = 0
+    reply: Callable[[Trajectory], Turn | None] | None = None
+    halts: Halts | None = None
+    allowed: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def check_prompt(prompt: Prompt, sampling: SamplingConfig) -> None:
+    """Raises UserError for a prompt that no slot can hold, or that asks for what cannot be."""
+    longest, most = sampling.max_prompt_tokens, sampling.max_new_tokens
+    length = len(prompt.tokens)
+    if not length:
+        raise UserError("a prompt is empty: there is nothing to go on from")
+    if length > longest:
+        raise UserError(
+            f"sampling.max_prompt_tokens = {longest}: a prompt has {length} tokens; "
+            "raise it to at least that"
+        )
+    if not 0 < prompt.max_new_tokens <= most:
+        raise UserError(
+            f"a prompt asks for {prompt.max_new_tokens} new tokens: must be between 1 and "
+            f"sampling.max_new_tokens = {most}"
+        )
+    for kind, ids in (("stop", prompt.stops), ("forbidden", prompt.forbidden)):
+        if len(ids) > IDS:
+            raise UserError(f"a prompt has {len(ids)} {kind} ids; at most {IDS} may be")
+
+
+@dataclasses.dataclass
+class Row:
+    """A completion on its way.
+
+    Attributes:
+      prompt, sample: what it completes, and its number among the completions of that.
+      left: tokens that it may sample before it halts.
+      stops, forbidden, halts: as in `Prompt`, at present.
+      parts: what follows the prompt, in order: the records of tokens sampled and of turns read.
+      in_turn: how many of the last tokens were sampled since the prompt or the last turn.
+    """
+
+    prompt: Prompt
+    sample: int
+    left: int
+    stops: tuple[int, ...]
+    forbidden: tuple[int, ...]
+    halts: Halts | None
+    parts: list["Part"]
+    in_turn: int = 0
+
+    @classmethod
+    def begin(cls, prompt: Prompt, sample: int) -> "Row":
+        """Returns a completion that has nothing yet but its prompt."""
+        ids = np.asarray(prompt.tokens, np.int32)
+        return cls(
+            prompt,
+            sample,
+            prompt.max_new_tokens,
+            prompt.stops,
+            prompt.forbidden,
+            prompt.halts,
+            [Part.read(ids, Role.PROMPT)],
+        )
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All ids, those of the prompt first."""
+        return np.concatenate([part.tokens for part in self.parts])
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """The ids sampled since the prompt or the last turn."""
+        tokens = self.tokens
+        return tokens[len(tokens) - self.in_turn :]
+
+    def add(self, part: "Part") -> None:
+        """Adds tokens that were sampled."""
+        self.parts.append(part)
+        self.in_turn += len(part.tokens)
+        self.left -= len(part.tokens)
+
+    def halted(self) -> str | None:
+        """Returns why it cannot go on by itself, or None if it can."""
+        last = self.parts[-1]
+        if self.in_turn and last.tokens[-1] in self.stops:
+            return STOP
+        return LENGTH if self.left <= 0 else None
+
+    def take_back(self, count: int) -> None:
+        """Drops the last of the tokens sampled since the prompt or the last turn."""
+        self.in_turn -= count
+        while count:
+            last = self.parts.pop()
+            if len(last.tokens) > count:
+                self.parts.append(last.first(len(last.tokens) - count))
+            count -= min(len(last.tokens), count)
+
+    def turn(self, turn: Turn) -> None:
+        """Adds what is read next."""
+        self.take_back(turn.take_back)
+        if len(turn.tokens):
+            self.parts.append(Part.read(np.asarray(turn.tokens, np.int32), turn.role))
+        self.in_turn, self.left = 0, turn.max_new_tokens
+        self.stops, self.forbidden, self.halts = turn.stops, turn.forbidden, turn.halts
+
+    def trajectory(self, ended: str) -> Trajectory:
+        """Returns what happened."""
+        fields = {
+            f"{name}_T": np.concatenate([getattr(part, name) for part in self.parts])
+            for name in ("tokens", "roles", "logprobs", "log_kept", "versions")
+        }
+        return Trajectory(**fields, ended=ended, group=self.prompt.group, sample=self.sample)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some tokens of a trajectory: its fields of these, see `Trajectory`."""
+
+    tokens: np.ndarray
+    roles: np.ndarray
+    logprobs: np.ndarray
+    log_kept: np.ndarray
+    versions: np.ndarray
+
+    @classmethod
+    def read(cls, tokens: np.ndarray, role: Role) -> "Part":
+        """Returns tokens that were not sampled."""
+        count = len(tokens)
+        zeros = np.zeros(count, np.float32)
+        return cls(
+            tokens, np.full(count, role, np.int8), zeros, zeros, np.full(count, -1, np.int32)
+        )
+
+    @classmethod
+    def sampled(cls, sampled: Sampled, slot: int, count: int, version: int) -> "Part":
+        """Returns the first tokens that a slot sampled with weights of this version."""
+        return cls(
+            np.asarray(sampled.tokens[:count, slot]),
+            np.full(count, Role.MODEL, np.int8),
+            np.asarray(sampled.logprobs[:count, slot]),
+            np.asarray(sampled.log_kept[:count, slot]),
+            np.full(count, version, np.int32),
+        )
+
+    def first(self, count: int) -> "Part":
+        """Returns the first so many tokens."""
+        return Part(*(value[:count] for value in vars(self).values()))
+
+
+def rules_of(rows: Sequence[Row | None]) -> Rules:
+    """Returns how rows go on; None is a row that is not live."""
+    key_M2, left_M = np.zeros((len(rows), 2), np.uint32), np.zeros(len(rows), np.int32)
+    stop_MK, forbidden_MK = (np.full((len(rows), IDS), NOTHING, np.int32) for _ in range(2))
+    for m, row in enumerate(rows):
+        if row:
+            key_M2[m], left_M[m] = row.prompt.keys_G2[row.sample], row.left
+            stop_MK[m, : len(row.stops)] = row.stops
+            forbidden = sorted(set(row.forbidden))
+            forbidden_MK[m, : len(forbidden)] = forbidden
+    return Rules(*map(jnp.asarray, (key_M2, left_M, stop_MK, forbidden_MK)))
+
+
+def keys_of(key: Array, numbers: Sequence[int], group_size: int) -> np.ndarray:
+    """Returns the random keys of prompts' completions, uint32 [P, G, 2].
+
+    The g-th completion of the prompt of number n has a key of n and g alone.
+    """
+    fold_G = jax.vmap(jax.random.fold_in, (None, 0))
+
+    def keys_G(number: Array) -> Array:
+        return fold_G(jax.random.fold_in(key, number), jnp.arange(group_size))
+
+    return np.asarray(jax.random.key_data(jax.vmap(keys_G)(jnp.asarray(numbers))))
