@@ -31,11 +31,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from checkpoints.locations import hf_directory, run_directory
 from data.tokenizer import Tokenizer
-from data.tokenizer_files import load_tokenizer
 from errors import UserError
 from experiment.command_line import Flag, command
+from experiment.open_model import origin_tokenizer
 from experiment.schema import Config
 from experiment.setup import compile_cache, with_vocab_size
 from files import read_json, replacing
@@ -104,12 +103,6 @@ def load_scorer(config: Config, origin: str, exact: bool) -> Scorer:
     with jax.set_mesh(mesh):
         variables = load_variables(model, mesh, origin)
     return Scorer(model, mesh, variables, stage="sparse" if selects else "dense")
-
-
-def origin_tokenizer(origin: str) -> Tokenizer:
-    """Loads the tokenizer of a run or a Hugging Face checkpoint."""
-    directory = hf_directory(origin) or run_directory(origin)
-    return load_tokenizer(directory / "tokenizer.json")
 
 
 def score_texts(

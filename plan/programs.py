@@ -171,8 +171,8 @@ def _full_slots(
         sampling.max_new_tokens,
         weights,
         slots,
-        jnp.int32(sampling.max_new_tokens),
-        jnp.int32(rows + 1),
+        sampling.max_new_tokens,
+        rows + 1,
     )
     return sampled
 

@@ -2,7 +2,7 @@
 
     loss = - aggregate(surrogate(ratio, advantage)) + coefficient * aggregate(divergence)
 
-The batch is `policy_batch`'s (rl/rollout.py) with advantages, old_logprobs and, if there is a
+The batch is that of rl/trajectory.py with advantages, old_logprobs and, if there is a
 divergence, reference_logprobs [B, T] added. Each stands at the token itself.
 """
 

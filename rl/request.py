@@ -221,11 +221,17 @@ def rules_of(rows: Sequence[Row | None]) -> Rules:
     return Rules(*map(jnp.asarray, (key_M2, left_M, stop_MK, forbidden_MK)))
 
 
-def keys_of(key: Array, numbers: Sequence[int], group_size: int) -> np.ndarray:
+def keys_of(key: Array | int, numbers: Sequence[int], group_size: int) -> np.ndarray:
     """Returns the random keys of prompts' completions, uint32 [P, G, 2].
 
     The g-th completion of the prompt of number n has a key of n and g alone.
+
+    Args:
+      key: a random key, or a seed.
+      numbers: of P prompts.
+      group_size: G, completions of each.
     """
+    key = jax.random.key(key) if isinstance(key, int) else key
     fold_G = jax.vmap(jax.random.fold_in, (None, 0))
 
     def keys_G(number: Array) -> Array:

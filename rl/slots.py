@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from errors import UserError
 from kernels.device import platform
@@ -215,8 +216,8 @@ def advance(
     most_steps: int,
     weights: DecodeWeights,
     slots: Slots,
-    steps: Array,
-    idle: Array,
+    steps: ArrayLike,
+    idle: ArrayLike,
     allowed_BV: Array | None = None,
 ) -> tuple[Slots, Sampled]:
     """Samples at most `steps` tokens in every live slot, and reads each but a row's last.
@@ -239,7 +240,7 @@ def advance(
     def goes_on(state: tuple[Slots, Sampled, Array]) -> Array:
         slots, _, step = state
         live = jnp.sum(slots.rules.left_B > 0)
-        return (step < steps) & (live > 0) & (rows - live < idle)
+        return (step < steps) & (live > 0) & (live > rows - idle)
 
     def body(state: tuple[Slots, Sampled, Array]) -> tuple[Slots, Sampled, Array]:
         slots, sampled, step = state

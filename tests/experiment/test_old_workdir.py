@@ -5,6 +5,7 @@ eight pretended CPU devices, with XLA_FLAGS=--xla_backend_optimization_level=0:
 
     workdir.tar.gz  W of launch.pretrain --config=config.py --workdir=W: two steps, sparse
     expected.json   "sample": launch.sample --workdir=W --chat="1+1?" --config.sampling.max_new=24
+                    --config.sampling.temperature=0.0 (keys are made otherwise today)
                     "evaluation": launch.evaluate --workdir=W, its infilling and recall
                     "resumed": metrics of launch.pretrain ... --config.train.steps=3, times left out
 """
@@ -77,6 +78,7 @@ def test_an_old_config_file_is_answered_with_the_new_name():
 @pytest.mark.command
 def test_it_samples_what_the_old_code_samples(workdir, capsys):
     argv = [f"--workdir={workdir}", "--chat=1+1?", "--config.sampling.max_new_tokens=24"]
+    argv.append("--config.sampling.temperature=0.0")
     command(sample.run, config="recorded", flags=sample.FLAGS, argv=argv)
     assert capsys.readouterr().out.endswith("devices\n" + EXPECTED["sample"])
 
@@ -119,3 +121,12 @@ def test_it_evaluates_and_resumes_as_with_the_old_code(workdir):
     ]
     old = [{name: line[name] for name in was} for line, was in zip(found, expected, strict=True)]
     chex.assert_trees_all_close(old, expected, rtol=RTOL, atol=0)
+
+
+def test_the_documented_lines_sample_from_it(workdir, capsys):
+    """The Python of docs/engine.md, with another workdir in it."""
+    page = (Path(__file__).parents[2] / "docs/engine.md").read_text()
+    lines = page.partition("```python\n")[2].partition("```")[0]
+    assert len([line for line in lines.splitlines() if line.strip()]) == 10
+    exec(lines.replace("runs/quickstart/reinforce", str(workdir)).replace(", 64, ", ", 8, "), {})
+    assert capsys.readouterr().out.count("\n") >= 4
