@@ -1,11 +1,18 @@
-"""A forward pass that records what the layers did: hidden states, expert choices, selected keys."""
+"""Forward passes that record what the layers did, or do again what was recorded.
+
+A record has hidden states, expert choices and selected keys. In a replay tokens go to the recorded
+experts, with gates of the scores they have now, and attend to the recorded keys: the rest of the
+pass is as ever, and differentiable.
+"""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from model.config import ModelConfig
+from model.layers.table import ATTENTION_TYPES
 from model.transformer import Output, Transformer, layer_paths
 
 
@@ -61,3 +68,43 @@ def _stacked(layers: list[Array | None], tokens_BT: Array) -> Array:
     return jnp.stack(
         [jnp.full_like(found, -1) if layer is None else layer for layer in layers], axis=1
     )
+
+
+def selecting_layers(config: ModelConfig) -> list[int]:
+    """Returns the numbers of the layers whose attention selects keys by an indexer of its own."""
+    if not config.indexer.n_heads:
+        return []
+    kinds = enumerate(config.kinds)
+    return [number for number, kind in kinds if ATTENTION_TYPES[kind.attention].has_indexer]
+
+
+def routing_layers(config: ModelConfig) -> list[int]:
+    """Returns the numbers of the layers with experts."""
+    return [number for number, kind in enumerate(config.kinds) if kind.moe]
+
+
+def replay(
+    config: ModelConfig, routes_BLTK: Array | None = None, selected_BLTk: Array | None = None
+) -> dict:
+    """Returns the collection {"replay": ...} that `Transformer.apply` reads beside variables.
+
+    Args:
+      routes_BLTK: each token's experts in the layers of `routing_layers`; -1 where it chooses anew.
+      selected_BLTk: the keys that each query attends to in stage "sparse", in the layers of
+        `selecting_layers`: where they stand in the row, in order, then -1. A query of which none
+        is recorded attends to the k latest.
+    """
+    collected: dict = {}
+
+    def add(layers: list[int], kind: str, name: str, recorded_BLT: Array) -> None:
+        for place, number in enumerate(layers):
+            stack, block, _ = layer_paths(config)[number]
+            module = collected.setdefault(stack, {}).setdefault(block, {}).setdefault(kind, {})
+            module.setdefault(name, []).append(recorded_BLT[:, place])
+
+    if routes_BLTK is not None:
+        add(routing_layers(config), "moe", "routes", routes_BLTK)
+    if selected_BLTk is not None:
+        add(selecting_layers(config), "attention", "selected", selected_BLTk)
+    stacked = jax.tree.map(jnp.stack, collected, is_leaf=lambda leaf: isinstance(leaf, list))
+    return {"replay": stacked} if stacked else {}

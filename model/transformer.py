@@ -152,7 +152,7 @@ def scanned_stack(config: ModelConfig, stack: LayerStack, name: str) -> nn.Modul
     broadcast: Any = (nn.broadcast,)  # flax declares that axes are numbers
     periods = nn.scan(
         Period,
-        variable_axes={"params": 0, "router": 0, "record": 0},
+        variable_axes={"params": 0, "router": 0, "record": 0, "replay": 0},
         split_rngs={"params": True},
         in_axes=broadcast,
         length=stack.repeats,

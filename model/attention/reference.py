@@ -56,10 +56,18 @@ class IndexerStats:
 
 
 class IndexerInputs(NamedTuple):
-    """Inputs of attention from the indexer: the queries' side and the keys [B, S, C]."""
+    """Inputs of attention from the indexer.
+
+    query: the queries' side.
+    k_BSC: the keys.
+    given_BTk: in stage "sparse", the keys that each query attends to in place of those that the
+      indexer would select: where they stand in the row, in order, then -1. A query of which none is
+      given attends to the k latest that it may.
+    """
 
     query: IndexerQuery
     k_BSC: Array
+    given_BTk: Array | None = None
 
 
 class KeyPrefix(NamedTuple):
@@ -174,14 +182,18 @@ def attend_expanded(
     """
     T = q_BTNH.shape[1]
     num_recorded = min(topk, T) if record and stage == "sparse" else 0
-    index_query, index_k_BTC = (None, None) if stage == "dense" or indexer is None else indexer
+    index_query, index_k_BTC, given_BTk = None, None, None
+    if stage != "dense" and indexer is not None:
+        index_query, index_k_BTC, given_BTk = indexer
     # Transposed once, and not for every part. With keys on the last axis their gradients have them
     # there too, and XLA:CPU multiplies those 1.5 times as fast.
     k_BNHS, v_BNVS = jnp.moveaxis(k_BSNH, 1, 3), jnp.moveaxis(v_BSNV, 1, 3)
     ends = part_ends(T, causal_parts)
     k_parts, v_parts = (jnp.split(x, ends[:-1], axis=3) for x in (k_BNHS, v_BNVS))
     outs, stats = [], []
-    for part, queries in enumerate(split_queries((q_BTNH, index_query, segments_BT), ends)):
+    for part, queries in enumerate(
+        split_queries((q_BTNH, index_query, given_BTk, segments_BT), ends)
+    ):
         so_far = slice(part + 1)
         keys = KeyPrefix(k_parts[so_far], v_parts[so_far], segments_BT, index_k_BTC, ends[part])
         attend = functools.partial(
@@ -214,7 +226,7 @@ def split_queries(queries: Any, ends: list[int]) -> list:
 
 def attend_part(
     attend: Callable[..., tuple[tuple[Array, Array], IndexerStats]],
-    queries: tuple[Array, IndexerQuery | None, Array],
+    queries: tuple[Array, IndexerQuery | None, Array | None, Array],
     end: int,
     query_chunk: int,
 ) -> tuple[tuple[Array, Array], IndexerStats]:
@@ -222,7 +234,8 @@ def attend_part(
 
     Args:
       attend: `attend_chunk` with the part's keys.
-      queries: q_BTNH, the indexer's query and the segments of the part.
+      queries: q_BTNH, the indexer's query, the keys given in its place and the segments of the
+        part.
       end: where the part ends in the row.
       query_chunk: queries handled at a time. Those that fill the last chunk have segment 0.
     """
@@ -241,7 +254,7 @@ def attend_part(
         return jax.tree.map(jnp.add, total, stats), out
 
     total, out = scan_chunks(
-        step, IndexerStats.zero(), (*queries, query_index_T), query_chunk, axes=(1, 1, 1, 0)
+        step, IndexerStats.zero(), (*queries, query_index_T), query_chunk, axes=(1, 1, 1, 1, 0)
     )
     return out, total
 
@@ -250,6 +263,7 @@ def attend_chunk(
     keys: KeyPrefix,
     q_BTNH: Array,
     index_query: IndexerQuery | None,
+    given_BTk: Array | None,
     segments_BT: Array,
     query_index_T: Array,
     *,
@@ -263,8 +277,8 @@ def attend_chunk(
     Args:
       keys: the prefix. It is put together in here, so that no copy of it is kept for the backward
         pass.
-      q_BTNH, index_query, segments_BT: the chunk's queries, the indexer's (None in stage "dense"),
-        and their segments.
+      q_BTNH, index_query, given_BTk, segments_BT: the chunk's queries, the indexer's (None in stage
+        "dense"), the keys given in its place, and their segments.
       query_index_T: where the queries stand in the row.
       stage, topk, mask: see `attend_expanded`.
       num_recorded: how many selected keys to return for each query.
@@ -280,7 +294,11 @@ def attend_chunk(
         if stage == "sparse":
             # A rematerialised layer keeps what has this name: the backward pass does not select
             # again.
-            bits_BTs = jnp.packbits(select_topk(scores_BTS, allowed_BTS, topk), axis=-1)
+            if given_BTk is None:
+                chosen_BTS = select_topk(scores_BTS, allowed_BTS, topk)
+            else:
+                chosen_BTS = given_keys(given_BTk, allowed_BTS, query_index_T)
+            bits_BTs = jnp.packbits(chosen_BTS, axis=-1)
             bits_BTs = checkpoint_name(bits_BTs, "attention")
             selected_BTS = jnp.unpackbits(bits_BTs, axis=-1, count=keys.end).astype(bool)
     with jax.named_scope("attention"):
@@ -325,6 +343,18 @@ def by_group(equation: str, x_BNTY: Array, y_BKSZ: Array) -> Array:
         preferred_element_type=jnp.float32,
     )
     return out.reshape(B, N, *out.shape[3:])
+
+
+def given_keys(given_BTk: Array, allowed_BTS: Array, query_index_T: Array) -> Array:
+    """Returns the keys that are given to each query, bool [B, T, S], see `IndexerInputs`."""
+    S, k = allowed_BTS.shape[-1], given_BTk.shape[-1]
+    index_BTk = jnp.where(given_BTk < 0, S, given_BTk)
+    given_BTS = jax.vmap(jax.vmap(lambda index_k: jnp.zeros(S, bool).at[index_k].set(True)))(
+        index_BTk
+    )
+    latest_TS = jnp.arange(S) > query_index_T[:, None] - k
+    any_BT1 = jnp.any(given_BTk >= 0, axis=-1, keepdims=True)
+    return jnp.where(any_BT1, given_BTS, latest_TS) & allowed_BTS
 
 
 def positions_of(selected_BTS: Array, count: int) -> Array:

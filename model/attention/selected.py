@@ -76,7 +76,10 @@ def attend_selected(
       did; and as in `attend_expanded` selected_BTk, None unless `record`.
     """
     with jax.named_scope("select"):
-        selection = select(indexer, segments_BT, topk, query_chunk, causal_parts)
+        if indexer.given_BTk is None:
+            selection = select(indexer, segments_BT, topk, query_chunk, causal_parts)
+        else:
+            selection = given_selection(indexer.given_BTk, segments_BT)
     # What a rematerialised layer keeps has this name, and so it does not select again.
     selection = checkpoint_name(selection, "attention")
 
@@ -106,7 +109,7 @@ def select(
     Of equal scores the earlier key goes first. The queries are cut into parts, each of which scores
     the keys up to its own end, and worked through in chunks.
     """
-    (query, k_BSC), T = jax.lax.stop_gradient(indexer), segments_BT.shape[1]
+    (query, k_BSC, _), T = jax.lax.stop_gradient(indexer), segments_BT.shape[1]
     ends = part_ends(T, causal_parts)
     parts = []
     for end, (queries, index_1T) in zip(
@@ -117,6 +120,21 @@ def select(
         chunk = min(query_chunk, length)
         parts.append(map_chunks(best, (*queries, index_1T[0]), chunk, axes=(1, 1, 0)))
     return jax.tree.map(lambda *x_BTk: jnp.concatenate(x_BTk, axis=1), *parts)
+
+
+def given_selection(given_BTk: Array, segments_BT: Array) -> Selection:
+    """Returns the keys that are given to each query, see `IndexerInputs`."""
+    T, k = given_BTk.shape[1:]
+    latest_Tk = jnp.arange(T)[:, None] - jnp.arange(k)
+    latest_BTk = jnp.broadcast_to(latest_Tk, given_BTk.shape)
+    any_BT1 = jnp.any(given_BTk >= 0, axis=-1, keepdims=True)
+    chosen_BTk = jnp.where(any_BT1, given_BTk, latest_BTk)
+    index_BTk = jnp.maximum(chosen_BTk, 0)
+    key_segment_BTk = jax.vmap(lambda segments_S, index_Tk: segments_S[index_Tk])(
+        segments_BT, index_BTk
+    )
+    own_BTk = (key_segment_BTk == segments_BT[..., None]) & (segments_BT[..., None] > 0)
+    return Selection(index_BTk, (chosen_BTk >= 0) & own_BTk)
 
 
 def best_keys(

@@ -37,6 +37,7 @@ from model.attention.reference import (
     IndexerInputs,
     IndexerStats,
     Mask,
+    given_keys,
     positions_of,
     warmup_stats,
 )
@@ -173,7 +174,10 @@ def attend_tiled(
     )
     keys = Keys(indexer.k_BSC, segments_BT)
     with jax.named_scope("select"):
-        selected_blocks = select(kernels, queries, keys, topk)
+        if stage == "sparse" and indexer.given_BTk is not None:
+            selected_blocks = to_block_cyclic(given_bits(indexer.given_BTk, segments_BT), 1)
+        else:
+            selected_blocks = select(kernels, queries, keys, topk)
     bits_BTW = (
         from_block_cyclic(selected_blocks, 1)[:, :T]
         if stage == "sparse"
@@ -196,6 +200,17 @@ def attend_tiled(
         return out_BTNV, dataclasses.replace(IndexerStats.zero(), kl=kl), selected_BTk
     recall_BT = from_block_cyclic(recall_blocks, 1)[:, :T]
     return out_BTNV, warmup_stats(kl, recall_BT, count_keys(bits_BTW), topk), selected_BTk
+
+
+def given_bits(given_BTk: Array, segments_BT: Array) -> Array:
+    """Returns the bitmask of the keys that are given to each query, see `IndexerInputs`."""
+    index_T = jnp.arange(segments_BT.shape[1])
+
+    def bits_of(given_BTk: Array, query_segments_BT: Array, query_index_T: Array) -> Array:
+        allowed_BTS = causal_mask(query_segments_BT, query_index_T, segments_BT)
+        return pack(given_keys(given_BTk, allowed_BTS, query_index_T))
+
+    return map_chunks(bits_of, (given_BTk, segments_BT, index_T), BLOCK, axes=(1, 1, 0))
 
 
 def mask_bits(mask: Mask, segments_BT: Array) -> Array:

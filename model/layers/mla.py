@@ -31,7 +31,7 @@ from model.layers.gate import gate_weight, gated
 from model.layers.indexer import Indexer
 from model.layers.linear import linear
 from model.layers.norm import RMSNorm
-from model.layers.parameter import parameter
+from model.layers.parameter import parameter, replayed
 from model.layers.rope import rope_angles, rotate
 from model.segments import TokenInfo
 from model.sharding import constrain
@@ -114,7 +114,12 @@ class LatentAttention(nn.Module):
             jnp.concatenate([projected.latent_BTR, projected.k_rope_BTH], axis=-1), index_key_BTC
         )
         if past is None:
-            indexer = None if index_query is None else IndexerInputs(index_query, index_key_BTC)
+            given_BTk = replayed(self, "selected") if tokens.stage == "sparse" else None
+            indexer = (
+                None
+                if index_query is None
+                else IndexerInputs(index_query, index_key_BTC, given_BTk)
+            )
             length = hidden_BTD.shape[1]
             if indexer is not None and gathers_latents(self.config, tokens.stage, length):
                 attended = self.selected(projected, entries, tokens, indexer)

@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.experts import table
 from model.experts.swiglu import swiglu
 from model.layers.linear import linear
-from model.layers.parameter import parameter
+from model.layers.parameter import parameter, replayed
 from model.sharding import (
     ParameterUse,
     ambient_shards,
@@ -281,6 +281,9 @@ class MoE(nn.Module):
                 topk_group=m.topk_group,
                 group_topk=m.group_topk,
             )
+            given_BTK = replayed(self, "routes")
+            if given_BTK is not None:  # -1 where a token has no record
+                expert_BTK = jnp.where(given_BTK >= 0, given_BTK.astype(jnp.int32), expert_BTK)
             gates_BTK = expert_gates(
                 scores_BTE, expert_BTK, m.routed_scaling_factor, m.norm_topk_prob
             )

@@ -31,3 +31,10 @@ def parameter(
     """
     use = ParameterUse(per_channel, keep_float32, input_axes)
     return cast(Array, module.param(name, named(init, axes, use), shape, jnp.float32))
+
+
+def replayed(module: nn.Module, name: str) -> Array | None:
+    """Returns what a layer is to do again of a record (model/record.py), or None."""
+    if not module.has_variable("replay", name):
+        return None
+    return module.get_variable("replay", name)
