@@ -145,7 +145,7 @@ def read(
                 context.module, next_fun, *args, top_p=top_p, counted_BT=counted_BT
             )
             layers.append(kept)
-            return out_BTNV
+            return out_BTNV, None
         return next_fun(*args, **kwargs)
 
     index_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -169,7 +169,7 @@ def read(
 
 def attend_and_count(
     module: LatentAttention,
-    absorbed: Callable[..., Array],
+    absorbed: Callable[..., tuple[Array, Array | None]],
     projected: Projections,
     cache: LatentCache,
     allowed_BTS: Array,
@@ -194,9 +194,9 @@ def attend_and_count(
       top_p: the share of attention that is kept.
       counted_BT: tokens that the means are over.
     """
-    out_BTNV = absorbed(projected, cache, allowed_BTS, query)
+    out_BTNV, _ = absorbed(projected, cache, allowed_BTS, query)
     every_key = dataclasses.replace(cache, attention_top_p=1.0, estimate=None)
-    whole_BTNV = absorbed(projected, every_key, allowed_BTS, query)
+    whole_BTNV, _ = absorbed(projected, every_key, allowed_BTS, query)
     q_latent_BTNR = jnp.einsum("BTNH,RNH->BTNR", projected.q_nope_BTNH, module.key_up)
     q_BTNR = jnp.concatenate([q_latent_BTNR, projected.q_rope_BTNH], axis=-1)
 

@@ -25,7 +25,7 @@ from kernels.reference import (
 )
 from model.attention.caches import KeyValueCache, LatentCache
 from model.attention.int4 import dequantise
-from model.attention.reference import by_group, softmax_parts
+from model.attention.reference import by_group, in_order, positions_of, softmax_parts
 from model.sharding import map_shards, spec
 
 
@@ -83,7 +83,8 @@ def attend_masked(
     *,
     value_rank: int,
     topk: int,
-) -> Array:
+    record: bool = False,
+) -> tuple[Array, Array | None]:
     """Reads every latent of the cache, in either layout, and masks those that are not selected.
 
     Args:
@@ -93,8 +94,11 @@ def attend_masked(
       index_query: the indexer's query; None attends without an indexer.
       value_rank: how many of a latent's channels are its value.
       topk: how many slots the indexer selects.
+      record: whether to return what was selected.
 
-    Returns: out_BTNR [B, T, N, value_rank], to be expanded by the value up-projection.
+    Returns: out_BTNR [B, T, N, value_rank], to be expanded by the value up-projection; and
+    selected_BTk, the keys that each query attends to, in order, -1 where they are fewer than topk:
+    None unless `record`, and without an indexer.
     """
     latent_BSR = cache.latent_BSR
     if cache.layout == "tiles":
@@ -107,7 +111,10 @@ def attend_masked(
         estimate_BSR = dequantise(cache.estimate, R)
         logits_BNTS = _latent_logits(q_BTNR, estimate_BSR)
         allowed_BTS = keep_by_estimate(logits_BNTS, allowed_BTS, top_p, groups=1)[:, 0]
-    return _attend_rows(q_BTNR, latent_BSR, allowed_BTS, value_rank)
+    selected_BTk = None
+    if record and index_query is not None:
+        selected_BTk = positions_of(allowed_BTS, min(topk, latent_BSR.shape[1]))
+    return _attend_rows(q_BTNR, latent_BSR, allowed_BTS, value_rank), selected_BTk
 
 
 def attend_gathered(
@@ -118,7 +125,8 @@ def attend_gathered(
     *,
     value_rank: int,
     topk: int,
-) -> Array:
+    record: bool = False,
+) -> tuple[Array, Array | None]:
     """Gathers the latents that one query a row selects by `top_k`. See `attend_masked`."""
     scores_B1S = indexer_scores(index_query.q_BTIC, cache.index_key_BSC, index_query.w_BTI)
     # Disallowed keys score -inf, sort last, and stay disallowed where fewer than topk are allowed.
@@ -126,7 +134,8 @@ def attend_gathered(
     latent_BkR = jnp.take_along_axis(cache.latent_BSR, index_Bk[:, :, None], axis=1)
     allowed_B1k = jnp.take_along_axis(allowed_B1S, index_Bk[:, None], axis=2)
     allowed_B1k = top_p_keys(scores_Bk[:, None], allowed_B1k, cache.attention_top_p)
-    return _attend_rows(q_B1NR, latent_BkR, allowed_B1k, value_rank)
+    selected_B1k = in_order(index_Bk[:, None], allowed_B1k) if record else None
+    return _attend_rows(q_B1NR, latent_BkR, allowed_B1k, value_rank), selected_B1k
 
 
 def attend_listed(
@@ -137,7 +146,8 @@ def attend_listed(
     *,
     value_rank: int,
     topk: int,
-) -> Array:
+    record: bool = False,
+) -> tuple[Array, Array | None]:
     """Gathers the latents that one query a row selects by counting. See `attend_masked`.
 
     This is what the kernels of `attend_tiles` do, by XLA: no sort.
@@ -154,7 +164,7 @@ def attend_listed(
         out_BNR = sparse_decode.decode_reference(
             q_B1NR[:, 0], cache.latent_BSR, value_rank, index_Bk, count_B
         )
-        return out_BNR[:, None]
+        return out_BNR[:, None], listed(index_Bk, count_B) if record else None
 
 
 def attend_tiles(
@@ -165,7 +175,8 @@ def attend_tiles(
     *,
     value_rank: int,
     topk: int,
-) -> Array:
+    record: bool = False,
+) -> tuple[Array, Array | None]:
     """Reads the latents that one query a row selects, by the kernels. See `attend_masked`.
 
     On a mesh each device has its rows' latents whole, and its heads' queries. The list of a row is
@@ -175,7 +186,7 @@ def attend_tiles(
     device = ambient_device()
     interpret = device.platform != "tpu"
 
-    def attend(q_BNR, tiles_BSn2L, q_BIC, k_BSC, w_BI, allowed_BS):
+    def attend(q_BNR, tiles_BSn2L, q_BIC, k_BSC, w_BI, allowed_BS) -> tuple[Array, Array, Array]:
         """Attends for one device's rows and heads, by the kernels.
 
         Args:
@@ -184,14 +195,15 @@ def attend_tiles(
           q_BIC, k_BSC, w_BI: the indexer's queries, cached keys and head weights.
           allowed_BS: bool, the slots that each row may attend to.
 
-        Returns: out_BNR, each head's mean of the latents' first `value_rank` channels.
+        Returns: out_BNR, each head's mean of the latents' first `value_rank` channels, and the
+        list of what it read with its length.
         """
         index_Bk, count_B = decode_selection.list_selected_tpu(
             q_BIC, k_BSC, w_BI, allowed_BS, topk, cache.attention_top_p, interpret=interpret
         )
         cores = getattr(device, "num_cores", None) or 1
         num_splits = 1 if q_BNR.shape[0] % cores == 0 else cores
-        return sparse_decode.decode_tpu(
+        out_BNR = sparse_decode.decode_tpu(
             q_BNR,
             tiles_BSn2L,
             value_rank,
@@ -200,11 +212,12 @@ def attend_tiles(
             num_splits=num_splits,
             interpret=interpret,
         )
+        return out_BNR, index_Bk, count_B
 
     rows, heads = spec("batch"), spec("batch", "heads")
-    attend = map_shards(attend, (heads, *[rows] * 5), heads)
+    attend = map_shards(attend, (heads, *[rows] * 5), (heads, rows, rows))
     with jax.named_scope("latent_attention"):
-        out_BNR = attend(
+        out_BNR, index_Bk, count_B = attend(
             q_B1NR[:, 0],
             cache.latent_BSR,
             index_query.q_BTIC[:, 0],
@@ -212,7 +225,13 @@ def attend_tiles(
             index_query.w_BTI[:, 0],
             allowed_B1S[:, 0],
         )
-        return out_BNR[:, None]
+        return out_BNR[:, None], listed(index_Bk, count_B) if record else None
+
+
+def listed(index_Bk: Array, count_B: Array) -> Array:
+    """Returns the first `count_B` entries of lists in order, then -1: [B, 1, k]."""
+    filled_Bk = jnp.arange(index_Bk.shape[1]) < count_B[:, None]
+    return in_order(index_Bk, filled_Bk)[:, None]
 
 
 def _latent_logits(q_BTNR: Array, latent_BSR: Array) -> Array:

@@ -364,3 +364,10 @@ def positions_of(selected_BTS: Array, count: int) -> Array:
     first_BTk = jnp.sort(index_BTS, axis=-1)[..., :count]
     padded_BTk = jnp.pad(first_BTk, [(0, 0), (0, 0), (0, max(count - S, 0))], constant_values=S)
     return jnp.where(padded_BTk < S, padded_BTk, -1)
+
+
+def in_order(index_BTk: Array, filled_BTk: Array) -> Array:
+    """Returns the indices of filled places in order, then -1: [..., k] int32."""
+    after = jnp.iinfo(jnp.int32).max
+    sorted_BTk = jnp.sort(jnp.where(filled_BTk, index_BTk, after), axis=-1)
+    return jnp.where(sorted_BTk == after, -1, sorted_BTk)

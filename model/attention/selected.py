@@ -26,6 +26,7 @@ from kernels.reference import IndexerQuery, indexer_kl, indexer_scores, masked_s
 from model.attention.reference import (
     IndexerInputs,
     IndexerStats,
+    in_order,
     part_ends,
     softmax_parts,
     split_queries,
@@ -98,7 +99,7 @@ def attend_selected(
         checkpoint=True,
     )
     stats = dataclasses.replace(IndexerStats.zero(), kl=kl)
-    return checkpoint_name(out_BTNR, "attention"), stats, positions(selection) if record else None
+    return checkpoint_name(out_BTNR, "attention"), stats, in_order(*selection) if record else None
 
 
 def select(
@@ -195,10 +196,3 @@ def attend_keys(
     scores_X1k = indexer_scores(q_X1IC, gathered(index_k_BSC), w_X1I)
     kl_X1 = indexer_kl(target_X1k, scores_X1k, filled_X1k)
     return out_XNR.reshape(B, T, -1, value_rank), kl_X1.reshape(B, T)
-
-
-def positions(selection: Selection) -> Array:
-    """Returns the selected keys of each query in order, then -1: [B, T, k] int32."""
-    after = jnp.iinfo(jnp.int32).max
-    index_BTk = jnp.sort(jnp.where(selection.filled_BTk, selection.index_BTk, after), axis=-1)
-    return jnp.where(index_BTk == after, -1, index_BTk)

@@ -33,7 +33,7 @@ from model.config import ModelConfig
 GATHER_RATIO = 12
 
 SequenceForm = Callable[..., tuple[Array, IndexerStats, Array | None]]
-LatentForm = Callable[..., Array]
+LatentForm = Callable[..., tuple[Array, Array | None]]
 
 # (layout of the cache, platform) -> how one query a row reads the latents that it selects.
 LATENT_FORMS: dict[tuple[str, str], LatentForm] = {

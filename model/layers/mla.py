@@ -126,17 +126,17 @@ class LatentAttention(nn.Module):
             else:
                 attended = self.expanded(projected, tokens, indexer)
             out_BTNV, stats, selected_BTk = attended
-            if selected_BTk is not None:
-                self.sow("record", "selected", selected_BTk)
         else:
             assert tokens.allowed_BTS is not None and tokens.index_BT is not None
             entries, stats = past.write(entries, tokens.index_BT), IndexerStats.zero()
-            out_BTNV = self.absorbed(
+            out_BTNV, selected_BTk = self.absorbed(
                 projected,
                 entries,
                 tokens.allowed_BTS,
                 index_query if tokens.stage == "sparse" else None,
             )
+        if selected_BTk is not None:
+            self.sow("record", "selected", selected_BTk)
         out_BTNV = gated(out_BTNV, hidden_BTD, self.gate)
         with jax.named_scope("output_projection"):
             return linear(out_BTNV, self.out, axes=2), stats, entries
@@ -231,17 +231,19 @@ class LatentAttention(nn.Module):
         cache: LatentCache,
         allowed_BTS: Array,
         index_query: IndexerQuery | None,
-    ) -> Array:
+    ) -> tuple[Array, Array | None]:
         """Attends over cached latents, which the indexer selects where there is an `index_query`.
 
-        Returns out_BTNV.
+        Returns out_BTNV, and where "record" is mutable the selected keys.
         """
         q_BTNR, topk = self.absorb_key(projected), self.config.indexer.topk
         attend = latent_form(cache, q_BTNR.shape[1], None if index_query is None else topk)
         rank = self.config.mla.kv_lora_rank
-        return self.absorb_value(
-            attend(q_BTNR, cache, allowed_BTS, index_query, value_rank=rank, topk=topk)
+        record = self.is_mutable_collection("record")
+        mixed_BTNR, selected_BTk = attend(
+            q_BTNR, cache, allowed_BTS, index_query, value_rank=rank, topk=topk, record=record
         )
+        return self.absorb_value(mixed_BTNR), selected_BTk
 
     def absorb_key(self, projected: Projections) -> Array:
         """Moves the keys' up-projection to the queries. Returns q_BTNR, rotated part last."""

@@ -188,8 +188,9 @@ def test_gathered_latents_are_the_masked_ones(ties):
             )
         )
     cache = LatentCache(latent, indexer.k_BSC)
-    options = {"value_rank": 7, "topk": TOPK}
-    masked = attend_masked(q, cache, allowed_BTS, indexer.query, **options)
+    options: dict = {"value_rank": 7, "topk": TOPK}
+    options["record"] = True
+    masked, chosen = attend_masked(q, cache, allowed_BTS, indexer.query, **options)
 
     def gathered(t):
         q_B1NR, allowed_B1S, query = jax.tree.map(
@@ -198,8 +199,9 @@ def test_gathered_latents_are_the_masked_ones(ties):
         assert latent_form(cache, 1, TOPK) == attend_gathered
         return attend_gathered(q_B1NR, cache, allowed_B1S, query, **options)
 
-    one_by_one = [gathered(t) for t in range(4)]
-    tiny.assert_close(jnp.concatenate(one_by_one, axis=1), masked, rtol=1e-5, atol=1e-5)
+    outs, selected = zip(*[gathered(t) for t in range(4)], strict=True)
+    tiny.assert_close(jnp.concatenate(outs, axis=1), masked, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.concatenate(selected, axis=1), chosen)
 
 
 def test_the_backward_pass_does_not_select_again():

@@ -53,11 +53,24 @@ def inputs(queries: int = 1):
 
 def attend_latent(q, latent, allowed, indexer=None, *, tiles=False, top_p=1.0, estimate=None):
     """Attention by the form that the table chooses, as `LatentAttention` calls it."""
-    query, k_BSC = indexer if indexer is not None else (None, jnp.zeros((B, S, 0)))
+    query, k_BSC = indexer[:2] if indexer is not None else (None, jnp.zeros((B, S, 0)))
     rows = to_tiles(latent) if tiles else latent
     cache = LatentCache(rows, k_BSC, estimate, top_p, "tiles" if tiles else "rows")
     attend = latent_form(cache, q.shape[1], None if query is None else TOPK)
-    return attend(q, cache, allowed, query, value_rank=V, topk=TOPK)
+    return attend(q, cache, allowed, query, value_rank=V, topk=TOPK)[0]
+
+
+def selected_latent(q, latent, allowed, indexer, *, tiles=False, top_p=1.0):
+    """The keys that it records."""
+    cache = LatentCache(
+        to_tiles(latent) if tiles else latent,
+        indexer.k_BSC,
+        None,
+        top_p,
+        "tiles" if tiles else "rows",
+    )
+    attend = latent_form(cache, q.shape[1], TOPK)
+    return attend(q, cache, allowed, indexer.query, value_rank=V, topk=TOPK, record=True)[1]
 
 
 def fewest(p_S: np.ndarray, top_p: float) -> np.ndarray:
@@ -83,6 +96,7 @@ def test_a_gather_a_mask_and_the_kernels_are_one(top_p, monkeypatch):
         on_a_gpu.setattr(jax.lax, "top_k", None)
         assert latent_form(LatentCache(latent, indexer.k_BSC), 1, TOPK) == attend_listed
         listed = attend_latent(q, latent, allowed, indexer, top_p=top_p)
+        recorded = [selected_latent(q, latent, allowed, indexer, top_p=top_p)]
     tiny.assert_close(listed, gathered, atol=EXACT)
     by_kernels = attend_latent(q, latent, allowed, indexer, tiles=True, top_p=top_p)
     tiny.assert_close(by_kernels, gathered, atol=EXACT)
@@ -91,6 +105,12 @@ def test_a_gather_a_mask_and_the_kernels_are_one(top_p, monkeypatch):
         both = IndexerInputs(twice[2], indexer.k_BSC)
         masked = attend_latent(twice[0], latent, twice[1], both, tiles=tiles, top_p=top_p)
         tiny.assert_close(masked[:, 1:], gathered, atol=EXACT)
+    recorded += [
+        selected_latent(q, latent, allowed, indexer, top_p=top_p, tiles=tiles)
+        for tiles in (False, True)
+    ]
+    for found in recorded[1:]:
+        np.testing.assert_array_equal(found, recorded[0])
     assert not jnp.any(gathered[-1]) and jnp.all(jnp.any(gathered[:-1], axis=-1))
 
 
@@ -159,9 +179,9 @@ def test_the_kernels_on_a_mesh_are_those_on_one_device():
     q, latent, allowed, indexer = inputs()
     cache = LatentCache(to_tiles(latent), indexer.k_BSC, layout="tiles")
     attend = functools.partial(attend_tiles, value_rank=V, topk=TOPK)
-    alone = attend(q, cache, allowed, indexer.query)
+    alone, _ = attend(q, cache, allowed, indexer.query)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, expert=1, tensor=2), jax.devices()[:4])):
-        shared = jax.jit(attend)(q, cache, allowed, indexer.query)
+        shared, _ = jax.jit(attend)(q, cache, allowed, indexer.query)
     tiny.assert_close(jax.device_get(shared), jax.device_get(alone), atol=EXACT)
 
 
