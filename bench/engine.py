@@ -51,7 +51,9 @@ def plain_loop(
     """Samples a completion of `left_B` tokens in every row of one batch. Returns tokens_BC."""
     rows, new = len(left_B), sampling.max_new_tokens
     capacity = tokens_BT.shape[1] + new
-    cache, hidden_BD = prefill(model, variables, tokens_BT, count_B, capacity, sampling.attention)
+    cache, hidden_BD, _ = prefill(
+        model, variables, tokens_BT, count_B, capacity, sampling.attention
+    )
     logits_BV = logits_of(model, variables["params"], hidden_BD)
     weights = decode_weights(model, variables, rows)
 
@@ -61,7 +63,7 @@ def plain_loop(
         token_B = draw(sampling, logits_BV, keys_B).token_B
         tokens_BC = tokens_BC.at[:, step].set(jnp.where(step < left_B, token_B, -1))
         ones_B = jnp.ones_like(token_B)
-        cache, hidden_B1D = read(
+        cache, hidden_B1D, _ = read(
             model, weights, token_B[:, None], ones_B, cache, sampling.attention
         )
         return cache, logits_of(model, weights.params, hidden_B1D[:, 0]), tokens_BC, step + 1

@@ -5,7 +5,7 @@ Attention over cached latents is absorbed (model/attention/decode.py).
 
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.experts import table
 from model.heads import embed, logits_of
 from model.layers.norm import RMSNorm
+from model.record import Choices, choices_of
 from model.sharding import is_named
 from model.transformer import Block, Output, Transformer, boxed_shapes, layer_paths
 
@@ -103,7 +104,8 @@ def prefill(
     capacity: int,
     stage: str,
     attention_top_p: float = 1.0,
-) -> tuple[Cache, Array]:
+    record: bool = False,
+) -> tuple[Cache, Array, Choices | None]:
     """Reads the beginnings of sequences into a new cache, as the trainer's forward pass does.
 
     Args:
@@ -114,23 +116,30 @@ def prefill(
       stage: "dense" | "sparse"; what is decoded from the cache shall have the same.
       attention_top_p: decoding reads the fewest keys that by estimate have this share of attention
         (Twilight, arXiv 2502.02770).
+      record: whether to return what the layers chose.
 
-    Returns: the cache, and the hidden states [B, D] of each row's last token, for the output head.
+    Returns: the cache; the hidden states [B, D] of each row's last token, for the output head; and
+    the choices, None unless `record`.
     """
     B, T = tokens_BT.shape
     cache = Cache.empty(config, B, capacity, stage, attention_top_p)
     tokens = cache.tokens(count_B, T, stage)
-    output = cast(
-        Output,
-        Transformer(config).apply(
-            variables, tokens_BT, tokens.positions_BT, tokens.segments_BT, stage=stage, mtp=False
-        ),
+    inputs, choices = (tokens_BT, tokens.positions_BT, tokens.segments_BT), None
+    applied: Any = Transformer(config).apply(
+        variables, *inputs, stage=stage, mtp=False, mutable=["record"] if record else False
     )
+    output = cast(Output, applied[0] if record else applied)
+    if record:
+        of_layers = [
+            jax.tree.map(lambda leaf, i=index: leaf[i], applied[1]["record"][stack][block])
+            for stack, block, index in layer_paths(config)
+        ]
+        choices = choices_of(config, of_layers, tokens_BT)
     layers = tuple(
         layer.write(entries, cast(Array, tokens.index_BT))
         for layer, entries in zip(cache.layers, output.entries, strict=True)
     )
-    return Cache(layers, count_B, capacity), last_of(output.hidden_BTD, count_B)
+    return Cache(layers, count_B, capacity), last_of(output.hidden_BTD, count_B), choices
 
 
 def last_of(hidden_BTD: Array, count_B: Array) -> Array:
@@ -145,7 +154,8 @@ def read(
     count_B: Array,
     cache: Cache,
     stage: str,
-) -> tuple[Cache, Array]:
+    record: bool = False,
+) -> tuple[Cache, Array, Choices | None]:
     """Reads a few more tokens of every row, each row as many as it has.
 
     Args:
@@ -153,12 +163,14 @@ def read(
       count_B: how many each row has, from 0, which leaves the row as it is, to T.
       cache: what the rows have read, with room for these tokens.
       stage: "dense" | "sparse".
+      record: whether to return what the layers chose.
 
-    Returns: the longer cache, and the hidden states [B, T, D] for the output head.
+    Returns: the longer cache; the hidden states [B, T, D] for the output head; and the choices,
+    None unless `record`.
     """
     tokens = cache.tokens(count_B, tokens_BT.shape[1], stage)
     x_BTD = embed(config, weights.params["embedding"], tokens_BT)
-    layers = []
+    layers, recorded = [], []
     for kind, layer, past in zip(config.kinds, weights.layers, cache.layers, strict=True):
         if weights.side_by_side:
             # Tied to the step: a compiler that may move this out of a loop over steps undoes
@@ -167,18 +179,22 @@ def read(
             layer = map_gate_and_up(
                 functools.partial(expert_matrices, count=config.moe.num_experts), layer
             )
-        x_BTD, (_, written) = Block(config, kind).apply(layer, x_BTD, tokens, past)
+        mutable = ["record"] if record else False
+        applied: Any = Block(config, kind).apply(layer, x_BTD, tokens, past, mutable=mutable)
+        x_BTD, (_, written) = applied[0] if record else applied
         layers.append(written)
+        recorded.append(applied[1]["record"] if record else {})
     final_norm = RMSNorm(config.rms_norm_eps, config.norm)
     hidden_BTD = cast(Array, final_norm.apply({"params": weights.params["final_norm"]}, x_BTD))
-    return Cache(tuple(layers), cache.length_B + count_B, cache.capacity), hidden_BTD
+    choices = choices_of(config, recorded, tokens_BT) if record else None
+    return Cache(tuple(layers), cache.length_B + count_B, cache.capacity), hidden_BTD, choices
 
 
 def decode_step(
     config: ModelConfig, weights: DecodeWeights, tokens_B: Array, cache: Cache, stage: str
 ) -> tuple[Cache, Array]:
     """Reads one token in every row. Returns the longer cache and the logits [B, V] for the next."""
-    cache, hidden_B1D = read(
+    cache, hidden_B1D, _ = read(
         config, weights, tokens_B[:, None], jnp.ones_like(tokens_B), cache, stage
     )
     return cache, logits_of(config, weights.params, hidden_B1D[:, 0])

@@ -5,8 +5,10 @@ experts, with gates of the scores they have now, and attend to the recorded keys
 pass is as ever, and differentiable.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -68,6 +70,36 @@ def _stacked(layers: list[Array | None], tokens_BT: Array) -> Array:
     return jnp.stack(
         [jnp.full_like(found, -1) if layer is None else layer for layer in layers], axis=1
     )
+
+
+@flax.struct.dataclass
+class Choices:
+    """What layers chose for the tokens [B, T] that they read.
+
+    routes_BTLK: the experts in the layers of `routing_layers`; L is 0 in a model without any.
+    selected_BTLk: the keys attended to in the layers of `selecting_layers`: positions in order,
+      then -1; L is 0 where nothing selects.
+    """
+
+    routes_BTLK: Array
+    selected_BTLk: Array
+
+    def at(self, index: Any) -> "Choices":
+        """Returns those of some tokens, indexed as numpy does."""
+        return Choices(self.routes_BTLK[index], self.selected_BTLk[index])
+
+
+def choices_of(config: ModelConfig, layers: Sequence[Mapping], tokens_BT: Array) -> Choices:
+    """Returns what was recorded by each layer, of which one has a collection "record"."""
+    found = []
+    for numbers, kind, name in (
+        (routing_layers(config), "moe", "routes"),
+        (selecting_layers(config), "attention", "selected"),
+    ):
+        recorded = [layers[n][kind][name][0] for n in numbers if name in layers[n].get(kind, {})]
+        nothing = jnp.zeros((*tokens_BT.shape, 0, 0), jnp.int32)
+        found.append(jnp.stack(recorded, axis=2) if recorded else nothing)
+    return Choices(*found)
 
 
 def selecting_layers(config: ModelConfig) -> list[int]:

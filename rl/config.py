@@ -76,6 +76,11 @@ class ReinforceConfig:
     # A completion that is cut before its stop token: "reward" pays it like any other | "no_reward"
     # pays 0 | "mask" pays it in its group, and learns from none of its tokens.
     truncated: str = "reward"
+    # The trainer sends each token to the experts that the sampler sent it to (gates are of its own
+    # scores), and in stage "sparse" lets it attend to the keys that the sampler selected: both are
+    # recorded while sampling (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
+    keep_routing: bool = False
+    keep_selection: bool = True
     # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update.
     old_logprobs: str = "sampler"
 

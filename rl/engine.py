@@ -29,7 +29,7 @@ from model.config import ModelConfig
 from model.decode import decode_weights
 from model.sharding import batch_sharding, batch_shards, replicated
 from rl.config import SamplingConfig
-from rl.request import Part, Prompt, Row, check_prompt, rules_of
+from rl.request import Counts, Part, Prompt, Row, check_prompt, rules_of
 from rl.slots import (
     NOTHING,
     Sampled,
@@ -41,9 +41,10 @@ from rl.slots import (
     read_prompts,
 )
 from rl.trajectory import STOP, Trajectory
+from rl.turns import Unread, next_chunk
+from train.setup import to_host
 
 WIDTHS = tuple(2 * 4**n for n in range(2, 12))  # 32, 128, 512, ...: tokens that prompts are read in
-CHUNKS = (16, 128)  # tokens that more is read in
 MOST_STEPS = 32
 READ_TOKENS = 1_024  # of prompts at a time, at most, or one prompt
 
@@ -55,26 +56,12 @@ class _Reading:
     A row stands beside the number of its prompt among those of its device.
     """
 
-    prompts: tuple[Cache, Array]  # as `read_prompts` returns them
+    prompts: tuple[Cache, Array]  # the first two that `read_prompts` returns
     waiting: list[collections.deque[tuple[int, Row]]]
 
     def serves(self, idle: list[list[int]]) -> bool:
         """Tells whether any device has both an idle slot and a row that waits."""
         return any(map(min, zip(map(len, self.waiting), map(len, idle), strict=True)))
-
-
-@dataclasses.dataclass
-class Counts:
-    """What an engine has done: numbers of tokens.
-
-    sampled: that were sampled, those dropped again not included.
-    read: that were read to go on from: prompts and turns.
-    kept: that were not read again, since a completion of the same prompt, or the same row, had.
-    """
-
-    sampled: int = 0
-    read: int = 0
-    kept: int = 0
 
 
 class Engine:
@@ -88,6 +75,7 @@ class Engine:
         as fill the slots.
       steps: tokens that are sampled before the host looks, at most MOST_STEPS.
       pad: an id of the vocabulary, to fill rows with.
+      record: keeps what the layers chose for each token, for a replay: experts and selected keys.
     """
 
     def __init__(
@@ -100,6 +88,7 @@ class Engine:
         group_size: int = 1,
         steps: int = MOST_STEPS,
         pad: int = 0,
+        record: bool = False,
     ):
         self._mesh, self._sampling, self._pad = mesh, sampling, pad
         self._steps = min(steps, MOST_STEPS)
@@ -115,7 +104,7 @@ class Engine:
         self._occupants: list[Row | None] = [None] * self.rows
         self._waiting: collections.deque[list[Row]] = collections.deque()
         self._readings: list[_Reading] = []
-        self._extending: collections.deque[tuple[int, int]] = collections.deque()
+        self._unread: collections.deque[Unread] = collections.deque()
         self._stale: list[int] = []
         self._version = 0
         self._variables = self._weights = self._slots = None
@@ -130,12 +119,17 @@ class Engine:
         by_row = functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
         empty = functools.partial(empty_slots, model, sampling, self.rows, self.capacity)
         self._empty = by_row(empty, compiler_options=quick)
-        self._read = by_row(functools.partial(read_prompts, model, sampling, self.capacity))
+        read = functools.partial(read_prompts, model, sampling, self.capacity, record)
+        self._read = by_row(read)
         self._place = by_row(functools.partial(place), donate_argnums=0, compiler_options=quick)
-        self._extend = by_row(functools.partial(extend, model, sampling), donate_argnums=1)
+        self._extend = jax.jit(
+            functools.partial(extend, model, sampling, record),
+            donate_argnums=1,
+            out_shardings=(batch_sharding(mesh), replicated(mesh)),
+        )
         self._halt = by_row(functools.partial(halt), donate_argnums=0, compiler_options=quick)
         self._advance = jax.jit(
-            functools.partial(advance, model, sampling, MOST_STEPS),
+            functools.partial(advance, model, sampling, MOST_STEPS, record),
             donate_argnums=1,
             out_shardings=(batch_sharding(mesh), replicated(mesh)),
         )
@@ -182,7 +176,7 @@ class Engine:
     def _forget(self) -> None:
         self._occupants = [None] * self.rows
         self._readings.clear()
-        self._extending.clear()
+        self._unread.clear()
 
     def submit(self, prompt: Prompt) -> None:
         """Adds a prompt to those that wait.
@@ -277,6 +271,9 @@ class Engine:
             halted = row.halted()
             # What ends a row on the device is not read any more.
             read = len(row.tokens) - (halted is not None)
+            if sampled.choices is not None:
+                now_read = slice(count - (halted is not None))
+                row.choices.append(sampled.choices.at((now_read, slot, 0)))
             if row.halts and (keep := row.halts(row.sampled)) is not None:
                 row.take_back(row.in_turn - keep)
                 if halted is None:
@@ -308,7 +305,7 @@ class Engine:
             self._occupants[slot] = None
             self._waiting.appendleft([row])
         else:
-            self._extending.append((slot, min(kept, read)))
+            self._unread.append(Unread(slot, row, min(kept, read)))
         return True
 
     def _fill(self) -> None:
@@ -345,7 +342,14 @@ class Engine:
             waiting[device].extend((number, row) for row in group)
             self.counts.read += len(tokens)
             self.counts.kept += len(tokens) * (len(group) - 1)
-        self._readings.append(_Reading(self._read(self._variables, tokens_RT, count_R), waiting))
+        *prompts, choices = self._read(self._variables, tokens_RT, count_R)
+        if choices is not None:
+            choices = jax.tree.map(to_host, choices)
+            for device, rows in enumerate(waiting):
+                for number, row in rows:
+                    r = device * at_once + number
+                    row.choices = [choices.at((r, slice(count_R[r])))]
+        self._readings.append(_Reading(tuple(prompts), waiting))
         return self._readings[-1]
 
     def _width(self, group: list[Row]) -> int:
@@ -370,38 +374,24 @@ class Engine:
 
     def _read_turns(self) -> None:
         """Reads what rows have been given to read, a chunk of several rows at a time."""
-        M, nowhere = self._placed_at_once, self._per_device
-        while self._extending:
-            width = self._chunk(*self._extending[0])
-            slot_M = np.full(self._devices * M, nowhere, np.int32)
-            length_M, count_M = np.zeros_like(slot_M), np.zeros_like(slot_M)
-            tokens_MT = np.full((len(slot_M), width), self._pad, np.int32)
-            rows: list[Row | None] = [None] * len(slot_M)
-            taken, later = [0] * self._devices, collections.deque()
-            for slot, start in self._extending:
-                device, local = divmod(int(slot), self._per_device)
-                row, m = self._occupants[slot], device * M + taken[device]
-                assert row is not None
-                if taken[device] == M or self._chunk(slot, start) != width:
-                    later.append((slot, start))
-                    continue
-                taken[device] += 1
-                tokens = row.tokens[start:]
-                count = min(len(tokens), width)
-                slot_M[m], length_M[m], count_M[m] = local, start, count
-                tokens_MT[m, :count] = tokens[:count]
+        while self._unread:
+            chunk, self._unread = next_chunk(
+                self._unread,
+                self._unread[0].width,
+                self._devices,
+                self._per_device,
+                self._placed_at_once,
+                self._pad,
+            )
+            self._slots, choices = self._extend(
+                self._weights, self._slots, *chunk[:4], rules_of(chunk.ready_M)
+            )
+            choices = jax.device_get(choices)
+            for m, row in enumerate(chunk.readers_M):
+                start, count = int(chunk.length_M[m]), int(chunk.count_M[m])
                 self.counts.read += count
-                if count < len(tokens):
-                    later.append((slot, start + count))
-                else:
-                    rows[m] = row
+                if row in chunk.ready_M:
                     self.counts.kept += start
-            read = slot_M, length_M, tokens_MT, count_M, rules_of(rows)
-            self._slots = self._extend(self._weights, self._slots, *read)
-            self._extending = later
-
-    def _chunk(self, slot: int, start: int) -> int:
-        row = self._occupants[slot]
-        assert row is not None
-        left = len(row.tokens) - start
-        return next((width for width in CHUNKS if width >= left), CHUNKS[-1])
+                if row and choices is not None:
+                    row.keep_choices(start)
+                    row.choices.append(choices.at((m, slice(count))))

@@ -44,6 +44,7 @@ class Generator:
       template: how prompts are written, `data.chat_template`.
       completions: how many are asked for at a time, in all; the engine has no more slots.
       group_size: how many of them are of one problem, most of the time.
+      record: records experts and selected keys, see `Engine`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Generator:
         *,
         completions: int,
         group_size: int,
+        record: bool = False,
     ):
         self._setup, self.sampling, self.template = setup, sampling, template
         self.engine = Engine(
@@ -63,6 +65,7 @@ class Generator:
             rows=slots_that_fit(setup.model, setup.mesh, sampling, completions),
             group_size=group_size,
             pad=setup.tokenizer.pad,
+            record=record,
         )
         self._opening = opening(setup.tokenizer, template)
 

@@ -7,7 +7,7 @@ under the policies that the algorithm compares with, and updates on minibatches.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from jax.experimental import multihost_utils
 from checkpoints.training import Checkpoints
 from data.tasks.problem import Problem
 from kernels.device import compiler_options
+from model.config import ModelConfig
+from model.record import routing_layers, selecting_layers
 from model.sharding import batch_sharding
 from model.transformer import boxed_shapes
 from rl.algorithms import Algorithm, get_algorithm
@@ -32,7 +34,7 @@ from rl.reasoning import ReasoningEvaluation
 from rl.reference import start_with_reference
 from rl.rewards import metric_name, total_reward
 from rl.traces import Traces
-from rl.trajectory import batch_of
+from rl.trajectory import RECORDS, batch_of
 from train.config import TrainConfig
 from train.interrupt import Interrupt
 from train.metrics import Metrics
@@ -92,12 +94,14 @@ def train_policy(
     tokenizer = setup.tokenizer
     problems = problems_to_train(reinforce.task, sampling, tokenizer, template, seed).problems
     group_size = reinforce.group_size
+    kept = kept_records(setup.model, train.stage, reinforce)
     generate = Generator(
         setup,
         sampling,
         template,
         completions=reinforce.prompts_per_step * group_size,
         group_size=group_size,
+        record=bool(kept),
     )
     held_out = None
     if train.eval_every:
@@ -136,7 +140,7 @@ def train_policy(
                 sampling_key = jax.random.fold_in(key, step)
                 completions = generate(state.variables, chosen, sampling_key, group_size)
                 rewards = reward(completions, chosen, reinforce)
-                batch = on_mesh(setup, rows(completions, setup, sampling))
+                batch = on_mesh(setup, rows(completions, setup, sampling, kept))
                 batch = with_advantages(batch, completions, rewards, algorithm, reinforce)
                 sampled = time.monotonic()
                 batch |= compared_logprobs(
@@ -237,13 +241,28 @@ def reward(
     return Rewards(total_PG, by_name)
 
 
+def kept_records(model: ModelConfig, stage: str, config: ReinforceConfig) -> frozenset[str]:
+    """Returns which of "routes" and "selected" the trainer does again as the sampler did."""
+    routes = config.keep_routing and bool(routing_layers(model))
+    selected = config.keep_selection and stage == "sparse" and bool(selecting_layers(model))
+    return frozenset(["routes"] * routes + ["selected"] * selected)
+
+
 def rows(
-    completions: Sequence[Completion], setup: Setup, sampling: SamplingConfig
+    completions: Sequence[Completion],
+    setup: Setup,
+    sampling: SamplingConfig,
+    kept: Collection[str],
 ) -> dict[str, np.ndarray]:
-    """Returns the completions as rows to learn from, see `rl.trajectory.batch_of`."""
+    """Returns the completions as rows to learn from, see `rl.trajectory.batch_of`.
+
+    Args:
+      kept: the records that the trainer does again.
+    """
     trajectories = [completion.trajectory for completion in completions]
     width = sampling.max_prompt_tokens + sampling.max_new_tokens
-    return batch_of(trajectories, width, setup.tokenizer.pad)
+    batch = batch_of(trajectories, width, setup.tokenizer.pad)
+    return {name: x for name, x in batch.items() if name not in RECORDS or name in kept}
 
 
 def on_mesh(setup: Setup, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
@@ -283,14 +302,16 @@ def compared_logprobs(
     """Returns the log-probs [B, T] that the loss compares the policy's with.
 
     "old_logprobs" are those the sampler recorded or those the trainer computes;
-    "reference_logprobs" are there where there is a reference.
+    "reference_logprobs" are there where there is a reference, which chooses experts and keys for
+    itself.
     """
     recorded = old_logprobs == "sampler"
     compared = {
         "old_logprobs": batch["sampler_logprobs"] if recorded else score_fn(variables, batch)
     }
     if reference is not None:
-        compared["reference_logprobs"] = score_fn(reference, batch | compared)
+        own = {name: x for name, x in batch.items() if name not in RECORDS}
+        compared["reference_logprobs"] = score_fn(reference, own)
     return compared
 
 

@@ -15,6 +15,7 @@ from jax import Array
 
 from model.config import ModelConfig
 from model.heads import token_logprobs
+from model.record import replay
 from model.segments import shift_left
 from model.transformer import Output, Transformer
 from rl.algorithms import Algorithm
@@ -147,6 +148,8 @@ def forward_logprobs(
 ) -> tuple[Array, Array, Output]:
     """Runs the model and scores the next token at each position.
 
+    Where the batch has "routes" or "selected", tokens go to those experts and attend to those keys.
+
     Args:
       stage: "dense" or "sparse" attention.
       temperature: of sampling; 0 (greedy) reads as 1, as the sampler's own log-probs do.
@@ -155,7 +158,8 @@ def forward_logprobs(
       Log-probs and entropy [B, T], float32 in nats, and the output of the forward pass.
     """
     inputs = batch["tokens"], batch["positions"], batch["segments"]
-    output = cast(Output, Transformer(config).apply(variables, *inputs, stage=stage, mtp=False))
+    given = variables | replay(config, batch.get("routes"), batch.get("selected"))
+    output = cast(Output, Transformer(config).apply(given, *inputs, stage=stage, mtp=False))
     next_tokens_BT = predicted(batch, "tokens")
     logprobs_BT, entropy_BT = token_logprobs(
         config, variables["params"], output.hidden_BTD, next_tokens_BT, temperature or 1.0

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from errors import UserError
+from model.record import Choices
 from rl.config import SamplingConfig
 from rl.slots import IDS, NOTHING, Rules, Sampled
 from rl.trajectory import LENGTH, STOP, Role, Trajectory
@@ -88,7 +89,7 @@ def check_prompt(prompt: Prompt, sampling: SamplingConfig) -> None:
             raise UserError(f"a prompt has {len(ids)} {kind} ids; at most {IDS} may be")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Row:
     """A completion on its way.
 
@@ -98,6 +99,7 @@ class Row:
       stops, forbidden, halts: as in `Prompt`, at present.
       parts: what follows the prompt, in order: the records of tokens sampled and of turns read.
       in_turn: how many of the last tokens were sampled since the prompt or the last turn.
+      choices: what the layers chose for the tokens read so far, in order, where it is recorded.
     """
 
     prompt: Prompt
@@ -108,6 +110,7 @@ class Row:
     halts: Halts | None
     parts: list["Part"]
     in_turn: int = 0
+    choices: list[Choices] = dataclasses.field(default_factory=list)
 
     @classmethod
     def begin(cls, prompt: Prompt, sample: int) -> "Row":
@@ -164,13 +167,34 @@ class Row:
         self.in_turn, self.left = 0, turn.max_new_tokens
         self.stops, self.forbidden, self.halts = turn.stops, turn.forbidden, turn.halts
 
+    def keep_choices(self, count: int) -> None:
+        """Drops the choices of all but the first so many tokens."""
+        if self.choices:
+            whole = jax.tree.map(lambda *parts: np.concatenate(parts), *self.choices)
+            self.choices = [jax.tree.map(lambda x: x[:count], whole)]
+
     def trajectory(self, ended: str) -> Trajectory:
         """Returns what happened."""
+        length = sum(len(part.tokens) for part in self.parts)
+        self.keep_choices(length)
+        routes_TLK, selected_TLk = None, None
+        if self.choices:  # the last token, which nothing follows, may not have been read
+            routes_TLK, selected_TLk = (
+                np.pad(x, [(0, length - len(x)), (0, 0), (0, 0)], constant_values=-1)
+                for x in (self.choices[0].routes_BTLK, self.choices[0].selected_BTLk)
+            )
         fields = {
             f"{name}_T": np.concatenate([getattr(part, name) for part in self.parts])
             for name in ("tokens", "roles", "logprobs", "log_kept", "versions")
         }
-        return Trajectory(**fields, ended=ended, group=self.prompt.group, sample=self.sample)
+        return Trajectory(
+            **fields,
+            ended=ended,
+            group=self.prompt.group,
+            sample=self.sample,
+            routes_TLK=routes_TLK,
+            selected_TLk=selected_TLk,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +230,20 @@ class Part:
     def first(self, count: int) -> "Part":
         """Returns the first so many tokens."""
         return Part(*(value[:count] for value in vars(self).values()))
+
+
+@dataclasses.dataclass
+class Counts:
+    """What an engine has done: numbers of tokens.
+
+    sampled: that were sampled, those dropped again not included.
+    read: that were read to go on from: prompts and turns.
+    kept: that were not read again, since a completion of the same prompt, or the same row, had.
+    """
+
+    sampled: int = 0
+    read: int = 0
+    kept: int = 0
 
 
 def rules_of(rows: Sequence[Row | None]) -> Rules:

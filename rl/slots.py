@@ -28,6 +28,7 @@ from model.config import ModelConfig
 from model.decode import DecodeWeights, last_of, prefill, read
 from model.experts import table
 from model.heads import logits_of
+from model.record import Choices
 from model.sharding import batch_shards, constrain, map_shards, spec
 from rl.config import SamplingConfig
 from rl.draw import draw
@@ -72,11 +73,13 @@ class Sampled:
 
     tokens: int32 ids, -1 from where a row was not live.
     logprobs, log_kept: as in `rl.draw.Drawn`.
+    choices: what the layers chose when they read these tokens, or None.
     """
 
     tokens: Array
     logprobs: Array
     log_kept: Array
+    choices: Choices | None = None
 
 
 def empty_slots(config: ModelConfig, sampling: SamplingConfig, rows: int, capacity: int) -> Slots:
@@ -98,15 +101,18 @@ def read_prompts(
     config: ModelConfig,
     sampling: SamplingConfig,
     capacity: int,
+    record: bool,
     variables: dict,
     tokens_RT: Array,
     count_R: Array,
-) -> tuple[Cache, Array]:
-    """Reads R prompts, padded on the right. Returns their cache and the logits [R, V] after each.
+) -> tuple[Cache, Array, Choices | None]:
+    """Reads R prompts, padded on the right.
 
     They are read in full, whatever share of attention decoding reads.
+
+    Returns: their cache, the logits [R, V] after each, and what the layers chose if `record`.
     """
-    cache, hidden_RD = prefill(
+    cache, hidden_RD, choices = prefill(
         by_token(config, tokens_RT.size),
         variables,
         constrain(tokens_RT, "batch", "time"),
@@ -114,8 +120,9 @@ def read_prompts(
         capacity,
         sampling.attention,
         sampling.attention_top_p,
+        record,
     )
-    return by_row((cache, logits_of(config, variables["params"], hidden_RD)))
+    return by_row((cache, logits_of(config, variables["params"], hidden_RD), choices))
 
 
 def place(
@@ -158,6 +165,7 @@ def put_rows(slots: Slots, slot_M: Array, rows: Cache, logits_MV: Array, rules: 
 def extend(
     config: ModelConfig,
     sampling: SamplingConfig,
+    record: bool,
     weights: DecodeWeights,
     slots: Slots,
     slot_M: Array,
@@ -165,8 +173,8 @@ def extend(
     tokens_MT: Array,
     count_M: Array,
     rules: Rules,
-) -> Slots:
-    """Reads more tokens into M slots, each its own number.
+) -> tuple[Slots, Choices | None]:
+    """Reads more tokens into M slots, each its own number. Returns what the layers chose too.
 
     Args:
       slot_M: the slots; past the last one for none.
@@ -182,13 +190,14 @@ def extend(
 
     row = spec("batch")
     rows = map_shards(take, (row, row, row), row)(slots.cache, slot_M, length_M)
-    rows, hidden_MTD = read(
+    rows, hidden_MTD, choices = read(
         by_token(config, tokens_MT.size),
         weights,
         constrain(tokens_MT, "batch"),
         count_M,
         rows,
         sampling.attention,
+        record,
     )
     logits_MV = logits_of(config, weights.params, last_of(hidden_MTD, count_M))
 
@@ -201,7 +210,7 @@ def extend(
         return put_rows(slots, slot_M, rows, logits_MV, rules)
 
     given = slots, slot_M, rows, logits_MV, count_M, rules
-    return map_shards(put, (row,) * len(given), row)(*given)
+    return map_shards(put, (row,) * len(given), row)(*given), choices
 
 
 def halt(slots: Slots, live_B: Array) -> Slots:
@@ -214,6 +223,7 @@ def advance(
     config: ModelConfig,
     sampling: SamplingConfig,
     most_steps: int,
+    record: bool,
     weights: DecodeWeights,
     slots: Slots,
     steps: ArrayLike,
@@ -226,15 +236,31 @@ def advance(
 
     Args:
       most_steps: N, of what is returned.
+      record: whether to return what the layers chose.
       steps: how many there are to be, at most N.
       idle: returns before, when at least so many slots are not live.
       allowed_BV: bool, the ids that may be sampled; None allows all.
     """
     rows = slots.rules.left_B.shape[0]
+
+    def read_one(cache: Cache, token_B: Array, left_B: Array):
+        return read(
+            by_token(config, rows),
+            weights,
+            jnp.maximum(token_B, 0)[:, None],
+            (left_B > 0).astype(jnp.int32),
+            cache,
+            sampling.attention,
+            record,
+        )
+
+    zeros_B = jnp.zeros(rows, jnp.int32)
+    one = jax.eval_shape(read_one, slots.cache, zeros_B, zeros_B)[2]
     nothing = Sampled(
         jnp.full((most_steps, rows), NOTHING, jnp.int32),
         jnp.zeros((most_steps, rows), jnp.float32),
         jnp.zeros((most_steps, rows), jnp.float32),
+        jax.tree.map(lambda x_B1: jnp.zeros((most_steps, *x_B1.shape), x_B1.dtype), one),
     )
 
     def goes_on(state: tuple[Slots, Sampled, Array]) -> Array:
@@ -252,20 +278,14 @@ def advance(
         token_B = jnp.where(live_B, drawn.token_B, NOTHING)
         stops_B = jnp.any(token_B[:, None] == rules.stop_BK, axis=-1)
         left_B = jnp.where(live_B & ~stops_B, rules.left_B - 1, 0)
+        cache, hidden_B1D, choices = read_one(slots.cache, token_B, left_B)
         new = Sampled(
             token_B,
             jnp.where(live_B, drawn.logprob_B, 0.0),
             jnp.where(live_B, drawn.log_kept_B, 0.0),
+            choices,
         )
         sampled = jax.tree.map(lambda x_NB, x_B: x_NB.at[step].set(x_B), sampled, new)
-        cache, hidden_B1D = read(
-            by_token(config, rows),
-            weights,
-            jnp.maximum(token_B, 0)[:, None],
-            (left_B > 0).astype(jnp.int32),
-            slots.cache,
-            sampling.attention,
-        )
         logits_BV = logits_of(config, weights.params, hidden_B1D[:, 0])
         slots = Slots(cache, logits_BV, dataclasses.replace(rules, left_B=left_B))
         return by_row(slots), sampled, step + 1

@@ -42,6 +42,10 @@ class Trajectory:
       ended: STOP or LENGTH.
       group: the number of its prompt among those of a step; advantages compare within it.
       sample: its number among the completions of that prompt.
+      routes_TLK: where it is recorded, the experts of each token in each layer that has any; -1
+        for a token that was not read.
+      selected_TLk: where it is recorded, the keys that each token attended to in each layer that
+        selects: positions in order, then -1.
     """
 
     tokens_T: np.ndarray
@@ -52,6 +56,8 @@ class Trajectory:
     ended: str
     group: int = 0
     sample: int = 0
+    routes_TLK: np.ndarray | None = None
+    selected_TLk: np.ndarray | None = None
 
     @property
     def sampled_T(self) -> np.ndarray:
@@ -69,6 +75,9 @@ class Trajectory:
         return self.tokens_T[self.prompt_length :]
 
 
+RECORDS = {"routes": "routes_TLK", "selected": "selected_TLk"}
+
+
 def batch_of(trajectories: Sequence[Trajectory], width: int, pad: int) -> dict[str, np.ndarray]:
     """Makes rows to learn from, one trajectory a row, padded on the right.
 
@@ -80,7 +89,8 @@ def batch_of(trajectories: Sequence[Trajectory], width: int, pad: int) -> dict[s
     Returns:
       Arrays [B, T]: tokens, positions and segments as in pretraining; mask, bool, true on sampled
       tokens; group, int32, -1 on padding; sampler_logprobs and log_kept, float32, 0 outside the
-      mask. Each stands at the token itself.
+      mask. Each stands at the token itself. Where they are recorded, routes [B, L, T, K] and
+      selected [B, L, T, k] as `model.record.replay` takes them.
 
     Raises:
       UserError: a trajectory is longer than a row.
@@ -110,4 +120,14 @@ def batch_of(trajectories: Sequence[Trajectory], width: int, pad: int) -> dict[s
         }
         for name, value in values.items():
             batch[name][row, :length] = value
+    for name in ("routes", "selected"):
+        recorded = [getattr(each, RECORDS[name]) for each in trajectories]
+        if all(x_TLK is not None and x_TLK.shape[1] for x_TLK in recorded):
+            batch[name] = np.stack([_row_of(x_TLK, width) for x_TLK in recorded])
     return batch
+
+
+def _row_of(x_TLK: np.ndarray, width: int) -> np.ndarray:
+    """Returns a record as a row, [L, T, K]; -1 behind its end."""
+    x_LTK = np.moveaxis(x_TLK, 0, 1)
+    return np.pad(x_LTK, [(0, 0), (0, width - x_LTK.shape[1]), (0, 0)], constant_values=-1)

@@ -205,7 +205,7 @@ def decoded(config, stage: str, top_p: float, steps: int = 3) -> jax.Array:
     """Logits after a prompt and each of some tokens."""
     tokens_BT = tiny.batch_of((((1, 24),), ((1, 24),)))["tokens"]
     variables, count_B = tiny.variables(config), jnp.asarray([tiny.T - steps - 3, tiny.T - steps])
-    cache, hidden_BD = prefill(
+    cache, hidden_BD, _ = prefill(
         config, variables, tokens_BT[:, :-steps], count_B, tiny.T, stage, top_p
     )
     weights = decode_weights(config, variables, len(hidden_BD))

@@ -72,7 +72,7 @@ def test_greedy_tokens(case):
     slots = prompt_BT.shape[1] + expected.shape[1]
     read = jax.jit(prefill, static_argnums=(0, 4, 5))
     count_B = jnp.full(len(prompt_BT), prompt_BT.shape[1] - 3)
-    cache, hidden_BD = read(
+    cache, hidden_BD, _ = read(
         config, variables(case), jnp.asarray(prompt_BT), count_B, slots, stage(case)
     )
     weights = decode_weights(config, variables(case), len(hidden_BD))
