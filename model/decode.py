@@ -16,7 +16,7 @@ from kernels.device import platform
 from model.cache import Cache
 from model.config import ModelConfig
 from model.experts import table
-from model.heads import embed, logits_of
+from model.heads import embed
 from model.layers.norm import RMSNorm
 from model.record import Choices, choices_of
 from model.sharding import is_named
@@ -188,13 +188,3 @@ def read(
     hidden_BTD = cast(Array, final_norm.apply({"params": weights.params["final_norm"]}, x_BTD))
     choices = choices_of(config, recorded, tokens_BT) if record else None
     return Cache(tuple(layers), cache.length_B + count_B, cache.capacity), hidden_BTD, choices
-
-
-def decode_step(
-    config: ModelConfig, weights: DecodeWeights, tokens_B: Array, cache: Cache, stage: str
-) -> tuple[Cache, Array]:
-    """Reads one token in every row. Returns the longer cache and the logits [B, V] for the next."""
-    cache, hidden_B1D, _ = read(
-        config, weights, tokens_B[:, None], jnp.ones_like(tokens_B), cache, stage
-    )
-    return cache, logits_of(config, weights.params, hidden_B1D[:, 0])

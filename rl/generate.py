@@ -3,17 +3,22 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from data.chat import encode_prompt
 from data.tasks.problem import Problem
 from data.tokenizer import Tokenizer
+from errors import UserError
+from model.config import ModelConfig
+from model.sharding import batch_shards
 from rl.config import SamplingConfig
 from rl.engine import Engine
 from rl.problems import prompt_of
 from rl.request import Prompt, keys_of
-from rl.slots import slots_that_fit
+from rl.slots import empty_slots
 from rl.trajectory import LENGTH, Trajectory
 from train.setup import Setup
 
@@ -116,6 +121,34 @@ class Generator:
         tokenizer = self._setup.tokenizer
         ids = [token for token in trajectory.completion if token not in tokenizer.stops]
         return Completion(trajectory, self._opening + completion_text(ids, tokenizer))
+
+
+def slots_that_fit(
+    model: ModelConfig, mesh: Mesh, sampling: SamplingConfig, completions: int
+) -> int:
+    """Returns how many slots there are to be: one a completion, or as many as are allowed.
+
+    `sampling.slots` and `sampling.cache_gib` say how many that is on each device. Says on standard
+    output what it comes to.
+
+    Raises UserError if not even one slot fits.
+    """
+    capacity = sampling.max_prompt_tokens + sampling.max_new_tokens
+    slot = jax.eval_shape(lambda: empty_slots(model, sampling, 1, capacity))
+    slot_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slot))
+    per_device = int(sampling.cache_gib * 2**30 // slot_bytes)
+    if not per_device:
+        raise UserError(
+            f"sampling.cache_gib = {sampling.cache_gib}: one slot of {capacity:,} tokens takes "
+            f"{slot_bytes / 2**30:.2f} GiB; raise it, or lower sampling.max_new_tokens"
+        )
+    devices = batch_shards(mesh)
+    slots = min(completions, sampling.slots * devices, per_device * devices)
+    if jax.process_index() == 0:
+        size = f"{slots:,} slots of {slot_bytes / 2**20:.2f} MiB"
+        most = f"{per_device * devices:,} fit sampling.cache_gib"
+        print(f"{'sampling':<12}{size}; {most}", flush=True)
+    return slots
 
 
 def completion_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -75,7 +75,7 @@ class ThinkingBudget:
     """Bounds how long a completion thinks, by phrases that are put into its mouth.
 
     When its thinking has had `most_tokens`, the interruption is read and it answers (ScaleRL, arXiv
-    2510.13786, section 3.2). An end of its own is taken back as often as `waits` says, and `wait`
+    2510.13786). An end of its own is taken back as often as `waits` says, and `wait`
     read in its place (budget forcing, arXiv 2501.19393). What is read so has the role INJECTED.
 
     Attributes:
@@ -100,7 +100,7 @@ class ThinkingBudget:
     def __post_init__(self):
         if self.end not in self.interruption:
             raise UserError(f"the interruption {self.interruption!r} does not end thinking")
-        self._halts  # noqa: B018  raises where the tokenizer cannot write the end
+        StopTexts(self.tokenizer, [self.end])  # raises where the tokenizer cannot write it
 
     @property
     def _halts(self) -> StopTexts:

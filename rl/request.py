@@ -84,9 +84,26 @@ def check_prompt(prompt: Prompt, sampling: SamplingConfig) -> None:
             f"a prompt asks for {prompt.max_new_tokens} new tokens: must be between 1 and "
             f"sampling.max_new_tokens = {most}"
         )
-    for kind, ids in (("stop", prompt.stops), ("forbidden", prompt.forbidden)):
+    _check_ids("a prompt", prompt)
+
+
+def check_turn(turn: Turn, row: "Row") -> None:
+    """Raises UserError for a turn that cannot be: a row would never end, or lose its prompt."""
+    who = f"the reply to a completion of prompt {row.prompt.group}"
+    if turn.max_new_tokens < 1:
+        raise UserError(f"{who} asks for {turn.max_new_tokens} new tokens: must be at least 1")
+    if not 0 <= turn.take_back <= row.in_turn:
+        raise UserError(
+            f"{who} takes {turn.take_back} tokens back: must be between 0 and {row.in_turn}, those "
+            "sampled since the prompt or the last turn"
+        )
+    _check_ids(who, turn)
+
+
+def _check_ids(who: str, asked: Prompt | Turn) -> None:
+    for kind, ids in (("stop", asked.stops), ("forbidden", asked.forbidden)):
         if len(ids) > IDS:
-            raise UserError(f"a prompt has {len(ids)} {kind} ids; at most {IDS} may be")
+            raise UserError(f"{who} has {len(ids)} {kind} ids; at most {IDS} may be")
 
 
 @dataclasses.dataclass(eq=False)

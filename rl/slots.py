@@ -18,10 +18,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from errors import UserError
 from kernels.device import platform
 from model.cache import Cache
 from model.config import ModelConfig
@@ -29,7 +27,7 @@ from model.decode import DecodeWeights, last_of, prefill, read
 from model.experts import table
 from model.heads import logits_of
 from model.record import Choices
-from model.sharding import batch_shards, constrain, map_shards, spec
+from model.sharding import constrain, map_shards, spec
 from rl.config import SamplingConfig
 from rl.draw import draw
 
@@ -298,31 +296,3 @@ def advance(
 def by_row(tree: Any) -> Any:
     """Divides the rows of every array over the devices that divide a batch."""
     return jax.tree.map(lambda leaf: constrain(leaf, "batch"), tree)
-
-
-def slots_that_fit(
-    model: ModelConfig, mesh: Mesh, sampling: SamplingConfig, completions: int
-) -> int:
-    """Returns how many slots there are to be: one a completion, or as many as are allowed.
-
-    `sampling.slots` and `sampling.cache_gib` say how many that is on each device. Says on standard
-    output what it comes to.
-
-    Raises UserError if not even one slot fits.
-    """
-    capacity = sampling.max_prompt_tokens + sampling.max_new_tokens
-    slot = jax.eval_shape(lambda: empty_slots(model, sampling, 1, capacity))
-    slot_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slot))
-    per_device = int(sampling.cache_gib * 2**30 // slot_bytes)
-    if not per_device:
-        raise UserError(
-            f"sampling.cache_gib = {sampling.cache_gib}: one slot of {capacity:,} tokens takes "
-            f"{slot_bytes / 2**30:.2f} GiB; raise it, or lower sampling.max_new_tokens"
-        )
-    devices = batch_shards(mesh)
-    slots = min(completions, sampling.slots * devices, per_device * devices)
-    if jax.process_index() == 0:
-        size = f"{slots:,} slots of {slot_bytes / 2**20:.2f} MiB"
-        most = f"{per_device * devices:,} fit sampling.cache_gib"
-        print(f"{'sampling':<12}{size}; {most}", flush=True)
-    return slots

@@ -15,9 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+from model.cache import Cache
 from model.config import ModelConfig
-from model.decode import decode_step
+from model.decode import DecodeWeights, read
 from model.heads import logits_of
 from model.layer_configs import (
     DeltaConfig,
@@ -193,6 +195,16 @@ def forward(config: ModelConfig, variables: dict, batch: dict, stage: str) -> di
         "mtp_BTV": [head(hidden_BTD) for hidden_BTD in output.mtp_hidden],
         "stats": output.stats,
     }
+
+
+def decode_step(
+    config: ModelConfig, weights: DecodeWeights, tokens_B: Array, cache: Cache, stage: str
+) -> tuple[Cache, Array]:
+    """Reads one token in every row. Returns the longer cache and the logits [B, V] for the next."""
+    cache, hidden_B1D, _ = read(
+        config, weights, tokens_B[:, None], jnp.ones_like(tokens_B), cache, stage
+    )
+    return cache, logits_of(config, weights.params, hidden_B1D[:, 0])
 
 
 def jitted_step(config: ModelConfig, stage: str):

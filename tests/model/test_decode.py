@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from model.cache import Cache
-from model.decode import decode_step, decode_weights, last_of, prefill, read
+from model.decode import decode_weights, last_of, prefill, read
 from model.heads import logits_of
 from tests import tiny
 from tests.tiny import T
@@ -24,7 +24,7 @@ SEED = 1
 
 prefill = jax.jit(prefill, static_argnums=(0, 4, 5))
 read = jax.jit(read, static_argnums=(0, 5))
-step = jax.jit(decode_step, static_argnums=(0, 4))
+step = jax.jit(tiny.decode_step, static_argnums=(0, 4))
 
 CASES = {
     "dense, no gate, no query latent": (

@@ -19,7 +19,7 @@ from model.attention.int4 import quantise
 from model.attention.reference import IndexerInputs
 from model.attention.table import latent_form
 from model.cache import Cache
-from model.decode import decode_step, decode_weights, prefill
+from model.decode import decode_weights, prefill
 from model.heads import logits_of
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
@@ -210,7 +210,9 @@ def decoded(config, stage: str, top_p: float, steps: int = 3) -> jax.Array:
     )
     weights = decode_weights(config, variables, len(hidden_BD))
     found = [logits_of(config, variables["params"], hidden_BD)]
-    step = jax.jit(lambda tokens_B, cache: decode_step(config, weights, tokens_B, cache, stage))
+    step = jax.jit(
+        lambda tokens_B, cache: tiny.decode_step(config, weights, tokens_B, cache, stage)
+    )
     for t in range(steps):
         tokens_B = jnp.take_along_axis(tokens_BT, count_B[:, None] + t, axis=1)[:, 0]
         cache, logits_BV = step(tokens_B, cache)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.decode import decode_step, decode_weights, prefill
+from model.decode import decode_weights, prefill
 from model.heads import logits_of
+from tests import tiny
 from tests.model.golden import (
     CASES,
     SHORT,
@@ -76,7 +77,7 @@ def test_greedy_tokens(case):
         config, variables(case), jnp.asarray(prompt_BT), count_B, slots, stage(case)
     )
     weights = decode_weights(config, variables(case), len(hidden_BD))
-    step = jax.jit(decode_step, static_argnums=(0, 4))
+    step = jax.jit(tiny.decode_step, static_argnums=(0, 4))
     logits = [logits_of(config, variables(case)["params"], hidden_BD)]
     while len(logits) < expected.shape[1]:
         tokens_B = jnp.argmax(logits[-1], axis=-1)

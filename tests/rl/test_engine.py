@@ -13,9 +13,9 @@ from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from rl.config import SamplingConfig
 from rl.engine import Engine
+from rl.generate import slots_that_fit
 from rl.objective import logprobs_at_tokens
 from rl.request import Prompt, keys_of
-from rl.slots import slots_that_fit
 from rl.trajectory import LENGTH, STOP, Role, Trajectory, batch_of
 from tests import tiny
 

@@ -126,12 +126,31 @@ def test_a_conversation_ends_where_its_slot_is_full():
         assert WIDTH + NEW - 26 < len(each.tokens_T) <= WIDTH + NEW
 
 
+WRONG_TURNS = {
+    "the reply to a completion of prompt 0 asks for 0 new tokens": {"max_new_tokens": 0},
+    "takes 99 tokens back: must be between 0 and": {"take_back": 99},
+    "prompt 0 has 17 stop ids; at most 16 may be": {"stops": tuple(range(17))},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_TURNS)
+def test_a_turn_that_cannot_be_is_one_line(message):
+    """And no row that never ends."""
+    turn = dataclasses.replace(Turn(TOOL, Role.TOOL, 5, STOPS), **WRONG_TURNS[message])
+    own = engine("mla", rows=2, steps=2)
+    with pytest.raises(UserError, match=message), own.loaded(tiny.variables(MODELS["mla"])):
+        list(own.run(prompts_of(1, reply=lambda trajectory: turn)))
+    assert not own.busy
+
+
 def test_a_halt_drops_what_was_sampled_beyond():
     """Of a sequence of two ids that does occur: the row ends as if it had stopped there."""
     plain = by_number(engine("mla").run(prompts_of(new=12)))
     longest = max(plain.values(), key=lambda each: len(each.completion))
     pair = tuple(longest.completion[2:4].tolist())
-    found = by_number(engine("mla").run(prompts_of(new=12, halts=StopSequences((pair,)))))
+    own, before = engine("mla"), engine("mla").counts.sampled
+    found = by_number(own.run(prompts_of(new=12, halts=StopSequences((pair,)))))
+    assert own.counts.sampled - before == sum(len(each.completion) for each in found.values())
     cut = found[longest.group, 0]
     assert cut.ended == STOP and tuple(cut.completion[-2:].tolist()) == pair
     for number, each in found.items():
