@@ -27,7 +27,8 @@ from jax import Array
 from bench.workload import random_prompts, tiny_dsv3_config
 from experiment.command_line import Flag, command
 from model.config import ModelConfig
-from model.decode import decode_weights, prefill, read
+from model.decode import prefill, read
+from model.decode_weights import decode_weights
 from model.heads import logits_of
 from model.sharding import make_mesh
 from rl.config import SamplingConfig
@@ -63,7 +64,7 @@ def plain_loop(
         token_B = draw(sampling, logits_BV, keys_B).token_B
         tokens_BC = tokens_BC.at[:, step].set(jnp.where(step < left_B, token_B, -1))
         ones_B = jnp.ones_like(token_B)
-        cache, hidden_B1D, _ = read(
+        cache, hidden_B1D, *_ = read(
             model, weights, token_B[:, None], ones_B, cache, sampling.attention
         )
         return cache, logits_of(model, weights.params, hidden_B1D[:, 0]), tokens_BC, step + 1

@@ -38,7 +38,7 @@ from model.attention.int4 import dequantise
 from model.attention.reference import softmax_parts
 from model.cache import Cache
 from model.config import ModelConfig
-from model.decode import DecodeWeights, decode_weights, expert_matrices, map_gate_and_up
+from model.decode_weights import DecodeWeights, decode_weights, expert_matrices, map_gate_and_up
 from model.heads import embed, logits_of
 from model.layers.mla import LatentAttention, Projections
 from model.layers.norm import RMSNorm

@@ -1,99 +1,38 @@
 """Reading and writing token by token: `prefill` fills a cache, `read` extends it.
 
-Attention over cached latents is absorbed (model/attention/decode.py).
+Attention over cached latents is absorbed (model/attention/decode.py). Where the MTP modules draft,
+their caches are filled on the way (model/drafts.py).
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, cast
+import dataclasses
+from typing import Any, NamedTuple, cast
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.device import platform
-from model.cache import Cache
+from model.cache import Cache, LayerCache
 from model.config import ModelConfig
-from model.experts import table
+from model.decode_weights import DecodeWeights
+from model.drafts import follow, normed
 from model.heads import embed
-from model.layers.norm import RMSNorm
 from model.record import Choices, choices_of
-from model.sharding import is_named
-from model.transformer import Block, Output, Transformer, boxed_shapes, layer_paths
+from model.transformer import Block, Output, Transformer, layer_paths
 
 
-@flax.struct.dataclass
-class DecodeWeights:
-    """A model's variables with the stacked layers taken apart.
+class Reading(NamedTuple):
+    """What reading some tokens of B rows gives.
 
-    It is made once, so that a step does not copy a layer's weights out of the stack.
-
-    params: the parameters outside the layers.
-    layers: per layer {"params": ..., "router": ...}.
-    side_by_side: whether the routed experts' gate and up are [D, E * F] each, see `expert_columns`,
-      and not [E, D, F].
+    cache: with these tokens.
+    hidden_BTD: the hidden states, normalised, for the output head.
+    further_BTD: what the first MTP module reads of the trunk.
+    choices: what the layers chose, None where it is not recorded.
     """
 
-    params: dict
-    layers: tuple[dict, ...]
-    side_by_side: bool = flax.struct.field(pytree_node=False)
-
-
-def decode_weights(config: ModelConfig, variables: dict, rows: int) -> DecodeWeights:
-    """Prepares the weights that `read` takes.
-
-    They are cast to the compute type, except those declared with `keep_float32`: a step then reads
-    half the bytes in bfloat16. With few rows every expert sees every token, in one matmul over all
-    experts (model/experts/table.py). On one CPU their weights are laid out for that matmul here,
-    once; XLA would do it anew in every step.
-
-    Args:
-      config: the model.
-      variables: {"params", "router"}.
-      rows: how many rows a step decodes.
-    """
-    variables = jax.tree.map(
-        lambda box, leaf: leaf if box.use.keep_float32 else leaf.astype(config.dtype),
-        boxed_shapes(config),
-        variables,
-        is_leaf=is_named,
-    )
-    # Side by side, experts cannot be divided over devices.
-    one_cpu = platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
-    side_by_side = (
-        one_cpu
-        and table.few_choices(rows * config.moe.num_experts_per_tok, config.moe.num_experts)
-        and config.expert_matmul in ("auto", "reference")
-    )
-    layers = []
-    for stack, block, index in layer_paths(config):
-        own = {kind: variables[kind].get(stack, {}).get(block, {}) for kind in ("params", "router")}
-        own = jax.tree.map(lambda leaf, i=index: leaf[i], own)
-        layers.append(map_gate_and_up(expert_columns, own) if side_by_side else own)
-    params = {
-        name: leaf for name, leaf in variables["params"].items() if not name.startswith("layers_")
-    }
-    return DecodeWeights(params, tuple(layers), side_by_side)
-
-
-def expert_columns(w_EDF: Array) -> Array:
-    """Puts the experts' matrices side by side as one, [D, E * F]."""
-    return jnp.swapaxes(w_EDF, 0, 1).reshape(w_EDF.shape[1], -1)
-
-
-def expert_matrices(w_DX: Array, count: int) -> Array:
-    """Takes the matrices of `expert_columns` apart again, [E, D, F]."""
-    return jnp.swapaxes(w_DX.reshape(w_DX.shape[0], count, -1), 0, 1)
-
-
-def map_gate_and_up(function: Callable[[Array], Array], layer: dict) -> dict:
-    """Returns a layer's variables with a function applied to the routed experts' gate and up."""
-    if "moe" not in layer["params"]:
-        return layer
-    moe = layer["params"]["moe"]
-    mapped = moe | {name: function(moe[name]) for name in ("gate", "up")}
-    return layer | {"params": layer["params"] | {"moe": mapped}}
+    cache: Cache
+    hidden_BTD: Array
+    further_BTD: Array
+    choices: Choices | None
 
 
 def prefill(
@@ -105,6 +44,7 @@ def prefill(
     stage: str,
     attention_top_p: float = 1.0,
     record: bool = False,
+    drafts: int = 0,
 ) -> tuple[Cache, Array, Choices | None]:
     """Reads the beginnings of sequences into a new cache, as the trainer's forward pass does.
 
@@ -117,16 +57,23 @@ def prefill(
       attention_top_p: decoding reads the fewest keys that by estimate have this share of attention
         (Twilight, arXiv 2502.02770).
       record: whether to return what the layers chose.
+      drafts: how many tokens the MTP modules are to draft at a time.
 
     Returns: the cache; the hidden states [B, D] of each row's last token, for the output head; and
     the choices, None unless `record`.
     """
     B, T = tokens_BT.shape
-    cache = Cache.empty(config, B, capacity, stage, attention_top_p)
+    cache = Cache.empty(config, B, capacity, stage, attention_top_p, drafts)
     tokens = cache.tokens(count_B, T, stage)
     inputs, choices = (tokens_BT, tokens.positions_BT, tokens.segments_BT), None
     applied: Any = Transformer(config).apply(
-        variables, *inputs, stage=stage, mtp=False, mutable=["record"] if record else False
+        variables,
+        *inputs,
+        stage=stage,
+        mtp=drafts > 0,
+        # They read the last positions when they draft.
+        mtp_until_B=count_B - drafts - 1,
+        mutable=["record"] if record else False,
     )
     output = cast(Output, applied[0] if record else applied)
     if record:
@@ -135,11 +82,19 @@ def prefill(
             for stack, block, index in layer_paths(config)
         ]
         choices = choices_of(config, of_layers, tokens_BT)
-    layers = tuple(
-        layer.write(entries, cast(Array, tokens.index_BT))
-        for layer, entries in zip(cache.layers, output.entries, strict=True)
-    )
-    return Cache(layers, count_B, capacity), last_of(output.hidden_BTD, count_B), choices
+
+    def written(layers: tuple[LayerCache, ...], entries: tuple[LayerCache, ...]):
+        index_BT = cast(Array, tokens.index_BT)
+        return tuple(layer.write(new, index_BT) for layer, new in zip(layers, entries, strict=True))
+
+    drafting = cache.drafts
+    if drafting:
+        drafting = dataclasses.replace(
+            drafting, layers=written(drafting.layers, output.mtp_entries[:drafts])
+        ).slid(output.further_BTD, tokens_BT, count_B)
+    layers = written(cache.layers, output.entries)
+    cache = dataclasses.replace(cache, layers=layers, length_B=count_B, drafts=drafting)
+    return cache, last_of(output.hidden_BTD, count_B), choices
 
 
 def last_of(hidden_BTD: Array, count_B: Array) -> Array:
@@ -155,7 +110,7 @@ def read(
     cache: Cache,
     stage: str,
     record: bool = False,
-) -> tuple[Cache, Array, Choices | None]:
+) -> Reading:
     """Reads a few more tokens of every row, each row as many as it has.
 
     Args:
@@ -164,27 +119,67 @@ def read(
       cache: what the rows have read, with room for these tokens.
       stage: "dense" | "sparse".
       record: whether to return what the layers chose.
-
-    Returns: the longer cache; the hidden states [B, T, D] for the output head; and the choices,
-    None unless `record`.
     """
-    tokens = cache.tokens(count_B, tokens_BT.shape[1], stage)
+    reading = read_trunk(config, weights, tokens_BT, count_B, cache, stage, record)
+    drafting = cache.drafts
+    if drafting:
+        drafting = follow(config, weights, cache, reading.further_BTD, tokens_BT, count_B, stage)
+    longer = dataclasses.replace(reading.cache, length_B=cache.length_B + count_B, drafts=drafting)
+    return reading._replace(cache=longer)
+
+
+def read_trunk(
+    config: ModelConfig,
+    weights: DecodeWeights,
+    tokens_BT: Array,
+    count_B: Array,
+    cache: Cache,
+    stage: str,
+    record: bool = False,
+    every: bool = False,
+) -> Reading:
+    """Does what `read` does, but for the length of the cache and the MTP modules.
+
+    Args:
+      every: keeps the state after every token, so that `Cache.after` can take the last ones back.
+    """
+    tokens = cache.tokens(count_B, tokens_BT.shape[1], stage, every)
     x_BTD = embed(config, weights.params["embedding"], tokens_BT)
-    layers, recorded = [], []
-    for kind, layer, past in zip(config.kinds, weights.layers, cache.layers, strict=True):
-        if weights.side_by_side:
-            # Tied to the step: a compiler that may move this out of a loop over steps undoes
-            # `expert_columns` with it.
-            x_BTD, layer = jax.lax.optimization_barrier((x_BTD, layer))
-            layer = map_gate_and_up(
-                functools.partial(expert_matrices, count=config.moe.num_experts), layer
-            )
-        mutable = ["record"] if record else False
+    layers, recorded, mutable = [], [], ["record"] if record else False
+    for number, (kind, past) in enumerate(zip(config.kinds, cache.layers, strict=True)):
+        x_BTD, layer = weights.layer(number, x_BTD, config.moe.num_experts)
         applied: Any = Block(config, kind).apply(layer, x_BTD, tokens, past, mutable=mutable)
         x_BTD, (_, written) = applied[0] if record else applied
         layers.append(written)
         recorded.append(applied[1]["record"] if record else {})
-    final_norm = RMSNorm(config.rms_norm_eps, config.norm)
-    hidden_BTD = cast(Array, final_norm.apply({"params": weights.params["final_norm"]}, x_BTD))
+    hidden_BTD = normed(config, weights, "final_norm", x_BTD)
+    further_BTD = hidden_BTD if config.mtp_input == "normed" else x_BTD
     choices = choices_of(config, recorded, tokens_BT) if record else None
-    return Cache(tuple(layers), cache.length_B + count_B, cache.capacity), hidden_BTD, choices
+    longer = dataclasses.replace(cache, layers=tuple(layers))
+    return Reading(longer, hidden_BTD, further_BTD, choices)
+
+
+def keep_first(
+    cache: Cache,
+    modules: tuple[LayerCache, ...],
+    reading: Reading,
+    tokens_BW: Array,
+    count_B: Array,
+) -> Cache:
+    """Returns the cache of rows that keep the first of W tokens, of which D are drafts.
+
+    Args:
+      cache: before these tokens.
+      modules: what `model.drafts.propose` made of the modules' caches.
+      reading: by `read_trunk`, with the state after every token.
+      tokens_BW: the tokens.
+      count_B: how many of them are kept.
+    """
+    drafts, W = cache.drafts, tokens_BW.shape[1]
+    assert drafts is not None
+    layers = tuple(layer.after(count_B, W) for layer in modules)
+    drafts = dataclasses.replace(drafts, layers=layers)
+    return dataclasses.replace(
+        reading.cache.after(count_B, W),
+        drafts=drafts.slid(reading.further_BTD, tokens_BW, count_B),
+    )

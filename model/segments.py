@@ -19,6 +19,8 @@ class TokenInfo:
       whole sequences, where positions and segments say it.
     index_BT: while decoding, the place in its row of the cache that each token is written to; past
       the end for padding, which is not written.
+    every: while decoding, whether a recurrent cache keeps its state after every one of the tokens,
+      so that the last may be taken back (`model.cache.Cache.after`).
     """
 
     positions_BT: Array
@@ -26,6 +28,7 @@ class TokenInfo:
     stage: str = flax.struct.field(pytree_node=False)
     allowed_BTS: Array | None = None
     index_BT: Array | None = None
+    every: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def shift_left(x_BT: Array, by: int) -> Array:

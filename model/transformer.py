@@ -64,12 +64,16 @@ class Output:
     mtp_hidden: those of MTP depth 1, 2, ...; the k-th predicts the token k + 1 places on.
     stats: stacked over the layers, MTP modules last.
     entries: cache entries of the main layers, one a layer.
+    further_BTD: what the first MTP module reads of the trunk.
+    mtp_entries: cache entries of the MTP modules.
     """
 
     hidden_BTD: Array
     mtp_hidden: tuple[Array, ...]
     stats: LayerStats
     entries: tuple[LayerCache, ...]
+    further_BTD: Array
+    mtp_entries: tuple[LayerCache, ...] = ()
 
 
 class Block(nn.Module):
@@ -91,7 +95,10 @@ class Block(nn.Module):
         recent_BPD = jnp.zeros((x_BTD.shape[0], 0, c.hidden_size), x_BTD.dtype)
         if c.canon_kernel_size:
             normed_BTD, recent_BPD = Canon(c.canon_kernel_size, name="canon")(
-                normed_BTD, tokens.segments_BT, None if past is None else past.recent_BPD
+                normed_BTD,
+                tokens.segments_BT,
+                None if past is None else past.recent_BPD,
+                tokens.every,
             )
         attention = ATTENTION_TYPES[self.kind.attention].module(c, name="attention")
         attended_BTD, indexer, entries = attention(
@@ -182,7 +189,11 @@ class MTPModule(nn.Module):
 
     @nn.compact
     def __call__(
-        self, previous_BTD: Array, embedded_BTD: Array, tokens: TokenInfo
+        self,
+        previous_BTD: Array,
+        embedded_BTD: Array,
+        tokens: TokenInfo,
+        past: LayerCache | None = None,
     ) -> tuple[Array, tuple[LayerStats, LayerCache]]:
         """Returns the hidden states of this depth, and what `Block` returns.
 
@@ -190,6 +201,7 @@ class MTPModule(nn.Module):
           previous_BTD: the hidden states of the depth before.
           embedded_BTD: the embeddings of the tokens k places on.
           tokens: with segment 0 where there is no such token.
+          past: as of `Block`.
         """
         c = self.config
         merge_2DD = parameter(
@@ -203,7 +215,7 @@ class MTPModule(nn.Module):
         hidden_BTD = linear(embedded_BTD, merge_2DD[0])
         previous_BTD = RMSNorm(c.rms_norm_eps, c.norm, name="hidden_norm")(previous_BTD)
         hidden_BTD += linear(previous_BTD, merge_2DD[1])
-        return Block(c, c.mtp_kind, name="block")(hidden_BTD, tokens)
+        return Block(c, c.mtp_kind, name="block")(hidden_BTD, tokens, past)
 
 
 class Transformer(nn.Module):
@@ -234,6 +246,7 @@ class Transformer(nn.Module):
         *,
         stage: str,
         mtp: bool = True,
+        mtp_until_B: Array | None = None,
     ) -> Output:
         """Computes hidden states, before the output head.
 
@@ -243,6 +256,7 @@ class Transformer(nn.Module):
           segments_BT: the segment of each token; 0 is padding.
           stage: "dense" | "warmup" | "sparse", see `model.attention.reference.attend_expanded`.
           mtp: False leaves the MTP modules out.
+          mtp_until_B: in each row they read the positions before this one alone.
         """
         c, tokens = self.config, TokenInfo(positions_BT, segments_BT, stage)
         x_BTD = embed(c, self.embedding, tokens_BT)
@@ -253,33 +267,49 @@ class Transformer(nn.Module):
                 stats.append(layer_stats)
                 entries.append(layer_entries)
         hidden_BTD = self.final_norm(x_BTD)
-        mtp_hidden = []
+        further_BTD = hidden_BTD if c.mtp_input == "normed" else x_BTD
+        mtp_hidden, mtp_entries = [], []
         if mtp or self.is_initializing():
-            previous_BTD = hidden_BTD if c.mtp_input == "normed" else x_BTD
-            mtp_hidden, mtp_stats = self.predict_further(tokens_BT, tokens, previous_BTD)
+            mtp_hidden, mtp_stats, mtp_entries = self.predict_further(
+                tokens_BT, tokens, further_BTD, mtp_until_B
+            )
             stats += mtp_stats
         stacked_stats = jax.tree.map(lambda *layers: jnp.stack(layers), *stats)
-        return Output(hidden_BTD, tuple(mtp_hidden), stacked_stats, tuple(entries))
+        return Output(
+            hidden_BTD,
+            tuple(mtp_hidden),
+            stacked_stats,
+            tuple(entries),
+            further_BTD,
+            tuple(mtp_entries),
+        )
 
     def predict_further(
-        self, tokens_BT: Array, tokens: TokenInfo, previous_BTD: Array
-    ) -> tuple[list[Array], list[LayerStats]]:
-        """Computes the hidden states of each MTP depth, and what its layer did."""
-        c, hidden, stats = self.config, [], []
+        self,
+        tokens_BT: Array,
+        tokens: TokenInfo,
+        previous_BTD: Array,
+        until_B: Array | None = None,
+    ) -> tuple[list[Array], list[LayerStats], list[LayerCache]]:
+        """Computes the hidden states of each MTP depth, and what `Block` returns of its layer."""
+        c, hidden, stats, entries = self.config, [], [], []
         for depth, module in enumerate(self.mtp, start=1):
             with jax.named_scope(f"mtp_{depth}"):
                 embedded_BTD = embed(c, self.embedding, shift_left(tokens_BT, depth))
                 # Where the token `depth` places on is of another segment the module has nothing to
                 # read: padding, to it.
                 readable_BT = same_segment(tokens.segments_BT, depth)
+                if until_B is not None:
+                    readable_BT &= tokens.positions_BT < until_B[:, None]
                 readable = dataclasses.replace(
                     tokens, segments_BT=jnp.where(readable_BT, tokens.segments_BT, 0)
                 )
-                x_BTD, (layer_stats, _) = module(previous_BTD, embedded_BTD, readable)
+                x_BTD, (layer_stats, written) = module(previous_BTD, embedded_BTD, readable)
                 hidden.append(self.mtp_norm[depth - 1](x_BTD))
                 previous_BTD = hidden[-1] if c.mtp_input == "normed" else x_BTD
                 stats.append(layer_stats)
-        return hidden, stats
+                entries.append(written)
+        return hidden, stats, entries
 
 
 def init(config: ModelConfig, key: Array) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 from data.config import DataConfig, TokenizerConfig
 from errors import UserError
 from model.config import ModelConfig
-from model.decode import decode_weights
+from model.decode_weights import decode_weights
 from model.sharding import batch_sharding, batch_shards, mesh_axes
 from model.transformer import boxed_shapes
 from plan.flops import rollout_formula, train_formula
+from rl.advance import advance
 from rl.algorithms import get_algorithm
 from rl.config import ReinforceConfig, SamplingConfig
-from rl.slots import IDS, Rules, Sampled, advance, empty_slots, place, read_prompts
+from rl.slots import IDS, Rules, Sampled, empty_slots, place, read_prompts
 from train.config import TrainConfig
 from train.objective import language_objective, trained_mtp
 from train.optimizer import make_optimizer
@@ -164,7 +165,7 @@ def _full_slots(
         jnp.tile(jnp.arange(prompts * each), devices),
         Rules(key_B2, jnp.full(rows, sampling.max_new_tokens), *[jnp.full((rows, IDS), -1)] * 2),
     )
-    weights = decode_weights(model, variables, rows)
+    weights = decode_weights(model, variables, rows * (sampling.drafts + 1), sampling.drafts)
     _, sampled = advance(
         model,
         sampling,

@@ -11,6 +11,7 @@ from errors import FieldChecks
 from rl.rewards import check_weights
 
 ATTENTIONS = ("sparse", "dense")
+DRAFT_ACCEPTANCES = ("coupled", "rejection")
 OLD_LOGPROBS = ("sampler", "trainer")
 TRUNCATED = ("reward", "no_reward", "mask")
 
@@ -33,6 +34,14 @@ class SamplingConfig:
     # on it; the others wait for their turn.
     slots: int = 256
     cache_gib: float = 8.0
+    # Tokens that the MTP modules draft behind each one that is drawn, at most as many as there are
+    # modules; the model verifies them in one pass, and what is sampled stays its own.
+    drafts: int = 0
+    # When a draft is taken: "coupled" draws it with the random numbers that the model's own draw at
+    # its place has, and takes it where both draw the same, so that samples are the same with and
+    # without drafts (arXiv 2408.07978) | "rejection" takes more of them, with probability
+    # min(1, p / q), and samples others of the same distribution (arXiv 2211.17192).
+    draft_acceptance: str = "coupled"
     attention: str = "sparse"  # "sparse" | "dense"
     # Below 1, each new token attends to the fewest of its keys that by estimate hold this share of
     # its attention (Twilight, arXiv 2502.02770): by the indexer's softmax over what it selected, or
@@ -47,6 +56,9 @@ class SamplingConfig:
         check.that(self.top_k >= 0, "top_k", "must be 0 (all) or positive")
         check.that(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         check.positive("max_prompt_tokens", "max_new_tokens", "slots")
+        check.not_negative("drafts")
+        check.at_most(16, "drafts")
+        check.one_of("draft_acceptance", DRAFT_ACCEPTANCES)
         roomy = 0 < self.cache_gib < math.inf
         check.that(roomy, "cache_gib", "must be positive")
         share = 0 < self.attention_top_p <= 1

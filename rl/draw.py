@@ -45,12 +45,36 @@ def keep_likely(logprobs_BV: Array, top_k: int, top_p: float) -> Array:
     return keep_BV
 
 
+class Distribution(NamedTuple):
+    """What a token is drawn from.
+
+    logprobs_BV: float32, log-probabilities at the sampling temperature, over the whole vocabulary.
+    kept_BV: the same where a token may be drawn, else -inf.
+    log_kept_B: as of `Drawn`.
+    """
+
+    logprobs_BV: Array
+    kept_BV: Array
+    log_kept_B: Array
+
+    @property
+    def normalised_BV(self) -> Array:
+        """The log-probabilities of the draw itself."""
+        return self.kept_BV - self.log_kept_B[:, None]
+
+    def drawn(self, token_B: Array) -> Drawn:
+        """Returns the record of tokens that were drawn from it."""
+        logprob_B = jnp.take_along_axis(self.logprobs_BV, token_B[:, None], axis=-1)[:, 0]
+        return Drawn(token_B.astype(jnp.int32), logprob_B, self.log_kept_B)
+
+
 def draw(
     sampling: SamplingConfig,
     logits_BV: Array,
     key_B: Array,
     forbidden_BK: Array | None = None,
     allowed_BV: Array | None = None,
+    rejected_BV: Array | None = None,
 ) -> Drawn:
     """Draws one token a row, each with its own key.
 
@@ -58,8 +82,50 @@ def draw(
     temperature 1.
 
     Args:
-      logits_BV: float32.
       key_B: random keys.
+      logits_BV, forbidden_BK, allowed_BV: see `distribution`.
+      rejected_BV: see `without_rejected`.
+    """
+    choice = distribution(sampling, logits_BV, forbidden_BK, allowed_BV)
+    if sampling.temperature == 0:
+        return choice.drawn(likeliest(choice, logits_BV))
+    kept_BV = choice.kept_BV
+    if rejected_BV is not None:
+        kept_BV = without_rejected(choice.normalised_BV, rejected_BV)
+    return choice.drawn(jax.vmap(jax.random.categorical)(key_B, kept_BV))
+
+
+def likeliest(choice: Distribution, logits_BV: Array) -> Array:
+    """Returns the likeliest token that may be drawn, by the logits: they have no rounding."""
+    return jnp.argmax(jnp.where(choice.kept_BV > -jnp.inf, logits_BV, -jnp.inf), axis=-1)
+
+
+def without_rejected(logprobs_BV: Array, rejected_BV: Array) -> Array:
+    """Returns what is left of a distribution p when a draft from q was rejected: max(p - q, 0).
+
+    A draft is taken with probability min(1, p / q), so that with what is drawn from here in place
+    of those rejected every token has the probability p (arXiv 2211.17192, appendix A.1).
+
+    Args:
+      logprobs_BV: log p.
+      rejected_BV: log q; -inf where no draft was rejected, which leaves p.
+    """
+    left_BV = jnp.maximum(jnp.exp(logprobs_BV) - jnp.exp(rejected_BV), 0.0)
+    # Where p and q differ by rounding alone nothing may be left.
+    some_B1 = jnp.any(left_BV > 0, axis=-1, keepdims=True)
+    return jnp.where(some_B1, jnp.log(left_BV), logprobs_BV)
+
+
+def distribution(
+    sampling: SamplingConfig,
+    logits_BV: Array,
+    forbidden_BK: Array | None = None,
+    allowed_BV: Array | None = None,
+) -> Distribution:
+    """Returns what the next token of each row is drawn from.
+
+    Args:
+      logits_BV: float32.
       forbidden_BK: int32, distinct ids that may not be drawn, then -1.
       allowed_BV: bool, the ids that may be drawn; at least one a row.
     """
@@ -84,9 +150,4 @@ def draw(
     elif allowed_BV is not None:
         restricted_B = ~jnp.all(allowed_BV, axis=-1)
         log_kept_B = jnp.where(restricted_B, jax.nn.logsumexp(kept_BV, axis=-1), log_kept_B)
-    if sampling.temperature == 0:
-        token_B = jnp.argmax(jnp.where(kept_BV > -jnp.inf, logits_BV, -jnp.inf), axis=-1)
-    else:
-        token_B = jax.vmap(jax.random.categorical)(key_B, kept_BV)
-    logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
-    return Drawn(token_B.astype(jnp.int32), logprob_B, log_kept_B)
+    return Distribution(logprobs_BV, kept_BV, log_kept_B)

@@ -14,7 +14,6 @@ prompt and its key alone, not on its slot, on the others, or on when it began.
 import collections
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -23,29 +22,21 @@ from jax import Array
 from jax.sharding import Mesh
 
 from errors import UserError
-from kernels.device import compiler_options
 from model.cache import Cache
 from model.config import ModelConfig
-from model.decode import decode_weights
-from model.sharding import batch_sharding, batch_shards, replicated
+from model.sharding import batch_shards
 from rl.config import SamplingConfig
+from rl.programs import MOST_STEPS, Programs
 from rl.request import Counts, Part, Prompt, Row, check_prompt, check_turn, rules_of
 from rl.slots import (
     NOTHING,
     Sampled,
-    advance,
-    empty_slots,
-    extend,
-    halt,
-    place,
-    read_prompts,
 )
 from rl.trajectory import STOP, Trajectory
 from rl.turns import Unread, next_chunk
 from train.setup import to_host
 
 WIDTHS = tuple(2 * 4**n for n in range(2, 12))  # 32, 128, 512, ...: tokens that prompts are read in
-MOST_STEPS = 32
 READ_TOKENS = 1_024  # of prompts at a time, at most, or one prompt
 
 
@@ -91,7 +82,7 @@ class Engine:
         record: bool = False,
     ):
         self._mesh, self._sampling, self._pad = mesh, sampling, pad
-        self._steps = min(steps, MOST_STEPS)
+        self._passes = max(min(steps, MOST_STEPS) // (sampling.drafts + 1), 1)
         self._devices = batch_shards(mesh)
         self._per_device = -(-rows // self._devices)
         self.rows = self._per_device * self._devices
@@ -108,40 +99,12 @@ class Engine:
         self._stale: list[int] = []
         self._version = 0
         self._variables = self._weights = self._slots = None
-        # What only moves arrays need not be optimised well; decoding does: it takes 5 to 7 %
-        # longer with the options that spare a CPU's compiler work.
-        quick = compiler_options(mesh)
-        self._prepare = jax.jit(
-            functools.partial(decode_weights, model, rows=self.rows), compiler_options=quick
-        )
-        # Every program gives its slots back in one and the same sharding: another would be another
-        # program to compile.
-        by_row = functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
-        empty = functools.partial(empty_slots, model, sampling, self.rows, self.capacity)
-        self._empty = by_row(empty, compiler_options=quick)
-        read = functools.partial(read_prompts, model, sampling, self.capacity, record)
-        self._read = by_row(read)
-        self._place = by_row(functools.partial(place), donate_argnums=0, compiler_options=quick)
-        self._extend = jax.jit(
-            functools.partial(extend, model, sampling, record),
-            donate_argnums=1,
-            out_shardings=(batch_sharding(mesh), replicated(mesh)),
-        )
-        self._halt = by_row(functools.partial(halt), donate_argnums=0, compiler_options=quick)
-        self._advance = jax.jit(
-            functools.partial(advance, model, sampling, MOST_STEPS, record),
-            donate_argnums=1,
-            out_shardings=(batch_sharding(mesh), replicated(mesh)),
-        )
+        self._programs = Programs(model, mesh, sampling, self.rows, self.capacity, record)
 
     @property
     def compilations(self) -> int:
         """How many programs have been compiled."""
-        programs = self._prepare, self._empty, self._read, self._place, self._extend, self._halt
-        return sum(
-            program._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
-            for program in (*programs, self._advance)
-        )
+        return self._programs.compilations
 
     def load(self, variables: dict, version: int = 0, *, read_again: bool = False) -> None:
         """Samples with these variables, {"params", "router"}, from the next token on.
@@ -153,9 +116,9 @@ class Engine:
         """
         with jax.set_mesh(self._mesh):
             self._variables, self._version = variables, version
-            self._weights = self._prepare(variables)
+            self._weights = self._programs.prepare(variables)
             if self._slots is None:
-                self._slots = self._empty()
+                self._slots = self._programs.empty()
         if read_again:
             rows = [row for row in self._occupants if row]
             rows += [row for each in self._readings for some in each.waiting for _, row in some]
@@ -230,14 +193,15 @@ class Engine:
             if self._rows_wait:
                 idle = self._occupants.count(None) + max(self.rows // 16, 1)
             allowed_BV = self._allowed()
-            steps = self._steps if allowed_BV is None and not self._looks_each_token() else 1
-            self._slots, sampled = self._advance(
-                self._weights, self._slots, steps, idle, allowed_BV
+            single = allowed_BV is not None or self._looks_each_token()
+            passes = 1 if single else self._passes
+            self._slots, sampled = self._programs.advance(
+                self._weights, self._slots, passes, idle, allowed_BV, not single
             )
             ended = self._collect(jax.device_get(sampled))
             live_B = np.asarray([row is not None for row in self._occupants])
             if not live_B[self._stale].all():
-                self._slots = self._halt(self._slots, live_B)
+                self._slots = self._programs.halt(self._slots, live_B)
         return ended
 
     def _looks_each_token(self) -> bool:
@@ -262,19 +226,24 @@ class Engine:
 
     def _collect(self, sampled: Sampled) -> list[Trajectory]:
         """Adds what was sampled to the rows, and returns those that ended."""
-        ended, count_B = [], np.sum(sampled.tokens != NOTHING, axis=0)
-        self._stale = []
-        for slot in map(int, np.flatnonzero(count_B)):
-            count, row = int(count_B[slot]), self._occupants[slot]
+        ended, self._stale = [], []
+        there_NBW = sampled.tokens != NOTHING
+        passes = int(np.sum(there_NBW[:, :, 0]))
+        self.counts.passes += passes
+        self.counts.drafted += passes * self._sampling.drafts
+        self.counts.accepted += int(np.sum(there_NBW)) - passes
+        for slot in map(int, np.flatnonzero(np.any(there_NBW, axis=(0, 2)))):
+            row, (pass_M, place_M) = self._occupants[slot], np.nonzero(there_NBW[:, slot])
             assert row is not None
-            row.add(Part.sampled(sampled, slot, count, self._version))
+            at = pass_M, slot, place_M
+            row.add(Part.sampled(sampled, at, self._version))
             halted = row.halted()
             # What ends a row on the device is not read any more.
             read = len(row.tokens) - (halted is not None)
             if sampled.choices is not None:
-                now_read = slice(count - (halted is not None))
-                row.choices.append(sampled.choices.at((now_read, slot, 0)))
-            self.counts.sampled += count
+                now_read = slice(len(pass_M) - (halted is not None))
+                row.choices.append(sampled.choices.at((pass_M[now_read], slot, place_M[now_read])))
+            self.counts.sampled += len(pass_M)
             if row.halts and (keep := row.halts(row.sampled)) is not None:
                 self.counts.sampled -= row.in_turn - keep
                 row.take_back(row.in_turn - keep)
@@ -307,8 +276,16 @@ class Engine:
             self._occupants[slot] = None
             self._waiting.appendleft([row])
         else:
-            self._unread.append(Unread(slot, row, min(kept, read)))
+            self._unread.append(Unread(slot, row, self._start_of_turn(row, kept, read)))
         return True
+
+    def _start_of_turn(self, row: Row, kept: int, read: int) -> int:
+        """Returns from which token on a row is read that keeps `kept` of the `read` ones before."""
+        if kept >= read:
+            return read
+        # The last token is read anew for its logits, and what the MTP modules draft from.
+        before = self._sampling.drafts + 1 if self._sampling.drafts else 0
+        return max(min(kept - before, len(row.tokens) - 1), 0)
 
     def _fill(self) -> None:
         """Puts rows into idle slots until none is idle or none waits."""
@@ -344,7 +321,7 @@ class Engine:
             waiting[device].extend((number, row) for row in group)
             self.counts.read += len(tokens)
             self.counts.kept += len(tokens) * (len(group) - 1)
-        *prompts, choices = self._read(self._variables, tokens_RT, count_R)
+        *prompts, choices = self._programs.read(self._variables, tokens_RT, count_R)
         if choices is not None:
             choices = jax.tree.map(to_host, choices)
             for device, rows in enumerate(waiting):
@@ -372,7 +349,7 @@ class Engine:
                 slot_M[m] = slot
                 self._occupants[device * self._per_device + slot] = rows[m]
         begun = prompt_M, slot_M, rules_of(rows)
-        self._slots = self._place(self._slots, *reading.prompts, *begun)
+        self._slots = self._programs.place(self._slots, *reading.prompts, *begun)
 
     def _read_turns(self) -> None:
         """Reads what rows have been given to read, a chunk of several rows at a time."""
@@ -385,7 +362,7 @@ class Engine:
                 self._placed_at_once,
                 self._pad,
             )
-            self._slots, choices = self._extend(
+            self._slots, choices = self._programs.extend(
                 self._weights, self._slots, *chunk[:4], rules_of(chunk.ready_M)
             )
             choices = jax.device_get(choices)

@@ -234,14 +234,15 @@ class Part:
         )
 
     @classmethod
-    def sampled(cls, sampled: Sampled, slot: int, count: int, version: int) -> "Part":
-        """Returns the first tokens that a slot sampled with weights of this version."""
+    def sampled(cls, sampled: Sampled, at: tuple, version: int) -> "Part":
+        """Returns those tokens of what was sampled, with weights of this version."""
+        tokens = np.asarray(sampled.tokens[at])
         return cls(
-            np.asarray(sampled.tokens[:count, slot]),
-            np.full(count, Role.MODEL, np.int8),
-            np.asarray(sampled.logprobs[:count, slot]),
-            np.asarray(sampled.log_kept[:count, slot]),
-            np.full(count, version, np.int32),
+            tokens,
+            np.full(len(tokens), Role.MODEL, np.int8),
+            np.asarray(sampled.logprobs[at]),
+            np.asarray(sampled.log_kept[at]),
+            np.full(len(tokens), version, np.int32),
         )
 
     def first(self, count: int) -> "Part":
@@ -256,9 +257,14 @@ class Counts:
     sampled: that were sampled, those dropped again not included.
     read: that were read to go on from: prompts and turns.
     kept: that were not read again, since a completion of the same prompt, or the same row, had.
+    passes: times that the model went over a row to sample: without drafts, once for every token.
+    drafted, accepted: that MTP modules drafted in these passes, and those of them that were taken.
     """
 
     sampled: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
     read: int = 0
     kept: int = 0
 

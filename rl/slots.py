@@ -1,11 +1,11 @@
 """The engine's state on the devices, and the programs that change it.
 
 A slot is a row of one cache, for one sequence at a time. `read_prompts` reads a few prompts,
-`place` puts each into the slots of its completions, `advance` samples in every live slot, and
-`extend` reads more tokens into some of them. Each has one shape for all lengths there may be, so
-each is compiled once (`read_prompts` and `extend` for a few widths), and what a row samples does
-not depend on the other rows: a matmul of float32 sums a row in the same order whatever the others
-hold, as long as their number stays the same.
+`place` puts each into the slots of its completions, `advance` (rl/advance.py) samples in every live
+slot, and `extend` reads more tokens into some of them. Each has one shape for all lengths there may
+be, so each is compiled once (`read_prompts` and `extend` for a few widths), and what a row samples
+does not depend on the other rows: a matmul of float32 sums a row in the same order whatever the
+others hold, as long as their number stays the same.
 
 On a mesh the slots are divided over the devices that divide a batch. Numbers of slots and of
 prompts are then those on a device, and arrays over them have D equal parts, one a device.
@@ -18,18 +18,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from kernels.device import platform
 from model.cache import Cache
 from model.config import ModelConfig
-from model.decode import DecodeWeights, last_of, prefill, read
+from model.decode import last_of, prefill, read
+from model.decode_weights import DecodeWeights
 from model.experts import table
 from model.heads import logits_of
 from model.record import Choices
 from model.sharding import constrain, map_shards, spec
 from rl.config import SamplingConfig
-from rl.draw import draw
 
 IDS = 16  # ids that may end a row, and ids that it may never sample
 NOTHING = -1  # in place of a token: nothing was sampled
@@ -50,6 +49,15 @@ class Rules:
     stop_BK: Array
     forbidden_BK: Array
 
+    def keys_at(self, position_B: Array) -> Array:
+        """Returns the random keys that the tokens at these positions are drawn with."""
+        return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(self.key_B2), position_B)
+
+    def left_after(self, token_B: Array) -> Array:
+        """Returns `left_B` after one more token, in rows that are live."""
+        stops_B = jnp.any(token_B[:, None] == self.stop_BK, axis=-1)
+        return jnp.where((self.left_B > 0) & ~stops_B, self.left_B - 1, 0)
+
 
 @flax.struct.dataclass
 class Slots:
@@ -58,18 +66,21 @@ class Slots:
     cache: what the model remembers of each.
     logits_BV: float32, of the next token.
     rules: how they go on.
+    rejected_BV: float32, what the draft of the next token was drawn from where it was rejected, see
+      `rl.draw.without_rejected`; None where drafts are not taken by rejection.
     """
 
     cache: Cache
     logits_BV: Array
     rules: Rules
+    rejected_BV: Array | None = None
 
 
 @flax.struct.dataclass
 class Sampled:
-    """What N steps sampled in B slots; the arrays are [N, B].
+    """What N passes sampled in B slots; the arrays are [N, B, W], W tokens a pass at most.
 
-    tokens: int32 ids, -1 from where a row was not live.
+    tokens: int32 ids; -1 where a pass has fewer, and where a row was not live.
     logprobs, log_kept: as in `rl.draw.Drawn`.
     choices: what the layers chose when they read these tokens, or None.
     """
@@ -82,10 +93,19 @@ class Sampled:
 
 def empty_slots(config: ModelConfig, sampling: SamplingConfig, rows: int, capacity: int) -> Slots:
     """Returns `rows` slots with room for `capacity` tokens each, none of them live."""
-    cache = Cache.empty(config, rows, capacity, sampling.attention, sampling.attention_top_p)
+    cache = Cache.empty(
+        config, rows, capacity, sampling.attention, sampling.attention_top_p, sampling.drafts
+    )
     none_BK = jnp.full((rows, IDS), NOTHING, jnp.int32)
     rules = Rules(jnp.zeros((rows, 2), jnp.uint32), jnp.zeros((rows,), jnp.int32), none_BK, none_BK)
-    return by_row(Slots(cache, jnp.zeros((rows, config.vocab_size), jnp.float32), rules))
+    zeros_BV = jnp.zeros((rows, config.vocab_size), jnp.float32)
+    return by_row(Slots(cache, zeros_BV, rules, none_rejected(sampling, zeros_BV)))
+
+
+def none_rejected(sampling: SamplingConfig, logits_BV: Array) -> Array | None:
+    """Returns `Slots.rejected_BV` of rows whose next token was not drafted."""
+    by_rejection = sampling.drafts and sampling.draft_acceptance == "rejection"
+    return jnp.full_like(logits_BV, -jnp.inf) if by_rejection and sampling.temperature else None
 
 
 def by_token(config: ModelConfig, tokens: int) -> ModelConfig:
@@ -119,6 +139,7 @@ def read_prompts(
         sampling.attention,
         sampling.attention_top_p,
         record,
+        sampling.drafts,
     )
     return by_row((cache, logits_of(config, variables["params"], hidden_RD), choices))
 
@@ -152,12 +173,14 @@ def place(
 
 def put_rows(slots: Slots, slot_M: Array, rows: Cache, logits_MV: Array, rules: Rules) -> Slots:
     """Returns one device's slots with other rows in some of them; past the last slot in none."""
-    logits_BV, new_rules = jax.tree.map(
+    rejected_MV = None
+    if slots.rejected_BV is not None:
+        rejected_MV = jnp.full_like(logits_MV, -jnp.inf)
+    return jax.tree.map(
         lambda leaf, new: leaf.at[slot_M].set(new, mode="drop"),
-        (slots.logits_BV, slots.rules),
-        (logits_MV, rules),
+        slots,
+        Slots(rows, logits_MV, rules, rejected_MV),
     )
-    return Slots(slots.cache.put(slot_M, rows), logits_BV, new_rules)
 
 
 def extend(
@@ -176,19 +199,18 @@ def extend(
 
     Args:
       slot_M: the slots; past the last one for none.
-      length_M: how many tokens of each are kept before: all it has read, or fewer, which only a
-        cache without a recurrent state can.
+      length_M: how many tokens of each are kept before: all it has read, or fewer, see `Cache.cut`.
       tokens_MT: the tokens, padded on the right.
       count_M: how many they are; 0 changes nothing but the rules.
       rules: of the M rows after them; `left_B` is 0 where more are to be read.
     """
 
     def take(cache: Cache, slot_M: Array, length_M: Array) -> Cache:
-        return dataclasses.replace(cache.take(slot_M), length_B=length_M)
+        return cache.take(slot_M).cut(length_M)
 
     row = spec("batch")
     rows = map_shards(take, (row, row, row), row)(slots.cache, slot_M, length_M)
-    rows, hidden_MTD, choices = read(
+    rows, hidden_MTD, _, choices = read(
         by_token(config, tokens_MT.size),
         weights,
         constrain(tokens_MT, "batch"),
@@ -215,82 +237,6 @@ def halt(slots: Slots, live_B: Array) -> Slots:
     """Returns the slots with those that shall not be live halted."""
     left_B = jnp.where(live_B, slots.rules.left_B, 0)
     return dataclasses.replace(slots, rules=dataclasses.replace(slots.rules, left_B=left_B))
-
-
-def advance(
-    config: ModelConfig,
-    sampling: SamplingConfig,
-    most_steps: int,
-    record: bool,
-    weights: DecodeWeights,
-    slots: Slots,
-    steps: ArrayLike,
-    idle: ArrayLike,
-    allowed_BV: Array | None = None,
-) -> tuple[Slots, Sampled]:
-    """Samples at most `steps` tokens in every live slot, and reads each but a row's last.
-
-    A row halts with an id of its `stop_BK`, or when it has sampled `left_B` tokens.
-
-    Args:
-      most_steps: N, of what is returned.
-      record: whether to return what the layers chose.
-      steps: how many there are to be, at most N.
-      idle: returns before, when at least so many slots are not live.
-      allowed_BV: bool, the ids that may be sampled; None allows all.
-    """
-    rows = slots.rules.left_B.shape[0]
-
-    def read_one(cache: Cache, token_B: Array, left_B: Array):
-        return read(
-            by_token(config, rows),
-            weights,
-            jnp.maximum(token_B, 0)[:, None],
-            (left_B > 0).astype(jnp.int32),
-            cache,
-            sampling.attention,
-            record,
-        )
-
-    zeros_B = jnp.zeros(rows, jnp.int32)
-    one = jax.eval_shape(read_one, slots.cache, zeros_B, zeros_B)[2]
-    nothing = Sampled(
-        jnp.full((most_steps, rows), NOTHING, jnp.int32),
-        jnp.zeros((most_steps, rows), jnp.float32),
-        jnp.zeros((most_steps, rows), jnp.float32),
-        jax.tree.map(lambda x_B1: jnp.zeros((most_steps, *x_B1.shape), x_B1.dtype), one),
-    )
-
-    def goes_on(state: tuple[Slots, Sampled, Array]) -> Array:
-        slots, _, step = state
-        live = jnp.sum(slots.rules.left_B > 0)
-        return (step < steps) & (live > 0) & (live > rows - idle)
-
-    def body(state: tuple[Slots, Sampled, Array]) -> tuple[Slots, Sampled, Array]:
-        slots, sampled, step = state
-        rules, live_B = slots.rules, slots.rules.left_B > 0
-        key_B = jax.vmap(jax.random.fold_in)(
-            jax.random.wrap_key_data(rules.key_B2), slots.cache.length_B
-        )
-        drawn = draw(sampling, slots.logits_BV, key_B, rules.forbidden_BK, allowed_BV)
-        token_B = jnp.where(live_B, drawn.token_B, NOTHING)
-        stops_B = jnp.any(token_B[:, None] == rules.stop_BK, axis=-1)
-        left_B = jnp.where(live_B & ~stops_B, rules.left_B - 1, 0)
-        cache, hidden_B1D, choices = read_one(slots.cache, token_B, left_B)
-        new = Sampled(
-            token_B,
-            jnp.where(live_B, drawn.logprob_B, 0.0),
-            jnp.where(live_B, drawn.log_kept_B, 0.0),
-            choices,
-        )
-        sampled = jax.tree.map(lambda x_NB, x_B: x_NB.at[step].set(x_B), sampled, new)
-        logits_BV = logits_of(config, weights.params, hidden_B1D[:, 0])
-        slots = Slots(cache, logits_BV, dataclasses.replace(rules, left_B=left_B))
-        return by_row(slots), sampled, step + 1
-
-    begin = slots, nothing, jnp.zeros((), jnp.int32)
-    slots, sampled, _ = jax.lax.while_loop(goes_on, body, begin)
-    return slots, sampled
 
 
 def by_row(tree: Any) -> Any:

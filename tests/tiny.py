@@ -19,7 +19,8 @@ from jax import Array
 
 from model.cache import Cache
 from model.config import ModelConfig
-from model.decode import DecodeWeights, read
+from model.decode import read
+from model.decode_weights import DecodeWeights
 from model.heads import logits_of
 from model.layer_configs import (
     DeltaConfig,
@@ -201,7 +202,7 @@ def decode_step(
     config: ModelConfig, weights: DecodeWeights, tokens_B: Array, cache: Cache, stage: str
 ) -> tuple[Cache, Array]:
     """Reads one token in every row. Returns the longer cache and the logits [B, V] for the next."""
-    cache, hidden_B1D, _ = read(
+    cache, hidden_B1D, *_ = read(
         config, weights, tokens_B[:, None], jnp.ones_like(tokens_B), cache, stage
     )
     return cache, logits_of(config, weights.params, hidden_B1D[:, 0])

@@ -35,6 +35,13 @@ class AttentionCache(Protocol):
         """Returns the cache with the entry of each token at its index, see `write_tokens`."""
         ...
 
+    def after(self, count_B: Array, read: int) -> Self:
+        """Returns the cache as it was after the first `count_B` of the `read` tokens just read.
+
+        They were read with `TokenInfo.every`.
+        """
+        ...
+
     @classmethod
     def empty(
         cls, config: ModelConfig, batch: int, capacity: int, stage: str, attention_top_p: float
@@ -50,6 +57,15 @@ def write_tokens(old_BSX: Array, new_BTX: Array, index_BT: Array) -> Array:
         return old_SX.at[index_T].set(new_TX, mode="drop")
 
     return jax.vmap(write_row)(old_BSX, new_BTX.astype(old_BSX.dtype), index_BT)
+
+
+def windows(x_BSX: Array, start_B: Array, length: int) -> Array:
+    """Returns `length` entries of every row from its own start on."""
+
+    def window(x_SX: Array, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x_SX, start, length)
+
+    return jax.vmap(window)(x_BSX, start_B)
 
 
 def write_int4(old: Int4 | None, keys_BTX: Array, group_size: int, index_BT: Array) -> Int4 | None:
@@ -89,6 +105,11 @@ class LatentCache:
             index_key_BSC=write_tokens(self.index_key_BSC, entries.index_key_BSC, index_BT),
             estimate=write_int4(self.estimate, entries.latent_BSR, LATENT_GROUP, index_BT),
         )
+
+    def after(self, count_B: Array, read: int) -> "LatentCache":
+        """Returns itself: what stands behind the last token means nothing."""
+        del count_B, read
+        return self
 
     @classmethod
     def empty(
@@ -134,6 +155,11 @@ class KeyValueCache:
             estimate=write_int4(self.estimate, entries.k_BSKH, entries.k_BSKH.shape[-1], index_BT),
         )
 
+    def after(self, count_B: Array, read: int) -> "KeyValueCache":
+        """Returns itself: what stands behind the last token means nothing."""
+        del count_B, read
+        return self
+
     @classmethod
     def empty(
         cls, config: ModelConfig, batch: int, capacity: int, stage: str, attention_top_p: float
@@ -164,6 +190,15 @@ class DeltaCache:
         """Returns the newer state: it has the older in it, and padding changes neither."""
         del index_BT
         return jax.tree.map(lambda old, new: new.astype(old.dtype), self, entries)
+
+    def after(self, count_B: Array, read: int) -> "DeltaCache":
+        """Returns the state after so many tokens, of one that has it after every token."""
+        recent = (
+            windows(x_BSX, count_B, x_BSX.shape[1] - read)
+            for x_BSX in (self.recent_q, self.recent_k, self.recent_v)
+            if x_BSX is not None
+        )
+        return DeltaCache(windows(self.state_BNHV, count_B, 1)[:, 0], *recent)
 
     @classmethod
     def begin(cls, config: ModelConfig, batch: int) -> "DeltaCache":

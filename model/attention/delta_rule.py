@@ -37,7 +37,13 @@ class DeltaChunk(NamedTuple):
 
 
 def recurrent_delta(
-    q_BTNH: Array, k_BTNH: Array, v_BTNV: Array, log_a_BTN: Array, b_BTN: Array, state_BNHV: Array
+    q_BTNH: Array,
+    k_BTNH: Array,
+    v_BTNV: Array,
+    log_a_BTN: Array,
+    b_BTN: Array,
+    state_BNHV: Array,
+    every: bool = False,
 ) -> tuple[Array, Array]:
     """Computes the equation token by token.
 
@@ -47,6 +53,8 @@ def recurrent_delta(
       log_a_BTN: the logarithm of the decay, at most 0.
       b_BTN: the writing strength.
       state_BNHV: the state before the first token.
+      every: returns the state before the first token and after each, [B, T + 1, N, H, V], in place
+        of the one after the last.
 
     Returns: o_BTNV and the state after the last token; all float32.
     """
@@ -56,13 +64,17 @@ def recurrent_delta(
         state_BNHV = state_BNHV * jnp.exp(log_a_BN)[..., None, None]
         error_BNV = v_BNV - jnp.einsum("BNHV,BNH->BNV", state_BNHV, k_BNH)
         state_BNHV += jnp.einsum("BNH,BNV->BNHV", k_BNH, b_BN[..., None] * error_BNV)
-        return state_BNHV, jnp.einsum("BNHV,BNH->BNV", state_BNHV, q_BNH)
+        o_BNV = jnp.einsum("BNHV,BNH->BNV", state_BNHV, q_BNH)
+        return state_BNHV, (o_BNV, state_BNHV if every else None)
 
     tokens = jax.tree.map(
         lambda x_BT: jnp.moveaxis(x_BT, 1, 0), (q_BTNH, k_BTNH, v_BTNV, log_a_BTN, b_BTN)
     )
-    state_BNHV, o_TBNV = jax.lax.scan(step, state_BNHV, tokens)
-    return jnp.moveaxis(o_TBNV, 0, 1), state_BNHV
+    last_BNHV, (o_TBNV, states_TBNHV) = jax.lax.scan(step, state_BNHV, tokens)
+    if states_TBNHV is not None:
+        states_SBNHV = jnp.concatenate([state_BNHV[None], states_TBNHV])
+        return jnp.moveaxis(o_TBNV, 0, 1), jnp.moveaxis(states_SBNHV, 0, 1)
+    return jnp.moveaxis(o_TBNV, 0, 1), last_BNHV
 
 
 def chunked_delta(

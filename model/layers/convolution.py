@@ -12,7 +12,11 @@ from model.layers.parameter import parameter
 
 
 def causal_convolution(
-    x_BTX: Array, kernel_KX: Array, segments_BT: Array, past_BPX: Array | None
+    x_BTX: Array,
+    kernel_KX: Array,
+    segments_BT: Array,
+    past_BPX: Array | None,
+    every: bool = False,
 ) -> tuple[Array, Array]:
     """Computes y[t] = sum over k < K of kernel[k] * x[t - k], as far as the segment reaches back.
 
@@ -22,6 +26,8 @@ def causal_convolution(
       segments_BT: the segment of each token, ascending; 0 is padding.
       past_BPX: the P inputs before x, of the segment that x begins with. Without them the
         segments of x begin in x.
+      every: returns the inputs from the first of `past` on, [B, P + T, X], in place of the last:
+        those before the token at index t are the P from t on. There is one segment.
 
     Returns:
       y_BTX, and the last inputs recent_BPX, which the tokens after the last that is no padding
@@ -43,6 +49,9 @@ def causal_convolution(
             jnp.where(same_BT.reshape(B, T, *per_channel), all_BSX[:, P - k : P - k + T], 0)
             * kernel_KX[k]
         )
+    if every:
+        real_BTX = (segments_BT > 0).reshape(B, T, *per_channel)
+        return y_BTX, jnp.concatenate([before_BPX, jnp.where(real_BTX, x_BTX, 0)], axis=1)
     # Slot e of `all` holds the first of the P inputs before token e.
     end_B1 = jnp.max(jnp.where(segments_BT > 0, jnp.arange(1, T + 1), 0), axis=1, keepdims=True)
     recent_BP = end_B1 + jnp.arange(P)
@@ -72,7 +81,11 @@ class Canon(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, segments_BT: Array, past_BPD: Array | None = None
+        self,
+        x_BTD: Array,
+        segments_BT: Array,
+        past_BPD: Array | None = None,
+        every: bool = False,
     ) -> tuple[Array, Array]:
         """Returns y_BTD and the last inputs recent_BPD, see `causal_convolution`."""
         kernel_KD = parameter(
@@ -83,5 +96,5 @@ class Canon(nn.Module):
             (None, "embed"),
             per_channel=True,
         ).astype(x_BTD.dtype)
-        y_BTD, recent_BPD = causal_convolution(x_BTD, kernel_KD, segments_BT, past_BPD)
+        y_BTD, recent_BPD = causal_convolution(x_BTD, kernel_KD, segments_BT, past_BPD, every)
         return x_BTD + y_BTD, recent_BPD

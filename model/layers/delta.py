@@ -109,6 +109,7 @@ class GatedDeltaNet(nn.Module):
                 kernel.astype(hidden_BTD.dtype),
                 tokens.segments_BT,
                 recent,
+                tokens.every,
             )
             return constrain(jax.nn.silu(x_BTNH), "batch", "time", "heads", None), recent
 
@@ -128,8 +129,8 @@ class GatedDeltaNet(nn.Module):
             )
             q_BTNH, v_BTNV = q_BTNH * d.key_head_dim**-0.5, v_BTNV.astype(jnp.float32)
             inputs = q_BTNH, k_BTNH, v_BTNV, log_a_BTN, b_BTN
-            if hidden_BTD.shape[1] == 1:
-                o_BTNV, state_BNHV = recurrent_delta(*inputs, past.state_BNHV)
+            if hidden_BTD.shape[1] == 1 or tokens.every:
+                o_BTNV, state_BNHV = recurrent_delta(*inputs, past.state_BNHV, tokens.every)
             else:
                 o_BTNV, state_BNHV = chunked_delta(
                     *inputs, tokens.segments_BT, past.state_BNHV, d.chunk_size

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench import twilight
-from model.decode import decode_weights
+from model.decode_weights import decode_weights
 from tests.tiny import MODEL, batch_of, variables
 
 ROWS = {"side by side": 1, "as they are": 4_000}  # layout of the experts' weights -> rows

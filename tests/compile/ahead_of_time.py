@@ -16,7 +16,7 @@ from experiment.config_files import get_config
 from experiment.schema import build
 from model.cache import Cache
 from model.config import ModelConfig
-from model.decode import decode_weights
+from model.decode_weights import decode_weights
 from model.sharding import MESH_AXES, RULES, is_named, spec
 from model.transformer import boxed_shapes
 from plan.topology import topology_devices

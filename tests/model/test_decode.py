@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from model.cache import Cache
-from model.decode import decode_weights, last_of, prefill, read
+from model.decode import last_of, prefill, read
+from model.decode_weights import decode_weights
 from model.heads import logits_of
 from tests import tiny
 from tests.tiny import T
@@ -117,7 +118,7 @@ def test_reading_by_chunks_is_reading_token_by_token(case):
     for counts in COUNTS:
         count_B = jnp.asarray(counts)
         tokens_BT = tokens_at(cache.length_B, CHUNK)
-        cache, hidden_BTD, _ = read(config, weights, tokens_BT, count_B, cache, stage)
+        cache, hidden_BTD, *_ = read(config, weights, tokens_BT, count_B, cache, stage)
         hidden_BD = jnp.where(count_B[:, None] > 0, last_of(hidden_BTD, count_B), hidden_BD)
     chex.assert_trees_all_equal(cache.length_B, jnp.asarray(PROMPTS) + STEPS)
     logits_BV = logits_of(config, variables["params"], hidden_BD)
@@ -130,9 +131,7 @@ def test_a_row_without_a_new_token_stays_as_it_is(case):
     stage, config = CASES[case]
     weights = decode_weights(config, tiny.variables(config), len(PROMPTS))
     before, _ = prompts_read(config, stage)
-    after, _, _ = read(
-        config, weights, jnp.full((4, 1), 7), jnp.asarray([1, 0, 0, 1]), before, stage
-    )
+    after, *_ = read(config, weights, jnp.full((4, 1), 7), jnp.asarray([1, 0, 0, 1]), before, stage)
     kept = jnp.asarray([1, 2])
     chex.assert_trees_all_equal(after.take(kept), before.take(kept))
     moved = after.put(jnp.asarray([3, 4]), before.take(kept))  # the cache has no row 4

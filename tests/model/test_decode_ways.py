@@ -19,7 +19,8 @@ from model.attention.int4 import quantise
 from model.attention.reference import IndexerInputs
 from model.attention.table import latent_form
 from model.cache import Cache
-from model.decode import decode_weights, prefill
+from model.decode import prefill
+from model.decode_weights import decode_weights
 from model.heads import logits_of
 from model.mesh import MeshConfig
 from model.sharding import make_mesh

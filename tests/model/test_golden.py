@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.decode import decode_weights, prefill
+from model.decode import prefill
+from model.decode_weights import decode_weights
 from model.heads import logits_of
 from tests import tiny
 from tests.model.golden import (

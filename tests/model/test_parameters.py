@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from model.decode import decode_weights
+from model.decode_weights import decode_weights
 from model.layers.table import ATTENTION_TYPES
 from model.sharding import RULES, Named, is_named
 from model.transformer import boxed_shapes, layer_paths
