@@ -9,6 +9,9 @@ the fewest that have that share of the softmax of the indexer's scores. Without 
 fewest by the estimate in four bits (Twilight, arXiv 2502.02770).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -226,6 +229,24 @@ def attend_tiles(
             allowed_B1S[:, 0],
         )
         return out_BNR[:, None], listed(index_Bk, count_B) if record else None
+
+
+def attend_one_by_one(
+    form: Callable[..., tuple[Array, Array | None]],
+    q_BTNR: Array,
+    cache: LatentCache,
+    allowed_BTS: Array,
+    index_query: IndexerQuery,
+    **options: Any,
+) -> tuple[Array, Array | None]:
+    """Attends from a few queries a row by a form that takes one. See `attend_masked`."""
+    found = []
+    for t in range(q_BTNR.shape[1]):
+        q_B1NR, allowed_B1S, own = jax.tree.map(
+            lambda x_BT, t=t: x_BT[:, t : t + 1], (q_BTNR, allowed_BTS, index_query)
+        )
+        found.append(form(q_B1NR, cache, allowed_B1S, own, **options))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *found)
 
 
 def listed(index_Bk: Array, count_B: Array) -> Array:

@@ -6,7 +6,7 @@
 | a whole sequence | "tiles" | TPU; on request Hopper; interpreted on a CPU | tiled.attend_tiled |
 | its selected latents | "gathered" | stage "sparse" on a CPU | selected.attend_selected |
 | cached keys and values | | everywhere | decode.attend_cached |
-| cached latents | `LATENT_FORMS` | one query a row, selected | decode.attend_gathered, ... |
+| cached latents | `LATENT_FORMS` | FEW queries a row, selected | decode.attend_gathered, ... |
 | cached latents | | everything else | decode.attend_masked |
 
 All forms over the same thing compute the same function. The layers call `sequence_form` or
@@ -23,7 +23,13 @@ from errors import UserError
 from kernels.device import ambient_device, platform
 from kernels.tiles import MIN_VMEM, vmem_bytes
 from model.attention.caches import LatentCache
-from model.attention.decode import attend_gathered, attend_listed, attend_masked, attend_tiles
+from model.attention.decode import (
+    attend_gathered,
+    attend_listed,
+    attend_masked,
+    attend_one_by_one,
+    attend_tiles,
+)
 from model.attention.reference import IndexerStats, attend_expanded
 from model.attention.tiled import KERNELS, MIN_TILED, attend_tiled
 from model.config import ModelConfig
@@ -31,6 +37,9 @@ from model.config import ModelConfig
 # On a CPU gathering takes less time than masking where a row is this many times as long as the keys
 # that are selected (`python -m bench.sparse_train` measures it).
 GATHER_RATIO = 12
+# As many queries a row read what each selects one after the other: those of drafts, and not those of
+# a chunk of a turn.
+FEW = 8
 
 SequenceForm = Callable[..., tuple[Array, IndexerStats, Array | None]]
 LatentForm = Callable[..., tuple[Array, Array | None]]
@@ -81,9 +90,9 @@ def gathers_latents(config: ModelConfig, stage: str, length: int) -> bool:
 def latent_form(cache: LatentCache, queries: int, topk: int | None) -> LatentForm:
     """Returns the form of attention of new tokens over cached latents.
 
-    Several queries a row, or as many selected as there are slots, read every latent. So does one
-    query on TPU where the cache is rows, below `sparse_decode.CROSSOVER` slots: it takes less time
-    there than fetching the selected ones.
+    More than FEW queries a row, or as many selected as there are slots, read every latent. So do
+    few queries on TPU where the cache is rows, below `sparse_decode.CROSSOVER` slots: it takes less
+    time there than fetching the selected ones.
 
     Args:
       cache: the cache, for its layout and its number of slots.
@@ -91,6 +100,9 @@ def latent_form(cache: LatentCache, queries: int, topk: int | None) -> LatentFor
       topk: how many slots the indexer selects; None attends without an indexer.
     """
     slots = cache.latent_BSR.shape[1]
-    if queries > 1 or topk is None or topk >= slots:
+    if queries > FEW or topk is None or topk >= slots:
         return attend_masked
-    return LATENT_FORMS.get((cache.layout, platform()), attend_masked)
+    form = LATENT_FORMS.get((cache.layout, platform()), attend_masked)
+    if queries == 1 or form is attend_masked:
+        return form
+    return functools.partial(attend_one_by_one, form)

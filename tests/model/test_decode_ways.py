@@ -17,7 +17,7 @@ from model.attention.caches import KeyValueCache, LatentCache
 from model.attention.decode import attend_cached, attend_listed, attend_tiles
 from model.attention.int4 import quantise
 from model.attention.reference import IndexerInputs
-from model.attention.table import latent_form
+from model.attention.table import FEW, latent_form
 from model.cache import Cache
 from model.decode import prefill
 from model.decode_weights import decode_weights
@@ -101,11 +101,15 @@ def test_a_gather_a_mask_and_the_kernels_are_one(top_p, monkeypatch):
     tiny.assert_close(listed, gathered, atol=EXACT)
     by_kernels = attend_latent(q, latent, allowed, indexer, tiles=True, top_p=top_p)
     tiny.assert_close(by_kernels, gathered, atol=EXACT)
-    twice = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), (q, allowed, indexer.query))
-    for tiles in (False, True):  # two queries a row are masked
-        both = IndexerInputs(twice[2], indexer.k_BSC)
-        masked = attend_latent(twice[0], latent, twice[1], both, tiles=tiles, top_p=top_p)
-        tiny.assert_close(masked[:, 1:], gathered, atol=EXACT)
+    # Two queries a row are read one by one, more than a few are masked; each is the same.
+    for count, tiles in ((2, False), (2, True), (FEW + 1, False), (FEW + 1, True)):
+        several = jax.tree.map(
+            lambda x, n=count: jnp.repeat(x, n, axis=1), (q, allowed, indexer.query)
+        )
+        each = IndexerInputs(several[2], indexer.k_BSC)
+        found = attend_latent(several[0], latent, several[1], each, tiles=tiles, top_p=top_p)
+        for t in range(count):
+            tiny.assert_close(found[:, t : t + 1], gathered, atol=EXACT)
     recorded += [
         selected_latent(q, latent, allowed, indexer, top_p=top_p, tiles=tiles)
         for tiles in (False, True)

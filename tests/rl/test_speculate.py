@@ -12,7 +12,6 @@ from scipy import stats
 
 from errors import UserError
 from model.heads import logits_of
-from model.transformer import Transformer
 from rl.config import SamplingConfig
 from rl.draw import without_rejected
 from rl.engine import Engine
@@ -193,9 +192,12 @@ def exact_probabilities(model, sampling, prompt, length, modules=False):
         """Probabilities that are drawn from, of the token after the last."""
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        output = Transformer(model).apply(
-            variables, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), stage="sparse"
-        )
+        batch = {
+            "tokens": tokens_BT,
+            "positions": positions_BT,
+            "segments": jnp.ones_like(tokens_BT),
+        }
+        output = tiny.output_of(model, variables, batch, "sparse")
         hidden_BD = output.hidden_BTD[:, -1]
         if modules and len(prompt) < T:
             ahead = T - len(prompt)
