@@ -37,7 +37,7 @@ from model.config import ModelConfig
 # On a CPU gathering takes less time than masking where a row is this many times as long as the keys
 # that are selected (`python -m bench.sparse_train` measures it).
 GATHER_RATIO = 12
-# As many queries a row read what each selects one after the other: those of drafts, and not those of
+# As many queries a row read what each selects one after the other: those of drafts, not those of
 # a chunk of a turn.
 FEW = 8
 
