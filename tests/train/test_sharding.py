@@ -223,9 +223,9 @@ SAMPLING = SamplingConfig(
 
 
 @functools.cache
-def sampled_on(name: str) -> dict:
+def sampled_on(name: str, model: str = "reinforce", drafts: int = 0) -> dict:
     """What an engine of 16 slots samples: two completions each of ten prompts."""
-    mesh, config = mesh_of(name), CONFIGS["reinforce"]
+    mesh, config = mesh_of(name), CONFIGS[model]
     lengths, rng = (16, 13, 7, 1, 15, 14, 8, 4, 2, 11), np.random.default_rng(0)
     prompts = [
         Prompt(rng.integers(8, 64, length).tolist(), keys_G2, 6, (5, 6, 7), group=number)
@@ -233,7 +233,8 @@ def sampled_on(name: str) -> dict:
             zip(lengths, keys_of(jax.random.key(3), range(len(lengths)), 2), strict=True)
         )
     ]
-    engine = Engine(config, mesh, SAMPLING, rows=16, group_size=2)
+    sampling = dataclasses.replace(SAMPLING, drafts=drafts)
+    engine = Engine(config, mesh, sampling, rows=16, group_size=2)
     with jax.set_mesh(mesh):
         variables = placed_state(config, mesh).variables
     with engine.loaded(variables):
@@ -245,7 +246,16 @@ def test_a_mesh_samples_what_one_device_does(name):
     """The same tokens, to the bit, and the same record of them: a program for a mesh is another
     program, which fuses other operations, and its float32 sums may differ in their last bits.
     """
-    found, expected = sampled_on(name), sampled_on("one")
+    assert_same_samples(sampled_on(name), sampled_on("one"))
+
+
+def test_a_mesh_takes_the_drafts_that_leave_samples_as_they_are():
+    """Of one MTP module, with and without."""
+    found = sampled_on("data 2, fsdp 2, expert 2", "language", drafts=1)
+    assert_same_samples(found, sampled_on("one", "language"))
+
+
+def assert_same_samples(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for number, trajectory in expected.items():
         for field, value in trajectory.items():
