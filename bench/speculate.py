@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from bench.workload import random_prompts, tiny_dsv3_config
 from experiment.command_line import Flag, command
 from experiment.schema import Config
+from kernels.device import compiler_options
 from model.sharding import make_mesh
 from model.transformer import boxed_shapes
 from rl.config import DRAFT_ACCEPTANCES, SamplingConfig
@@ -55,7 +56,9 @@ def trained(config: Config, mesh: Mesh, steps: int, noise: float) -> dict:
     B, T = config.data.batch_size, config.data.seq_len
     state = fresh_state(model, optimizer, mesh, jax.random.key(0))
     step_fn = jax.jit(
-        make_step(model, train, language_objective(model, train), optimizer), donate_argnums=0
+        make_step(model, train, language_objective(model, train), optimizer),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
     ones_BT = jnp.ones((B, T))
     batch = {
