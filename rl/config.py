@@ -81,6 +81,10 @@ class ReinforceConfig:
     # recorded while sampling (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
     keep_routing: bool = False
     keep_selection: bool = True
+    # Several completions share a row of the trainer where they fit, each apart from the others, so
+    # that less padding is computed (rl/packing.py). Off by default: each number of rows is compiled
+    # when it comes up first, which takes a small run longer than its padding.
+    packing: bool = False
     # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update.
     old_logprobs: str = "sampler"
 
