@@ -7,7 +7,7 @@ those that the policy sampled.
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class Trajectory:
       ended: STOP or LENGTH.
       group: the number of its prompt among those of a step; advantages compare within it.
       sample: its number among the completions of that prompt.
+      spans: what parts of it are for: name -> its spans in order, each [start, end) in tokens
+        (rl/spans.py). Where it was not asked for there are none.
       routes_TLK: where it is recorded, the experts of each token in each layer that has any; -1
         for a token that was not read.
       selected_TLk: where it is recorded, the keys that each token attended to in each layer that
@@ -56,6 +58,7 @@ class Trajectory:
     ended: str
     group: int = 0
     sample: int = 0
+    spans: Mapping[str, Sequence[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     routes_TLK: np.ndarray | None = None
     selected_TLk: np.ndarray | None = None
 
