@@ -87,6 +87,9 @@ class ReinforceConfig:
     packing: bool = False
     # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update.
     old_logprobs: str = "sampler"
+    # Completions of a step that is logged which are kept in traces.jsonl, token by token: the first
+    # ones; -1 for all.
+    trace_completions: int = 2
 
     def __post_init__(self):
         from rl.algorithms import get_algorithm  # brings jax, for which `--help` must not wait
@@ -115,6 +118,7 @@ class ReinforceConfig:
         )
         allowed = self.kl_weight == -1 or 0 <= self.kl_weight < math.inf
         check.that(allowed, "kl_weight", "must be -1 (the algorithm's own), 0 (off) or positive")
+        check.that(self.trace_completions >= -1, "trace_completions", "must be -1 (all) or more")
         check.one_of("truncated", TRUNCATED)
         check.one_of("old_logprobs", OLD_LOGPROBS)
 

@@ -126,7 +126,7 @@ def train_policy(
         key = jax.random.fold_in(jax.random.key(seed), 1)
         with (
             Metrics(workdir, "reinforce", resume_step=done) as metrics,
-            Traces(workdir, resume_step=done) as traces,
+            Traces(workdir, reinforce.trace_completions, tokenizer, resume_step=done) as traces,
             Progress(train.steps, workdir.resolve().name) as progress,
             SavedOnError(checkpoints) as newest,
         ):
@@ -157,7 +157,7 @@ def train_policy(
                 values = timed(over_updates(measured) | observed, started, sampled)
                 log.record(step, values, int(observed["tokens"]))
                 if Due(train).log(step):
-                    traces.write(step, chosen[0], completions, rewards.total_PG[0])
+                    traces.write(step, chosen, completions, rewards.total_PG.ravel().tolist())
                 if held_out and (step % train.eval_every == 0 or step == train.steps):
                     log.validation(step, held_out.validation(state.variables))
                 checkpoints.check()
