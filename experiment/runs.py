@@ -132,6 +132,11 @@ def check_reinforce(config: Config) -> None:
                 f"distribution, which the loss compares; set it to {whole} (launch.evaluate takes "
                 "any)"
             )
+    if config.reinforce.packing and train.balance_weight:
+        raise UserError(
+            f"train.balance_weight = {train.balance_weight}: the balance loss takes a row for a "
+            "sequence, and reinforce.packing puts several into one; set one of them to 0 or False"
+        )
     train.microbatch_rows(update_rows(config), UPDATE)
     if train.eval_every and not config.evaluate.problems:
         raise UserError(

@@ -25,7 +25,7 @@ from files import write_json
 from model.mesh import MESH_AXES
 from rl.config import EvaluateConfig
 
-# The fields that may differ when a run goes on: how long, how often it logs and saves, how it is
+# The fields that may differ when a run goes on: how long, what it logs and saves, how it is
 # evaluated, how long prompts may be, and what it runs on. The devices, the microbatches and what is
 # kept for the backward pass change no equation, only rounding. More steps do stretch the cosine
 # where train.cosine_steps = -1 takes what is left.
@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "train.microbatches",
     "sampling.max_prompt_tokens",
     "sampling.filter_overlong_prompts",
+    "reinforce.trace_completions",
     *(f"evaluate.{field.name}" for field in dataclasses.fields(EvaluateConfig)),
     "model.remat",
     *(f"mesh.{axis}" for axis in MESH_AXES),

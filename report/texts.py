@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from report.escape import escape
-from report.lenient import number
+from report.lenient import mapping, number
 from report.results import Sample
 
 SHOWN_PROBLEMS = 6  # whose completions are shown
@@ -14,6 +14,15 @@ SHOWN_STEPS = 6  # of training, whose completions are shown
 SHOWN_GAPS = 4
 LONGEST = 6_000  # characters of a text
 LEGEND = '<span class="think">Thought</span> and <span class="answer">answer</span> are coloured.'
+# What a part of a completion is -> its class on the page, and what the legend says.
+PARTS = {
+    "model": ("model", "written by the model"),
+    "thought": ("think", "thought"),
+    "answer": ("answer", "answer"),
+    "tool_call": ("call", "call of a tool"),
+    "tool": ("tool", "read from a tool"),
+    "injected": ("injected", "put into its mouth"),
+}
 
 
 def samples_html(samples: Mapping[str, Sequence[Sample]]) -> str:
@@ -51,14 +60,15 @@ def traces_html(traces: Sequence[Sample]) -> str:
         return ""
     steps = sorted(by_step)
     places = np.unique(np.linspace(0, len(steps) - 1, SHOWN_STEPS).round().astype(int))
-    articles = []
+    articles, shown = [], []
     for step in (steps[place] for place in places):
         first = by_step[step][0]
         same = [trace for trace in by_step[step] if trace["prompt"] == first["prompt"]]
+        shown += same[:2]
         sides = "".join(_completion_html("", sample) for sample in same[:2])
         articles.append(_article_html(first, sides, f"step {step:,g}"))
     what = "Completions that it learned from, of the first problem of a step."
-    note = f'<p class="note">{what} {LEGEND}</p>'
+    note = f'<p class="note">{what} {_legend(shown)}</p>'
     return f"<section><h2>What it wrote as it learned</h2>{note}{''.join(articles)}</section>"
 
 
@@ -117,9 +127,48 @@ def _completion_html(when: str, sample: Sample) -> str:
     reward = number(sample.get("reward"))
     tone = "" if reward is None else "good" if reward >= 1 else "bad"
     badge = "" if reward is None else f'<span class="reward {tone}">reward {reward:.2g}</span>'
-    completion = f'<pre class="completion">{_highlight(sample["completion"])}</pre>'
+    written = _parts_html(parts) if (parts := _parts(sample)) else _highlight(sample["completion"])
+    completion = f'<pre class="completion">{written}</pre>'
     title = f"<h4>{when}{badge}</h4>" if when or badge else ""
     return f"<div>{title}{completion}</div>"
+
+
+def _parts(sample: Sample) -> list[tuple[str, str]]:
+    """Returns (what it is, text) of the parts of a completion; [] where none are recorded."""
+    parts = sample.get("parts")
+    found = [mapping(part) for part in parts] if isinstance(parts, list) else []
+    pairs = [(part.get("part"), part.get("text")) for part in found]
+    return [(str(part), text) for part, text in pairs if part != "prompt" and isinstance(text, str)]
+
+
+def _parts_html(parts: Sequence[tuple[str, str]]) -> str:
+    """Shows the parts of a completion, each in the colour of what it is."""
+    shown, left = [], LONGEST
+    for part, text in parts:
+        css, _ = PARTS.get(part, ("model", ""))
+        written = _faint_markers(_cut(text, most=left))
+        shown.append(f'<span class="{css}" title="{escape(part)}">{written}</span>')
+        left -= len(text)
+        if left < 0:
+            break
+    return "".join(shown)
+
+
+def _legend(samples: Sequence[Sample]) -> str:
+    """Says what the colours of the parts of completions mean, of those that occur."""
+    found = {part for sample in samples for part, _ in _parts(sample)}
+    if not found:
+        return LEGEND
+    words = [
+        f'<span class="{css}">{text}</span>' for part, (css, text) in PARTS.items() if part in found
+    ]
+    return f"Parts: {', '.join(words)}."
+
+
+def _faint_markers(text: str) -> str:
+    """Escapes a text, with the markers of turns faint."""
+    marker = r"&lt;\|\w+\|&gt;"
+    return re.sub(marker, lambda found: f'<span class="marker">{found[0]}</span>', escape(text))
 
 
 def _highlight(text: str) -> str:
@@ -128,17 +177,16 @@ def _highlight(text: str) -> str:
     A block that is not closed goes to the end.
     """
     blocks = r"&lt;(think|answer)&gt;.*?(?:&lt;/\1&gt;|\Z)"
-    text = re.sub(
+    return re.sub(
         blocks,
         lambda found: f'<span class="{found[1]}">{found[0]}</span>',
-        escape(_cut(text)),
+        _faint_markers(_cut(text)),
         flags=re.DOTALL,
     )
-    return re.sub(r"&lt;\|\w+\|&gt;", lambda found: f'<span class="marker">{found[0]}</span>', text)
 
 
-def _cut(text: str, end: bool = False) -> str:
-    """Returns a text without what is beyond the longest that is shown; with `end`, its end."""
-    if len(text) <= LONGEST:
+def _cut(text: str, end: bool = False, most: int = LONGEST) -> str:
+    """Returns a text without what is beyond the most that is shown; with `end`, its end."""
+    if len(text) <= most:
         return text
-    return f"… {text[-LONGEST:]}" if end else f"{text[:LONGEST]} …"
+    return f"… {text[-most:]}" if end else f"{text[:most]} …"

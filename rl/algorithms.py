@@ -27,7 +27,7 @@ class Algorithm:
     advantage: rewards_PG -> advantages_PG (rl/advantages.py).
     ratio: (logprobs_BT, old_logprobs_BT, mask_BT) -> ratio_BT (rl/surrogates.py).
     surrogate: (ratio_BT, advantages_BT) -> (objective_BT, clipped_BT) (rl/surrogates.py).
-    aggregate: total(values_BT, mask_BT) and weight(mask_BT) (rl/aggregations.py).
+    aggregate: total(values_BT, sequences_BT) and weight(sequences_BT) (rl/aggregations.py).
     divergence: estimator(logprobs_BT, reference_logprobs_BT, ratio_BT) and coefficient
       (rl/divergences.py); None needs no reference model.
     """

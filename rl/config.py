@@ -93,8 +93,15 @@ class ReinforceConfig:
     # recorded while sampling (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
     keep_routing: bool = False
     keep_selection: bool = True
+    # Several completions share a row of the trainer where they fit, each apart from the others, so
+    # that less padding is computed (rl/packing.py). Off by default: each number of rows is compiled
+    # when it comes up first, which takes a small run longer than its padding.
+    packing: bool = False
     # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update.
     old_logprobs: str = "sampler"
+    # Completions of a step that is logged which are kept in traces.jsonl, token by token: the first
+    # ones; -1 for all.
+    trace_completions: int = 2
 
     def __post_init__(self):
         from rl.algorithms import get_algorithm  # brings jax, for which `--help` must not wait
@@ -123,6 +130,7 @@ class ReinforceConfig:
         )
         allowed = self.kl_weight == -1 or 0 <= self.kl_weight < math.inf
         check.that(allowed, "kl_weight", "must be -1 (the algorithm's own), 0 (off) or positive")
+        check.that(self.trace_completions >= -1, "trace_completions", "must be -1 (all) or more")
         check.one_of("truncated", TRUNCATED)
         check.one_of("old_logprobs", OLD_LOGPROBS)
 

@@ -19,6 +19,7 @@ from rl.engine import Engine
 from rl.problems import prompt_of
 from rl.request import Prompt, keys_of
 from rl.slots import empty_slots
+from rl.spans import spans_of
 from rl.trajectory import LENGTH, Trajectory
 from train.setup import Setup
 
@@ -120,6 +121,7 @@ class Generator:
     def _completion(self, trajectory: Trajectory) -> Completion:
         tokenizer = self._setup.tokenizer
         ids = [token for token in trajectory.completion if token not in tokenizer.stops]
+        trajectory = dataclasses.replace(trajectory, spans=spans_of(trajectory, tokenizer))
         return Completion(trajectory, self._opening + completion_text(ids, tokenizer))
 
 

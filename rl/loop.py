@@ -23,12 +23,13 @@ from data.tasks.problem import Problem
 from kernels.device import compiler_options
 from model.config import ModelConfig
 from model.record import routing_layers, selecting_layers
-from model.sharding import batch_sharding
+from model.sharding import batch_sharding, batch_shards
 from model.transformer import boxed_shapes
 from rl.algorithms import Algorithm, get_algorithm
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.generate import Completion, Generator
 from rl.objective import logprobs_at_tokens, policy_objective
+from rl.packing import packed_rows
 from rl.problems import problems_of_step, problems_to_train
 from rl.reasoning import ReasoningEvaluation
 from rl.reference import start_with_reference
@@ -117,16 +118,15 @@ def train_policy(
         else:
             state, reference = start_with_reference(setup, optimizer, checkpoints, workdir, **begin)
         done = int(state.step) // updates
-        score_fn = jit_score(
-            setup, train.stage, sampling.temperature, reinforce.minibatches * train.microbatches
-        )
+        parts = reinforce.minibatches * train.microbatches
+        score_fn = jit_score(setup, train.stage, sampling.temperature, parts)
         step_fn = jit_policy_step(
             setup, per_update(train, updates), algorithm, optimizer, sampling.temperature
         )
         key = jax.random.fold_in(jax.random.key(seed), 1)
         with (
             Metrics(workdir, "reinforce", resume_step=done) as metrics,
-            Traces(workdir, resume_step=done) as traces,
+            Traces(workdir, reinforce.trace_completions, tokenizer, resume_step=done) as traces,
             Progress(train.steps, workdir.resolve().name) as progress,
             SavedOnError(checkpoints) as newest,
         ):
@@ -140,8 +140,10 @@ def train_policy(
                 sampling_key = jax.random.fold_in(key, step)
                 completions = generate(state.variables, chosen, sampling_key, group_size)
                 rewards = reward(completions, chosen, reinforce)
-                batch = on_mesh(setup, rows(completions, setup, sampling, kept))
+                multiple = parts * batch_shards(setup.mesh) if reinforce.packing else None
+                batch = rows(completions, setup, sampling, kept, multiple)
                 batch = with_advantages(batch, completions, rewards, algorithm, reinforce)
+                batch = on_mesh(setup, batch)
                 sampled = time.monotonic()
                 batch |= compared_logprobs(
                     score_fn, state.variables, reference, batch, reinforce.old_logprobs
@@ -155,7 +157,7 @@ def train_policy(
                 values = timed(over_updates(measured) | observed, started, sampled)
                 log.record(step, values, int(observed["tokens"]))
                 if Due(train).log(step):
-                    traces.write(step, chosen[0], completions, rewards.total_PG[0])
+                    traces.write(step, chosen, completions, rewards.total_PG.ravel().tolist())
                 if held_out and (step % train.eval_every == 0 or step == train.steps):
                     log.validation(step, held_out.validation(state.variables))
                 checkpoints.check()
@@ -253,15 +255,19 @@ def rows(
     setup: Setup,
     sampling: SamplingConfig,
     kept: Collection[str],
+    multiple: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns the completions as rows to learn from, see `rl.trajectory.batch_of`.
 
     Args:
       kept: the records that the trainer does again.
+      multiple: packs them, into a multiple of so many rows (rl/packing.py); None does not.
     """
     trajectories = [completion.trajectory for completion in completions]
     width = sampling.max_prompt_tokens + sampling.max_new_tokens
-    batch = batch_of(trajectories, width, setup.tokenizer.pad)
+    lengths = [len(trajectory.tokens_T) for trajectory in trajectories]
+    layout = packed_rows(lengths, width, multiple) if multiple else None
+    batch = batch_of(trajectories, width, setup.tokenizer.pad, layout)
     return {name: x for name, x in batch.items() if name not in RECORDS or name in kept}
 
 
@@ -275,21 +281,22 @@ def on_mesh(setup: Setup, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
 
 
 def with_advantages(
-    batch: dict[str, Array],
+    batch: dict[str, np.ndarray],
     completions: Sequence[Completion],
     rewards: Rewards,
     algorithm: Algorithm,
     config: ReinforceConfig,
-) -> dict[str, Array]:
+) -> dict[str, np.ndarray]:
     """Returns the batch with "advantages" [B, T], 0 outside the mask.
 
     The mask leaves out what was cut before its stop token where reinforce.truncated says so.
     """
     if config.truncated == "mask":
-        whole_B = np.asarray([not completion.truncated for completion in completions])
-        batch = batch | {"mask": batch["mask"] & whole_B[:, None]}
-    advantages_B = algorithm.advantage(jnp.asarray(rewards.total_PG)).reshape(-1)
-    return batch | {"advantages": jnp.where(batch["mask"], advantages_B[:, None], 0.0)}
+        whole_N = np.asarray([not completion.truncated for completion in completions])
+        batch = batch | {"mask": batch["mask"] & whole_N[batch["trajectory"]]}
+    advantages_N = np.asarray(algorithm.advantage(jnp.asarray(rewards.total_PG))).reshape(-1)
+    advantages_BT = np.where(batch["mask"], advantages_N[batch["trajectory"]], np.float32(0))
+    return batch | {"advantages": advantages_BT}
 
 
 def compared_logprobs(

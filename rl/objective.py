@@ -79,7 +79,7 @@ def policy_objective(
     aggregate, divergence = algorithm.aggregate, algorithm.divergence
 
     def aggregate_weight(batch: Batch) -> Array:
-        return aggregate.weight(predicted(batch, "mask"))
+        return aggregate.weight(predicted_sequences(batch))
 
     def token_count(batch: Batch) -> Array:
         return jnp.sum(predicted(batch, "mask"), dtype=jnp.float32)
@@ -89,16 +89,16 @@ def policy_objective(
         logprobs_BT, entropy_BT, output = forward_logprobs(
             config, train.stage, temperature, variables, batch
         )
-        mask_BT = predicted(batch, "mask")
+        mask_BT, sequences_BT = predicted(batch, "mask"), predicted_sequences(batch)
         logprobs_BT = jnp.where(mask_BT, logprobs_BT, 0.0)
         old_logprobs_BT = predicted(batch, "old_logprobs")
         ratio_BT = algorithm.ratio(logprobs_BT, old_logprobs_BT, mask_BT)
         surrogate_BT, clipped_BT = algorithm.surrogate(ratio_BT, predicted(batch, "advantages"))
-        terms = {"policy": -aggregate.total(surrogate_BT, mask_BT)}
+        terms = {"policy": -aggregate.total(surrogate_BT, sequences_BT)}
         if divergence is not None:
             reference_BT = predicted(batch, "reference_logprobs")
             divergence_BT = divergence.estimator(logprobs_BT, reference_BT, ratio_BT)
-            terms["kl"] = aggregate.total(divergence_BT, mask_BT)
+            terms["kl"] = aggregate.total(divergence_BT, sequences_BT)
 
         tokens = PredictedTokens(
             mask_BT=mask_BT,
@@ -141,6 +141,14 @@ def predicted(batch: Batch, name: str) -> Array:
     Position t then has the value of token t + 1, and the last position has 0.
     """
     return shift_left(batch[name], 1)
+
+
+def predicted_sequences(batch: Batch) -> Array:
+    """Returns which sequence of its row the next token belongs to, where it was sampled.
+
+    Elsewhere it is 0, [B, T]: what an aggregation takes (rl/aggregations.py).
+    """
+    return jnp.where(predicted(batch, "mask"), predicted(batch, "segments"), 0)
 
 
 def forward_logprobs(

@@ -115,6 +115,8 @@ class ReasoningEvaluation:
         tally = Tally(evaluate.samples, self._weights, evaluate.reward, evaluate.success)
         bar = Progress(len(problems), "evaluate") if shown else contextlib.nullcontext()
         ended: dict[int, list[Completion]] = {}
+        counts = self._generate.engine.counts
+        shown_tokens = counts.sampled
         with bar as progress:
             groups = self._generate.groups(
                 variables, problems, self._key, numbers, evaluate.samples
@@ -126,7 +128,9 @@ class ReasoningEvaluation:
                     place = len(tally.solved_PG)
                     tally.add(problems[place], ended.pop(place))
                 if progress is not None and tally.solved_PG:
-                    tokens = sum(completion.length for completion in completions)
+                    # Of all that were sampled meanwhile, not of those of this problem alone: they
+                    # were sampled over a longer time, beside others.
+                    tokens, shown_tokens = counts.sampled - shown_tokens, counts.sampled
                     done = len(tally.solved_PG)
                     progress.update(done, {"pass@1": np.mean(tally.solved_PG)}, tokens)
         return self._summary(tally), tally.records

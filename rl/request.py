@@ -209,6 +209,7 @@ class Row:
             ended=ended,
             group=self.prompt.group,
             sample=self.sample,
+            spans={},
             routes_TLK=routes_TLK,
             selected_TLk=selected_TLk,
         )

@@ -1,22 +1,30 @@
-"""Keeps some of the completions that a policy learns from, to be read by a person."""
+"""Keeps some of the completions that a policy learns from, to be read by a person.
+
+A line is a trajectory (rl/trajectory_file.py) with its step, problem and reward, and its text in
+parts, each with what it is (`rl.spans.parts_of`): {"part": "thought", "text": "<think>..."}.
+"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from data.tasks.problem import Problem
 from files import AppendedFile, write_text
 from rl.generate import Completion
-
-COMPLETIONS = 2  # of a step's first problem
+from rl.halting import Text
+from rl.spans import parts_of
+from rl.trajectory_file import as_record
 
 
 class Traces:
     """Appends to `workdir/traces.jsonl`; on processes other than the first it does nothing.
 
     Args:
+      completions: how many of a step are kept, the first ones; -1 for all.
+      tokenizer: decodes them.
       resume_step: the step the run goes on from. Lines of later steps come from a run that died
         after its last checkpoint, and are dropped; from 0, all of them.
 
@@ -24,8 +32,8 @@ class Traces:
       UserError: the workdir cannot be written to; here and in `write`.
     """
 
-    def __init__(self, workdir: Path, resume_step: int):
-        self._file = None
+    def __init__(self, workdir: Path, completions: int, tokenizer: Text, resume_step: int):
+        self._file, self._completions, self._tokenizer = None, completions, tokenizer
         if jax.process_index() != 0:
             return
         path = workdir / "traces.jsonl"
@@ -37,22 +45,39 @@ class Traces:
     def write(
         self,
         step: int,
-        problem: Problem,
+        problems: Sequence[Problem],
         completions: Sequence[Completion],
         rewards: Sequence[float],
     ) -> None:
-        """Adds the first completions of a problem, with what each earns."""
+        """Adds the first completions of a step, with what each earns.
+
+        Args:
+          problems: P of them.
+          completions: P * G, of which number p * G + g is of problem p.
+          rewards: of the completions.
+        """
         if self._file is None:
             return
-        for completion, reward in zip(completions[:COMPLETIONS], rewards, strict=False):
+        group_size = len(completions) // len(problems)
+        kept = len(completions) if self._completions == -1 else self._completions
+        for place, completion in enumerate(completions[:kept]):
+            problem, trajectory = problems[place // group_size], completion.trajectory
             record = {
                 "step": step,
                 "prompt": problem.question,
                 "completion": completion.text,
                 "answer": problem.answer,
-                "reward": round(float(reward), 6),
+                "reward": round(float(rewards[place]), 6),
+                "parts": [
+                    {"part": part, "text": self._decode(trajectory.tokens_T[start:end])}
+                    for part, start, end in parts_of(trajectory)
+                ],
             }
+            record |= as_record(trajectory)
             self._file.append((json.dumps(record) + "\n").encode())
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
     def close(self) -> None:
         """Closes the file."""

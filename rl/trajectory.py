@@ -7,7 +7,7 @@ those that the policy sampled.
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class Trajectory:
       ended: STOP or LENGTH.
       group: the number of its prompt among those of a step; advantages compare within it.
       sample: its number among the completions of that prompt.
+      spans: what parts of it are for: name -> its spans in order, each [start, end) in tokens
+        (rl/spans.py). Where it was not asked for there are none.
       routes_TLK: where it is recorded, the experts of each token in each layer that has any; -1
         for a token that was not read.
       selected_TLk: where it is recorded, the keys that each token attended to in each layer that
@@ -56,6 +58,7 @@ class Trajectory:
     ended: str
     group: int = 0
     sample: int = 0
+    spans: Mapping[str, Sequence[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     routes_TLK: np.ndarray | None = None
     selected_TLk: np.ndarray | None = None
 
@@ -78,56 +81,73 @@ class Trajectory:
 RECORDS = {"routes": "routes_TLK", "selected": "selected_TLk"}
 
 
-def batch_of(trajectories: Sequence[Trajectory], width: int, pad: int) -> dict[str, np.ndarray]:
-    """Makes rows to learn from, one trajectory a row, padded on the right.
+def batch_of(
+    trajectories: Sequence[Trajectory],
+    width: int,
+    pad: int,
+    layout: Sequence[Sequence[int]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Makes rows to learn from, padded on the right.
 
     Args:
-      trajectories: B of them.
+      trajectories: N of them.
       width: T, tokens of a row.
       pad: the id that fills a row.
+      layout: for each of B rows the trajectories that it has, by their places, one behind the other
+        (`rl.packing.packed_rows`); by default each is a row of its own.
 
     Returns:
-      Arrays [B, T]: tokens, positions and segments as in pretraining; mask, bool, true on sampled
-      tokens; group, int32, -1 on padding; sampler_logprobs and log_kept, float32, 0 outside the
-      mask. Each stands at the token itself. Where they are recorded, routes [B, L, T, K] and
-      selected [B, L, T, k] as `model.record.replay` takes them.
+      Arrays [B, T]: tokens, positions and segments as in pretraining, each trajectory a segment;
+      mask, bool, true on sampled tokens, but for a trajectory's first, which nothing predicts;
+      trajectory and group, int32, its place among the N and its group, -1 on padding;
+      sampler_logprobs and log_kept, float32, 0 where nothing was sampled. Each stands at the token
+      itself. Where they are recorded, routes [B, L, T, K] and selected [B, L, T, k] as
+      `model.record.replay` takes them: keys by where they stand in the row.
 
     Raises:
       UserError: a trajectory is longer than a row.
     """
-    shape = len(trajectories), width
+    layout = [[place] for place in range(len(trajectories))] if layout is None else layout
+    shape = len(layout), width
     batch = {
         "tokens": np.full(shape, pad, np.int32),
         "positions": np.zeros(shape, np.int32),
         "segments": np.zeros(shape, np.int32),
         "mask": np.zeros(shape, bool),
+        "trajectory": np.full(shape, -1, np.int32),
         "group": np.full(shape, -1, np.int32),
         "sampler_logprobs": np.zeros(shape, np.float32),
         "log_kept": np.zeros(shape, np.float32),
     }
-    for row, trajectory in enumerate(trajectories):
-        length = len(trajectory.tokens_T)
-        if length > width:
-            raise UserError(f"a trajectory has {length} tokens, more than the {width} of a row")
-        values = {
-            "tokens": trajectory.tokens_T,
-            "positions": np.arange(length),
-            "segments": 1,
-            "mask": trajectory.sampled_T,
-            "group": trajectory.group,
-            "sampler_logprobs": trajectory.logprobs_T,
-            "log_kept": trajectory.log_kept_T,
-        }
-        for name, value in values.items():
-            batch[name][row, :length] = value
-    for name in ("routes", "selected"):
-        recorded = [getattr(each, RECORDS[name]) for each in trajectories]
+    for name, field in RECORDS.items():
+        recorded = [getattr(each, field) for each in trajectories]
         if all(x_TLK is not None and x_TLK.shape[1] for x_TLK in recorded):
-            batch[name] = np.stack([_row_of(x_TLK, width) for x_TLK in recorded])
+            _, L, K = recorded[0].shape
+            batch[name] = np.full((len(layout), L, width, K), -1, recorded[0].dtype)
+    for row, places in enumerate(layout):
+        start = 0
+        for segment, place in enumerate(places, start=1):
+            trajectory = trajectories[place]
+            length = len(trajectory.tokens_T)
+            if length > width:
+                raise UserError(f"a trajectory has {length} tokens, more than the {width} of a row")
+            positions_T, end = np.arange(length), start + length
+            values = {
+                "tokens": trajectory.tokens_T,
+                "positions": positions_T,
+                "segments": segment,
+                "mask": trajectory.sampled_T & (positions_T > 0),
+                "trajectory": place,
+                "group": trajectory.group,
+                "sampler_logprobs": trajectory.logprobs_T,
+                "log_kept": trajectory.log_kept_T,
+            }
+            for name, value in values.items():
+                batch[name][row, start:end] = value
+            for name in RECORDS.keys() & batch.keys():
+                x_LTK = np.moveaxis(getattr(trajectory, RECORDS[name]), 0, 1)
+                if name == "selected":
+                    x_LTK = np.where(x_LTK < 0, x_LTK, x_LTK + start)
+                batch[name][row, :, start:end] = x_LTK
+            start = end
     return batch
-
-
-def _row_of(x_TLK: np.ndarray, width: int) -> np.ndarray:
-    """Returns a record as a row, [L, T, K]; -1 behind its end."""
-    x_LTK = np.moveaxis(x_TLK, 0, 1)
-    return np.pad(x_LTK, [(0, 0), (0, width - x_LTK.shape[1]), (0, 0)], constant_values=-1)

@@ -1,6 +1,7 @@
 """Shows how far a run is: a bar on a terminal, a plain line every few seconds in a log."""
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 WINDOW = 50  # updates the speed is measured over
+# Seconds within which updates count as one. Many may come at once, of completions that ended
+# together, and a window of them alone would span no time.
+AT_ONCE = 0.1
 
 
 @contextlib.contextmanager
@@ -53,8 +57,9 @@ class Progress:
         self.total, self.label, self.unit = total, escape(label), unit
         self._console = console or Console()
         self._clock = clock
-        # (time, step, units of this update)
+        # (time, step, units) of each update, or of those at once; and when the last one began.
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=WINDOW + 1)
+        self._begun = -math.inf
         self._shown_at = -every
         self._first = jax.process_index() == 0
         self._bar = None
@@ -79,6 +84,10 @@ class Progress:
           tokens: units done since the last update.
         """
         now = self._clock()
+        if now - self._begun < AT_ONCE:
+            tokens += self._recent.pop()[2]
+        else:
+            self._begun = now
         self._recent.append((now, step, tokens))
         if not self._first or (now - self._shown_at < self._every and step != self.total):
             return
@@ -102,7 +111,7 @@ class Progress:
     def tokens_per_s(self) -> float:
         """The speed over the last updates, in units per second.
 
-        The first step compiles, so the clock starts when it is done: it is 0 until the second is.
+        The first step compiles, so the clock starts when it is done: it is 0 until a later one is.
         """
         start, *later = self._recent or [(0.0, 0, 0)]
         return sum(tokens for _, _, tokens in later) / (later[-1][0] - start[0]) if later else 0.0

@@ -22,6 +22,7 @@ from experiment.schema import Config
 from launch import evaluate, pretrain, reinforce
 from model.sharding import make_mesh
 from model.transformer import boxed_shapes
+from rl import loop
 from rl.loop import per_update
 from rl.rewards import get_reward
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
@@ -189,14 +190,26 @@ def test_the_gap_is_measured_before_the_first_of_several_updates():
     assert 0 < line["clip_fraction"] < 1 and line["kl_to_old"] > 1e-3
 
 
-def test_scoring_is_cut_as_the_step_is():
+def test_scoring_is_cut_and_packed_as_the_step_is(monkeypatch):
     """With old log-probs of the trainer and a reference; rounding alone may differ."""
+    counts, pack = [], loop.packed_rows
+
+    def counted(*args):
+        counts.append(len(pack(*args)))
+        return pack(*args)
+
+    monkeypatch.setattr(loop, "packed_rows", counted)
     shared = KL | {"reinforce__old_logprobs": "trainer", "train__steps": 2}
+    shared |= {"sampling__max_prompt_tokens": 320, "train__balance_weight": 0.0}
     reinforce.run(run_of("length", **shared), Path("one"))
-    reinforce.run(run_of("length", **shared, train__microbatches=4), Path("cut"))
+    assert not counts
+    cut = {"train__microbatches": 4, "reinforce__packing": True}
+    reinforce.run(run_of("length", **shared, **cut), Path("cut"))
+    assert counts == [4, 4], "rows, of 16 completions"
     for whole, cut in zip(lines("one"), lines("cut"), strict=True):
         assert cut["kl"] == pytest.approx(whole["kl"], rel=1e-3, abs=1e-6)
         assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+        assert cut["reward"] == whole["reward"] and cut["logprob_gap_max"] < 1e-4
 
 
 def test_a_prompt_that_does_not_fit_is_said_before_the_first_step_and_may_be_mended():
@@ -312,6 +325,10 @@ def test_a_fraction_is_a_success_where_the_threshold_says_so():
             "reinforce.prompts_per_step = 12: 12 rows at a time do not divide over 8 devices",
         ),
         ({"reinforce__rewards": {"own.py:nothing": 1.0}}, "own.py: defines no 'nothing'"),
+        (
+            {"reinforce__packing": True, "train__balance_weight": 0.1},
+            "train.balance_weight = 0.1: the balance loss takes a row for a sequence",
+        ),
         ({"evaluate__reward": "other.py:x", "train__eval_every": 1}, "other.py: no such file"),
     ],
 )

@@ -292,6 +292,33 @@ def test_traces_and_infills_are_shown_where_they_are_recorded(tmp_path):
     assert 'a &lt;</span><span class="filled">d&amp;</span><span class="around">&gt; c' in page
 
 
+def test_a_trace_shows_what_its_parts_are(tmp_path):
+    """By colour, whatever is in the file; what a tool said is not the policy's, tags or no tags."""
+    parts = [
+        {"part": "prompt", "text": "not shown"},
+        {"part": "thought", "text": "<think>a"},
+        {"part": "injected", "text": "stop"},
+        {"part": "tool", "text": "<answer>5</answer>"},
+        {"part": 'own"s', "text": "<b>"},
+        {"part": "answer"},
+        7,
+    ]
+    trace = {"step": 1, "prompt": "p", "completion": "unused", "reward": 1.0, "parts": parts}
+    (tmp_path / "traces.jsonl").write_text(json.dumps(trace) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert (
+        '<pre class="completion"><span class="think" title="thought">&lt;think&gt;a</span>'
+        '<span class="injected" title="injected">stop</span>'
+        '<span class="tool" title="tool">&lt;answer&gt;5&lt;/answer&gt;</span>'
+        '<span class="model" title="own&quot;s">&lt;b&gt;</span></pre>'
+    ) in page
+    assert "not shown" not in page and "unused" not in page
+    legend = re.findall(r"Parts: (.*?)</p>", page)
+    assert [re.sub("<.*?>", "", words) for words in legend] == [
+        "thought, read from a tool, put into its mouth."
+    ]
+
+
 def test_nothing_to_report(tmp_path):
     with pytest.raises(UserError, match="nothing to report there"):
         write_report(tmp_path)

@@ -87,6 +87,11 @@ def test_the_schema_is_the_dataclass_with_its_defaults(section):
             {"truncated": "drop"},
             "reinforce.truncated = 'drop': must be one of reward, no_reward, mask",
         ),
+        (
+            "reinforce",
+            {"trace_completions": -2},
+            "reinforce.trace_completions = -2: must be -1 (all) or more",
+        ),
         ("evaluate", {"reward": "anwser"}, "evaluate.reward: no reward 'anwser' (did you mean"),
         ("evaluate", {"success": float("nan")}, "evaluate.success = nan: must be finite"),
         ("evaluate", {"problems": -1}, "evaluate.problems = -1: must be 0 (none) or positive"),

@@ -87,12 +87,24 @@ def test_nothing_is_learnt_from_what_is_masked():
         config = dataclasses.replace(CONFIG, truncated=option)
         rewards = reward(completions, PROBLEMS[3:5], config)
         batch = batch_of([each.trajectory for each in completions], width=7, pad=0)
-        batch = with_advantages(
-            jax.tree.map(jnp.asarray, batch), completions, rewards, algorithm, config
-        )
+        batch = with_advantages(batch, completions, rewards, algorithm, config)
         np.testing.assert_array_equal(batch["mask"].sum(axis=1), learnt)
         np.testing.assert_array_equal(batch["segments"].sum(axis=1), [5] * 4)
         np.testing.assert_array_equal((batch["advantages"] != 0).sum(axis=1), [learnt[0], 2, 0, 0])
+
+
+def test_an_advantage_goes_with_its_completion_into_a_packed_row():
+    """Prompts of three tokens and two sampled ones each; the cut one is not learnt from."""
+    completions = [completion(text, cut=place == 2) for place, text in enumerate(TEXTS)]
+    config = dataclasses.replace(CONFIG, truncated="mask")
+    rewards = Rewards(np.asarray([[1, 0], [3, 0]], np.float32), {})
+    layout = [[1, 2], [3, 0]]
+    batch = batch_of([each.trajectory for each in completions], 11, 0, layout)
+    algorithm = get_algorithm("dr_grpo", max_completion=2)
+    batch = with_advantages(batch, completions, rewards, algorithm, config)
+    expected = [[0, 0, 0, -0.5, -0.5] + [0] * 6, [0, 0, 0, -1.5, -1.5, 0, 0, 0, 0.5, 0.5, 0]]
+    np.testing.assert_array_equal(batch["advantages"], expected)
+    assert batch["advantages"].dtype == np.float32
 
 
 @pytest.fixture(scope="module")

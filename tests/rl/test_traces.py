@@ -1,13 +1,19 @@
 """Completions are kept by step, and those that a resumed run writes again are dropped."""
 
+import dataclasses
 import json
 
 from data.tasks.problem import Problem
+from data.tokenizer_training import bytes_tokenizer
 from report.results import read_run
-from rl.traces import COMPLETIONS, Traces
-from tests.trajectories import completion
+from rl.generate import Completion
+from rl.spans import spans_of
+from rl.traces import Traces
+from rl.trajectory_file import read_trajectories
+from tests.trajectories import completion, trajectory
 
-PROBLEM = Problem("What is 1 + 1?", "2")
+PROBLEMS = [Problem("What is 1 + 1?", "2"), Problem("What is 1 + 2?", "3")]
+TOKENIZER = bytes_tokenizer()
 
 
 def steps(workdir) -> list[int]:
@@ -15,25 +21,39 @@ def steps(workdir) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-def write(workdir, resume_step: int, *numbers: int) -> None:
-    completions = [completion(text) for text in ("a\n", "b", "c")]
-    with Traces(workdir, resume_step) as traces:
+def write(workdir, resume_step: int, *numbers: int, kept: int = 2) -> None:
+    """Two completions of each problem, in each step."""
+    completions = [completion(text) for text in ("a\n", "b", "c", "d")]
+    with Traces(workdir, kept, TOKENIZER, resume_step) as traces:
         for step in numbers:
-            traces.write(step, PROBLEM, completions, [1.0, 0.1, 0.0])
+            traces.write(step, PROBLEMS, completions, [1.0, 0.1, 0.0, 0.5])
 
 
-def test_the_first_completions_of_a_problem_are_kept(tmp_path):
-    write(tmp_path, 0, 1)
-    run = read_run(tmp_path, lambda _: None)
-    assert [trace["completion"] for trace in run.traces] == ["a\n", "b"][:COMPLETIONS]
-    assert run.traces[0] == {
-        "step": 1,
-        "prompt": "What is 1 + 1?",
-        "completion": "a\n",
-        "answer": "2",
-        "reward": 1.0,
-    }
-    assert run.notes == []
+def test_the_first_completions_of_a_step_are_kept(tmp_path):
+    expected = [("a\n", "2", 1.0), ("b", "2", 0.1), ("c", "3", 0.0), ("d", "3", 0.5)]
+    for kept, count in ((2, 2), (3, 3), (-1, 4), (9, 4), (0, 0)):
+        write(tmp_path, 0, 1, kept=kept)
+        run = read_run(tmp_path, lambda _: None)
+        found = [(each["completion"], each["answer"], each["reward"]) for each in run.traces]
+        assert found == expected[:count]
+        assert all(each["step"] == 1 for each in run.traces) and run.notes == []
+
+
+def test_a_line_has_the_tokens_and_what_they_are_for(tmp_path):
+    """And is read again as the trajectory that it was."""
+    prompt, text = "2?", "<think>hm</think>2"
+    made = trajectory(TOKENIZER.encode(prompt), TOKENIZER.encode(text))
+    made = dataclasses.replace(made, spans=spans_of(made, TOKENIZER))
+    with Traces(tmp_path, 2, TOKENIZER, 0) as traces:
+        traces.write(1, PROBLEMS[:1], [Completion(made, text)], [1.0])
+    ((found, more),) = read_trajectories(tmp_path / "traces.jsonl")
+    assert found.tokens_T.tolist() == made.tokens_T.tolist() and found.spans == made.spans
+    assert more["completion"] == text and more["prompt"] == PROBLEMS[0].question
+    assert more["parts"] == [
+        {"part": "prompt", "text": "2?"},
+        {"part": "thought", "text": "<think>hm</think>"},
+        {"part": "model", "text": "2"},
+    ]
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):

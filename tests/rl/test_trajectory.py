@@ -12,10 +12,10 @@ from tests.trajectories import trajectory
 
 def test_rows_by_hand():
     """A whole one, and one with a tool's output in its midst: it is read and not learnt from."""
-    plain = trajectory([4, 5], [8, 9], group=0)
+    plain = trajectory([4, 5], [8, 9], group=5)
     roles_T = np.asarray([Role.PROMPT, Role.MODEL, Role.TOOL, Role.TOOL, Role.MODEL], np.int8)
     tool = dataclasses.replace(
-        trajectory([4], [8, 6, 7, 9], group=1),
+        trajectory([4], [8, 6, 7, 9], group=6),
         roles_T=roles_T,
         logprobs_T=np.asarray([0, -2, 0, 0, -3], np.float32),
         log_kept_T=np.asarray([0, -0.5, 0, 0, 0], np.float32),
@@ -26,7 +26,8 @@ def test_rows_by_hand():
         "positions": [[0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 0]],
         "segments": [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]],
         "mask": [[0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0]],
-        "group": [[0, 0, 0, 0, -1, -1], [1, 1, 1, 1, 1, -1]],
+        "trajectory": [[0, 0, 0, 0, -1, -1], [1, 1, 1, 1, 1, -1]],
+        "group": [[5, 5, 5, 5, -1, -1], [6, 6, 6, 6, 6, -1]],
         "sampler_logprobs": [[0, 0, -1, -1, 0, 0], [0, -2, 0, 0, -3, 0]],
         "log_kept": [[0] * 6, [0, -0.5, 0, 0, 0, 0]],
     }

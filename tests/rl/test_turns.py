@@ -110,6 +110,28 @@ def test_a_conversation_depends_on_its_key_alone(name):
             assert_same(found[number], each)
 
 
+def test_a_conversation_is_continued_by_what_is_appended_alone():
+    """What it was at each turn is what it begins with at the end, then come the ids of the turn."""
+    halted: dict[int, list[tuple[Trajectory, Turn | None]]] = {}
+    talk = conversation(3, turns=3)
+
+    def reply(trajectory: Trajectory) -> Turn | None:
+        turn = talk(trajectory)
+        halted.setdefault(trajectory.group, []).append((trajectory, turn))
+        return turn
+
+    for each in engine("mla").run(prompts_of(reply=reply)):
+        assert len(halted[each.group]) == 4
+        for before, turn in halted[each.group]:
+            length = len(before.tokens_T)
+            for field in ("tokens_T", "roles_T", "logprobs_T", "log_kept_T", "versions_T"):
+                now = getattr(each, field)[:length]
+                np.testing.assert_array_equal(now, getattr(before, field), err_msg=field)
+            if turn:
+                assert each.tokens_T[length : length + 3].tolist() == turn.tokens
+                assert (each.roles_T[length : length + 3] == Role.TOOL).all()
+
+
 def test_nothing_is_compiled_again_whatever_is_read():
     own = engine("mla", steps=4)
     list(own.run(prompts_of(reply=conversation(17, turns=1))))

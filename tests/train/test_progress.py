@@ -52,6 +52,27 @@ def test_speed_is_recent():
     assert progress.tokens_per_s == 40
 
 
+def test_updates_that_come_at_once_are_one():
+    """Bursts of 60 updates, more than a window, each of 10 tokens: one burst a second."""
+    progress, clock, out = progress_on(False, total=10_000, every=0)
+    for burst in range(4):
+        clock.now += 1
+        for step in range(60):
+            clock.now += 1e-6
+            progress.update(60 * burst + step + 1, {}, 10)
+    assert progress.tokens_per_s == pytest.approx(600, rel=1e-3)
+    assert out.getvalue().splitlines()[-1].endswith("600 tokens/s  0:02:43 left")
+
+
+def test_updates_closer_than_what_counts_as_one_have_their_speed():
+    """A step of 10 ms: what is merged is a tenth of a second, and not all of it for ever."""
+    progress, clock, _ = progress_on(False, total=10_000)
+    for step in range(2_000):
+        clock.now += 0.01
+        progress.update(step, {}, 10)
+    assert progress.tokens_per_s == pytest.approx(1_000, rel=1e-6)
+
+
 def test_log_has_a_line_each_so_many_seconds_and_the_last():
     progress, clock, out = progress_on(False, total=40, every=10)
     with progress:
