@@ -4,7 +4,7 @@ Attention over cached latents is absorbed (model/attention/decode.py).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import flax.struct
@@ -104,7 +104,7 @@ def prefill(
     capacity: int,
     stage: str,
     attention_top_p: float = 1.0,
-    record: bool = False,
+    record: Collection[str] = (),
 ) -> tuple[Cache, Array, Choices | None]:
     """Reads the beginnings of sequences into a new cache, as the trainer's forward pass does.
 
@@ -116,10 +116,10 @@ def prefill(
       stage: "dense" | "sparse"; what is decoded from the cache shall have the same.
       attention_top_p: decoding reads the fewest keys that by estimate have this share of attention
         (Twilight, arXiv 2502.02770).
-      record: whether to return what the layers chose.
+      record: which of `model.record.CHOICES` to return.
 
     Returns: the cache; the hidden states [B, D] of each row's last token, for the output head; and
-    the choices, None unless `record`.
+    the choices, None where none are recorded.
     """
     B, T = tokens_BT.shape
     cache = Cache.empty(config, B, capacity, stage, attention_top_p)
@@ -134,7 +134,7 @@ def prefill(
             jax.tree.map(lambda leaf, i=index: leaf[i], applied[1]["record"][stack][block])
             for stack, block, index in layer_paths(config)
         ]
-        choices = choices_of(config, of_layers, tokens_BT)
+        choices = choices_of(config, of_layers, tokens_BT, record, capacity)
     layers = tuple(
         layer.write(entries, cast(Array, tokens.index_BT))
         for layer, entries in zip(cache.layers, output.entries, strict=True)
@@ -154,7 +154,7 @@ def read(
     count_B: Array,
     cache: Cache,
     stage: str,
-    record: bool = False,
+    record: Collection[str] = (),
 ) -> tuple[Cache, Array, Choices | None]:
     """Reads a few more tokens of every row, each row as many as it has.
 
@@ -163,10 +163,10 @@ def read(
       count_B: how many each row has, from 0, which leaves the row as it is, to T.
       cache: what the rows have read, with room for these tokens.
       stage: "dense" | "sparse".
-      record: whether to return what the layers chose.
+      record: which of `model.record.CHOICES` to return.
 
     Returns: the longer cache; the hidden states [B, T, D] for the output head; and the choices,
-    None unless `record`.
+    None where none are recorded.
     """
     tokens = cache.tokens(count_B, tokens_BT.shape[1], stage)
     x_BTD = embed(config, weights.params["embedding"], tokens_BT)
@@ -186,5 +186,7 @@ def read(
         recorded.append(applied[1]["record"] if record else {})
     final_norm = RMSNorm(config.rms_norm_eps, config.norm)
     hidden_BTD = cast(Array, final_norm.apply({"params": weights.params["final_norm"]}, x_BTD))
-    choices = choices_of(config, recorded, tokens_BT) if record else None
+    choices = None
+    if record:
+        choices = choices_of(config, recorded, tokens_BT, record, cache.capacity)
     return Cache(tuple(layers), cache.length_B + count_B, cache.capacity), hidden_BTD, choices

@@ -33,6 +33,9 @@ class SamplingConfig:
     # on it; the others wait for their turn.
     slots: int = 256
     cache_gib: float = 8.0
+    # The host's memory in GiB that the records of a step may take: experts, selected keys and ids
+    # drawn from, where they are recorded for the trainer to do the same again.
+    record_gib: float = 64.0
     attention: str = "sparse"  # "sparse" | "dense"
     # Below 1, each new token attends to the fewest of its keys that by estimate hold this share of
     # its attention (Twilight, arXiv 2502.02770): by the indexer's softmax over what it selected, or
@@ -49,6 +52,7 @@ class SamplingConfig:
         check.positive("max_prompt_tokens", "max_new_tokens", "slots")
         roomy = 0 < self.cache_gib < math.inf
         check.that(roomy, "cache_gib", "must be positive")
+        check.that(self.record_gib > 0, "record_gib", "must be positive")
         share = 0 < self.attention_top_p <= 1
         check.that(share, "attention_top_p", "must be in (0, 1]; 1 reads every selected key")
         check.one_of("attention", ATTENTIONS)

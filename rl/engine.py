@@ -15,31 +15,22 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from errors import UserError
 from kernels.device import compiler_options
 from model.cache import Cache
 from model.config import ModelConfig
 from model.decode import decode_weights
 from model.sharding import batch_sharding, batch_shards, replicated
 from rl.config import SamplingConfig
-from rl.request import Counts, Part, Prompt, Row, check_prompt, check_turn, rules_of
-from rl.slots import (
-    NOTHING,
-    Sampled,
-    advance,
-    empty_slots,
-    extend,
-    halt,
-    place,
-    read_prompts,
-)
+from rl.records import Recorder
+from rl.request import Counts, Part, Prompt, Row, allowed_of, check_prompt, check_turn, rules_of
+from rl.slots import NOTHING, Sampled, advance, empty_slots, extend, halt, place, read_prompts
 from rl.trajectory import STOP, Trajectory
 from rl.turns import Unread, next_chunk
 from train.setup import to_host
@@ -75,7 +66,9 @@ class Engine:
         as fill the slots.
       steps: tokens that are sampled before the host looks, at most MOST_STEPS.
       pad: an id of the vocabulary, to fill rows with.
-      record: keeps what the layers chose for each token, for a replay: experts and selected keys.
+      record: which of `rl.records.RECORDS` trajectories have, for a replay.
+
+    Raises UserError for a record that there is not.
     """
 
     def __init__(
@@ -88,7 +81,7 @@ class Engine:
         group_size: int = 1,
         steps: int = MOST_STEPS,
         pad: int = 0,
-        record: bool = False,
+        record: Collection[str] = (),
     ):
         self._mesh, self._sampling, self._pad = mesh, sampling, pad
         self._steps = min(steps, MOST_STEPS)
@@ -107,6 +100,7 @@ class Engine:
         self._unread: collections.deque[Unread] = collections.deque()
         self._stale: list[int] = []
         self._version = 0
+        self._recorder = Recorder(model, self.capacity, frozenset(record))
         self._variables = self._weights = self._slots = None
         # What only moves arrays need not be optimised well; decoding does: it takes 5 to 7 %
         # longer with the options that spare a CPU's compiler work.
@@ -119,17 +113,18 @@ class Engine:
         by_row = functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
         empty = functools.partial(empty_slots, model, sampling, self.rows, self.capacity)
         self._empty = by_row(empty, compiler_options=quick)
-        read = functools.partial(read_prompts, model, sampling, self.capacity, record)
+        choices = self._recorder.choices
+        read = functools.partial(read_prompts, model, sampling, self.capacity, choices)
         self._read = by_row(read)
         self._place = by_row(functools.partial(place), donate_argnums=0, compiler_options=quick)
         self._extend = jax.jit(
-            functools.partial(extend, model, sampling, record),
+            functools.partial(extend, model, sampling, choices),
             donate_argnums=1,
             out_shardings=(batch_sharding(mesh), replicated(mesh)),
         )
         self._halt = by_row(functools.partial(halt), donate_argnums=0, compiler_options=quick)
         self._advance = jax.jit(
-            functools.partial(advance, model, sampling, MOST_STEPS, record),
+            functools.partial(advance, model, sampling, MOST_STEPS, self._recorder.record),
             donate_argnums=1,
             out_shardings=(batch_sharding(mesh), replicated(mesh)),
         )
@@ -163,13 +158,22 @@ class Engine:
             self._waiting.extendleft([row] for row in reversed(rows))
 
     @contextlib.contextmanager
-    def loaded(self, variables: dict, version: int = 0) -> Iterator[None]:
-        """Loads variables, and lets go of them and of all that waits or is in a slot at the end."""
+    def loaded(
+        self, variables: dict, version: int = 0, *, recording: bool = True
+    ) -> Iterator[None]:
+        """Loads variables, and lets go of them and of all that waits or is in a slot at the end.
+
+        Args:
+          recording: without it trajectories have no records until then; what the programs record
+            stays on the devices, so that they need not be compiled anew.
+        """
         self.load(variables, version)
+        self._recorder.on = recording
         try:
             yield
         finally:
             self._variables = self._weights = self._slots = None
+            self._recorder.on = True
             self._forget()
             self._waiting.clear()
 
@@ -229,12 +233,12 @@ class Engine:
             idle = self.rows + 1
             if self._rows_wait:
                 idle = self._occupants.count(None) + max(self.rows // 16, 1)
-            allowed_BV = self._allowed()
+            allowed_BV = allowed_of(self._occupants, self._vocab_size)
             steps = self._steps if allowed_BV is None and not self._looks_each_token() else 1
             self._slots, sampled = self._advance(
                 self._weights, self._slots, steps, idle, allowed_BV
             )
-            ended = self._collect(jax.device_get(sampled))
+            ended = self._collect(jax.device_get(self._recorder.wanted(sampled)))
             live_B = np.asarray([row is not None for row in self._occupants])
             if not live_B[self._stale].all():
                 self._slots = self._halt(self._slots, live_B)
@@ -245,20 +249,6 @@ class Engine:
         return self._recurrent and any(
             row and row.halts and row.prompt.reply for row in self._occupants
         )
-
-    def _allowed(self) -> np.ndarray | None:
-        """Returns which ids each row may sample next, or None if no row asks."""
-        asked = [(slot, row) for slot, row in enumerate(self._occupants) if row]
-        asked = [(slot, row) for slot, row in asked if row.prompt.allowed]
-        if not asked:
-            return None
-        allowed_BV = np.ones((self.rows, self._vocab_size), bool)
-        for slot, row in asked:
-            assert row.prompt.allowed is not None
-            allowed_BV[slot] = row.prompt.allowed(row.sampled)
-            if not allowed_BV[slot].any():
-                raise UserError(f"prompt {row.prompt.group}: its `allowed` lets no id follow")
-        return allowed_BV
 
     def _collect(self, sampled: Sampled) -> list[Trajectory]:
         """Adds what was sampled to the rows, and returns those that ended."""
@@ -271,9 +261,8 @@ class Engine:
             halted = row.halted()
             # What ends a row on the device is not read any more.
             read = len(row.tokens) - (halted is not None)
-            if sampled.choices is not None:
-                now_read = slice(count - (halted is not None))
-                row.choices.append(sampled.choices.at((now_read, slot, 0)))
+            now_read = slice(count - (halted is not None)), slot, 0
+            row.choices += self._recorder.code(sampled.choices, now_read, len(row.tokens) - count)
             self.counts.sampled += count
             if row.halts and (keep := row.halts(row.sampled)) is not None:
                 self.counts.sampled -= row.in_turn - keep
@@ -337,20 +326,20 @@ class Engine:
         tokens_RT = np.full((self._devices * at_once, width), self._pad, np.int32)
         count_R = np.zeros(len(tokens_RT), np.int32)
         waiting = [collections.deque() for _ in range(self._devices)]
+        of_r: dict[int, list[Row]] = {}
         for place_of, group in enumerate(chosen):
             device, number = devices[place_of % len(devices)], place_of // len(devices)
             r, tokens = device * at_once + number, group[0].tokens
-            count_R[r], tokens_RT[r, : len(tokens)] = len(tokens), tokens
+            count_R[r], tokens_RT[r, : len(tokens)], of_r[r] = len(tokens), tokens, group
             waiting[device].extend((number, row) for row in group)
             self.counts.read += len(tokens)
             self.counts.kept += len(tokens) * (len(group) - 1)
         *prompts, choices = self._read(self._variables, tokens_RT, count_R)
-        if choices is not None:
-            choices = jax.tree.map(to_host, choices)
-            for device, rows in enumerate(waiting):
-                for number, row in rows:
-                    r = device * at_once + number
-                    row.choices = [choices.at((r, slice(count_R[r])))]
+        choices = jax.tree.map(to_host, choices) if self._recorder.on else None
+        for r, group in of_r.items():
+            coded = self._recorder.code(choices, (r, slice(count_R[r])), 0)
+            for row in group:
+                row.choices = list(coded)
         self._readings.append(_Reading(tuple(prompts), waiting))
         return self._readings[-1]
 
@@ -388,12 +377,12 @@ class Engine:
             self._slots, choices = self._extend(
                 self._weights, self._slots, *chunk[:4], rules_of(chunk.ready_M)
             )
-            choices = jax.device_get(choices)
+            choices = jax.device_get(choices) if self._recorder.on else None
             for m, row in enumerate(chunk.readers_M):
                 start, count = int(chunk.length_M[m]), int(chunk.count_M[m])
                 self.counts.read += count
                 if row in chunk.ready_M:
                     self.counts.kept += start
-                if row and choices is not None:
+                if row:
                     row.keep_choices(start)
-                    row.choices.append(choices.at((m, slice(count))))
+                    row.choices += self._recorder.code(choices, (m, slice(count)), start)

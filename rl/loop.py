@@ -22,7 +22,7 @@ from checkpoints.training import Checkpoints
 from data.tasks.problem import Problem
 from kernels.device import compiler_options
 from model.config import ModelConfig
-from model.record import routing_layers, selecting_layers
+from model.record import CHOICES, routing_layers, selecting_layers
 from model.sharding import batch_sharding
 from model.transformer import boxed_shapes
 from rl.algorithms import Algorithm, get_algorithm
@@ -34,7 +34,7 @@ from rl.reasoning import ReasoningEvaluation
 from rl.reference import start_with_reference
 from rl.rewards import metric_name, total_reward
 from rl.traces import Traces
-from rl.trajectory import RECORDS, batch_of
+from rl.trajectory import batch_of
 from train.config import TrainConfig
 from train.interrupt import Interrupt
 from train.metrics import Metrics
@@ -101,7 +101,7 @@ def train_policy(
         template,
         completions=reinforce.prompts_per_step * group_size,
         group_size=group_size,
-        record=bool(kept),
+        record=kept,
     )
     held_out = None
     if train.eval_every:
@@ -261,8 +261,7 @@ def rows(
     """
     trajectories = [completion.trajectory for completion in completions]
     width = sampling.max_prompt_tokens + sampling.max_new_tokens
-    batch = batch_of(trajectories, width, setup.tokenizer.pad)
-    return {name: x for name, x in batch.items() if name not in RECORDS or name in kept}
+    return batch_of(trajectories, width, setup.tokenizer.pad, kept)
 
 
 def on_mesh(setup: Setup, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
@@ -310,7 +309,7 @@ def compared_logprobs(
         "old_logprobs": batch["sampler_logprobs"] if recorded else score_fn(variables, batch)
     }
     if reference is not None:
-        own = {name: x for name, x in batch.items() if name not in RECORDS}
+        own = {name: x for name, x in batch.items() if name not in CHOICES}
         compared["reference_logprobs"] = score_fn(reference, own)
     return compared
 

@@ -117,7 +117,7 @@ class ReasoningEvaluation:
         ended: dict[int, list[Completion]] = {}
         with bar as progress:
             groups = self._generate.groups(
-                variables, problems, self._key, numbers, evaluate.samples
+                variables, problems, self._key, numbers, evaluate.samples, recording=False
             )
             for number, completions in groups:
                 ended[number] = completions

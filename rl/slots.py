@@ -12,6 +12,7 @@ prompts are then those on a device, and arrays over them have D equal parts, one
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import flax.struct
@@ -26,7 +27,7 @@ from model.config import ModelConfig
 from model.decode import DecodeWeights, last_of, prefill, read
 from model.experts import table
 from model.heads import logits_of
-from model.record import Choices
+from model.record import CHOICES, Choices
 from model.sharding import constrain, map_shards, spec
 from rl.config import SamplingConfig
 from rl.draw import draw
@@ -99,7 +100,7 @@ def read_prompts(
     config: ModelConfig,
     sampling: SamplingConfig,
     capacity: int,
-    record: bool,
+    record: Collection[str],
     variables: dict,
     tokens_RT: Array,
     count_R: Array,
@@ -108,7 +109,10 @@ def read_prompts(
 
     They are read in full, whatever share of attention decoding reads.
 
-    Returns: their cache, the logits [R, V] after each, and what the layers chose if `record`.
+    Args:
+      record: which of `model.record.CHOICES` to return.
+
+    Returns: their cache, the logits [R, V] after each, and what the layers chose.
     """
     cache, hidden_RD, choices = prefill(
         by_token(config, tokens_RT.size),
@@ -163,7 +167,7 @@ def put_rows(slots: Slots, slot_M: Array, rows: Cache, logits_MV: Array, rules: 
 def extend(
     config: ModelConfig,
     sampling: SamplingConfig,
-    record: bool,
+    record: Collection[str],
     weights: DecodeWeights,
     slots: Slots,
     slot_M: Array,
@@ -175,6 +179,7 @@ def extend(
     """Reads more tokens into M slots, each its own number. Returns what the layers chose too.
 
     Args:
+      record: which of `model.record.CHOICES` to return.
       slot_M: the slots; past the last one for none.
       length_M: how many tokens of each are kept before: all it has read, or fewer, which only a
         cache without a recurrent state can.
@@ -221,7 +226,7 @@ def advance(
     config: ModelConfig,
     sampling: SamplingConfig,
     most_steps: int,
-    record: bool,
+    record: Collection[str],
     weights: DecodeWeights,
     slots: Slots,
     steps: ArrayLike,
@@ -234,12 +239,12 @@ def advance(
 
     Args:
       most_steps: N, of what is returned.
-      record: whether to return what the layers chose.
+      record: which of `rl.records.RECORDS` to return.
       steps: how many there are to be, at most N.
       idle: returns before, when at least so many slots are not live.
       allowed_BV: bool, the ids that may be sampled; None allows all.
     """
-    rows = slots.rules.left_B.shape[0]
+    rows, choices = slots.rules.left_B.shape[0], frozenset(record) & frozenset(CHOICES)
 
     def read_one(cache: Cache, token_B: Array, left_B: Array):
         return read(
@@ -249,7 +254,7 @@ def advance(
             (left_B > 0).astype(jnp.int32),
             cache,
             sampling.attention,
-            record,
+            choices,
         )
 
     zeros_B = jnp.zeros(rows, jnp.int32)

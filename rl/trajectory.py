@@ -7,11 +7,13 @@ those that the policy sampled.
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from errors import UserError
+from rl.coding import CodedSets
+from rl.records import RECORDS, experts_of
 
 
 class Role(enum.IntEnum):
@@ -42,10 +44,10 @@ class Trajectory:
       ended: STOP or LENGTH.
       group: the number of its prompt among those of a step; advantages compare within it.
       sample: its number among the completions of that prompt.
-      routes_TLK: where it is recorded, the experts of each token in each layer that has any; -1
-        for a token that was not read.
-      selected_TLk: where it is recorded, the keys that each token attended to in each layer that
-        selects: positions in order, then -1.
+      routes_TLK: where it is recorded, the experts of each token in each layer that has any, of an
+        unsigned type, whose largest number stands for none: `rl.records.experts_of`.
+      selected_TL: where it is recorded, the positions of the keys that each token attended to in
+        each layer that selects; none for a token that was not read.
     """
 
     tokens_T: np.ndarray
@@ -57,7 +59,7 @@ class Trajectory:
     group: int = 0
     sample: int = 0
     routes_TLK: np.ndarray | None = None
-    selected_TLk: np.ndarray | None = None
+    selected_TL: CodedSets | None = None
 
     @property
     def sampled_T(self) -> np.ndarray:
@@ -75,16 +77,16 @@ class Trajectory:
         return self.tokens_T[self.prompt_length :]
 
 
-RECORDS = {"routes": "routes_TLK", "selected": "selected_TLk"}
-
-
-def batch_of(trajectories: Sequence[Trajectory], width: int, pad: int) -> dict[str, np.ndarray]:
+def batch_of(
+    trajectories: Sequence[Trajectory], width: int, pad: int, records: Collection[str] = RECORDS
+) -> dict[str, np.ndarray]:
     """Makes rows to learn from, one trajectory a row, padded on the right.
 
     Args:
       trajectories: B of them.
       width: T, tokens of a row.
       pad: the id that fills a row.
+      records: which records there are to be, of those that all trajectories have.
 
     Returns:
       Arrays [B, T]: tokens, positions and segments as in pretraining; mask, bool, true on sampled
@@ -120,10 +122,12 @@ def batch_of(trajectories: Sequence[Trajectory], width: int, pad: int) -> dict[s
         }
         for name, value in values.items():
             batch[name][row, :length] = value
-    for name in ("routes", "selected"):
-        recorded = [getattr(each, RECORDS[name]) for each in trajectories]
-        if all(x_TLK is not None and x_TLK.shape[1] for x_TLK in recorded):
-            batch[name] = np.stack([_row_of(x_TLK, width) for x_TLK in recorded])
+    routes = [each.routes_TLK for each in trajectories if each.routes_TLK is not None]
+    if "routes" in records and len(routes) == len(trajectories):
+        batch["routes"] = np.stack([_row_of(experts_of(each), width) for each in routes])
+    selected = [each.selected_TL for each in trajectories if each.selected_TL is not None]
+    if "selected" in records and len(selected) == len(trajectories):
+        batch["selected"] = np.stack([_row_of(each.lists(), width) for each in selected])
     return batch
 
 
