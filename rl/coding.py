@@ -138,20 +138,15 @@ class CodedSets:
             np.copyto(block, places, where=given & (counts_TL1 == bounds_T11))
         return lists_TLk
 
-    def masks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields (tokens, whether each number is in their sets, bool [t, L, b]) for all tokens.
+    def numbers(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Yields (tokens, set, number) of all sets that have some numbers and not all.
 
-        b is the largest bound.
+        A set's number counts those of these tokens, L a token.
         """
-        bound, L = int(np.max(self.bounds_T, initial=0)), self.counts_TL.shape[1]
-        blocks = list(_blocks(len(self), L, bound))
+        blocks = list(_blocks(len(self), self.counts_TL.shape[1], self.width))
         for tokens, sets in zip(blocks, self._cut(blocks), strict=True):
-            counts_R = sets.counts_TL.reshape(-1).astype(np.int64)
-            bounds_R = np.repeat(sets.bounds_T, L)
-            mask_Rb = (counts_R == bounds_R)[:, None] & (np.arange(bound) < bounds_R[:, None])
-            coded_R = np.flatnonzero(_is_coded(counts_R, bounds_R))
-            mask_Rb[np.repeat(coded_R, counts_R[coded_R]), sets._numbers()] = True
-            yield tokens, mask_Rb.reshape(*sets.counts_TL.shape, bound)
+            counts_R = sets._code().counts_R
+            yield tokens, np.repeat(np.arange(len(counts_R)), counts_R), sets._numbers()
 
     def _code(self) -> "_Code":
         bounds_R = np.repeat(self.bounds_T, self.counts_TL.shape[1])

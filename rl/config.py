@@ -20,8 +20,8 @@ class SamplingConfig:
     """Settings of the sampling of completions."""
 
     temperature: float = 1.0  # 0 is greedy
-    # Tokens that are drawn from, 0 for all, and the share of probability that they hold. Rollouts
-    # are drawn from all: the loss compares whole distributions.
+    # Tokens that are drawn from, 0 for all, and the share of probability that they hold. The loss
+    # compares the distributions over these: see reinforce.keep_sampling_mask.
     top_k: int = 0
     top_p: float = 1.0
     max_prompt_tokens: int = 96
@@ -57,6 +57,11 @@ class SamplingConfig:
         check.that(share, "attention_top_p", "must be in (0, 1]; 1 reads every selected key")
         check.one_of("attention", ATTENTIONS)
 
+    @property
+    def restricts(self) -> bool:
+        """Whether tokens are drawn from the likeliest alone."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class ReinforceConfig:
@@ -85,6 +90,10 @@ class ReinforceConfig:
     # recorded while sampling (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
     keep_routing: bool = False
     keep_selection: bool = True
+    # Where sampling.top_k or sampling.top_p restrict: the ids that each token was drawn from are
+    # recorded, and the trainer's log-probs are those of its distribution over them (the same
+    # section). Without it these fields are refused.
+    keep_sampling_mask: bool = True
     # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update.
     old_logprobs: str = "sampler"
 

@@ -257,7 +257,8 @@ class Engine:
         for slot in map(int, np.flatnonzero(count_B)):
             count, row = int(count_B[slot]), self._occupants[slot]
             assert row is not None
-            row.add(Part.sampled(sampled, slot, count, self._version))
+            support = self._recorder.support(sampled, slot, count)
+            row.add(Part.sampled(sampled, slot, count, self._version, support))
             halted = row.halted()
             # What ends a row on the device is not read any more.
             read = len(row.tokens) - (halted is not None)

@@ -94,7 +94,7 @@ def train_policy(
     tokenizer = setup.tokenizer
     problems = problems_to_train(reinforce.task, sampling, tokenizer, template, seed).problems
     group_size = reinforce.group_size
-    kept = kept_records(setup.model, train.stage, reinforce)
+    kept = kept_records(setup.model, train.stage, sampling, reinforce)
     generate = Generator(
         setup,
         sampling,
@@ -241,11 +241,14 @@ def reward(
     return Rewards(total_PG, by_name)
 
 
-def kept_records(model: ModelConfig, stage: str, config: ReinforceConfig) -> frozenset[str]:
-    """Returns which of "routes" and "selected" the trainer does again as the sampler did."""
+def kept_records(
+    model: ModelConfig, stage: str, sampling: SamplingConfig, config: ReinforceConfig
+) -> frozenset[str]:
+    """Returns which of `rl.records.RECORDS` the trainer does again as the sampler did."""
     routes = config.keep_routing and bool(routing_layers(model))
     selected = config.keep_selection and stage == "sparse" and bool(selecting_layers(model))
-    return frozenset(["routes"] * routes + ["selected"] * selected)
+    support = config.keep_sampling_mask and sampling.restricts
+    return frozenset(["routes"] * routes + ["selected"] * selected + ["support"] * support)
 
 
 def rows(

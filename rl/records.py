@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from errors import UserError
+from kernels.bitmask import keys_on_host, num_words, pack_on_host
 from model.config import ModelConfig
 from model.record import (
     CHOICES,
@@ -100,7 +101,7 @@ class Recorder:
         if unknown := sorted(record - set(RECORDS)):
             raise UserError(f"record = {unknown}: must be of {', '.join(RECORDS)}")
         self.record, self.on = record, True
-        self._topk = min(model.indexer.topk, capacity)
+        self._topk, self._vocab_size = min(model.indexer.topk, capacity), model.vocab_size
 
     @property
     def choices(self) -> frozenset[str]:
@@ -109,7 +110,7 @@ class Recorder:
 
     def wanted(self, sampled: Sampled) -> Sampled:
         """Leaves out what no trajectory is to have, so that it need not leave the devices."""
-        return sampled if self.on else dataclasses.replace(sampled, choices=None)
+        return sampled if self.on else dataclasses.replace(sampled, choices=None, support=None)
 
     def code(self, choices: Choices | None, index: tuple, start: int) -> list[CodedChoices]:
         """Codes the choices for some tokens of a row; returns none where there are none.
@@ -119,6 +120,28 @@ class Recorder:
           start: where the first of them stands.
         """
         return [] if choices is None else [CodedChoices.of(choices.at(index), start, self._topk)]
+
+    def support(self, sampled: Sampled, slot: int, count: int) -> CodedSets | None:
+        """Codes the ids that the first tokens of a slot were drawn from, where it is recorded."""
+        if sampled.support is None:
+            return None
+        row, ids = keys_on_host(np.asarray(sampled.support[:count, slot]))
+        counts_T1 = np.bincount(row, minlength=count)[:, None]
+        bounds_T = np.full(count, self._vocab_size)
+        restricted = counts_T1[row, 0] < self._vocab_size
+        return CodedSets.of_numbers(ids[restricted], counts_T1, bounds_T, self._vocab_size)
+
+
+def support_words(support_T: CodedSets) -> np.ndarray:
+    """Returns the ids that tokens were drawn from as `model.heads.token_logprobs` takes them.
+
+    They are a bitmask [T, W]; none is set where nothing was left out.
+    """
+    bits_TW = np.zeros((len(support_T), num_words(support_T.width)), np.int32)
+    for tokens, row, ids in support_T.numbers():
+        rows = tokens.stop - tokens.start
+        bits_TW[tokens] = pack_on_host(row, ids, rows, support_T.width)
+    return bits_TW
 
 
 def experts_of(routes_TLK: np.ndarray) -> np.ndarray:

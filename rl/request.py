@@ -1,6 +1,7 @@
 """What is asked of the engine, and what it keeps of a completion while it is being sampled."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from errors import UserError
+from rl.coding import CodedSets
 from rl.config import SamplingConfig
 from rl.records import CodedChoices
 from rl.slots import IDS, NOTHING, Rules, Sampled
@@ -196,6 +198,12 @@ class Row:
         choices = CodedChoices(None, None)
         if self.choices:  # the last token, which nothing follows, may not have been read
             choices = CodedChoices.joined(self.choices).resized(length)
+        support = next((part.support for part in self.parts if part.support), None)
+        if support:
+            of_all = functools.partial(CodedSets.of_all, layers=1, bound=support.width)
+            support = CodedSets.joined(
+                [part.support or of_all(len(part.tokens)) for part in self.parts]
+            )
         fields = {
             f"{name}_T": np.concatenate([getattr(part, name) for part in self.parts])
             for name in ("tokens", "roles", "logprobs", "log_kept", "versions")
@@ -206,6 +214,7 @@ class Row:
             group=self.prompt.group,
             sample=self.sample,
             **vars(choices),
+            support_T=support,
         )
 
 
@@ -218,6 +227,7 @@ class Part:
     logprobs: np.ndarray
     log_kept: np.ndarray
     versions: np.ndarray
+    support: CodedSets | None = None
 
     @classmethod
     def read(cls, tokens: np.ndarray, role: Role) -> "Part":
@@ -229,7 +239,9 @@ class Part:
         )
 
     @classmethod
-    def sampled(cls, sampled: Sampled, slot: int, count: int, version: int) -> "Part":
+    def sampled(
+        cls, sampled: Sampled, slot: int, count: int, version: int, support: CodedSets | None
+    ) -> "Part":
         """Returns the first tokens that a slot sampled with weights of this version."""
         return cls(
             np.asarray(sampled.tokens[:count, slot]),
@@ -237,11 +249,14 @@ class Part:
             np.asarray(sampled.logprobs[:count, slot]),
             np.asarray(sampled.log_kept[:count, slot]),
             np.full(count, version, np.int32),
+            support,
         )
 
     def first(self, count: int) -> "Part":
         """Returns the first so many tokens."""
-        return Part(*(value[:count] for value in vars(self).values()))
+        arrays = {name: value[:count] for name, value in vars(self).items() if name != "support"}
+        support = self.support.between(0, count) if self.support else None
+        return Part(**arrays, support=support)
 
 
 @dataclasses.dataclass

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from kernels.bitmask import num_words, pack
 from kernels.device import platform
 from model.cache import Cache
 from model.config import ModelConfig
@@ -73,12 +74,15 @@ class Sampled:
     tokens: int32 ids, -1 from where a row was not live.
     logprobs, log_kept: as in `rl.draw.Drawn`.
     choices: what the layers chose when they read these tokens, or None.
+    support: the ids that each token was drawn from, a bitmask [N, B, W] (kernels/bitmask.py), or
+      None.
     """
 
     tokens: Array
     logprobs: Array
     log_kept: Array
     choices: Choices | None = None
+    support: Array | None = None
 
 
 def empty_slots(config: ModelConfig, sampling: SamplingConfig, rows: int, capacity: int) -> Slots:
@@ -244,7 +248,7 @@ def advance(
       idle: returns before, when at least so many slots are not live.
       allowed_BV: bool, the ids that may be sampled; None allows all.
     """
-    rows, choices = slots.rules.left_B.shape[0], frozenset(record) & frozenset(CHOICES)
+    rows, support = slots.rules.left_B.shape[0], "support" in record
 
     def read_one(cache: Cache, token_B: Array, left_B: Array):
         return read(
@@ -254,7 +258,7 @@ def advance(
             (left_B > 0).astype(jnp.int32),
             cache,
             sampling.attention,
-            choices,
+            frozenset(record) & frozenset(CHOICES),
         )
 
     zeros_B = jnp.zeros(rows, jnp.int32)
@@ -264,6 +268,7 @@ def advance(
         jnp.zeros((most_steps, rows), jnp.float32),
         jnp.zeros((most_steps, rows), jnp.float32),
         jax.tree.map(lambda x_B1: jnp.zeros((most_steps, *x_B1.shape), x_B1.dtype), one),
+        jnp.zeros((most_steps, rows, num_words(config.vocab_size)), jnp.int32) if support else None,
     )
 
     def goes_on(state: tuple[Slots, Sampled, Array]) -> Array:
@@ -287,6 +292,7 @@ def advance(
             jnp.where(live_B, drawn.logprob_B, 0.0),
             jnp.where(live_B, drawn.log_kept_B, 0.0),
             choices,
+            pack(drawn.kept_BV) if support else None,
         )
         sampled = jax.tree.map(lambda x_NB, x_B: x_NB.at[step].set(x_B), sampled, new)
         logits_BV = logits_of(config, weights.params, hidden_B1D[:, 0])

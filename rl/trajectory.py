@@ -12,8 +12,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from errors import UserError
+from kernels.bitmask import num_words
 from rl.coding import CodedSets
-from rl.records import RECORDS, experts_of
+from rl.records import RECORDS, experts_of, support_words
 
 
 class Role(enum.IntEnum):
@@ -48,6 +49,8 @@ class Trajectory:
         unsigned type, whose largest number stands for none: `rl.records.experts_of`.
       selected_TL: where it is recorded, the positions of the keys that each token attended to in
         each layer that selects; none for a token that was not read.
+      support_T: where it is recorded, the ids that each token was drawn from; all of them for one
+        that was not sampled.
     """
 
     tokens_T: np.ndarray
@@ -60,6 +63,7 @@ class Trajectory:
     sample: int = 0
     routes_TLK: np.ndarray | None = None
     selected_TL: CodedSets | None = None
+    support_T: CodedSets | None = None
 
     @property
     def sampled_T(self) -> np.ndarray:
@@ -92,7 +96,8 @@ def batch_of(
       Arrays [B, T]: tokens, positions and segments as in pretraining; mask, bool, true on sampled
       tokens; group, int32, -1 on padding; sampler_logprobs and log_kept, float32, 0 outside the
       mask. Each stands at the token itself. Where they are recorded, routes [B, L, T, K] and
-      selected [B, L, T, k] as `model.record.replay` takes them.
+      selected [B, L, T, k] as `model.record.replay` takes them; and support [B, T, W] as
+      `model.heads.token_logprobs` does. With it sampler_logprobs are of the distribution over it.
 
     Raises:
       UserError: a trajectory is longer than a row.
@@ -128,6 +133,12 @@ def batch_of(
     selected = [each.selected_TL for each in trajectories if each.selected_TL is not None]
     if "selected" in records and len(selected) == len(trajectories):
         batch["selected"] = np.stack([_row_of(each.lists(), width) for each in selected])
+    support = [(row, each.support_T) for row, each in enumerate(trajectories) if each.support_T]
+    if "support" in records and support:
+        batch["support"] = np.zeros((*shape, num_words(support[0][1].width)), np.int32)
+        for row, support_T in support:
+            batch["support"][row, : len(support_T)] = support_words(support_T)
+        batch["sampler_logprobs"] -= batch["log_kept"]
     return batch
 
 

@@ -43,11 +43,14 @@ def test_decoding_gives_the_sets_back(most, block, monkeypatch):
         coded = CodedSets.of_lists(lists, np.asarray(bounds, int), most + 3)
         np.testing.assert_array_equal(coded.lists()[..., :most], lists)
         assert coded.lists().shape[-1] == most + 3 and (coded.lists()[..., most:] == -1).all()
-        mask = np.zeros((len(bounds), 2, max(bounds, default=0)), bool)
-        for t, layer in np.ndindex(len(bounds), 2):
-            mask[t, layer, lists[t, layer][lists[t, layer] >= 0]] = True
-        for tokens, found in coded.masks():
-            np.testing.assert_array_equal(found, mask[tokens])
+        found = [[set() for _ in range(2)] for _ in bounds]
+        for tokens, places, numbers in coded.numbers():
+            for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+                found[tokens.start + place // 2][place % 2].add(number)
+        for t, bound in enumerate(bounds):
+            for layer in range(2):
+                own = set(lists[t, layer].tolist()) - {-1}
+                assert found[t][layer] == (own if len(own) < bound else set())
 
 
 def test_parts_are_joined_and_cut():
