@@ -76,7 +76,7 @@ def run(topology: str, rows: int, context: int) -> None:
             slots = placed(shapes, jax.tree.map(lambda _: batch_sharding(mesh), shapes))
             program = Program(
                 jitted=jax.jit(
-                    functools.partial(advance, model, sampling, 1, False),
+                    functools.partial(advance, model, sampling, 1, ()),
                     donate_argnums=1,
                     out_shardings=(batch_sharding(mesh), replicated(mesh)),
                 ),

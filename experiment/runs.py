@@ -126,11 +126,11 @@ def check_reinforce(config: Config) -> None:
             "could be learnt; use 1.0"
         )
     for name, whole in (("top_k", 0), ("top_p", 1.0)):
-        if getattr(sampling, name) != whole:
+        if getattr(sampling, name) != whole and not config.reinforce.keep_sampling_mask:
             raise UserError(
-                f"sampling.{name} = {getattr(sampling, name)}: rollouts are drawn from the whole "
-                f"distribution, which the loss compares; set it to {whole} (launch.evaluate takes "
-                "any)"
+                f"sampling.{name} = {getattr(sampling, name)}: without "
+                "reinforce.keep_sampling_mask the loss compares whole distributions, and rollouts "
+                f"are drawn from a part; set it to {whole}, or keep the mask"
             )
     if config.reinforce.packing and train.balance_weight:
         raise UserError(

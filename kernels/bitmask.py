@@ -13,6 +13,7 @@ block, n tiles of queries, m tiles of keys.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from kernels.reference import MASKED
@@ -42,6 +43,24 @@ def unpack(bits_BTW: Array, keys: int) -> Array:
     place_b1 = jnp.arange(BITS, dtype=jnp.int32)[:, None]
     bits_BTwbL = jnp.right_shift(bits_BTW.reshape(*rows, W // LANES, 1, LANES), place_b1) & 1
     return bits_BTwbL.reshape(*rows, -1)[..., :keys] == 1
+
+
+def keys_on_host(bits_RW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (row, key) of every bit that is set, by numpy: in the order of rows, then of keys."""
+    row_N, word_N = np.nonzero(bits_RW)
+    octets_N4 = bits_RW[row_N, word_N].astype("<i4").view(np.uint8).reshape(-1, BITS // 8)
+    word, place = np.nonzero(np.unpackbits(octets_N4, axis=1, bitorder="little"))
+    keys = bits_RW.shape[1] * BITS
+    key_N = word_N // LANES * KEYS + word_N % LANES
+    return np.divmod(np.sort(row_N[word] * keys + key_N[word] + place * LANES), keys)
+
+
+def pack_on_host(row: np.ndarray, key: np.ndarray, rows: int, keys: int) -> np.ndarray:
+    """Returns the bitmask [rows, W] in which the key of each of some rows is set, by numpy."""
+    bits_RW = np.zeros((rows, num_words(keys)), np.uint32)
+    place = (key // LANES % BITS).astype(np.uint32)
+    np.bitwise_or.at(bits_RW, (row, key // KEYS * LANES + key % LANES), np.uint32(1) << place)
+    return bits_RW.view(np.int32)
 
 
 def causal_bits(query_segments_BT: Array, query_index_T: Array, key_segments_BS: Array) -> Array:

@@ -5,6 +5,7 @@ their caches are filled on the way (model/drafts.py).
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -43,7 +44,7 @@ def prefill(
     capacity: int,
     stage: str,
     attention_top_p: float = 1.0,
-    record: bool = False,
+    record: Collection[str] = (),
     drafts: int = 0,
 ) -> tuple[Cache, Array, Choices | None]:
     """Reads the beginnings of sequences into a new cache, as the trainer's forward pass does.
@@ -56,11 +57,11 @@ def prefill(
       stage: "dense" | "sparse"; what is decoded from the cache shall have the same.
       attention_top_p: decoding reads the fewest keys that by estimate have this share of attention
         (Twilight, arXiv 2502.02770).
-      record: whether to return what the layers chose.
+      record: which of `model.record.CHOICES` to return.
       drafts: how many tokens the MTP modules are to draft at a time.
 
     Returns: the cache; the hidden states [B, D] of each row's last token, for the output head; and
-    the choices, None unless `record`.
+    the choices, None where none are recorded.
     """
     B, T = tokens_BT.shape
     cache = Cache.empty(config, B, capacity, stage, attention_top_p, drafts)
@@ -81,7 +82,7 @@ def prefill(
             jax.tree.map(lambda leaf, i=index: leaf[i], applied[1]["record"][stack][block])
             for stack, block, index in layer_paths(config)
         ]
-        choices = choices_of(config, of_layers, tokens_BT)
+        choices = choices_of(config, of_layers, tokens_BT, record, capacity)
 
     def written(layers: tuple[LayerCache, ...], entries: tuple[LayerCache, ...]):
         index_BT = cast(Array, tokens.index_BT)
@@ -109,7 +110,7 @@ def read(
     count_B: Array,
     cache: Cache,
     stage: str,
-    record: bool = False,
+    record: Collection[str] = (),
 ) -> Reading:
     """Reads a few more tokens of every row, each row as many as it has.
 
@@ -118,7 +119,7 @@ def read(
       count_B: how many each row has, from 0, which leaves the row as it is, to T.
       cache: what the rows have read, with room for these tokens.
       stage: "dense" | "sparse".
-      record: whether to return what the layers chose.
+      record: which of `model.record.CHOICES` to return.
     """
     reading = read_trunk(config, weights, tokens_BT, count_B, cache, stage, record)
     drafting = cache.drafts
@@ -135,7 +136,7 @@ def read_trunk(
     count_B: Array,
     cache: Cache,
     stage: str,
-    record: bool = False,
+    record: Collection[str] = (),
     every: bool = False,
 ) -> Reading:
     """Does what `read` does, but for the length of the cache and the MTP modules.
@@ -154,7 +155,9 @@ def read_trunk(
         recorded.append(applied[1]["record"] if record else {})
     hidden_BTD = normed(config, weights, "final_norm", x_BTD)
     further_BTD = hidden_BTD if config.mtp_input == "normed" else x_BTD
-    choices = choices_of(config, recorded, tokens_BT) if record else None
+    choices = None
+    if record:
+        choices = choices_of(config, recorded, tokens_BT, record, cache.capacity)
     longer = dataclasses.replace(cache, layers=tuple(layers))
     return Reading(longer, hidden_BTD, further_BTD, choices)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.bitmask import unpack
 from kernels.chunks import map_chunks
 from model.config import ModelConfig
 from model.layers.linear import linear
@@ -37,8 +38,17 @@ def token_logprobs(
     hidden_BTD: Array,
     targets_BT: Array,
     temperature: float = 1.0,
+    support_BTW: Array | None = None,
 ) -> tuple[Array, Array]:
     """Computes each target's log-probability and its distribution's entropy, in nats.
+
+    With a support the log-probability is that of the distribution over it,
+
+        log p(target) - log sum of p over the support
+
+    with gradients through the sum, which is what a token was drawn from by top-k or top-p
+    ("keep sampling mask", DeepSeek-V3.2, arXiv 2512.02556, section 3.1). The entropy is that of
+    the whole distribution.
 
     A row is handled `config.logit_chunk` positions at a time, so that no [B, T, V] lives when a row
     is longer; the backward pass recomputes a chunk's logits.
@@ -48,17 +58,38 @@ def token_logprobs(
       hidden_BTD: normalised hidden states.
       targets_BT: the tokens that are predicted.
       temperature: divides the logits.
+      support_BTW: the ids that each target was drawn from, a bitmask (kernels/bitmask.py), the
+        target among them; where none is set, of all. None: all of all.
 
     Returns: logprobs_BT and entropy_BT, float32.
     """
 
-    def chunk_logprobs(hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
+    def chunk_logprobs(
+        hidden_BTD: Array, targets_BT: Array, support_BTW: Array | None
+    ) -> tuple[Array, Array]:
         logits_BTV = logits_of(config, params, hidden_BTD) / temperature
         logprobs_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
         entropy_BT = -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1)
-        return jnp.take_along_axis(logprobs_BTV, targets_BT[..., None], axis=-1)[..., 0], entropy_BT
+        chosen_BT = jnp.take_along_axis(logprobs_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        if support_BTW is not None:
+            chosen_BT -= log_share(logprobs_BTV, support_BTW)
+        return chosen_BT, entropy_BT
 
     T = targets_BT.shape[1]
     if config.logit_chunk >= T:
-        return chunk_logprobs(hidden_BTD, targets_BT)
-    return map_chunks(chunk_logprobs, (hidden_BTD, targets_BT), config.logit_chunk, checkpoint=True)
+        return chunk_logprobs(hidden_BTD, targets_BT, support_BTW)
+    given = hidden_BTD, targets_BT, support_BTW
+    return map_chunks(chunk_logprobs, given, config.logit_chunk, checkpoint=True)
+
+
+def log_share(logprobs_BTV: Array, support_BTW: Array) -> Array:
+    """Returns the logarithm of the share of probability that supports have, [B, T].
+
+    Args:
+      support_BTW: bitmasks of ids; one in which none is set stands for all, whose share is 1.
+    """
+    kept_BTV = unpack(support_BTW, logprobs_BTV.shape[-1])
+    some_BT = jnp.any(support_BTW != 0, axis=-1)
+    kept_BTV |= ~some_BT[..., None]
+    log_share_BT = jax.nn.logsumexp(jnp.where(kept_BTV, logprobs_BTV, -jnp.inf), axis=-1)
+    return jnp.where(some_BT, log_share_BT, 0.0)

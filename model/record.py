@@ -5,17 +5,21 @@ experts, with gates of the scores they have now, and attend to the recorded keys
 pass is as ever, and differentiable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from model.config import ModelConfig
 from model.layers.table import ATTENTION_TYPES
 from model.transformer import Output, Transformer, layer_paths
+
+CHOICES = ("routes", "selected")
+"""What layers choose, by the names that a record of it has: experts, and keys to attend to."""
 
 
 class Record(NamedTuple):
@@ -74,11 +78,12 @@ def _stacked(layers: list[Array | None], tokens_BT: Array) -> Array:
 
 @flax.struct.dataclass
 class Choices:
-    """What layers chose for the tokens [B, T] that they read.
+    """What layers chose for the tokens [B, T] that they read, in the smallest types that hold it.
 
-    routes_BTLK: the experts in the layers of `routing_layers`; L is 0 in a model without any.
+    routes_BTLK: the experts in the layers of `routing_layers`, of `expert_type`; L is 0 in a model
+      without any, and where they are not recorded.
     selected_BTLk: the keys attended to in the layers of `selecting_layers`: positions in order,
-      then -1; L is 0 where nothing selects.
+      then -1, int16 or int32; L is 0 where nothing selects, and where they are not recorded.
     """
 
     routes_BTLK: Array
@@ -89,17 +94,40 @@ class Choices:
         return Choices(self.routes_BTLK[index], self.selected_BTLk[index])
 
 
-def choices_of(config: ModelConfig, layers: Sequence[Mapping], tokens_BT: Array) -> Choices:
-    """Returns what was recorded by each layer, of which one has a collection "record"."""
+def choices_of(
+    config: ModelConfig,
+    layers: Sequence[Mapping],
+    tokens_BT: Array,
+    record: Collection[str],
+    capacity: int,
+) -> Choices:
+    """Returns what was recorded by each layer, of which one has a collection "record".
+
+    Args:
+      record: which of `CHOICES` are wanted.
+      capacity: what all positions are below.
+    """
     found = []
-    for numbers, kind, name in (
-        (routing_layers(config), "moe", "routes"),
-        (selecting_layers(config), "attention", "selected"),
+    for numbers, kind, name, smallest in (
+        (routing_layers(config), "moe", "routes", expert_type(config)),
+        (selecting_layers(config), "attention", "selected", position_type(capacity)),
     ):
         recorded = [layers[n][kind][name][0] for n in numbers if name in layers[n].get(kind, {})]
-        nothing = jnp.zeros((*tokens_BT.shape, 0, 0), jnp.int32)
-        found.append(jnp.stack(recorded, axis=2) if recorded else nothing)
+        if recorded and name in record:
+            found.append(jnp.stack(recorded, axis=2).astype(smallest))
+        else:
+            found.append(jnp.zeros((*tokens_BT.shape, 0, 0), smallest))
     return Choices(*found)
+
+
+def expert_type(config: ModelConfig) -> np.dtype:
+    """Returns the smallest unsigned type of an expert's number; its largest stands for none."""
+    return np.min_scalar_type(config.moe.num_experts)
+
+
+def position_type(capacity: int) -> np.dtype:
+    """Returns the type of a position below the capacity, or -1: int16 or int32."""
+    return np.dtype(np.int16 if capacity <= 2**15 else np.int32)
 
 
 def selecting_layers(config: ModelConfig) -> list[int]:

@@ -157,7 +157,7 @@ def _full_slots(
     """Reads P prompts and samples B / P completions of each, in B slots on all devices together."""
     capacity, rows = sampling.max_prompt_tokens + sampling.max_new_tokens, key_B2.shape[0]
     prompts, each = tokens_PT.shape[0] // devices, rows // tokens_PT.shape[0]
-    read = read_prompts(model, sampling, capacity, False, variables, tokens_PT, count_P)
+    read = read_prompts(model, sampling, capacity, (), variables, tokens_PT, count_P)
     slots = place(
         empty_slots(model, sampling, rows, capacity),
         *read[:2],
@@ -170,7 +170,7 @@ def _full_slots(
         model,
         sampling,
         sampling.max_new_tokens,
-        False,
+        (),
         weights,
         slots,
         sampling.max_new_tokens,

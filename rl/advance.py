@@ -10,17 +10,20 @@ What is sampled has the distribution that it has without drafts, whatever the dr
 """
 
 import dataclasses
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from kernels.bitmask import pack
 from model.config import ModelConfig
 from model.decode import keep_first, read, read_trunk
 from model.decode_weights import DecodeWeights
 from model.drafts import propose
 from model.heads import logits_of
+from model.record import CHOICES, Choices
 from rl.config import SamplingConfig
 from rl.draw import Distribution, Drawn, distribution, draw, likeliest
 from rl.slots import NOTHING, Rules, Sampled, Slots, by_row, by_token
@@ -32,7 +35,7 @@ def advance(
     config: ModelConfig,
     sampling: SamplingConfig,
     most_passes: int,
-    record: bool,
+    record: Collection[str],
     weights: DecodeWeights,
     slots: Slots,
     passes: ArrayLike,
@@ -47,7 +50,7 @@ def advance(
 
     Args:
       most_passes: N, of what is returned.
-      record: whether to return what the layers chose.
+      record: which of `rl.records.RECORDS` to return.
       passes: how many there are to be, at most N.
       idle: returns before, when at least so many slots are not live.
       allowed_BV: bool, the ids that may be sampled; None allows all.
@@ -91,7 +94,7 @@ def advance(
 def read_drawn(
     config: ModelConfig,
     sampling: SamplingConfig,
-    record: bool,
+    record: Collection[str],
     weights: DecodeWeights,
     slots: Slots,
     drawn: Drawn,
@@ -105,14 +108,9 @@ def read_drawn(
         (left_B > 0).astype(jnp.int32),
         slots.cache,
         sampling.attention,
-        record,
+        choices_in(record),
     )
-    new = Sampled(
-        jnp.where(live_B, drawn.token_B, NOTHING)[:, None],
-        drawn.logprob_B[:, None],
-        drawn.log_kept_B[:, None],
-        choices,
-    )
+    new = sampled_of([(drawn, live_B)], choices, record)
     logits_BV = logits_of(config, weights.params, hidden_B1D[:, 0])
     rules = dataclasses.replace(slots.rules, left_B=left_B)
     return Slots(cache, logits_BV, rules, slots.rejected_BV), new
@@ -121,7 +119,7 @@ def read_drawn(
 def speculate(
     config: ModelConfig,
     sampling: SamplingConfig,
-    record: bool,
+    record: Collection[str],
     weights: DecodeWeights,
     slots: Slots,
     drawn: Drawn,
@@ -154,7 +152,7 @@ def speculate(
         jnp.where(left_B > 0, D + 1, 0),
         slots.cache,
         sampling.attention,
-        record,
+        choices_in(record),
         every=True,
     )
     logits_BWV = logits_of(config, weights.params, reading.hidden_BTD)
@@ -180,24 +178,30 @@ def speculate(
         )
         going_B &= left_B > 0
         read_B += going_B
-    new = Sampled(
-        *(
-            jnp.stack(parts, axis=1)
-            for parts in zip(
-                *(
-                    (jnp.where(real_B, each.token_B, NOTHING), each.logprob_B, each.log_kept_B)
-                    for each, real_B in emitted
-                ),
-                strict=True,
-            )
-        ),
-        choices=reading.choices,
-    )
+    new = sampled_of(emitted, reading.choices, record)
     cache = keep_first(slots.cache, modules, reading, tokens_BW, read_B)
     last_B11 = jnp.maximum(read_B - 1, 0)[:, None, None]
     logits_BV = jnp.take_along_axis(logits_BWV, last_B11, axis=1)[:, 0]
     rules = dataclasses.replace(rules, left_B=left_B)
     return Slots(cache, logits_BV, rules, rejected_BV), new
+
+
+def choices_in(record: Collection[str]) -> frozenset[str]:
+    """Returns the records that the layers choose."""
+    return frozenset(record) & frozenset(CHOICES)
+
+
+def sampled_of(
+    tokens: Sequence[tuple[Drawn, Array]], choices: Choices | None, record: Collection[str]
+) -> Sampled:
+    """Returns what one pass sampled, [B, W]: W draws, and where each is a token of its row."""
+    records = []
+    for drawn, real_B in tokens:
+        support_BW = pack(drawn.kept_BV) if "support" in record else None
+        token_B = jnp.where(real_B, drawn.token_B, NOTHING)
+        records.append(Sampled(token_B, drawn.logprob_B, drawn.log_kept_B, None, support_BW))
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *records)
+    return dataclasses.replace(stacked, choices=choices)
 
 
 def drawn_from(

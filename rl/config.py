@@ -21,8 +21,8 @@ class SamplingConfig:
     """Settings of the sampling of completions."""
 
     temperature: float = 1.0  # 0 is greedy
-    # Tokens that are drawn from, 0 for all, and the share of probability that they hold. Rollouts
-    # are drawn from all: the loss compares whole distributions.
+    # Tokens that are drawn from, 0 for all, and the share of probability that they hold. The loss
+    # compares the distributions over these: see reinforce.keep_sampling_mask.
     top_k: int = 0
     top_p: float = 1.0
     max_prompt_tokens: int = 96
@@ -42,6 +42,9 @@ class SamplingConfig:
     # without drafts (arXiv 2408.07978) | "rejection" takes more of them, with probability
     # min(1, p / q), and samples others of the same distribution (arXiv 2211.17192).
     draft_acceptance: str = "coupled"
+    # The host's memory in GiB that the records of a step may take: experts, selected keys and ids
+    # drawn from, where they are recorded for the trainer to do the same again.
+    record_gib: float = 64.0
     attention: str = "sparse"  # "sparse" | "dense"
     # Below 1, each new token attends to the fewest of its keys that by estimate hold this share of
     # its attention (Twilight, arXiv 2502.02770): by the indexer's softmax over what it selected, or
@@ -61,9 +64,15 @@ class SamplingConfig:
         check.one_of("draft_acceptance", DRAFT_ACCEPTANCES)
         roomy = 0 < self.cache_gib < math.inf
         check.that(roomy, "cache_gib", "must be positive")
+        check.that(self.record_gib > 0, "record_gib", "must be positive")
         share = 0 < self.attention_top_p <= 1
         check.that(share, "attention_top_p", "must be in (0, 1]; 1 reads every selected key")
         check.one_of("attention", ATTENTIONS)
+
+    @property
+    def restricts(self) -> bool:
+        """Whether tokens are drawn from the likeliest alone."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +106,10 @@ class ReinforceConfig:
     # that less padding is computed (rl/packing.py). Off by default: each number of rows is compiled
     # when it comes up first, which takes a small run longer than its padding.
     packing: bool = False
+    # Where sampling.top_k or sampling.top_p restrict: the ids that each token was drawn from are
+    # recorded, and the trainer's log-probs are those of its distribution over them (the same
+    # section). Without it these fields are refused.
+    keep_sampling_mask: bool = True
     # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update.
     old_logprobs: str = "sampler"
     # Completions of a step that is logged which are kept in traces.jsonl, token by token: the first

@@ -10,18 +10,20 @@ from rl.config import SamplingConfig
 
 
 class Drawn(NamedTuple):
-    """One token a row, and how likely it was.
+    """One token a row, how likely it was, and what it was drawn from.
 
     token_B: int32, the ids.
     logprob_B: float32, the log-probability of each at the sampling temperature, over the whole
       vocabulary.
     log_kept_B: float32, the logarithm of the share of probability that was drawn from: 0 where
       nothing was left out. The log-probability of the draw itself is `logprob_B - log_kept_B`.
+    kept_BV: bool, the ids that each was drawn from.
     """
 
     token_B: Array
     logprob_B: Array
     log_kept_B: Array
+    kept_BV: Array
 
 
 def keep_likely(logprobs_BV: Array, top_k: int, top_p: float) -> Array:
@@ -65,7 +67,8 @@ class Distribution(NamedTuple):
     def drawn(self, token_B: Array) -> Drawn:
         """Returns the record of tokens that were drawn from it."""
         logprob_B = jnp.take_along_axis(self.logprobs_BV, token_B[:, None], axis=-1)[:, 0]
-        return Drawn(token_B.astype(jnp.int32), logprob_B, self.log_kept_B)
+        kept_BV = self.kept_BV > -jnp.inf
+        return Drawn(token_B.astype(jnp.int32), logprob_B, self.log_kept_B, kept_BV)
 
 
 def draw(
@@ -142,8 +145,7 @@ def distribution(
         kept_BV = kept_BV.at[row_B1, out_BK].set(-jnp.inf, mode="drop")
     if allowed_BV is not None:
         kept_BV = jnp.where(allowed_BV, kept_BV, -jnp.inf)
-    likely = sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1)
-    if likely:
+    if sampling.restricts:
         keep_BV = keep_likely(kept_BV, sampling.top_k, sampling.top_p)
         kept_BV = jnp.where(keep_BV, kept_BV, -jnp.inf)
         log_kept_B = jax.nn.logsumexp(kept_BV, axis=-1)

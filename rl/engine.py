@@ -14,24 +14,21 @@ prompt and its key alone, not on its slot, on the others, or on when it began.
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from errors import UserError
 from model.cache import Cache
 from model.config import ModelConfig
 from model.sharding import batch_shards
 from rl.config import SamplingConfig
 from rl.programs import MOST_STEPS, Programs
-from rl.request import Counts, Part, Prompt, Row, check_prompt, check_turn, rules_of
-from rl.slots import (
-    NOTHING,
-    Sampled,
-)
+from rl.records import Recorder
+from rl.request import Counts, Part, Prompt, Row, allowed_of, check_prompt, check_turn, rules_of
+from rl.slots import NOTHING, Sampled
 from rl.trajectory import STOP, Trajectory
 from rl.turns import Unread, next_chunk
 from train.setup import to_host
@@ -66,7 +63,9 @@ class Engine:
         as fill the slots.
       steps: tokens that are sampled before the host looks, at most MOST_STEPS.
       pad: an id of the vocabulary, to fill rows with.
-      record: keeps what the layers chose for each token, for a replay: experts and selected keys.
+      record: which of `rl.records.RECORDS` trajectories have, for a replay.
+
+    Raises UserError for a record that there is not.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Engine:
         group_size: int = 1,
         steps: int = MOST_STEPS,
         pad: int = 0,
-        record: bool = False,
+        record: Collection[str] = (),
     ):
         self._mesh, self._sampling, self._pad = mesh, sampling, pad
         self._passes = max(min(steps, MOST_STEPS) // (sampling.drafts + 1), 1)
@@ -98,8 +97,11 @@ class Engine:
         self._unread: collections.deque[Unread] = collections.deque()
         self._stale: list[int] = []
         self._version = 0
+        self._recorder = Recorder(model, self.capacity, frozenset(record))
         self._variables = self._weights = self._slots = None
-        self._programs = Programs(model, mesh, sampling, self.rows, self.capacity, record)
+        self._programs = Programs(
+            model, mesh, sampling, self.rows, self.capacity, self._recorder.record
+        )
 
     @property
     def compilations(self) -> int:
@@ -126,13 +128,22 @@ class Engine:
             self._waiting.extendleft([row] for row in reversed(rows))
 
     @contextlib.contextmanager
-    def loaded(self, variables: dict, version: int = 0) -> Iterator[None]:
-        """Loads variables, and lets go of them and of all that waits or is in a slot at the end."""
+    def loaded(
+        self, variables: dict, version: int = 0, *, recording: bool = True
+    ) -> Iterator[None]:
+        """Loads variables, and lets go of them and of all that waits or is in a slot at the end.
+
+        Args:
+          recording: without it trajectories have no records until then; what the programs record
+            stays on the devices, so that they need not be compiled anew.
+        """
         self.load(variables, version)
+        self._recorder.on = recording
         try:
             yield
         finally:
             self._variables = self._weights = self._slots = None
+            self._recorder.on = True
             self._forget()
             self._waiting.clear()
 
@@ -192,13 +203,13 @@ class Engine:
             idle = self.rows + 1
             if self._rows_wait:
                 idle = self._occupants.count(None) + max(self.rows // 16, 1)
-            allowed_BV = self._allowed()
+            allowed_BV = allowed_of(self._occupants, self._vocab_size)
             single = allowed_BV is not None or self._looks_each_token()
             passes = 1 if single else self._passes
             self._slots, sampled = self._programs.advance(
                 self._weights, self._slots, passes, idle, allowed_BV, not single
             )
-            ended = self._collect(jax.device_get(sampled))
+            ended = self._collect(jax.device_get(self._recorder.wanted(sampled)))
             live_B = np.asarray([row is not None for row in self._occupants])
             if not live_B[self._stale].all():
                 self._slots = self._programs.halt(self._slots, live_B)
@@ -209,20 +220,6 @@ class Engine:
         return self._recurrent and any(
             row and row.halts and row.prompt.reply for row in self._occupants
         )
-
-    def _allowed(self) -> np.ndarray | None:
-        """Returns which ids each row may sample next, or None if no row asks."""
-        asked = [(slot, row) for slot, row in enumerate(self._occupants) if row]
-        asked = [(slot, row) for slot, row in asked if row.prompt.allowed]
-        if not asked:
-            return None
-        allowed_BV = np.ones((self.rows, self._vocab_size), bool)
-        for slot, row in asked:
-            assert row.prompt.allowed is not None
-            allowed_BV[slot] = row.prompt.allowed(row.sampled)
-            if not allowed_BV[slot].any():
-                raise UserError(f"prompt {row.prompt.group}: its `allowed` lets no id follow")
-        return allowed_BV
 
     def _collect(self, sampled: Sampled) -> list[Trajectory]:
         """Adds what was sampled to the rows, and returns those that ended."""
@@ -236,13 +233,15 @@ class Engine:
             row, (pass_M, place_M) = self._occupants[slot], np.nonzero(there_NBW[:, slot])
             assert row is not None
             at = pass_M, slot, place_M
-            row.add(Part.sampled(sampled, at, self._version))
+            support = self._recorder.support(sampled, at)
+            row.add(Part.sampled(sampled, at, self._version, support))
             halted = row.halted()
             # What ends a row on the device is not read any more.
             read = len(row.tokens) - (halted is not None)
-            if sampled.choices is not None:
-                now_read = slice(len(pass_M) - (halted is not None))
-                row.choices.append(sampled.choices.at((pass_M[now_read], slot, place_M[now_read])))
+            now_read = slice(len(pass_M) - (halted is not None))
+            now_read = pass_M[now_read], slot, place_M[now_read]
+            before = len(row.tokens) - len(pass_M)
+            row.choices += self._recorder.code(sampled.choices, now_read, before)
             self.counts.sampled += len(pass_M)
             if row.halts and (keep := row.halts(row.sampled)) is not None:
                 self.counts.sampled -= row.in_turn - keep
@@ -314,20 +313,20 @@ class Engine:
         tokens_RT = np.full((self._devices * at_once, width), self._pad, np.int32)
         count_R = np.zeros(len(tokens_RT), np.int32)
         waiting = [collections.deque() for _ in range(self._devices)]
+        of_r: dict[int, list[Row]] = {}
         for place_of, group in enumerate(chosen):
             device, number = devices[place_of % len(devices)], place_of // len(devices)
             r, tokens = device * at_once + number, group[0].tokens
-            count_R[r], tokens_RT[r, : len(tokens)] = len(tokens), tokens
+            count_R[r], tokens_RT[r, : len(tokens)], of_r[r] = len(tokens), tokens, group
             waiting[device].extend((number, row) for row in group)
             self.counts.read += len(tokens)
             self.counts.kept += len(tokens) * (len(group) - 1)
         *prompts, choices = self._programs.read(self._variables, tokens_RT, count_R)
-        if choices is not None:
-            choices = jax.tree.map(to_host, choices)
-            for device, rows in enumerate(waiting):
-                for number, row in rows:
-                    r = device * at_once + number
-                    row.choices = [choices.at((r, slice(count_R[r])))]
+        choices = jax.tree.map(to_host, choices) if self._recorder.on else None
+        for r, group in of_r.items():
+            coded = self._recorder.code(choices, (r, slice(count_R[r])), 0)
+            for row in group:
+                row.choices = list(coded)
         self._readings.append(_Reading(tuple(prompts), waiting))
         return self._readings[-1]
 
@@ -365,12 +364,12 @@ class Engine:
             self._slots, choices = self._programs.extend(
                 self._weights, self._slots, *chunk[:4], rules_of(chunk.ready_M)
             )
-            choices = jax.device_get(choices)
+            choices = jax.device_get(choices) if self._recorder.on else None
             for m, row in enumerate(chunk.readers_M):
                 start, count = int(chunk.length_M[m]), int(chunk.count_M[m])
                 self.counts.read += count
                 if row in chunk.ready_M:
                     self.counts.kept += start
-                if row and choices is not None:
+                if row:
                     row.keep_choices(start)
-                    row.choices.append(choices.at((m, slice(count))))
+                    row.choices += self._recorder.code(choices, (m, slice(count)), start)

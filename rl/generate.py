@@ -1,7 +1,7 @@
 """From problems to completions: prompts, the engine, and what it wrote as text."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from model.sharding import batch_shards
 from rl.config import SamplingConfig
 from rl.engine import Engine
 from rl.problems import prompt_of
+from rl.records import check_fits
 from rl.request import Prompt, keys_of
 from rl.slots import empty_slots
 from rl.spans import spans_of
@@ -50,7 +51,9 @@ class Generator:
       template: how prompts are written, `data.chat_template`.
       completions: how many are asked for at a time, in all; the engine has no more slots.
       group_size: how many of them are of one problem, most of the time.
-      record: records experts and selected keys, see `Engine`.
+      record: which of `rl.records.RECORDS` completions have, unless it is asked for none.
+
+    Raises UserError if a slot, or the records of so many completions, take more than is allowed.
     """
 
     def __init__(
@@ -61,14 +64,16 @@ class Generator:
         *,
         completions: int,
         group_size: int,
-        record: bool = False,
+        record: Collection[str] = (),
     ):
         self._setup, self.sampling, self.template = setup, sampling, template
+        rows = slots_that_fit(setup.model, setup.mesh, sampling, completions)
+        check_fits(setup.model, sampling, record, completions)
         self.engine = Engine(
             setup.model,
             setup.mesh,
             sampling,
-            rows=slots_that_fit(setup.model, setup.mesh, sampling, completions),
+            rows=rows,
             group_size=group_size,
             pad=setup.tokenizer.pad,
             record=record,
@@ -82,6 +87,8 @@ class Generator:
         key: Array,
         numbers: Sequence[int],
         group_size: int,
+        *,
+        recording: bool = True,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Yields (place, completions) for each problem, as soon as its last completion ends.
 
@@ -89,6 +96,7 @@ class Generator:
           key: with a problem's number it decides what its completions are.
           numbers: a number for each problem.
           group_size: completions of each.
+          recording: whether they have records, where the engine makes any.
 
         Raises UserError for a prompt longer than sampling.max_prompt_tokens.
         """
@@ -99,7 +107,7 @@ class Generator:
             for place, (tokens, keys_G2) in enumerate(zip(ids, keys_PG2, strict=True))
         ]
         ended: dict[int, list[Trajectory]] = {}
-        with self.engine.loaded(variables):
+        with self.engine.loaded(variables, recording=recording):
             for trajectory in self.engine.run(prompts):
                 group = ended.setdefault(trajectory.group, [])
                 group.append(trajectory)
@@ -136,8 +144,7 @@ def slots_that_fit(
     Raises UserError if not even one slot fits.
     """
     capacity = sampling.max_prompt_tokens + sampling.max_new_tokens
-    slot = jax.eval_shape(lambda: empty_slots(model, sampling, 1, capacity))
-    slot_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slot))
+    slot_bytes = _slot_bytes(model, sampling, capacity)
     per_device = int(sampling.cache_gib * 2**30 // slot_bytes)
     if not per_device:
         raise UserError(
@@ -147,10 +154,17 @@ def slots_that_fit(
     devices = batch_shards(mesh)
     slots = min(completions, sampling.slots * devices, per_device * devices)
     if jax.process_index() == 0:
-        size = f"{slots:,} slots of {slot_bytes / 2**20:.2f} MiB"
+        token = (_slot_bytes(model, sampling, 2 * capacity) - slot_bytes) // capacity
+        size = f"{slots:,} slots of {slot_bytes / 2**20:.2f} MiB, {token:,} B a token"
         most = f"{per_device * devices:,} fit sampling.cache_gib"
         print(f"{'sampling':<12}{size}; {most}", flush=True)
     return slots
+
+
+def _slot_bytes(model: ModelConfig, sampling: SamplingConfig, tokens: int) -> int:
+    """Returns the bytes of a slot with room for so many tokens."""
+    slot = jax.eval_shape(lambda: empty_slots(model, sampling, 1, tokens))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slot))
 
 
 def completion_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -22,7 +22,7 @@ from checkpoints.training import Checkpoints
 from data.tasks.problem import Problem
 from kernels.device import compiler_options
 from model.config import ModelConfig
-from model.record import routing_layers, selecting_layers
+from model.record import CHOICES, routing_layers, selecting_layers
 from model.sharding import batch_sharding, batch_shards
 from model.transformer import boxed_shapes
 from rl.algorithms import Algorithm, get_algorithm
@@ -35,7 +35,7 @@ from rl.reasoning import ReasoningEvaluation
 from rl.reference import start_with_reference
 from rl.rewards import metric_name, total_reward
 from rl.traces import Traces
-from rl.trajectory import RECORDS, batch_of
+from rl.trajectory import batch_of
 from train.config import TrainConfig
 from train.interrupt import Interrupt
 from train.metrics import Metrics
@@ -95,14 +95,14 @@ def train_policy(
     tokenizer = setup.tokenizer
     problems = problems_to_train(reinforce.task, sampling, tokenizer, template, seed).problems
     group_size = reinforce.group_size
-    kept = kept_records(setup.model, train.stage, reinforce)
+    kept = kept_records(setup.model, train.stage, sampling, reinforce)
     generate = Generator(
         setup,
         sampling,
         template,
         completions=reinforce.prompts_per_step * group_size,
         group_size=group_size,
-        record=bool(kept),
+        record=kept,
     )
     held_out = None
     if train.eval_every:
@@ -243,11 +243,14 @@ def reward(
     return Rewards(total_PG, by_name)
 
 
-def kept_records(model: ModelConfig, stage: str, config: ReinforceConfig) -> frozenset[str]:
-    """Returns which of "routes" and "selected" the trainer does again as the sampler did."""
+def kept_records(
+    model: ModelConfig, stage: str, sampling: SamplingConfig, config: ReinforceConfig
+) -> frozenset[str]:
+    """Returns which of `rl.records.RECORDS` the trainer does again as the sampler did."""
     routes = config.keep_routing and bool(routing_layers(model))
     selected = config.keep_selection and stage == "sparse" and bool(selecting_layers(model))
-    return frozenset(["routes"] * routes + ["selected"] * selected)
+    support = config.keep_sampling_mask and sampling.restricts
+    return frozenset(["routes"] * routes + ["selected"] * selected + ["support"] * support)
 
 
 def rows(
@@ -267,8 +270,7 @@ def rows(
     width = sampling.max_prompt_tokens + sampling.max_new_tokens
     lengths = [len(trajectory.tokens_T) for trajectory in trajectories]
     layout = packed_rows(lengths, width, multiple) if multiple else None
-    batch = batch_of(trajectories, width, setup.tokenizer.pad, layout)
-    return {name: x for name, x in batch.items() if name not in RECORDS or name in kept}
+    return batch_of(trajectories, width, setup.tokenizer.pad, layout, kept)
 
 
 def on_mesh(setup: Setup, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
@@ -317,7 +319,7 @@ def compared_logprobs(
         "old_logprobs": batch["sampler_logprobs"] if recorded else score_fn(variables, batch)
     }
     if reference is not None:
-        own = {name: x for name, x in batch.items() if name not in RECORDS}
+        own = {name: x for name, x in batch.items() if name not in CHOICES}
         compared["reference_logprobs"] = score_fn(reference, own)
     return compared
 

@@ -156,7 +156,8 @@ def forward_logprobs(
 ) -> tuple[Array, Array, Output]:
     """Runs the model and scores the next token at each position.
 
-    Where the batch has "routes" or "selected", tokens go to those experts and attend to those keys.
+    Where the batch has "routes" or "selected", tokens go to those experts and attend to those keys;
+    where it has "support", log-probs are those of the distribution over it.
 
     Args:
       stage: "dense" or "sparse" attention.
@@ -168,9 +169,13 @@ def forward_logprobs(
     inputs = batch["tokens"], batch["positions"], batch["segments"]
     given = variables | replay(config, batch.get("routes"), batch.get("selected"))
     output = cast(Output, Transformer(config).apply(given, *inputs, stage=stage, mtp=False))
-    next_tokens_BT = predicted(batch, "tokens")
     logprobs_BT, entropy_BT = token_logprobs(
-        config, variables["params"], output.hidden_BTD, next_tokens_BT, temperature or 1.0
+        config,
+        variables["params"],
+        output.hidden_BTD,
+        predicted(batch, "tokens"),
+        temperature or 1.0,
+        predicted(batch, "support") if "support" in batch else None,
     )
     return logprobs_BT, entropy_BT, output
 

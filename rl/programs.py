@@ -9,6 +9,7 @@ from errors import UserError
 from kernels.device import compiler_options
 from model.config import ModelConfig
 from model.decode_weights import decode_weights
+from model.record import CHOICES
 from model.sharding import batch_sharding, replicated
 from rl.advance import advance
 from rl.config import SamplingConfig
@@ -23,7 +24,7 @@ class Programs:
     Args:
       rows: the number of slots.
       capacity: tokens that a slot holds.
-      record: whether what the layers choose is returned.
+      record: which of `rl.records.RECORDS` are returned.
 
     Attributes:
       prepare: variables -> the weights that decoding takes.
@@ -40,7 +41,7 @@ class Programs:
         sampling: SamplingConfig,
         rows: int,
         capacity: int,
-        record: bool,
+        record: frozenset[str],
     ):
         drafts, modules = sampling.drafts, model.num_nextn_predict_layers
         if drafts > modules:
@@ -63,9 +64,10 @@ class Programs:
         self.prepare = jax.jit(prepare, compiler_options=quick)
         empty = functools.partial(empty_slots, model, sampling, rows, capacity)
         self.empty = by_row(empty, compiler_options=quick)
-        self.read = by_row(functools.partial(read_prompts, model, sampling, capacity, record))
+        choices = record & frozenset(CHOICES)
+        self.read = by_row(functools.partial(read_prompts, model, sampling, capacity, choices))
         self.place = by_row(functools.partial(place), donate_argnums=0, compiler_options=quick)
-        self.extend = with_record(functools.partial(extend, model, sampling, record))
+        self.extend = with_record(functools.partial(extend, model, sampling, choices))
         self.halt = by_row(functools.partial(halt), donate_argnums=0, compiler_options=quick)
         most_passes = -(-MOST_STEPS // W)
         self.advance = with_record(functools.partial(advance, model, sampling, most_passes, record))

@@ -119,7 +119,7 @@ class ReasoningEvaluation:
         shown_tokens = counts.sampled
         with bar as progress:
             groups = self._generate.groups(
-                variables, problems, self._key, numbers, evaluate.samples
+                variables, problems, self._key, numbers, evaluate.samples, recording=False
             )
             for number, completions in groups:
                 ended[number] = completions

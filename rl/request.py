@@ -1,6 +1,7 @@
 """What is asked of the engine, and what it keeps of a completion while it is being sampled."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 from jax import Array
 
 from errors import UserError
-from model.record import Choices
+from rl.coding import CodedSets
 from rl.config import SamplingConfig
+from rl.records import CodedChoices
 from rl.slots import IDS, NOTHING, Rules, Sampled
 from rl.trajectory import LENGTH, STOP, Role, Trajectory
 
@@ -127,7 +129,7 @@ class Row:
     halts: Halts | None
     parts: list["Part"]
     in_turn: int = 0
-    choices: list[Choices] = dataclasses.field(default_factory=list)
+    choices: list[CodedChoices] = dataclasses.field(default_factory=list)
 
     @classmethod
     def begin(cls, prompt: Prompt, sample: int) -> "Row":
@@ -187,18 +189,20 @@ class Row:
     def keep_choices(self, count: int) -> None:
         """Drops the choices of all but the first so many tokens."""
         if self.choices:
-            whole = jax.tree.map(lambda *parts: np.concatenate(parts), *self.choices)
-            self.choices = [jax.tree.map(lambda x: x[:count], whole)]
+            whole = CodedChoices.joined(self.choices)
+            self.choices = [whole.resized(min(count, len(whole)))]
 
     def trajectory(self, ended: str) -> Trajectory:
         """Returns what happened."""
         length = sum(len(part.tokens) for part in self.parts)
-        self.keep_choices(length)
-        routes_TLK, selected_TLk = None, None
+        choices = CodedChoices(None, None)
         if self.choices:  # the last token, which nothing follows, may not have been read
-            routes_TLK, selected_TLk = (
-                np.pad(x, [(0, length - len(x)), (0, 0), (0, 0)], constant_values=-1)
-                for x in (self.choices[0].routes_BTLK, self.choices[0].selected_BTLk)
+            choices = CodedChoices.joined(self.choices).resized(length)
+        support = next((part.support for part in self.parts if part.support), None)
+        if support:
+            of_all = functools.partial(CodedSets.of_all, layers=1, bound=support.width)
+            support = CodedSets.joined(
+                [part.support or of_all(len(part.tokens)) for part in self.parts]
             )
         fields = {
             f"{name}_T": np.concatenate([getattr(part, name) for part in self.parts])
@@ -209,9 +213,8 @@ class Row:
             ended=ended,
             group=self.prompt.group,
             sample=self.sample,
-            spans={},
-            routes_TLK=routes_TLK,
-            selected_TLk=selected_TLk,
+            **vars(choices),
+            support_T=support,
         )
 
 
@@ -224,6 +227,7 @@ class Part:
     logprobs: np.ndarray
     log_kept: np.ndarray
     versions: np.ndarray
+    support: CodedSets | None = None
 
     @classmethod
     def read(cls, tokens: np.ndarray, role: Role) -> "Part":
@@ -235,7 +239,9 @@ class Part:
         )
 
     @classmethod
-    def sampled(cls, sampled: Sampled, at: tuple, version: int) -> "Part":
+    def sampled(
+        cls, sampled: Sampled, at: tuple, version: int, support: CodedSets | None
+    ) -> "Part":
         """Returns those tokens of what was sampled, with weights of this version."""
         tokens = np.asarray(sampled.tokens[at])
         return cls(
@@ -244,11 +250,14 @@ class Part:
             np.asarray(sampled.logprobs[at]),
             np.asarray(sampled.log_kept[at]),
             np.full(len(tokens), version, np.int32),
+            support,
         )
 
     def first(self, count: int) -> "Part":
         """Returns the first so many tokens."""
-        return Part(*(value[:count] for value in vars(self).values()))
+        arrays = {name: value[:count] for name, value in vars(self).items() if name != "support"}
+        support = self.support.between(0, count) if self.support else None
+        return Part(**arrays, support=support)
 
 
 @dataclasses.dataclass
@@ -281,6 +290,19 @@ def rules_of(rows: Sequence[Row | None]) -> Rules:
             forbidden = sorted(set(row.forbidden))
             forbidden_MK[m, : len(forbidden)] = forbidden
     return Rules(*map(jnp.asarray, (key_M2, left_M, stop_MK, forbidden_MK)))
+
+
+def allowed_of(rows: Sequence[Row | None], vocab_size: int) -> np.ndarray | None:
+    """Returns which ids each row may sample next, bool [B, V], or None if no row asks."""
+    if not any(row and row.prompt.allowed for row in rows):
+        return None
+    allowed_BV = np.ones((len(rows), vocab_size), bool)
+    for allowed_V, row in zip(allowed_BV, rows, strict=True):
+        if row and row.prompt.allowed:
+            allowed_V[:] = row.prompt.allowed(row.sampled)
+            if not allowed_V.any():
+                raise UserError(f"prompt {row.prompt.group}: its `allowed` lets no id follow")
+    return allowed_BV
 
 
 def keys_of(key: Array | int, numbers: Sequence[int], group_size: int) -> np.ndarray:

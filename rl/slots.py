@@ -12,6 +12,7 @@ prompts are then those on a device, and arrays over them have D equal parts, one
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import flax.struct
@@ -83,12 +84,14 @@ class Sampled:
     tokens: int32 ids; -1 where a pass has fewer, and where a row was not live.
     logprobs, log_kept: as in `rl.draw.Drawn`.
     choices: what the layers chose when they read these tokens, or None.
+    support: the ids that each token was drawn from, bitmasks (kernels/bitmask.py), or None.
     """
 
     tokens: Array
     logprobs: Array
     log_kept: Array
     choices: Choices | None = None
+    support: Array | None = None
 
 
 def empty_slots(config: ModelConfig, sampling: SamplingConfig, rows: int, capacity: int) -> Slots:
@@ -119,7 +122,7 @@ def read_prompts(
     config: ModelConfig,
     sampling: SamplingConfig,
     capacity: int,
-    record: bool,
+    record: Collection[str],
     variables: dict,
     tokens_RT: Array,
     count_R: Array,
@@ -128,7 +131,10 @@ def read_prompts(
 
     They are read in full, whatever share of attention decoding reads.
 
-    Returns: their cache, the logits [R, V] after each, and what the layers chose if `record`.
+    Args:
+      record: which of `model.record.CHOICES` to return.
+
+    Returns: their cache, the logits [R, V] after each, and what the layers chose.
     """
     cache, hidden_RD, choices = prefill(
         by_token(config, tokens_RT.size),
@@ -186,7 +192,7 @@ def put_rows(slots: Slots, slot_M: Array, rows: Cache, logits_MV: Array, rules: 
 def extend(
     config: ModelConfig,
     sampling: SamplingConfig,
-    record: bool,
+    record: Collection[str],
     weights: DecodeWeights,
     slots: Slots,
     slot_M: Array,
@@ -198,6 +204,7 @@ def extend(
     """Reads more tokens into M slots, each its own number. Returns what the layers chose too.
 
     Args:
+      record: which of `model.record.CHOICES` to return.
       slot_M: the slots; past the last one for none.
       length_M: how many tokens of each are kept before: all it has read, or fewer, see `Cache.cut`.
       tokens_MT: the tokens, padded on the right.

@@ -7,11 +7,14 @@ those that the policy sampled.
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from errors import UserError
+from rl.coding import CodedSets
+from rl.records import RECORDS, experts_of, support_words
 
 
 class Role(enum.IntEnum):
@@ -44,10 +47,12 @@ class Trajectory:
       sample: its number among the completions of that prompt.
       spans: what parts of it are for: name -> its spans in order, each [start, end) in tokens
         (rl/spans.py). Where it was not asked for there are none.
-      routes_TLK: where it is recorded, the experts of each token in each layer that has any; -1
-        for a token that was not read.
-      selected_TLk: where it is recorded, the keys that each token attended to in each layer that
-        selects: positions in order, then -1.
+      routes_TLK: where it is recorded, the experts of each token in each layer that has any, of an
+        unsigned type, whose largest number stands for none: `rl.records.experts_of`.
+      selected_TL: where it is recorded, the positions of the keys that each token attended to in
+        each layer that selects; none for a token that was not read.
+      support_T: where it is recorded, the ids that each token was drawn from; all of them for one
+        that was not sampled.
     """
 
     tokens_T: np.ndarray
@@ -60,7 +65,8 @@ class Trajectory:
     sample: int = 0
     spans: Mapping[str, Sequence[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     routes_TLK: np.ndarray | None = None
-    selected_TLk: np.ndarray | None = None
+    selected_TL: CodedSets | None = None
+    support_T: CodedSets | None = None
 
     @property
     def sampled_T(self) -> np.ndarray:
@@ -78,14 +84,12 @@ class Trajectory:
         return self.tokens_T[self.prompt_length :]
 
 
-RECORDS = {"routes": "routes_TLK", "selected": "selected_TLk"}
-
-
 def batch_of(
     trajectories: Sequence[Trajectory],
     width: int,
     pad: int,
     layout: Sequence[Sequence[int]] | None = None,
+    records: Collection[str] = RECORDS,
 ) -> dict[str, np.ndarray]:
     """Makes rows to learn from, padded on the right.
 
@@ -95,6 +99,7 @@ def batch_of(
       pad: the id that fills a row.
       layout: for each of B rows the trajectories that it has, by their places, one behind the other
         (`rl.packing.packed_rows`); by default each is a row of its own.
+      records: which records there are to be, of those that all trajectories have.
 
     Returns:
       Arrays [B, T]: tokens, positions and segments as in pretraining, each trajectory a segment;
@@ -102,7 +107,9 @@ def batch_of(
       trajectory and group, int32, its place among the N and its group, -1 on padding;
       sampler_logprobs and log_kept, float32, 0 where nothing was sampled. Each stands at the token
       itself. Where they are recorded, routes [B, L, T, K] and selected [B, L, T, k] as
-      `model.record.replay` takes them: keys by where they stand in the row.
+      `model.record.replay` takes them: keys by where they stand in the row; and support [B, T, W]
+      as `model.heads.token_logprobs` does. With it sampler_logprobs are of the distribution over
+      it.
 
     Raises:
       UserError: a trajectory is longer than a row.
@@ -119,11 +126,6 @@ def batch_of(
         "sampler_logprobs": np.zeros(shape, np.float32),
         "log_kept": np.zeros(shape, np.float32),
     }
-    for name, field in RECORDS.items():
-        recorded = [getattr(each, field) for each in trajectories]
-        if all(x_TLK is not None and x_TLK.shape[1] for x_TLK in recorded):
-            _, L, K = recorded[0].shape
-            batch[name] = np.full((len(layout), L, width, K), -1, recorded[0].dtype)
     for row, places in enumerate(layout):
         start = 0
         for segment, place in enumerate(places, start=1):
@@ -144,10 +146,51 @@ def batch_of(
             }
             for name, value in values.items():
                 batch[name][row, start:end] = value
-            for name in RECORDS.keys() & batch.keys():
-                x_LTK = np.moveaxis(getattr(trajectory, RECORDS[name]), 0, 1)
-                if name == "selected":
-                    x_LTK = np.where(x_LTK < 0, x_LTK, x_LTK + start)
-                batch[name][row, :, start:end] = x_LTK
             start = end
+    batch |= _recorded_rows(trajectories, records, layout, width)
+    if "support" in batch:
+        batch["sampler_logprobs"] -= batch["log_kept"]
     return batch
+
+
+def _recorded_rows(
+    trajectories: Sequence[Trajectory],
+    records: Collection[str],
+    layout: Sequence[Sequence[int]],
+    width: int,
+) -> dict[str, np.ndarray]:
+    """Returns the records that `batch_of` adds to its rows."""
+    rows = {}
+
+    def add(name: str, decoded: Sequence[Callable[[], np.ndarray] | None], fill: int) -> None:
+        """Adds a record [B, T, ...], given for each trajectory by a function that decodes it."""
+        if name not in records or not any(decoded):
+            return
+        for row, places in enumerate(layout):
+            start = 0
+            for place in places:
+                decode, length = decoded[place], len(trajectories[place].tokens_T)
+                if decode:
+                    x_T = decode()
+                    if name not in rows:
+                        shape = len(layout), width, *x_T.shape[1:]
+                        rows[name] = np.full(shape, fill, np.int32)
+                    # Keys are said by where they stand in the row.
+                    moved = name == "selected" and start > 0
+                    rows[name][row, start : start + length] = (
+                        np.where(x_T < 0, x_T, x_T + start) if moved else x_T
+                    )
+                start += length
+
+    routes = [each.routes_TLK for each in trajectories if each.routes_TLK is not None]
+    if len(routes) == len(trajectories):
+        add("routes", [functools.partial(experts_of, each) for each in routes], -1)
+    selected = [each.selected_TL for each in trajectories if each.selected_TL is not None]
+    if len(selected) == len(trajectories):
+        add("selected", [each.lists for each in selected], -1)
+    restricted = [each.support_T for each in trajectories]
+    words = [functools.partial(support_words, each) if each else None for each in restricted]
+    add("support", words, 0)
+    for name in rows.keys() & {"routes", "selected"}:
+        rows[name] = np.moveaxis(rows[name], 1, 2)
+    return rows

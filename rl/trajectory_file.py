@@ -60,7 +60,9 @@ def from_record(record: dict[str, Any]) -> Trajectory:
     return Trajectory(
         tokens_T=tokens_T,
         roles_T=roles_T,
-        **others,
+        logprobs_T=others["logprobs_T"],
+        log_kept_T=others["log_kept_T"],
+        versions_T=others["versions_T"],
         ended=record["ended"],
         group=record["group"],
         sample=record["sample"],

@@ -307,11 +307,35 @@ def test_a_fraction_is_a_success_where_the_threshold_says_so():
     assert rates[1.0] < result["length_reward"] < rates[0.5]
 
 
+def test_policies_are_compared_over_what_was_drawn_from(capsys):
+    """Before a run's first update policy and reference are what sampled, to rounding of float32;
+    held-out problems are evaluated by the same programs.
+    """
+    changes = {"sampling__top_p": 0.7, "sampling__top_k": 50, "train__steps": 1}
+    changes |= {"train__eval_every": 1, "evaluate__problems": 4, "evaluate__samples": 2}
+    assert reinforce.run(run_of("length", **changes, **KL), Path("run"))
+    (line,) = lines("run", "ratio")
+    assert line["ratio"] == pytest.approx(1, abs=1e-5) and abs(line["kl"]) < 1e-6
+    printed = capsys.readouterr().out
+    assert re.search(r"sampling +\d+ slots of .* MiB, [\d,]+ B a token;", printed)
+    assert re.search(r"records +at most \d+ B a token on the host \(support \d+\)", printed)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"sampling__top_p": 0.9}, "sampling.top_p = 0.9: rollouts are drawn from the whole"),
-        ({"sampling__top_k": 20}, "sampling.top_k = 20: rollouts are drawn from the whole"),
+        (
+            {"sampling__top_p": 0.7, "sampling__record_gib": 1e-9},
+            "sampling.record_gib = 1e-09: the records of 16 completions of",
+        ),
+        (
+            {"sampling__top_p": 0.9, "reinforce__keep_sampling_mask": False},
+            "sampling.top_p = 0.9: without reinforce.keep_sampling_mask the loss compares whole",
+        ),
+        (
+            {"sampling__top_k": 20, "reinforce__keep_sampling_mask": False},
+            "sampling.top_k = 20: without reinforce.keep_sampling_mask the loss compares whole",
+        ),
         (
             {"train__eval_every": 1, "evaluate__problems": 0},
             "train.eval_every = 1: evaluates held-out problems, and evaluate.problems = 0",

@@ -48,12 +48,13 @@ def test_draws_follow_the_truncated_distribution():
     logits_V = jnp.asarray([2.0, 1.5, 1.0, 0.0, -1.0])
     settings = SamplingConfig(temperature=0.5, top_k=4, top_p=0.9)
     draws = 50_000
-    tokens_B, logprobs_B, log_kept_B = draw(
+    tokens_B, logprobs_B, log_kept_B, kept_BV = draw(
         settings, jnp.broadcast_to(logits_V, (draws, 5)), jax.random.split(jax.random.key(0), draws)
     )
     logprobs_V = np.asarray(jax.nn.log_softmax(logits_V / 0.5))
     kept_V = brute_force(logprobs_V, 4, 0.9)
     assert 1 < kept_V.sum() < 4
+    np.testing.assert_array_equal(kept_BV, np.broadcast_to(kept_V, kept_BV.shape))
     np.testing.assert_allclose(logprobs_B, logprobs_V[tokens_B], atol=1e-6)
     np.testing.assert_allclose(log_kept_B, np.log(np.exp(logprobs_V[kept_V]).sum()), atol=1e-6)
     expected_V = np.where(kept_V, np.exp(logprobs_V), 0) / np.exp(logprobs_V[kept_V]).sum()

@@ -11,6 +11,7 @@ import pytest
 from errors import UserError
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
+from rl.coding import CodedSets
 from rl.config import SamplingConfig
 from rl.engine import Engine
 from rl.generate import slots_that_fit
@@ -76,10 +77,13 @@ def sampled(name: str) -> dict[tuple[int, int], Trajectory]:
     return by_number(engine(name).run(prompts_of()))
 
 
-def assert_same(found: Trajectory, expected: Trajectory) -> None:
+def assert_same(found: Trajectory | CodedSets, expected: Trajectory | CodedSets) -> None:
     """To the bit."""
     for name, value in vars(expected).items():
-        np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
+        if isinstance(value, CodedSets):
+            assert_same(getattr(found, name), value)
+        else:
+            np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
 
 
 @pytest.mark.heavy

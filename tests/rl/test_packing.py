@@ -12,6 +12,7 @@ from errors import UserError
 from model.record import recorded_forward, routing_layers, selecting_layers
 from rl.aggregations import Aggregation, mean_of_sequence_means, sum_over, token_mean
 from rl.algorithms import ALGORITHMS, Algorithm, get_algorithm
+from rl.coding import CodedSets
 from rl.divergences import Divergence
 from rl.objective import logprobs_at_tokens, policy_objective, predicted_sequences
 from rl.packing import packed_rows
@@ -55,6 +56,12 @@ def test_a_trajectory_longer_than_a_row_is_named():
         packed_rows([3, 9], 8, 1)
 
 
+def coded(selected_TLk: np.ndarray) -> CodedSets:
+    """Keys of a sequence from its first token on."""
+    bounds_T = 1 + np.arange(len(selected_TLk))
+    return CodedSets.of_lists(selected_TLk, bounds_T, selected_TLk.shape[-1])
+
+
 def test_a_packed_row_by_hand():
     """Keys stand where they stand in the row; what is not recorded stays so."""
     first = trajectory([4, 5], [8, 9], group=3)
@@ -62,8 +69,8 @@ def test_a_packed_row_by_hand():
     recorded = [
         dataclasses.replace(
             each,
-            routes_TLK=np.arange(2 * length).reshape(length, 1, 2),
-            selected_TLk=np.asarray([[[0, -1]], [[0, 1]]] * (length // 2)),
+            routes_TLK=np.arange(2 * length, dtype=np.uint8).reshape(length, 1, 2),
+            selected_TL=coded(np.asarray([[[0, -1]], [[0, 1]]] * (length // 2))),
         )
         for each, length in ((first, 4), (second, 2))
     ]
@@ -162,8 +169,8 @@ def recorded() -> list[Trajectory]:
     return [
         dataclasses.replace(
             each,
-            routes_TLK=routes[number, : len(each.tokens_T)],
-            selected_TLk=selected[number, : len(each.tokens_T)],
+            routes_TLK=routes[number, : len(each.tokens_T)].astype(np.uint8),
+            selected_TL=coded(selected[number, : len(each.tokens_T)]),
         )
         for number, each in enumerate(drawn())
     ]

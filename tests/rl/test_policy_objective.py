@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.bitmask import pack_on_host
 from rl.algorithms import get_algorithm
 from rl.objective import logprobs_at_tokens, policy_objective
 from tests import tiny
@@ -106,6 +107,22 @@ def test_the_gradient_does_not_depend_on_microbatches(algorithm, microbatches):
     tiny.assert_close(
         gradient(algorithm, rollout(), microbatches), gradient(algorithm, rollout()), **ROUNDING
     )
+
+
+@pytest.mark.heavy
+def test_the_gradient_over_supports_does_not_depend_on_microbatches():
+    """Each token was drawn from some ids; the loss is another than over the whole vocabulary."""
+    batch, rng = rollout(), np.random.default_rng(1)
+    kept_BTV = rng.random((*batch["mask"].shape, tiny.VOCAB)) < 0.3
+    np.put_along_axis(kept_BTV, np.asarray(batch["tokens"])[..., None], True, axis=-1)
+    row, ids = np.nonzero((kept_BTV & np.asarray(batch["mask"])[..., None]).reshape(-1, tiny.VOCAB))
+    words = pack_on_host(row, ids, batch["mask"].size, tiny.VOCAB)
+    support = {"support": jnp.asarray(words.reshape(*batch["mask"].shape, -1))}
+    whole = gradient("grpo", batch | support)
+    tiny.assert_close(gradient("grpo", batch | support, 4), whole, **ROUNDING)
+    own = gradient("grpo", batch)
+    assert abs(own["means"]["ratio"].total - whole["means"]["ratio"].total) > 1
+    tiny.assert_close(own["means"]["entropy"], whole["means"]["entropy"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])

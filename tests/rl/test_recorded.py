@@ -1,5 +1,6 @@
 """What the sampler's layers chose is recorded, and a trainer that does it again agrees with it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.record import recorded_forward, routing_layers, selecting_layers
+from errors import UserError
+from model.record import CHOICES, recorded_forward, routing_layers, selecting_layers
 from rl.config import SamplingConfig
 from rl.engine import Engine
 from rl.halting import StopSequences
 from rl.objective import logprobs_at_tokens
+from rl.records import check_fits, experts_of, token_bytes
 from rl.trajectory import Role, Trajectory, batch_of
 from tests import tiny
 from tests.rl.test_engine import MESH, MODELS, assert_same, by_number
@@ -25,7 +28,7 @@ logprobs_at_tokens = jax.jit(logprobs_at_tokens, static_argnums=(0, 1, 2))
 @functools.cache
 def engine(rows: int = 4, steps: int = 3) -> Engine:
     sampling = SamplingConfig(max_prompt_tokens=WIDTH, max_new_tokens=NEW, attention="sparse")
-    made = Engine(CONFIG, MESH, sampling, rows=rows, steps=steps, record=True)
+    made = Engine(CONFIG, MESH, sampling, rows=rows, steps=steps, record=CHOICES)
     made.load(tiny.variables(CONFIG))
     return made
 
@@ -49,10 +52,10 @@ def test_the_record_is_what_a_forward_pass_chooses():
         inputs = batch["tokens"], batch["positions"], batch["segments"]
         _, found = recorded_forward(CONFIG, tiny.variables(CONFIG), *inputs, "sparse")
         read = len(each.tokens_T) - int(each.roles_T[-1] == Role.MODEL)
-        assert each.routes_TLK is not None and each.selected_TLk is not None
+        assert each.routes_TLK is not None and each.selected_TL is not None
         for recorded, layers, expected in (
-            (each.routes_TLK, routing_layers(CONFIG), found.routes_BLTK),
-            (each.selected_TLk, selecting_layers(CONFIG), found.selected_BLTk),
+            (experts_of(each.routes_TLK), routing_layers(CONFIG), found.routes_BLTK),
+            (each.selected_TL.lists(), selecting_layers(CONFIG), found.selected_BLTk),
         ):
             expected_TLK = np.moveaxis(np.asarray(expected[0]), 0, 1)[:, layers]
             np.testing.assert_array_equal(recorded[: read - 1], expected_TLK[: read - 1])
@@ -82,9 +85,42 @@ def test_a_trainer_with_other_weights_does_the_same_again():
     assert jnp.max(again) < jnp.max(anew)
 
 
-def test_nothing_is_recorded_unless_it_is_asked_for():
+def test_only_what_is_asked_for_is_recorded():
+    """By name; and of what is recorded on the devices nothing, for as long as it is not wanted."""
     sampling = SamplingConfig(max_prompt_tokens=WIDTH, max_new_tokens=NEW, attention="sparse")
-    own = Engine(CONFIG, MESH, sampling, rows=2)
-    own.load(tiny.variables(CONFIG))
-    each = next(own.run(prompts_of(1)))
-    assert each.routes_TLK is None and "routes" not in batch_of([each], WIDTH + NEW, pad=0)
+    own = Engine(CONFIG, MESH, sampling, rows=2, record=["routes"])
+    with own.loaded(tiny.variables(CONFIG)):
+        recorded = next(own.run(prompts_of(1)))
+    assert recorded.routes_TLK is not None and recorded.selected_TL is None
+    assert recorded.routes_TLK.dtype == np.uint8
+    assert batch_of([recorded], WIDTH + NEW, pad=0).keys() >= {"routes"}
+    assert "routes" not in batch_of([recorded], WIDTH + NEW, pad=0, records=["selected"])
+    compilations = own.compilations
+    with own.loaded(tiny.variables(CONFIG), recording=False):
+        plain = next(own.run(prompts_of(1)))
+    assert plain.routes_TLK is None and "routes" not in batch_of([plain], WIDTH + NEW, pad=0)
+    np.testing.assert_array_equal(plain.tokens_T, recorded.tokens_T)
+    assert own.compilations == compilations
+    with pytest.raises(UserError, match="record = \\['router'\\]: must be of routes, selected, "):
+        Engine(CONFIG, MESH, sampling, rows=2, record=["router"])
+
+
+def test_what_is_recorded_takes_no_more_than_is_said(capsys):
+    """The bytes of a token, of whole trajectories; and a step that would take more is refused."""
+    sampling = SamplingConfig(max_prompt_tokens=WIDTH, max_new_tokens=NEW, attention="sparse")
+    each = token_bytes(CONFIG, sampling, CHOICES)
+    # Two layers with experts; three that select 4 of 160 keys: 4 x 5 low bits, a bitmap of 4 + 4.
+    assert each == {"routes": 2 * 2, "selected": 4 + 3 * (3 + 1 + 1)}
+    for trajectory in conversations().values():
+        tokens = len(trajectory.tokens_T)
+        assert trajectory.routes_TLK is not None and trajectory.selected_TL is not None
+        assert trajectory.routes_TLK.nbytes == tokens * each["routes"]
+        assert trajectory.selected_TL.nbytes <= tokens * each["selected"]
+    check_fits(CONFIG, sampling, CHOICES, 10)
+    expected = "records     at most 23 B a token on the host (routes 4, selected 19), 3.43e-05 GiB"
+    assert expected in capsys.readouterr().out
+    small = dataclasses.replace(sampling, record_gib=3e-5)
+    with pytest.raises(UserError, match=r"sampling\.record_gib = 3e-05: the records of 10 co"):
+        check_fits(CONFIG, small, CHOICES, 10)
+    check_fits(CONFIG, small, (), 10)
+    assert not capsys.readouterr().out

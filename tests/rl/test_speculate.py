@@ -16,6 +16,7 @@ from rl.config import SamplingConfig
 from rl.draw import without_rejected
 from rl.engine import Engine
 from rl.halting import StopSequences
+from rl.records import RECORDS
 from rl.request import Prompt, keys_of
 from rl.trajectory import Trajectory
 from tests import tiny
@@ -66,7 +67,13 @@ def _engine(name: str, drafts: int, steps: int) -> Engine:
         sampling, max_prompt_tokens=WIDTH, max_new_tokens=4 * NEW, drafts=drafts
     )
     made = Engine(
-        MODELS[model], MESH, sampling, rows=ROWS, group_size=2, steps=steps, record=name == "sparse"
+        MODELS[model],
+        MESH,
+        sampling,
+        rows=ROWS,
+        group_size=2,
+        steps=steps,
+        record=RECORDS if name == "sparse" else (),
     )
     made.load(variables_of(model))
     return made
@@ -85,11 +92,10 @@ def assert_alike(found: dict, expected: dict) -> None:
     """The same tokens and records; log-probs of another program, float32 of size 1 to 5."""
     assert found.keys() == expected.keys()
     for number, each in expected.items():
-        for name, value in vars(each).items():
-            if name in ("logprobs_T", "log_kept_T"):
-                np.testing.assert_allclose(getattr(found[number], name), value, atol=2e-5)
-            else:
-                np.testing.assert_array_equal(getattr(found[number], name), value, err_msg=name)
+        logprobs = {name: getattr(found[number], name) for name in ("logprobs_T", "log_kept_T")}
+        for name, value in logprobs.items():
+            np.testing.assert_allclose(value, getattr(each, name), atol=2e-5)
+        assert_same(found[number], dataclasses.replace(each, **logprobs))
 
 
 @pytest.mark.heavy
