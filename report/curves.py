@@ -137,8 +137,8 @@ REINFORCE = (
         "Sampler and trainer apart",
         "Difference of their log-probabilities of a sampled token; more than rounding would bias "
         "what is learnt",
-        ("logprob_gap_max", "largest", "orange"),
-        ("logprob_gap_mean", "mean", "blue"),
+        ("sampler/logprob_gap_max", "largest", "orange"),
+        ("sampler/logprob_gap_mean", "mean", "blue"),
         ylabel="nats",
         log=True,
         from_zero=True,
