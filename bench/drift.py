@@ -7,11 +7,14 @@ Small models of each shape sample with the engine, and the trainer scores the sa
 same weights: all that differs is the programs. Where there are experts or an indexer, the trainer
 may do again what the sampler's layers chose: `replay` says what, of "routes", "selected" or "both".
 Prints one JSON line a case: `max` and `mean` of |difference of log-probs| in nats over the sampled
-tokens, `jaccard` of the sampler's choices and those that the trainer would make itself
-(rl/agreement.py), and `nats`, the mean of -log-prob.
+tokens; `half_ulp_max` and `half_ulp_mean`, by how much the trainer's own log-probs move when each
+weight moves by half a unit in its last place, up or down by lot, which no program of these weights
+can be expected to beat; `jaccard` of the sampler's choices and those that the trainer would make
+itself (rl/agreement.py); and `nats`, the mean of -log-prob.
 
-Weights are random, and eight times as wide as a new model's: at a standard deviation of 0.02 a tiny
-model's distribution is uniform, and nothing that differs within is seen in its log-probs.
+Weights are random, of standard deviation 1 / sqrt(hidden_size), so that a matmul keeps the size of
+what it gets: at a new model's 0.02 a tiny model's distribution is uniform, and nothing that differs
+within is seen in its log-probs.
 """
 
 import dataclasses
@@ -52,7 +55,7 @@ PLAIN = ModelConfig(
     first_k_dense_replace=4,
     intermediate_size=256,
     num_nextn_predict_layers=0,
-    initializer_range=0.16,
+    initializer_range=128**-0.5,
     mla=MLAConfig(
         num_attention_heads=4,
         q_lora_rank=64,
@@ -132,6 +135,7 @@ def drift(case: Case, mesh: Mesh) -> list[dict]:
     lines = []
     with jax.set_mesh(mesh):
         batch = jax.device_put(batch, batch_sharding(mesh))
+        moved = half_an_ulp_off(variables, case.dtype)
         whole = replicated(mesh)
         compared = jax.jit(alike, out_shardings=whole)(variables, batch)
         jaccard = {
@@ -142,14 +146,26 @@ def drift(case: Case, mesh: Mesh) -> list[dict]:
             if not batch.keys() >= set(names):
                 continue
             given = {name: x for name, x in batch.items() if name not in RECORDS or name in names}
-            scored_BT = np.asarray(jax.jit(score, out_shardings=whole)(variables, given))
-            gaps = np.abs(scored_BT - sampler_BT)[mask_BT]
-            figures = {"max": float(gaps.max()), "mean": float(gaps.mean())}
+            scored = jax.jit(score, out_shardings=whole)
+            scored_BT, moved_BT = (np.asarray(scored(each, given)) for each in (variables, moved))
+            figures = {}
+            for name, other_BT in (("", sampler_BT), ("half_ulp_", moved_BT)):
+                gaps = np.abs(scored_BT - other_BT)[mask_BT]
+                figures |= {f"{name}max": float(gaps.max()), f"{name}mean": float(gaps.mean())}
             about = {"shape": case.shape, "dtype": case.dtype, "replay": replay}
             about["mesh"] = mesh_name(mesh)
-            nats = {"nats": round(float(-sampler_BT[mask_BT].mean()), 3), "tokens": len(gaps)}
+            nats = {"nats": round(float(-sampler_BT[mask_BT].mean()), 3)}
+            nats |= {"tokens": int(mask_BT.sum())}
             lines.append(about | figures | {"jaccard": jaccard} | nats)
     return lines
+
+
+def half_an_ulp_off(variables: dict, dtype: str) -> dict:
+    """Returns the variables, each moved by half a unit in the last place of `dtype`."""
+    half, rng = float(jnp.finfo(dtype).eps) / 2, np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: x * (1 + half * rng.choice([-1, 1], x.shape).astype(np.float32)), variables
+    )
 
 
 def mesh_name(mesh: Mesh) -> str:

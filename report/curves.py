@@ -144,6 +144,14 @@ REINFORCE = (
         from_zero=True,
     ),
     chart(
+        "Choices alike",
+        "What the layers of sampler and trainer choose for a token, each by itself: share of what "
+        "either chooses that both do",
+        ("sampler/routes_jaccard", "experts", "blue"),
+        ("sampler/selected_jaccard", "keys", "orange"),
+        percent=True,
+    ),
+    chart(
         "Clipped tokens",
         "Share of tokens whose update is held back because they moved too far in one step",
         ("clip_fraction", "", "blue"),

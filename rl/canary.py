@@ -26,10 +26,10 @@ TOKENS = 3  # sampled: the first after the pass over the prompt, the others afte
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """Mean of |difference of log-probs|, in nats, that rounding explains: by the type of computation.
 
-`python -m bench.drift` measures what rounding makes of it in small models with weights of unit gain
-and wider, choices replayed: at most 5e-6 in float32 and 0.08 in bfloat16. The bounds are some times
-that, as larger models round more often. In bfloat16 it is thus a coarse net: weights of one update
-before, at a small learning rate, are within.
+`python -m bench.drift` measures what rounding makes of it in small models, choices replayed: at
+most 2e-6 in float32 and 0.04 in bfloat16, and twice that with weights twice as wide. The bounds are
+several times more, for larger models, which round more often. In bfloat16 it is thus a coarse net:
+weights of one update before, at a small learning rate, are within.
 """
 
 
