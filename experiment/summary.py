@@ -88,9 +88,10 @@ def _rewards(trained: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Returns means over the first and the last tenth of the steps."""
     tenth = max(len(trained) // 10, 1)
     numbers = {}
-    for name in ("reward", "completion_length", "entropy", "logprob_gap_max"):
+    for name in ("reward", "completion_length", "entropy", "sampler/logprob_gap_max"):
         for when, lines in (("first", trained[:tenth]), ("last", trained[-tenth:])):
-            numbers[f"{name}_{when}"] = sum(line[name] for line in lines) / tenth
+            mean = sum(line[name] for line in lines) / tenth
+            numbers[f"{name.removeprefix('sampler/')}_{when}"] = mean
     return numbers
 
 

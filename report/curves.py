@@ -137,11 +137,19 @@ REINFORCE = (
         "Sampler and trainer apart",
         "Difference of their log-probabilities of a sampled token; more than rounding would bias "
         "what is learnt",
-        ("logprob_gap_max", "largest", "orange"),
-        ("logprob_gap_mean", "mean", "blue"),
+        ("sampler/logprob_gap_max", "largest", "orange"),
+        ("sampler/logprob_gap_mean", "mean", "blue"),
         ylabel="nats",
         log=True,
         from_zero=True,
+    ),
+    chart(
+        "Choices alike",
+        "What the layers of sampler and trainer choose for a token, each by itself: share of what "
+        "either chooses that both do",
+        ("sampler/routes_jaccard", "experts", "blue"),
+        ("sampler/selected_jaccard", "keys", "orange"),
+        percent=True,
     ),
     chart(
         "Clipped tokens",

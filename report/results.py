@@ -10,6 +10,7 @@ from typing import Any
 
 from errors import UserError
 from report.lenient import mapping, number, read_object, read_records
+from train.metric_names import by_present_names
 
 # In the order in which they run.
 PHASES = ("pretrain", "warmup", "sparse", "finetune", "reinforce")
@@ -92,7 +93,7 @@ def read_run(
         found: dict[str, list[dict[str, Any]]] = {}
         for record in records:
             phase = str(record["stage"]) if directory == workdir else directory.name
-            found.setdefault(phase, []).append(record)
+            found.setdefault(phase, []).append(by_present_names(record))
         phases |= {phase: in_order(lines) for phase, lines in found.items()}
         try:
             if origin := read_origin(directory):

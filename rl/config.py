@@ -110,8 +110,17 @@ class ReinforceConfig:
     # recorded, and the trainer's log-probs are those of its distribution over them (the same
     # section). Without it these fields are refused.
     keep_sampling_mask: bool = True
-    # pi_old in the ratio: "sampler" as recorded | "trainer" recomputed before the first update.
+    # pi_old in the ratio: "sampler" as recorded | "trainer" as it computes them before the first
+    # update, in which the ratio is exactly 1.
     old_logprobs: str = "sampler"
+    # Rows of a step on which the trainer's own choices of experts and keys are compared with the
+    # sampler's (a forward pass more over so many); 0 for none. What is compared is recorded.
+    agreement_rows: int = 8
+    # Nats that the log-probs of sampler and trainer may be apart, on average over a few tokens
+    # after a canary prompt, when a step has updated; more stops the run. -1 takes what rounding
+    # explains in model.dtype (rl/canary.py), 0 checks nothing. It is not checked where sampling
+    # reads a share of attention, nor where there are choices of which nothing is recorded.
+    canary_tolerance: float = -1.0
     # Completions of a step that is logged which are kept in traces.jsonl, token by token: the first
     # ones; -1 for all.
     trace_completions: int = 2
@@ -146,6 +155,11 @@ class ReinforceConfig:
         check.that(self.trace_completions >= -1, "trace_completions", "must be -1 (all) or more")
         check.one_of("truncated", TRUNCATED)
         check.one_of("old_logprobs", OLD_LOGPROBS)
+        check.not_negative("agreement_rows")
+        tolerable = self.canary_tolerance == -1 or 0 <= self.canary_tolerance < math.inf
+        check.that(
+            tolerable, "canary_tolerance", "must be -1 (by model.dtype), 0 (off) or positive"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,8 @@ under the policies that the algorithm compares with, and updates on minibatches.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,28 @@ from jax.experimental import multihost_utils
 
 from checkpoints.training import Checkpoints
 from data.tasks.problem import Problem
-from kernels.device import compiler_options
 from model.config import ModelConfig
-from model.record import CHOICES, routing_layers, selecting_layers
+from model.record import routing_layers, selecting_layers
 from model.sharding import batch_sharding, batch_shards
 from model.transformer import boxed_shapes
+from rl.agreement import Agreement
 from rl.algorithms import Algorithm, get_algorithm
+from rl.canary import Canary
+from rl.compared import compared_logprobs, jit_score, left_policy
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.generate import Completion, Generator
-from rl.objective import logprobs_at_tokens, policy_objective
+from rl.objective import policy_objective
 from rl.packing import packed_rows
-from rl.problems import problems_of_step, problems_to_train
+from rl.problems import problems_of_step, problems_to_train, prompt_of
 from rl.reasoning import ReasoningEvaluation
 from rl.reference import start_with_reference
 from rl.rewards import metric_name, total_reward
 from rl.traces import Traces
-from rl.trajectory import batch_of
+from rl.trajectory import Trajectory, batch_of
 from train.config import TrainConfig
 from train.interrupt import Interrupt
 from train.metrics import Metrics
 from train.monitor import Due, StepLog
-from train.objective import split_microbatches
 from train.optimizer import make_optimizer
 from train.progress import Progress
 from train.rescue import SavedOnError
@@ -95,15 +95,28 @@ def train_policy(
     tokenizer = setup.tokenizer
     problems = problems_to_train(reinforce.task, sampling, tokenizer, template, seed).problems
     group_size = reinforce.group_size
-    kept = kept_records(setup.model, train.stage, sampling, reinforce)
+    made = records_made(setup.model, train.stage)
+    kept = kept_records(made, sampling, reinforce)
+    recorded = kept | (made if reinforce.agreement_rows else frozenset())
     generate = Generator(
         setup,
         sampling,
         template,
         completions=reinforce.prompts_per_step * group_size,
         group_size=group_size,
-        record=kept,
+        record=recorded,
     )
+    agreement = Agreement(setup, train.stage, reinforce.agreement_rows)
+    canary = None
+    if reinforce.canary_tolerance and sampling.attention_top_p == 1 and made <= recorded:
+        canary = Canary(
+            setup,
+            generate.engine,
+            prompt_of(problems[0], tokenizer, template),
+            stage=train.stage,
+            sampling=sampling,
+            tolerance=reinforce.canary_tolerance,
+        )
     held_out = None
     if train.eval_every:
         held_out = ReasoningEvaluation(setup, evaluate, reinforce, generate, seed)
@@ -140,21 +153,28 @@ def train_policy(
                 sampling_key = jax.random.fold_in(key, step)
                 completions = generate(state.variables, chosen, sampling_key, group_size)
                 rewards = reward(completions, chosen, reinforce)
+                trajectories = [completion.trajectory for completion in completions]
+                some = rows(agreement.some(trajectories), setup, sampling, made)
+                agreed = agreement(state.variables, some)
                 multiple = parts * batch_shards(setup.mesh) if reinforce.packing else None
-                batch = rows(completions, setup, sampling, kept, multiple)
+                batch = rows(trajectories, setup, sampling, kept, multiple)
                 batch = with_advantages(batch, completions, rewards, algorithm, reinforce)
-                batch = on_mesh(setup, batch)
+                batch = setup.whole_on_devices(batch)
                 sampled = time.monotonic()
                 batch |= compared_logprobs(
-                    score_fn, state.variables, reference, batch, reinforce.old_logprobs
+                    score_fn, state.variables, reference, batch, reinforce.old_logprobs, updates
                 )
                 measured = []
                 for minibatch in minibatches(setup, batch, reinforce, seed=seed, step=step):
+                    minibatch = left_policy(minibatch) if measured else minibatch
                     state, values = step_fn(state, minibatch)
                     measured.append(values)
                 newest.is_at(step, state)
-                observed = observe(completions, rewards)
+                observed = observe(completions, rewards) | agreement.metrics(agreed)
                 values = timed(over_updates(measured) | observed, started, sampled)
+                if canary:
+                    gap = canary.check(step, state.variables)
+                    values["sampler/canary_gap"] = jnp.asarray(gap)
                 log.record(step, values, int(observed["tokens"]))
                 if Due(train).log(step):
                     traces.write(step, chosen, completions, rewards.total_PG.ravel().tolist())
@@ -183,25 +203,6 @@ def per_update(train: TrainConfig, updates: int) -> TrainConfig:
         constant_steps=train.constant_steps * updates,
         cosine_steps=cosine,
     )
-
-
-def jit_score(setup: Setup, stage: str, temperature: float, parts: int) -> Callable[..., Array]:
-    """Returns the jitted (variables, batch) -> log-probs [B, T] of the tokens of the mask.
-
-    Args:
-      parts: the batch is scored in so many, one after the other, so that scoring takes no more
-        memory than a microbatch of an update.
-    """
-    score = functools.partial(logprobs_at_tokens, setup.model, stage, temperature)
-
-    def in_parts(variables: dict, batch: dict[str, Array]) -> Array:
-        if parts == 1:
-            return score(variables, batch)
-        scored = jax.lax.map(functools.partial(score, variables), split_microbatches(batch, parts))
-        # Part p has the rows p, p + parts, ...
-        return jnp.moveaxis(scored, 0, 1).reshape(batch["mask"].shape)
-
-    return jax.jit(in_parts, compiler_options=compiler_options(setup.mesh))
 
 
 def jit_policy_step(
@@ -243,43 +244,38 @@ def reward(
     return Rewards(total_PG, by_name)
 
 
+def records_made(model: ModelConfig, stage: str) -> frozenset[str]:
+    """Returns which of "routes" and "selected" the model's layers choose."""
+    selects = stage == "sparse" and selecting_layers(model)
+    return frozenset(["routes"] * bool(routing_layers(model)) + ["selected"] * bool(selects))
+
+
 def kept_records(
-    model: ModelConfig, stage: str, sampling: SamplingConfig, config: ReinforceConfig
+    made: Collection[str], sampling: SamplingConfig, config: ReinforceConfig
 ) -> frozenset[str]:
     """Returns which of `rl.records.RECORDS` the trainer does again as the sampler did."""
-    routes = config.keep_routing and bool(routing_layers(model))
-    selected = config.keep_selection and stage == "sparse" and bool(selecting_layers(model))
+    keeps = {"routes": config.keep_routing, "selected": config.keep_selection}
     support = config.keep_sampling_mask and sampling.restricts
-    return frozenset(["routes"] * routes + ["selected"] * selected + ["support"] * support)
+    return frozenset([name for name in made if keeps[name]] + ["support"] * support)
 
 
 def rows(
-    completions: Sequence[Completion],
+    trajectories: Sequence[Trajectory],
     setup: Setup,
     sampling: SamplingConfig,
     kept: Collection[str],
     multiple: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Returns the completions as rows to learn from, see `rl.trajectory.batch_of`.
+    """Returns trajectories as rows to learn from, see `rl.trajectory.batch_of`.
 
     Args:
       kept: the records that the trainer does again.
       multiple: packs them, into a multiple of so many rows (rl/packing.py); None does not.
     """
-    trajectories = [completion.trajectory for completion in completions]
     width = sampling.max_prompt_tokens + sampling.max_new_tokens
     lengths = [len(trajectory.tokens_T) for trajectory in trajectories]
     layout = packed_rows(lengths, width, multiple) if multiple else None
     return batch_of(trajectories, width, setup.tokenizer.pad, layout, kept)
-
-
-def on_mesh(setup: Setup, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-    """Puts a batch that every process has whole on the devices, its rows divided over them."""
-    sharding = batch_sharding(setup.mesh)
-    return {
-        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-        for name, x in batch.items()
-    }
 
 
 def with_advantages(
@@ -299,29 +295,6 @@ def with_advantages(
     advantages_N = np.asarray(algorithm.advantage(jnp.asarray(rewards.total_PG))).reshape(-1)
     advantages_BT = np.where(batch["mask"], advantages_N[batch["trajectory"]], np.float32(0))
     return batch | {"advantages": advantages_BT}
-
-
-def compared_logprobs(
-    score_fn: Callable[..., Array],
-    variables: dict,
-    reference: dict | None,
-    batch: dict[str, Array],
-    old_logprobs: str,
-) -> dict[str, Array]:
-    """Returns the log-probs [B, T] that the loss compares the policy's with.
-
-    "old_logprobs" are those the sampler recorded or those the trainer computes;
-    "reference_logprobs" are there where there is a reference, which chooses experts and keys for
-    itself.
-    """
-    recorded = old_logprobs == "sampler"
-    compared = {
-        "old_logprobs": batch["sampler_logprobs"] if recorded else score_fn(variables, batch)
-    }
-    if reference is not None:
-        own = {name: x for name, x in batch.items() if name not in CHOICES}
-        compared["reference_logprobs"] = score_fn(reference, own)
-    return compared
 
 
 def minibatches(
@@ -354,7 +327,7 @@ def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
         name: jnp.mean(jnp.stack([values[name] for values in measured]), axis=0)
         for name in measured[0]
     }
-    before = {name: measured[0][name] for name in means if name.startswith("logprob_gap")}
+    before = {name: measured[0][name] for name in means if name.startswith("sampler/")}
     after = {name: measured[-1][name] for name in ("learning_rate", "skipped", "skipped_in_row")}
     return means | before | after
 

@@ -3,13 +3,15 @@
     loss = - aggregate(surrogate(ratio, advantage)) + coefficient * aggregate(divergence)
 
 The batch is that of rl/trajectory.py with advantages, old_logprobs and, if there is a
-divergence, reference_logprobs [B, T] added. Each stands at the token itself.
+divergence, reference_logprobs [B, T] added. Each stands at the token itself. It may have on_policy
+too, bool [B]: rows whose old policy is the policy itself, see `old_of`.
 """
 
 from collections.abc import Callable
 from typing import cast
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -60,9 +62,10 @@ TOKEN_METRICS: dict[str, Callable[[PredictedTokens], Array]] = {
     "clip_fraction": lambda tokens: tokens.clipped_BT,
     "ratio": lambda tokens: tokens.ratio_BT,
     "kl_to_old": kl_to_old,
-    "logprob_gap_mean": logprob_gap,
+    "sampler/logprob_gap_mean": logprob_gap,
 }
 """Metrics that are means over sampled tokens, by the name they are reported under."""
+LARGEST_GAP = "sampler/logprob_gap_max"
 
 
 def policy_objective(
@@ -91,7 +94,7 @@ def policy_objective(
         )
         mask_BT, sequences_BT = predicted(batch, "mask"), predicted_sequences(batch)
         logprobs_BT = jnp.where(mask_BT, logprobs_BT, 0.0)
-        old_logprobs_BT = predicted(batch, "old_logprobs")
+        old_logprobs_BT = old_of(batch, logprobs_BT)
         ratio_BT = algorithm.ratio(logprobs_BT, old_logprobs_BT, mask_BT)
         surrogate_BT, clipped_BT = algorithm.surrogate(ratio_BT, predicted(batch, "advantages"))
         terms = {"policy": -aggregate.total(surrogate_BT, sequences_BT)}
@@ -113,7 +116,7 @@ def policy_objective(
             terms[name] = jnp.sum(jnp.where(mask_BT, metric(tokens), 0.0))
         terms |= layer_totals(config, train.stage, output.stats)
         largest_gap = jnp.max(jnp.where(mask_BT, logprob_gap(tokens), 0.0))
-        return Totals(terms, output.stats.router.counts_E, {"logprob_gap_max": largest_gap})
+        return Totals(terms, output.stats.router.counts_E, {LARGEST_GAP: largest_gap})
 
     terms = [
         *layer_terms(config, train, mtp_depth=0),
@@ -133,6 +136,19 @@ def rewards_differ(batch: Batch) -> Array:
     policy has not left.
     """
     return jnp.any(batch["mask"] & (batch["advantages"] != 0))
+
+
+def old_of(batch: Batch, logprobs_BT: Array) -> Array:
+    """Returns the log-probs that the ratio is taken to, without a gradient.
+
+    Where the batch says "on_policy" they are the policy's own, as this very program computes them:
+    the ratio is then 1, nothing is clipped and the divergence from the old policy is 0, to the bit
+    and in any dtype. Another program, though of the same weights, would differ in last bits.
+    """
+    old_BT = predicted(batch, "old_logprobs")
+    if "on_policy" not in batch:
+        return old_BT
+    return jnp.where(batch["on_policy"][:, None], jax.lax.stop_gradient(logprobs_BT), old_BT)
 
 
 def predicted(batch: Batch, name: str) -> Array:

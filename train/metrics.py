@@ -13,6 +13,7 @@ import numpy as np
 from errors import UserError
 from files import AppendedFile, write_text
 from train.events import EventFile
+from train.metric_names import by_present_names
 
 
 class Metrics:
@@ -116,7 +117,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            lines.append(dict(json.loads(line)))
+            lines.append(by_present_names(dict(json.loads(line))))
         except (ValueError, TypeError) as failure:
             raise UserError(
                 f"{path}:{number}: not a JSON object; delete the line to go on"

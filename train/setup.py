@@ -4,6 +4,7 @@ With them goes how arrays and batches travel between a host and the devices of t
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -47,6 +48,18 @@ class Setup:
         return {
             name: jax.make_array_from_process_local_data(sharding, rows)
             for name, rows in batch.items()
+        }
+
+    def whole_on_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Makes the global batch that every process has whole, its rows divided over the devices.
+
+        Args:
+          batch: arrays [B, ...].
+        """
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+            for name, x in batch.items()
         }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from launch import evaluate, pretrain, reinforce
 from model.sharding import make_mesh
 from model.transformer import boxed_shapes
 from rl import loop
+from rl.engine import Engine
 from rl.loop import per_update
 from rl.rewards import get_reward
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
@@ -186,8 +188,43 @@ def test_the_gap_is_measured_before_the_first_of_several_updates():
     config = run_of("length", train__steps=1, **changes | {"train__learning_rate": 0.3})
     reinforce.run(config, Path("run"))
     (line,) = lines("run")
-    assert line["logprob_gap_max"] < 1e-4 and line["logprob_gap_mean"] < 1e-5
+    assert line["sampler/logprob_gap_max"] < 1e-4 and line["sampler/logprob_gap_mean"] < 1e-5
     assert 0 < line["clip_fraction"] < 1 and line["kl_to_old"] > 1e-3
+
+
+def test_sampler_and_trainer_are_compared_in_every_step():
+    """Choices in every layer that makes any, and the canary; with nothing kept and old log-probs of
+    the trainer, so that the first ratio is 1 where there is but one update.
+    """
+    changes = {"train__stage": "sparse", "sampling__attention": "sparse", "train__steps": 2}
+    changes |= {"reinforce__keep_selection": False, "reinforce__old_logprobs": "trainer"}
+    config = run_of("length", **changes)
+    reinforce.run(config, Path("run"))
+    for line in lines("run"):
+        compared = {name: value for name, value in line.items() if name.startswith("sampler/")}
+        assert compared.keys() == {
+            *(f"sampler/{name}" for name in ("logprob_gap_mean", "logprob_gap_max", "canary_gap")),
+            *(f"sampler/selected_jaccard{layer}" for layer in ("", "_0", "_1")),
+            *(f"sampler/routes_jaccard{layer}" for layer in ("", "_1")),
+        }
+        assert compared["sampler/canary_gap"] < 1e-5
+        jaccards = [value for name, value in compared.items() if "jaccard" in name]
+        assert min(jaccards) > 0.99 and max(jaccards) <= 1
+        assert line["ratio"] == 1 and line["clip_fraction"] == 0 and line["kl_to_old"] == 0
+
+
+def test_a_run_stops_where_the_sampler_keeps_old_weights(monkeypatch):
+    """The weights of the second step's update never arrive; the step before can be gone on from."""
+    load, given = Engine.load, []
+
+    def stale(engine, variables, *args, **options):
+        given.append(jax.tree.map(jnp.copy, variables))
+        load(engine, given[-1 if len(given) < 4 else 2], *args, **options)
+
+    monkeypatch.setattr(Engine, "load", stale)
+    with pytest.raises(UserError, match=r"step 2: sampler and trainer do not have the same policy"):
+        reinforce.run(run_of("length", train__warmup_steps=0), Path("run"))
+    assert [line["step"] for line in lines("run")] == [1]
 
 
 def test_scoring_is_cut_and_packed_as_the_step_is(monkeypatch):
@@ -209,7 +246,7 @@ def test_scoring_is_cut_and_packed_as_the_step_is(monkeypatch):
     for whole, cut in zip(lines("one"), lines("cut"), strict=True):
         assert cut["kl"] == pytest.approx(whole["kl"], rel=1e-3, abs=1e-6)
         assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
-        assert cut["reward"] == whole["reward"] and cut["logprob_gap_max"] < 1e-4
+        assert cut["reward"] == whole["reward"] and cut["sampler/logprob_gap_max"] < 1e-4
 
 
 def test_a_prompt_that_does_not_fit_is_said_before_the_first_step_and_may_be_mended():

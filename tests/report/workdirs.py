@@ -89,8 +89,8 @@ def write_quickstart(workdir: Path) -> None:
             "clip_fraction": 0.01 + 0.02 * random.random(),
             "kl": math.nan,
             "zero_variance_groups": 0.2 + 0.4 * done,
-            "logprob_gap_max": 2e-5 * (1 + random.random()),
-            "logprob_gap_mean": 4e-7 * (1 + random.random()),
+            "sampler/logprob_gap_max": 2e-5 * (1 + random.random()),
+            "sampler/logprob_gap_mean": 4e-7 * (1 + random.random()),
         }
 
     recall = {

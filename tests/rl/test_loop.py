@@ -143,17 +143,19 @@ def test_what_is_observed_of_completions():
 def test_metrics_of_a_rollout_are_means_over_its_updates():
     """But for the gap, which is that before the first, and for counters."""
     measured = [
-        {"clip_fraction": 0.0, "logprob_gap_max": 1e-6, "logprob_gap_mean": 1e-7, "grad_norm": 1.0,
-         "skipped": 0, "skipped_in_row": 0, "learning_rate": 0.1, "expert_load": [0.0, 2.0]},
-        {"clip_fraction": 0.5, "logprob_gap_max": 3.0, "logprob_gap_mean": 1.0, "grad_norm": 2.0,
-         "skipped": 1, "skipped_in_row": 1, "learning_rate": 0.2, "expert_load": [1.0, 1.0]},
+        {"clip_fraction": 0.0, "sampler/logprob_gap_max": 1e-6, "grad_norm": 1.0,
+         "sampler/logprob_gap_mean": 1e-7, "skipped": 0, "skipped_in_row": 0,
+         "learning_rate": 0.1, "expert_load": [0.0, 2.0]},
+        {"clip_fraction": 0.5, "sampler/logprob_gap_max": 3.0, "grad_norm": 2.0,
+         "sampler/logprob_gap_mean": 1.0, "skipped": 1, "skipped_in_row": 1,
+         "learning_rate": 0.2, "expert_load": [1.0, 1.0]},
     ]  # fmt: skip
     found = over_updates(
         [{name: jnp.asarray(value) for name, value in values.items()} for values in measured]
     )
     expected = {
-        "clip_fraction": 0.25, "logprob_gap_max": 1e-6, "logprob_gap_mean": 1e-7, "grad_norm": 1.5,
-        "skipped": 1, "skipped_in_row": 1, "learning_rate": 0.2,
+        "clip_fraction": 0.25, "sampler/logprob_gap_max": 1e-6, "grad_norm": 1.5,
+        "sampler/logprob_gap_mean": 1e-7, "skipped": 1, "skipped_in_row": 1, "learning_rate": 0.2,
     }  # fmt: skip
     load = found.pop("expert_load")
     assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)

@@ -189,7 +189,7 @@ def test_equations(algorithm):
         assert float(found["means"][name].total) == pytest.approx(value, rel=1e-4)
     assert float(found["means"]["policy"].weight) == 4
     assert float(found["means"]["entropy"].weight) == mask_BT.sum()
-    assert float(found["maxima"]["logprob_gap_max"]) == pytest.approx(
+    assert float(found["maxima"]["sampler/logprob_gap_max"]) == pytest.approx(
         np.abs(logprobs_BT - old_BT).max(), rel=1e-4
     )
 

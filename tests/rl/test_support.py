@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import ModelConfig
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.engine import Engine
 from rl.halting import StopSequences
@@ -82,7 +81,7 @@ def test_a_policy_that_has_not_moved_has_ratio_one():
 def test_a_reference_is_compared_over_the_same_support():
     """It chooses keys for itself: with the policy's weights and choices it has its log-probs."""
     compared = compared_logprobs(
-        score, tiny.variables(CONFIG), tiny.variables(CONFIG), batch(), "trainer"
+        score, tiny.variables(CONFIG), tiny.variables(CONFIG), batch(), "trainer", updates=2
     )
     tiny.assert_close(compared["old_logprobs"], compared["reference_logprobs"], atol=1e-5)
 
@@ -94,16 +93,17 @@ def test_the_record_depends_on_no_schedule():
 
 
 def test_the_mask_is_kept_where_sampling_restricts():
-    model, config = ModelConfig(vocab_size=100), ReinforceConfig()
+    config, choices = ReinforceConfig(), frozenset(["routes", "selected"])
     for sampling, restricts in (
         (SamplingConfig(), False),
         (SamplingConfig(top_k=5), True),
         (SamplingConfig(top_p=0.9), True),
         (SamplingConfig(temperature=0.0, top_p=0.9), False),
     ):
-        assert ("support" in kept_records(model, "dense", sampling, config)) == restricts
+        kept = kept_records(choices, sampling, config)
+        assert kept == {"selected"} | ({"support"} if restricts else set())
     without = ReinforceConfig(keep_sampling_mask=False)
-    assert not kept_records(model, "dense", SamplingConfig(top_k=5), without)
+    assert kept_records(choices, SamplingConfig(top_k=5), without) == {"selected"}
 
 
 def test_supports_become_bitmasks():

@@ -1,0 +1,92 @@
+"""A canary: one prompt that tells whether sampler and trainer still have the same policy.
+
+After the updates of a step the engine samples a few tokens after it with the new weights, by the
+programs that sample rollouts, and the trainer scores them. Weights that did not arrive, or a
+program that computes something else, stop the run before it learns from what they sample.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from errors import UserError
+from kernels.device import compiler_options
+from model.sharding import batch_shards, replicated
+from rl.config import SamplingConfig
+from rl.engine import Engine
+from rl.objective import logprobs_at_tokens
+from rl.request import Prompt, keys_of
+from rl.trajectory import batch_of
+from train.setup import Setup
+
+TOKENS = 3  # sampled: the first after the pass over the prompt, the others after cached steps
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
+"""Mean of |difference of log-probs|, in nats, that rounding explains: by the type of computation.
+
+`python -m bench.drift` measures what rounding makes of it in small models, choices replayed: at
+most 2e-6 in float32 and 0.04 in bfloat16, and twice that with weights twice as wide. The bounds are
+several times more, for larger models, which round more often. In bfloat16 it is thus a coarse net:
+weights of one update before, at a small learning rate, are within.
+"""
+
+
+class Canary:
+    """A prompt after which sampler and trainer must agree.
+
+    Args:
+      setup: the run's.
+      engine: that samples the rollouts. What it records the trainer does again, so that a tie which
+        the two break differently stops nothing.
+      prompt: ids, at most sampling.max_prompt_tokens.
+      stage: "dense" or "sparse" attention, of the trainer.
+      sampling: the engine's.
+      tolerance: in nats; -1 takes that of the type of computation.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        engine: Engine,
+        prompt: Sequence[int],
+        *,
+        stage: str,
+        sampling: SamplingConfig,
+        tolerance: float = -1.0,
+    ):
+        self._setup, self._engine = setup, engine
+        self._prompt = Prompt(prompt, keys_of(0, [0], 1)[0], min(TOKENS, sampling.max_new_tokens))
+        self._tolerance = TOLERANCE[setup.model.dtype] if tolerance == -1 else tolerance
+        self._score: Callable[[dict, dict], Array] = jax.jit(
+            functools.partial(_mean_gap, setup, stage, sampling.temperature),
+            compiler_options=compiler_options(setup.mesh),
+            out_shardings=replicated(setup.mesh),
+        )
+
+    def check(self, step: int, variables: dict) -> float:
+        """Returns the mean of |difference of log-probs| over the tokens sampled, in nats.
+
+        Raises UserError where it is more than rounding explains.
+        """
+        with self._engine.loaded(variables):
+            (trajectory,) = self._engine.run([self._prompt])
+        # A row for every device that has rows of a batch.
+        rows = [trajectory] * batch_shards(self._setup.mesh)
+        batch = batch_of(rows, len(trajectory.tokens_T), self._setup.tokenizer.pad)
+        gap = float(self._score(variables, self._setup.whole_on_devices(batch)))
+        if not gap <= self._tolerance:
+            raise UserError(
+                f"step {step}: sampler and trainer do not have the same policy: their log-probs "
+                f"after the canary prompt are {gap:.3g} nats apart, and rounding in "
+                f"{self._setup.model.dtype} explains {self._tolerance:.3g}; go on from the last "
+                "checkpoint, or raise reinforce.canary_tolerance if the model is known to round so"
+            )
+        return gap
+
+
+def _mean_gap(setup: Setup, stage: str, temperature: float, variables: dict, batch: dict) -> Array:
+    scored_BT = logprobs_at_tokens(setup.model, stage, temperature, variables, batch)
+    gap_BT = jnp.abs(scored_BT - batch["sampler_logprobs"])
+    return jnp.sum(gap_BT) / jnp.sum(batch["mask"])

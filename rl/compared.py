@@ -1,0 +1,69 @@
+"""The log-probs that a loss compares the policy's with: of the old policy, and of a reference."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels.device import compiler_options
+from model.record import CHOICES
+from rl.objective import logprobs_at_tokens
+from train.objective import Batch, split_microbatches
+from train.setup import Setup
+
+
+def jit_score(setup: Setup, stage: str, temperature: float, parts: int) -> Callable[..., Array]:
+    """Returns the jitted (variables, batch) -> log-probs [B, T] of the tokens of the mask.
+
+    Args:
+      parts: the batch is scored in so many, one after the other, so that scoring takes no more
+        memory than a microbatch of an update.
+    """
+    score = functools.partial(logprobs_at_tokens, setup.model, stage, temperature)
+
+    def in_parts(variables: dict, batch: Batch) -> Array:
+        if parts == 1:
+            return score(variables, batch)
+        scored = jax.lax.map(functools.partial(score, variables), split_microbatches(batch, parts))
+        # Part p has the rows p, p + parts, ...
+        return jnp.moveaxis(scored, 0, 1).reshape(batch["mask"].shape)
+
+    return jax.jit(in_parts, compiler_options=compiler_options(setup.mesh))
+
+
+def compared_logprobs(
+    score_fn: Callable[..., Array],
+    variables: dict,
+    reference: dict | None,
+    batch: Batch,
+    old_logprobs: str,
+    updates: int,
+) -> Batch:
+    """Returns what the loss compares the policy's log-probs with, [B, T] each.
+
+    "old_logprobs" are those the sampler recorded or those the trainer computes. With the latter
+    goes "on_policy", bool [B]: in the first of the step's updates, `rl.objective.old_of` takes the
+    policy's own; where it is the only one, nothing need be scored. "reference_logprobs" are there
+    where there is a reference, which chooses experts and keys for itself.
+    """
+    compared = {"old_logprobs": batch["sampler_logprobs"]}
+    if old_logprobs == "trainer":
+        compared["on_policy"] = batch["mask"][:, 0] | True
+        if updates > 1:
+            compared["old_logprobs"] = score_fn(variables, batch)
+    if reference is not None:
+        own = {name: x for name, x in batch.items() if name not in CHOICES}
+        compared["reference_logprobs"] = score_fn(reference, own)
+    return compared
+
+
+def left_policy(batch: Batch) -> Batch:
+    """Returns a part of a batch for an update after the first, which old log-probs are older than.
+
+    Its sharding stays: another would be another program to compile.
+    """
+    if "on_policy" not in batch:
+        return batch
+    return batch | {"on_policy": batch["on_policy"] & False}
