@@ -154,7 +154,10 @@ def experts_of(routes_TLK: np.ndarray) -> np.ndarray:
 def token_bytes(
     model: ModelConfig, sampling: SamplingConfig, record: Collection[str]
 ) -> dict[str, int]:
-    """Returns the bytes that each record takes on the host for a token, at most."""
+    """Returns the bytes that each record takes on the host for a token, at most.
+
+    Of sampling.top_k ids as likely as one another there may be more in a support, and more bytes.
+    """
     capacity, largest = sampling.max_prompt_tokens + sampling.max_new_tokens, {}
     if "routes" in record:
         each = model.moe.num_experts_per_tok * expert_type(model).itemsize
@@ -163,7 +166,6 @@ def token_bytes(
         each = largest_code(model.indexer.topk, capacity)
         largest["selected"] = BOUND_BYTES + len(selecting_layers(model)) * each
     if "support" in record:
-        # Tokens as likely as the last of the likeliest are drawn from too: there may be more.
         ids = sampling.top_k or model.vocab_size
         largest["support"] = BOUND_BYTES + largest_code(ids, model.vocab_size)
     return largest
