@@ -144,11 +144,17 @@ REINFORCE = (
         from_zero=True,
     ),
     chart(
-        "Choices alike",
-        "What the layers of sampler and trainer choose for a token, each by itself: share of what "
-        "either chooses that both do",
-        ("sampler/routes_jaccard", "experts", "blue"),
-        ("sampler/selected_jaccard", "keys", "orange"),
+        "Experts alike",
+        "Share of the experts that sampler or trainer, each by itself, chooses for a token that "
+        "both do",
+        ("sampler/routes_jaccard", "", "blue"),
+        percent=True,
+    ),
+    chart(
+        "Keys alike",
+        "Share of the keys that sampler or trainer, each by itself, selects for a token that both "
+        "do",
+        ("sampler/selected_jaccard", "", "blue"),
         percent=True,
     ),
     chart(

@@ -12,7 +12,9 @@ import pytest
 from data.tokenizer_training import bytes_tokenizer
 from errors import UserError
 from model.heads import logits_of
+from model.mesh import MeshConfig
 from model.record import CHOICES, routing_layers, selecting_layers
+from model.sharding import make_mesh
 from rl.agreement import Agreement, jaccard
 from rl.algorithms import get_algorithm
 from rl.canary import TOKENS, Canary
@@ -93,6 +95,26 @@ def test_choices_are_alike_with_the_weights_that_sampled_and_not_with_others():
     assert found[f"sampler/selected_jaccard_{layers[1]}"] == pytest.approx(expected, abs=1e-6)
     for layer in (layers[0], layers[2]):
         assert found[f"sampler/selected_jaccard_{layer}"] == 1
+
+
+@pytest.mark.mesh
+def test_rows_over_eight_devices_are_compared_alike():
+    """A row a device; one of them, and one of its experts in one layer, has another record."""
+    rows = np.arange(8) % len(recorded_rows()["tokens"])
+    batch = {name: x[rows] for name, x in recorded_rows().items()}
+    routes_BLTK = batch["routes"].copy()
+    read_T = routes_BLTK[7, 0, :, 0] >= 0
+    routes_BLTK[7, 0, read_T, 1] = CONFIG.moe.num_experts  # that no token goes to
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2, tensor=1))
+    compare = Agreement(Setup(CONFIG, bytes_tokenizer(), mesh), "sparse", rows=3)
+    with jax.set_mesh(mesh):
+        found = compare(tiny.variables(CONFIG), batch | {"routes": routes_BLTK})
+        metrics = compare.metrics(found)
+    changed, kept = (f"sampler/routes_jaccard_{layer}" for layer in routing_layers(CONFIG))
+    # One expert of two in common, of three in all.
+    share = read_T.sum() / (routes_BLTK[:, 0, :, 0] >= 0).sum()
+    assert metrics[changed] == pytest.approx(1 - share * 2 / 3, abs=1e-6)
+    assert metrics[kept] == metrics["sampler/selected_jaccard"] == 1
 
 
 @pytest.mark.heavy
