@@ -1,7 +1,7 @@
 """Measures how far the trainer's log-probs of sampled tokens are from the sampler's, same weights.
 
     python -m bench.drift
-    python -m bench.drift --shapes=dsa --mesh=data=2,fsdp=2,expert=2
+    python -m bench.drift --shapes=dsa --drafts=0 --mesh=data=2,fsdp=2,expert=2
 
 Small models of each shape sample with the engine, and the trainer scores the same tokens with the
 same weights: all that differs is the programs. Where there are experts or an indexer, the trainer
@@ -19,6 +19,7 @@ within is seen in its log-probs.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -99,7 +100,8 @@ class Case(NamedTuple):
     Attributes:
       shape: a name of SHAPES.
       dtype: of the computation.
-      sampling: settings of the sampler beside the lengths.
+      sampling: settings of the sampler beside the lengths. Where it drafts, the model has as many
+        MTP modules.
     """
 
     shape: str
@@ -109,7 +111,9 @@ class Case(NamedTuple):
     @property
     def model(self) -> ModelConfig:
         """The model."""
-        return dataclasses.replace(SHAPES[self.shape], dtype=self.dtype)
+        modules = self.sampling.drafts
+        shape = SHAPES[self.shape]
+        return dataclasses.replace(shape, dtype=self.dtype, num_nextn_predict_layers=modules)
 
     @property
     def stage(self) -> str:
@@ -154,7 +158,7 @@ def drift(case: Case, mesh: Mesh) -> list[dict]:
                 gaps = np.abs(scored_BT - other_BT)[mask_BT]
                 figures |= {f"{name}max": float(gaps.max()), f"{name}mean": float(gaps.mean())}
             about = {"shape": case.shape, "dtype": case.dtype, "replay": replay}
-            about["mesh"] = mesh_name(mesh)
+            about |= {"drafts": sampling.drafts, "mesh": mesh_name(mesh)}
             nats = {"nats": round(float(-sampler_BT[mask_BT].mean()), 3)}
             nats |= {"tokens": int(mask_BT.sum())}
             lines.append(about | figures | {"jaccard": jaccard} | nats)
@@ -190,7 +194,7 @@ def mesh_config(text: str) -> MeshConfig:
     return MeshConfig(**sizes)
 
 
-def run(shapes: str, dtypes: str, mesh: str) -> None:
+def run(shapes: str, dtypes: str, drafts: str, mesh: str) -> None:
     """Prints the line of each case."""
     config = mesh_config(mesh)
     devices = math.prod(getattr(config, axis) for axis in MESH_AXES)
@@ -204,10 +208,12 @@ def run(shapes: str, dtypes: str, mesh: str) -> None:
     for flag, text, known in (("shapes", shapes, SHAPES), ("dtypes", dtypes, DTYPES)):
         if not set(text.split(",")) <= set(known):
             raise UserError(f"--{flag}={text}: must be some of {', '.join(known)}")
-    for shape in shapes.split(","):
-        for dtype in dtypes.split(","):
-            for line in drift(Case(shape, dtype), made):
-                print(json.dumps({"bench": "drift"} | line | about), flush=True)
+    if not all(each.isdecimal() for each in drafts.split(",")):
+        raise UserError(f"--drafts={drafts}: must be numbers of drafts, such as 0,1")
+    several = itertools.product(shapes.split(","), dtypes.split(","), drafts.split(","))
+    for shape, dtype, each in several:
+        for line in drift(Case(shape, dtype, SamplingConfig(drafts=int(each))), made):
+            print(json.dumps({"bench": "drift"} | line | about), flush=True)
 
 
 if __name__ == "__main__":
@@ -218,6 +224,7 @@ if __name__ == "__main__":
         flags={
             "shapes": Flag(",".join(SHAPES), "some of these"),
             "dtypes": Flag(",".join(DTYPES), "some of these"),
+            "drafts": Flag("0,1", "tokens that MTP modules draft; 0 samples without"),
             "mesh": Flag("", 'devices to pretend, such as "data=2,expert=4"; "" for one'),
         },
     )

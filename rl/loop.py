@@ -34,6 +34,7 @@ from rl.packing import packed_rows
 from rl.problems import problems_of_step, problems_to_train, prompt_of
 from rl.reasoning import ReasoningEvaluation
 from rl.reference import start_with_reference
+from rl.request import Counts
 from rl.rewards import metric_name, total_reward
 from rl.traces import Traces
 from rl.trajectory import Trajectory, batch_of
@@ -151,7 +152,9 @@ def train_policy(
                 started = time.monotonic()
                 chosen = problems_of_step(step, problems, reinforce.prompts_per_step, seed)
                 sampling_key = jax.random.fold_in(key, step)
+                before = dataclasses.replace(generate.engine.counts)
                 completions = generate(state.variables, chosen, sampling_key, group_size)
+                counts = generate.engine.counts.since(before)
                 rewards = reward(completions, chosen, reinforce)
                 trajectories = [completion.trajectory for completion in completions]
                 some = rows(agreement.some(trajectories), setup, sampling, made)
@@ -170,7 +173,7 @@ def train_policy(
                     state, values = step_fn(state, minibatch)
                     measured.append(values)
                 newest.is_at(step, state)
-                observed = observe(completions, rewards) | agreement.metrics(agreed)
+                observed = observe(completions, rewards, counts) | agreement.metrics(agreed)
                 values = timed(over_updates(measured) | observed, started, sampled)
                 if canary:
                     gap = canary.check(step, state.variables)
@@ -332,8 +335,17 @@ def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     return means | before | after
 
 
-def observe(completions: Sequence[Completion], rewards: Rewards) -> dict[str, float | np.number]:
-    """Returns the metrics of what was sampled, "tokens" among them."""
+def observe(
+    completions: Sequence[Completion], rewards: Rewards, counts: Counts
+) -> dict[str, float | np.number]:
+    """Returns the metrics of what was sampled, "tokens" among them.
+
+    Where MTP modules draft, those of the drafts: the share that was taken, and tokens a pass.
+    """
+    drafts = {}
+    if counts.drafted:
+        drafts["sampler/drafts_accepted"] = counts.accepted / counts.drafted
+        drafts["sampler/tokens_per_pass"] = (counts.passes + counts.accepted) / counts.passes
     lengths_B = np.asarray([completion.length for completion in completions])
     return {
         "reward": rewards.total_PG.mean(),
@@ -342,6 +354,7 @@ def observe(completions: Sequence[Completion], rewards: Rewards) -> dict[str, fl
         "truncated": np.mean([completion.truncated for completion in completions]),
         "zero_variance_groups": np.mean(np.ptp(rewards.total_PG, axis=1) == 0),
         "tokens": lengths_B.sum(),
+        **drafts,
     }
 
 

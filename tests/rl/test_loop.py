@@ -24,6 +24,7 @@ from rl.loop import (
     with_advantages,
 )
 from rl.problems import problems_of_step
+from rl.request import Counts
 from rl.trajectory import batch_of
 from tests import tiny
 from tests.trajectories import completion
@@ -133,7 +134,12 @@ def test_a_single_minibatch_is_the_batch_itself(setup):
 def test_what_is_observed_of_completions():
     completions = [completion("", length=2), completion("", length=3, cut=True)]
     by_name = {"answer": [1.0, 0.0], "my.py:brevity": [0.25, 0.5]}
-    observed = observe(completions, Rewards(np.asarray([[1.0, 0.0]], np.float32), by_name))
+    rewards = Rewards(np.asarray([[1.0, 0.0]], np.float32), by_name)
+    assert "sampler/tokens_per_pass" not in observe(completions, rewards, Counts(passes=9))
+    counts = Counts(passes=10, drafted=20, accepted=5)
+    observed = observe(completions, rewards, counts)
+    assert observed["sampler/drafts_accepted"] == 0.25
+    assert observed["sampler/tokens_per_pass"] == 1.5
     assert observed["reward"] == 0.5 and observed["answer_reward"] == 0.5
     assert observed["brevity_reward"] == 0.375
     assert observed["truncated"] == 0.5 and observed["tokens"] == 5
