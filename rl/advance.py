@@ -40,8 +40,8 @@ def advance(
     slots: Slots,
     passes: ArrayLike,
     idle: ArrayLike,
+    drafting_B: ArrayLike = True,
     allowed_BV: Array | None = None,
-    drafting: ArrayLike = True,
 ) -> tuple[Slots, Sampled]:
     """Samples in every live slot, and reads each token but a row's last.
 
@@ -53,8 +53,8 @@ def advance(
       record: which of `rl.records.RECORDS` to return.
       passes: how many there are to be, at most N.
       idle: returns before, when at least so many slots are not live.
+      drafting_B: bool, which rows take drafts, if there are any.
       allowed_BV: bool, the ids that may be sampled; None allows all.
-      drafting: False takes no drafts, if there are any.
     """
     rows, W = slots.rules.left_B.shape[0], sampling.drafts + 1
     model = by_token(config, rows * W)
@@ -70,7 +70,7 @@ def advance(
         )
         if not sampling.drafts:
             return read_drawn(model, sampling, record, weights, slots, drawn)
-        return speculate(model, sampling, record, weights, slots, drawn, drafting)
+        return speculate(model, sampling, record, weights, slots, drawn, drafting_B)
 
     def goes_on(state: tuple[Slots, Sampled, Array]) -> Array:
         slots, _, done = state
@@ -123,12 +123,12 @@ def speculate(
     weights: DecodeWeights,
     slots: Slots,
     drawn: Drawn,
-    drafting: ArrayLike,
+    drafting_B: ArrayLike,
 ) -> tuple[Slots, Sampled]:
     """Drafts D tokens behind those that were drawn, verifies them and reads those it takes.
 
     Args:
-      drafting: False takes none.
+      drafting_B: as of `advance`.
     """
     D, rules, length_B = sampling.drafts, slots.rules, slots.cache.length_B
     drafted: list[Distribution] = []
@@ -159,7 +159,7 @@ def speculate(
 
     # Row by row: draft k is taken while those before it were and the row may go on.
     emitted, read_B = [(drawn, rules.left_B > 0)], (left_B > 0).astype(jnp.int32)
-    rejected_BV, going_B = slots.rejected_BV, (left_B > 0) & jnp.asarray(drafting)
+    rejected_BV, going_B = slots.rejected_BV, (left_B > 0) & jnp.asarray(drafting_B)
     if rejected_BV is not None:
         rejected_BV = jnp.full_like(rejected_BV, -jnp.inf)
     for k in range(1, D + 1):

@@ -204,10 +204,10 @@ class Engine:
             if self._rows_wait:
                 idle = self._occupants.count(None) + max(self.rows // 16, 1)
             allowed_BV = allowed_of(self._occupants, self._vocab_size)
-            single = allowed_BV is not None or self._looks_each_token()
-            passes = 1 if single else self._passes
+            single_B = np.asarray([bool(row) and self._goes_singly(row) for row in self._occupants])
+            passes = 1 if single_B.any() else self._passes
             self._slots, sampled = self._programs.advance(
-                self._weights, self._slots, passes, idle, allowed_BV, not single
+                self._weights, self._slots, passes, idle, ~single_B, allowed_BV
             )
             ended = self._collect(jax.device_get(self._recorder.wanted(sampled)))
             live_B = np.asarray([row is not None for row in self._occupants])
@@ -215,11 +215,14 @@ class Engine:
                 self._slots = self._programs.halt(self._slots, live_B)
         return ended
 
-    def _looks_each_token(self) -> bool:
-        """Whether a row may have to go on from before its last tokens, and its state cannot."""
-        return self._recurrent and any(
-            row and row.halts and row.prompt.reply for row in self._occupants
-        )
+    def _goes_singly(self, row: Row) -> bool:
+        """Whether a row is looked at after every token.
+
+        Either because a grammar is asked then, or because it may have to go on from before its last
+        tokens, and its state cannot.
+        """
+        may_rewind = row.halts is not None and row.prompt.reply is not None
+        return row.prompt.allowed is not None or (self._recurrent and may_rewind)
 
     def _collect(self, sampled: Sampled) -> list[Trajectory]:
         """Adds what was sampled to the rows, and returns those that ended."""

@@ -124,7 +124,7 @@ def test_a_conversation_is_the_same_with_and_without_drafts(name):
 
 @pytest.mark.heavy
 def test_a_grammar_is_asked_before_every_token():
-    """While one is there no draft is taken, and every token is as allowed."""
+    """A row with one takes no drafts, and every token is as allowed."""
 
     def allowed(sampled):
         mask_V = np.zeros(tiny.VOCAB, bool)
@@ -138,9 +138,12 @@ def test_a_grammar_is_asked_before_every_token():
 
 @pytest.mark.heavy
 def test_a_completion_depends_on_its_key_alone():
-    """Other company, another order, other numbers of passes between two looks. To the bit."""
+    """Other company, some of which is looked at after every token and takes no drafts; another
+    order, other numbers of passes between two looks. To the bit.
+    """
     expected = sampled("rejection")
     others = prompts_of((5, 30, 1), seed=1, numbers=range(100, 103), max_new_tokens=3)
+    others[1] = dataclasses.replace(others[1], allowed=lambda _: np.arange(tiny.VOCAB) > 30)
     found = by_number(engine("rejection", steps=32).run([*others, *prompts()[::-1]]))
     for number, each in expected.items():
         assert_same(found[number], each)
