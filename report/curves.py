@@ -82,6 +82,13 @@ INDEXER = (
         from_zero=True,
         percent=True,
     ),
+    chart(
+        "Indexer gradient",
+        "Length of the gradient of the indexer's parameters before it is clipped; 0 where they are "
+        "frozen",
+        ("indexer_grad_norm", "", "purple"),
+        from_zero=True,
+    ),
 )
 EXPERT_LOAD_MAX = chart(
     "Busiest expert",

@@ -29,8 +29,8 @@ from report.svg import PALETTE, Look, Series, heat_map, interval_chart, line_cha
 from report.table import SAVINGS
 
 # What the pages of several runs show: of the phases that learn from text, and of all.
-OF_TEXT = (LOSS, VALIDATION, *INDEXER, EXPERT_LOAD_MAX)
-OF_ALL = (REWARD, *REINFORCE, *OPTIMIZATION)
+OF_TEXT = (LOSS, VALIDATION, EXPERT_LOAD_MAX)
+OF_ALL = (*INDEXER, REWARD, *REINFORCE, *OPTIMIZATION)
 
 
 class Section(NamedTuple):
@@ -52,7 +52,7 @@ def sections(run: Run) -> list[Section]:
             curves_panel(finetune, FINETUNE_LOSS),
             infilling(run.summary),
         ],
-        "Sparse attention": [curves_panel(text, chart) for chart in INDEXER],
+        "Sparse attention": [curves_panel(run.phases, chart) for chart in INDEXER],
         "Experts": [expert_load(experts), curves_panel(experts, EXPERT_LOAD_MAX)],
         "Learning from rewards": [
             pass_at_k(run.summary),

@@ -13,6 +13,7 @@ from rl.rewards import check_weights
 ATTENTIONS = ("sparse", "dense")
 DRAFT_ACCEPTANCES = ("coupled", "rejection")
 OLD_LOGPROBS = ("sampler", "trainer")
+INDEXERS = ("trained", "frozen")
 TRUNCATED = ("reward", "no_reward", "mask")
 
 
@@ -102,6 +103,11 @@ class ReinforceConfig:
     # recorded while sampling (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
     keep_routing: bool = False
     keep_selection: bool = True
+    # What becomes of the indexer in stage "sparse"; in "dense" nothing selects, and it stays as it
+    # is. "trained": by its KL over the keys that the trainer attends to, with keep_selection the
+    # sampler's, times train.indexer_weight: 0, as in configs/reinforce.py, freezes it too |
+    # "frozen": whatever that weight is, no gradient, decay or moment reaches it.
+    indexer: str = "trained"
     # Several completions share a row of the trainer where they fit, each apart from the others, so
     # that less padding is computed (rl/packing.py). Off by default: each number of rows is compiled
     # when it comes up first, which takes a small run longer than its padding.
@@ -155,6 +161,7 @@ class ReinforceConfig:
         check.that(self.trace_completions >= -1, "trace_completions", "must be -1 (all) or more")
         check.one_of("truncated", TRUNCATED)
         check.one_of("old_logprobs", OLD_LOGPROBS)
+        check.one_of("indexer", INDEXERS)
         check.not_negative("agreement_rows")
         tolerable = self.canary_tolerance == -1 or 0 <= self.canary_tolerance < math.inf
         check.that(

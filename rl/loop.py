@@ -87,6 +87,8 @@ def train_policy(
     Raises:
       UserError: the task, a prompt or a checkpoint does not fit, or gradients are never finite.
     """
+    if reinforce.indexer == "frozen":  # as what no loss reaches is, see `trainable`
+        train = dataclasses.replace(train, indexer_weight=0.0)
     updates = reinforce.epochs * reinforce.minibatches
     algorithm = get_algorithm(
         reinforce.algorithm, max_completion=sampling.max_new_tokens, kl_weight=reinforce.kl_weight

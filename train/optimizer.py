@@ -108,7 +108,7 @@ def trainable(config: TrainConfig, params: Any) -> dict:
 
     def learns(path: Any, _: Any) -> bool:
         name = path_of(path)
-        if "indexer" in name.split("/"):
+        if is_indexer(name):
             reached = config.stage != "dense" and config.indexer_weight > 0
         else:
             reached = config.stage != "warmup"
@@ -125,6 +125,11 @@ def trainable(config: TrainConfig, params: Any) -> dict:
             f"stage {config.stage!r} trains{indexer}"
         )
     return mask
+
+
+def is_indexer(name: str) -> bool:
+    """Returns whether a parameter is one of an indexer, by its path (`path_of`)."""
+    return "indexer" in name.split("/")
 
 
 def decays(box: Named) -> bool:

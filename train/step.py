@@ -16,7 +16,7 @@ from train.balance import expert_load, update_router
 from train.config import TrainConfig
 from train.mean import Mean
 from train.objective import Batch, Objective, Totals, means_of, split_microbatches
-from train.optimizer import schedule, trainable
+from train.optimizer import is_indexer, path_of, schedule, trainable
 from train.state import TrainState, state_shardings
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
@@ -32,7 +32,8 @@ def make_step(
 
     A step whose gradients are not finite, or whose batch has no signal (`Objective.signal`),
     changes nothing but its counters. Metrics are float32 scalars, and expert_load of the MoE layers
-    [L, E].
+    [L, E]. In the stages in which an indexer may learn, indexer_grad_norm is the norm of the
+    gradient of all indexers' parameters, before it is clipped: 0 where they are frozen.
     """
     learning_rate = schedule(train)
 
@@ -62,9 +63,18 @@ def make_step(
             "skipped": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
         }
+        if train.stage != "dense":
+            metrics["indexer_grad_norm"] = indexer_norm(gradients)
         return new_state, metrics | expert_load_metrics(config, totals.counts_LE)
 
     return step
+
+
+def indexer_norm(gradients: dict) -> Array:
+    """Returns the norm of the gradients of all indexers' parameters, a float32 scalar."""
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    of_indexers = [leaf for path, leaf in leaves if is_indexer(path_of(path))]
+    return jnp.asarray(optax.tree.norm(of_indexers), jnp.float32)
 
 
 def loss_and_gradient(

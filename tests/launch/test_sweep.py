@@ -269,3 +269,11 @@ def test_the_sweep_of_the_readme_needs_no_other_run(tmp_path):
     source = ConfigSource(str(ROOT / "configs/gate_sweep.py"), ())
     question, runs = plan_runs(source, "launch.pretrain", tmp_path)
     assert question and len(runs) == 6 and {run.config["init_from"] for run in runs} == {""}
+
+
+def test_indexers_that_learn_and_that_stay_are_compared_in_three_seeds(tmp_path):
+    source = ConfigSource(str(ROOT / "configs/indexer_sweep.py"), ("--config.init_from=",))
+    _, runs = plan_runs(source, "launch.reinforce", tmp_path)
+    found = {(run.config["reinforce"]["indexer"], run.config["seed"]) for run in runs}
+    assert found == {(indexer, seed) for indexer in ("trained", "frozen") for seed in (0, 1, 2)}
+    assert all(run.config["train"]["indexer_weight"] > 0 for run in runs), "or none would learn"

@@ -89,6 +89,7 @@ def write_quickstart(workdir: Path) -> None:
             "clip_fraction": 0.01 + 0.02 * random.random(),
             "kl": math.nan,
             "zero_variance_groups": 0.2 + 0.4 * done,
+            "indexer_grad_norm": 0.2 - 0.1 * done,
             "sampler/logprob_gap_max": 2e-5 * (1 + random.random()),
             "sampler/logprob_gap_mean": 4e-7 * (1 + random.random()),
         }

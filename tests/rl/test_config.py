@@ -84,6 +84,11 @@ def test_the_schema_is_the_dataclass_with_its_defaults(section):
         ),
         (
             "reinforce",
+            {"indexer": "learned"},
+            "reinforce.indexer = 'learned': must be one of trained, frozen",
+        ),
+        (
+            "reinforce",
             {"truncated": "drop"},
             "reinforce.truncated = 'drop': must be one of reward, no_reward, mask",
         ),

@@ -16,7 +16,7 @@ from tests import tiny
 from train.objective import Objective, Term, Totals
 from train.optimizer import make_optimizer
 from train.state import TrainState
-from train.step import jit_evaluation, make_step
+from train.step import indexer_norm, jit_evaluation, make_step
 
 # It has no experts, so there is no router to update.
 CONFIG = tiny.model_config(first_k_dense_replace=3, num_nextn_predict_layers=0)
@@ -72,6 +72,18 @@ def test_metrics_are_over_the_global_batch(microbatches):
         {name: float(metrics[name]) for name in expected}, expected, rtol=1e-6
     )
     assert int(state.step) == 1
+
+
+def test_the_norm_of_indexers_is_over_all_of_theirs_and_nothing_else():
+    """Of a layer's and of an MTP module's: 3, 4 and 12."""
+    other = jnp.full(5, 100.0)
+    gradients = {
+        "layers_0": {"indexer": {"key": jnp.asarray(3.0), "query": jnp.asarray([4.0])}},
+        "mtp_0": {"attention": {"indexer": {"key": jnp.asarray([[0.0, 12.0]])}, "out": other}},
+        "indexer_of_books": other,
+    }
+    assert float(indexer_norm(gradients)) == 13
+    assert float(indexer_norm({"embedding": other})) == 0
 
 
 def test_a_step_without_finite_gradients_changes_its_counters_alone():
