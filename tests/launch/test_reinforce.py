@@ -28,7 +28,7 @@ from rl.engine import Engine
 from rl.loop import per_update
 from rl.rewards import get_reward
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
-from train.optimizer import is_indexer, make_optimizer, path_of
+from train.optimizer import make_optimizer
 from train.state import abstract_state
 
 pytestmark = pytest.mark.command
@@ -212,24 +212,6 @@ def test_sampler_and_trainer_are_compared_in_every_step():
         assert min(jaccards) > 0.99 and max(jaccards) <= 1
         assert line["ratio"] == 1 and line["clip_fraction"] == 0 and line["kl_to_old"] == 0
         assert line["indexer_grad_norm"] > 0, "by default it learns"
-
-
-def test_a_frozen_indexer_does_not_move():
-    """To the bit, whatever the weight of its loss and decay; it has no moments; all else moves."""
-    changes = {"train__stage": "sparse", "sampling__attention": "sparse", "train__steps": 2}
-    changes |= {"train__save_every": 1, "train__max_to_keep": 9, "reinforce__indexer": "frozen"}
-    config = run_of("length", **changes)
-    assert config.train.weight_decay and config.train.indexer_weight
-    reinforce.run(config, Path("run"))
-    assert [line["indexer_grad_norm"] for line in lines("run")] == [0, 0]
-    unweighted = dataclasses.replace(config.train, indexer_weight=0.0)
-    as_trained = dataclasses.replace(config, train=unweighted)
-    first, last = (state_of(as_trained, "run", step) for step in (1, 2))
-    params = zip(jax.tree.leaves_with_path(first.params), jax.tree.leaves(last.params), strict=True)
-    moved = {(is_indexer(path_of(path)), bool(np.any(a != b))) for (path, a), b in params}
-    assert (True, False) in moved and (True, True) not in moved and (False, True) in moved
-    with pytest.raises(UserError, match=r"mu/.*/indexer/head_weight is not there"):
-        state_of(config, "run", 2)  # as an optimizer that trains it would read it
 
 
 def test_a_run_stops_where_the_sampler_keeps_old_weights(monkeypatch):
