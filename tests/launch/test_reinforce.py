@@ -354,9 +354,9 @@ def test_policies_are_compared_over_what_was_drawn_from(capsys):
     assert reinforce.run(run_of("length", **changes, **KL), Path("run"))
     (line,) = lines("run", "ratio")
     assert line["ratio"] == pytest.approx(1, abs=1e-5) and abs(line["kl"]) < 1e-6
-    printed = capsys.readouterr().out
-    assert re.search(r"sampling +\d+ slots of .* MiB, [\d,]+ B a token;", printed)
-    assert re.search(r"records +at most \d+ B a token on the host \(support \d+\)", printed)
+    out = capsys.readouterr().out
+    assert re.search(r"sampling +\d+ slots of .* MiB, [\d,]+ B a token;", out)
+    assert re.search(r"records +at most \d+ B a token on the host \(routes \d+, support \d+\)", out)
 
 
 @pytest.mark.parametrize(

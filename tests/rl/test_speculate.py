@@ -32,6 +32,14 @@ MODELS = {
     "hybrid": dataclasses.replace(
         tiny.HYBRID, num_nextn_predict_layers=D, initializer_range=0.1, canon_kernel_size=3
     ),
+    # One layer, with experts: for tens of thousands of tokens.
+    "shallow": tiny.model_config(
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        num_nextn_predict_layers=D,
+        initializer_range=0.1,
+        canon_kernel_size=0,
+    ),
 }
 SETTINGS = {
     "sparse": ("mla", SamplingConfig(temperature=0.7, top_k=30, top_p=0.95)),
@@ -156,7 +164,7 @@ def test_the_distribution_is_the_models():
     modules' own tokens) fails it beyond any doubt. By rejection: coupled drafts are the samples
     without drafts, token for token.
     """
-    model, count, length = MODELS["rewound"], 16_667, 3
+    name, count, length = "shallow", 16_667, 3
     sampling = SamplingConfig(
         temperature=0.8,
         top_k=8,
@@ -167,14 +175,14 @@ def test_the_distribution_is_the_models():
         draft_acceptance="rejection",
     )
     prompt = [20, 30, 40, 50]
-    own = Engine(model, MESH, sampling, rows=128, group_size=count)
-    own.load(variables_of("rewound"))
+    own = Engine(MODELS[name], MESH, sampling, rows=512, group_size=count)
+    own.load(variables_of(name))
     found = list(own.run([Prompt(prompt, keys_of(7, [0], count)[0], length)]))
     observed = np.zeros((tiny.VOCAB,) * length, int)
     for each in found:
         observed[tuple(each.completion)] += 1
-    probability = exact_probabilities(model, sampling, prompt, length)
-    drafts_alone = exact_probabilities(model, sampling, prompt, length, modules=True)
+    probability = exact_probabilities(name, sampling, prompt, length)
+    drafts_alone = exact_probabilities(name, sampling, prompt, length, modules=True)
     assert 0.1 < own.counts.accepted / own.counts.drafted < 0.95
     assert np.all(observed[probability == 0] == 0)
     assert p_value(observed, probability) > 1e-3
@@ -192,41 +200,39 @@ def p_value(observed, probability) -> float:
     return float(stats.chi2.sf(statistic, len(expected) - 1))
 
 
-def exact_probabilities(model, sampling, prompt, length, modules=False):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def following(model, sampling, variables, tokens_BT, last):
+    """Probabilities [B, D + 1, V] that are drawn from, of the token after the one at `last`: by the
+    trunk, and by each module, which stands as many tokens before.
+    """
+    batch = {
+        "tokens": tokens_BT,
+        "positions": jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape),
+        "segments": jnp.ones_like(tokens_BT),
+    }
+    output = tiny.output_of(model, variables, batch, "sparse")
+    hidden = (output.hidden_BTD, *output.mtp_hidden)
+    at_BKD = jnp.stack([hidden_BTD[:, last - k] for k, hidden_BTD in enumerate(hidden)], axis=1)
+    logits_BKV = logits_of(model, variables["params"], at_BKD)
+    return jax.vmap(jax.vmap(functools.partial(kept, sampling)))(logits_BKV)
+
+
+def exact_probabilities(name, sampling, prompt, length, modules=False):
     """Of every continuation of three tokens: by the trunk, or the last two by the MTP modules."""
-    variables = variables_of("rewound")
-
-    @jax.jit
-    def following(tokens_BT):
-        """Probabilities that are drawn from, of the token after the last."""
-        B, T = tokens_BT.shape
-        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        batch = {
-            "tokens": tokens_BT,
-            "positions": positions_BT,
-            "segments": jnp.ones_like(tokens_BT),
-        }
-        output = tiny.output_of(model, variables, batch, "sparse")
-        hidden_BD = output.hidden_BTD[:, -1]
-        if modules and len(prompt) < T:
-            ahead = T - len(prompt)
-            hidden_BD = output.mtp_hidden[ahead - 1][:, -1 - ahead]
-        logits_BV = logits_of(model, variables["params"], hidden_BD)
-        return jax.vmap(functools.partial(kept, sampling))(logits_BV)
-
-    probability = np.ones(1)
-    tokens = np.asarray([prompt])
-    for _ in range(length):
-        following_BV = np.asarray(following(jnp.asarray(tokens)))
+    model, variables, V = MODELS[name], variables_of(name), tiny.VOCAB
+    probability, tokens = np.ones(1), np.asarray([prompt])
+    for ahead in range(length):
+        # In one shape; what stands behind a token has no say in what follows it.
+        padded_BT = np.zeros((sampling.top_k ** (length - 1), len(prompt) + length), np.int32)
+        padded_BT[: len(tokens), : tokens.shape[1]] = tokens
+        found_BKV = following(model, sampling, variables, padded_BT, tokens.shape[1] - 1)
+        following_BV = np.asarray(found_BKV)[: len(tokens), ahead if modules else 0]
         probability = (probability[:, None] * following_BV).reshape(-1)
-        V = tiny.VOCAB
         tokens = np.concatenate(
             [np.repeat(tokens, V, 0), np.tile(np.arange(V), len(tokens))[:, None]], axis=1
         )
-        live = probability > 0
-        if len(tokens[0]) < len(prompt) + length:
-            probability, tokens = probability[live], tokens[live]
-    full = np.zeros((tiny.VOCAB,) * length)
+        probability, tokens = probability[probability > 0], tokens[probability > 0]
+    full = np.zeros((V,) * length)
     full[tuple(tokens[:, len(prompt) :].T)] = probability
     return full
 

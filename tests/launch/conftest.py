@@ -1,0 +1,3 @@
+"""What the tests here share."""
+
+from tests.programs import shared_programs  # noqa: F401
