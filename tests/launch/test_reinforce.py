@@ -11,7 +11,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,7 +23,6 @@ from launch import evaluate, pretrain, reinforce
 from model.sharding import make_mesh
 from model.transformer import boxed_shapes
 from rl import loop
-from rl.engine import Engine
 from rl.loop import per_update
 from rl.rewards import get_reward
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
@@ -190,42 +188,6 @@ def test_the_gap_is_measured_before_the_first_of_several_updates():
     (line,) = lines("run")
     assert line["sampler/logprob_gap_max"] < 1e-4 and line["sampler/logprob_gap_mean"] < 1e-5
     assert 0 < line["clip_fraction"] < 1 and line["kl_to_old"] > 1e-3
-
-
-def test_sampler_and_trainer_are_compared_in_every_step():
-    """Choices in every layer that makes any, and the canary; with nothing kept and old log-probs of
-    the trainer, so that the first ratio is 1 where there is but one update.
-    """
-    changes = {"train__stage": "sparse", "sampling__attention": "sparse", "train__steps": 2}
-    changes |= {"reinforce__keep_selection": False, "reinforce__old_logprobs": "trainer"}
-    config = run_of("length", **changes)
-    reinforce.run(config, Path("run"))
-    for line in lines("run"):
-        compared = {name: value for name, value in line.items() if name.startswith("sampler/")}
-        assert compared.keys() == {
-            *(f"sampler/{name}" for name in ("logprob_gap_mean", "logprob_gap_max", "canary_gap")),
-            *(f"sampler/selected_jaccard{layer}" for layer in ("", "_0", "_1")),
-            *(f"sampler/routes_jaccard{layer}" for layer in ("", "_1")),
-        }
-        assert compared["sampler/canary_gap"] < 1e-5
-        jaccards = [value for name, value in compared.items() if "jaccard" in name]
-        assert min(jaccards) > 0.99 and max(jaccards) <= 1
-        assert line["ratio"] == 1 and line["clip_fraction"] == 0 and line["kl_to_old"] == 0
-        assert line["indexer_grad_norm"] > 0, "by default it learns"
-
-
-def test_a_run_stops_where_the_sampler_keeps_old_weights(monkeypatch):
-    """The weights of the second step's update never arrive; the step before can be gone on from."""
-    load, given = Engine.load, []
-
-    def stale(engine, variables, *args, **options):
-        given.append(jax.tree.map(jnp.copy, variables))
-        load(engine, given[-1 if len(given) < 4 else 2], *args, **options)
-
-    monkeypatch.setattr(Engine, "load", stale)
-    with pytest.raises(UserError, match=r"step 2: sampler and trainer do not have the same policy"):
-        reinforce.run(run_of("length", train__warmup_steps=0), Path("run"))
-    assert [line["step"] for line in lines("run")] == [1]
 
 
 def test_scoring_is_cut_and_packed_as_the_step_is(monkeypatch):
