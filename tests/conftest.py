@@ -21,6 +21,9 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+MOST_MAPPINGS = 30_000
+
+
 @pytest.fixture
 def no_races(capfd, caplog):
     """Fails a test of a kernel whose interpreter reports a race, or a copy that nobody waited for.
@@ -30,6 +33,20 @@ def no_races(capfd, caplog):
     yield
     messages = [record.getMessage() for record in caplog.get_records("call")]
     assert not re.search("RACE|non-zero count", "\n".join([capfd.readouterr().out, *messages]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_let_go():
+    """Lets go of compiled programs before there are too many.
+
+    Each takes several mappings of memory, of which Linux gives a process 65,530 by default; XLA
+    crashes where it gets no more.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_finish():

@@ -60,6 +60,7 @@ class Progress:
         # (time, step, units) of each update, or of those at once; and when the last one began.
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=WINDOW + 1)
         self._begun = -math.inf
+        self._at_once = 0.0, 0  # seconds and units since the first of the last ones at once
         self._shown_at = -every
         self._first = jax.process_index() == 0
         self._bar = None
@@ -85,9 +86,10 @@ class Progress:
         """
         now = self._clock()
         if now - self._begun < AT_ONCE:
+            self._at_once = now - self._begun, self._at_once[1] + tokens
             tokens += self._recent.pop()[2]
         else:
-            self._begun = now
+            self._begun, self._at_once = now, (0.0, 0)
         self._recent.append((now, step, tokens))
         if not self._first or (now - self._shown_at < self._every and step != self.total):
             return
@@ -113,15 +115,23 @@ class Progress:
 
         The first step compiles, so the clock starts when it is done: it is 0 until a later one is.
         """
+        if len(self._recent) > 1:
+            return self._recent_speed
+        # All of a run that is over at once.
+        seconds, tokens = self._at_once
+        return tokens / seconds if seconds else 0.0
+
+    @property
+    def _recent_speed(self) -> float:
         start, *later = self._recent or [(0.0, 0, 0)]
         return sum(tokens for _, _, tokens in later) / (later[-1][0] - start[0]) if later else 0.0
 
     def _speed(self) -> list[str]:
-        if not self.tokens_per_s:
+        if not self._recent_speed:
             return []
         (start, first, _), (now, step, _) = self._recent[0], self._recent[-1]
         left = timedelta(seconds=round((self.total - step) * (now - start) / max(step - first, 1)))
-        return [f"{self.tokens_per_s:,.0f} {self.unit}/s", f"{left} left"]
+        return [f"{self._recent_speed:,.0f} {self.unit}/s", f"{left} left"]
 
     def __enter__(self) -> "Progress":
         if self._bar:

@@ -73,6 +73,15 @@ def test_updates_closer_than_what_counts_as_one_have_their_speed():
     assert progress.tokens_per_s == pytest.approx(1_000, rel=1e-6)
 
 
+def test_a_run_that_is_over_at_once_has_a_speed():
+    progress, clock, out = progress_on(False, total=4, every=0)
+    for step in range(1, 5):
+        clock.now += 0.02
+        progress.update(step, {}, 10)
+    assert progress.tokens_per_s == pytest.approx(500)
+    assert "tokens/s" not in out.getvalue()
+
+
 def test_log_has_a_line_each_so_many_seconds_and_the_last():
     progress, clock, out = progress_on(False, total=40, every=10)
     with progress:
