@@ -1,6 +1,7 @@
 """The place in the data that a checkpoint has beside the state, one for each process."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,31 @@ class Cursor(Protocol):
     def set_state(self, state: Any) -> None:
         """Moves to a place."""
         ...
+
+
+class Place:
+    """A cursor that stays where another was.
+
+    Args:
+      state: returns the state of that one, as it was.
+    """
+
+    def __init__(self, state: Callable[[], Any]):
+        self._state = state
+
+    @classmethod
+    def of(cls, cursor: Cursor) -> "Place":
+        """Returns the place where a cursor is now."""
+        state = cursor.get_state()
+        return cls(lambda: state)
+
+    def get_state(self) -> Any:
+        """Returns the place."""
+        return self._state()
+
+    def set_state(self, state: Any) -> None:
+        """Moves to another place."""
+        self._state = lambda: state
 
 
 class SavedCursor:

@@ -137,6 +137,13 @@ def check_reinforce(config: Config) -> None:
             f"train.balance_weight = {train.balance_weight}: the balance loss takes a row for a "
             "sequence, and reinforce.packing puts several into one; set one of them to 0 or False"
         )
+    by_rejection = sampling.drafts and sampling.draft_acceptance == "rejection"
+    if config.reinforce.in_parts and by_rejection:
+        raise UserError(
+            "sampling.draft_acceptance = 'rejection': a completion cannot go on in another step "
+            "after a rejected draft; use 'coupled', or neither reinforce.prompts_in_flight nor "
+            "reinforce.rollout_tokens"
+        )
     train.microbatch_rows(update_rows(config), UPDATE)
     if train.eval_every and not config.evaluate.problems:
         raise UserError(

@@ -97,10 +97,10 @@ class CodedSets:
 
     def between(self, start: int, stop: int) -> "CodedSets":
         """Returns the sets of the tokens from `start` on and before `stop`."""
-        (sets,) = self._cut([slice(start, stop)])
+        (sets,) = self.cut([slice(start, stop)])
         return sets
 
-    def _cut(self, parts: Iterable[slice]) -> Iterator["CodedSets"]:
+    def cut(self, parts: Iterable[slice]) -> Iterator["CodedSets"]:
         """Yields the sets of some of the tokens after those of others."""
         code = self._code()
         high_ends_T, low_ends_T = (
@@ -130,7 +130,7 @@ class CodedSets:
         lists_TLk = np.full((*self.counts_TL.shape, self.width), -1, np.int32)
         places = np.arange(self.width, dtype=np.int32)
         blocks = list(_blocks(len(self), self.counts_TL.shape[1], self.width))
-        for tokens, sets in zip(blocks, self._cut(blocks), strict=True):
+        for tokens, sets in zip(blocks, self.cut(blocks), strict=True):
             block = lists_TLk[tokens]
             counts_TL1, bounds_T11 = sets.counts_TL[..., None], sets.bounds_T[:, None, None]
             given = places < counts_TL1
@@ -144,7 +144,7 @@ class CodedSets:
         A set's number counts those of these tokens, L a token.
         """
         blocks = list(_blocks(len(self), self.counts_TL.shape[1], self.width))
-        for tokens, sets in zip(blocks, self._cut(blocks), strict=True):
+        for tokens, sets in zip(blocks, self.cut(blocks), strict=True):
             counts_R = sets._code().counts_R
             yield tokens, np.repeat(np.arange(len(counts_R)), counts_R), sets._numbers()
 

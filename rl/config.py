@@ -15,6 +15,7 @@ DRAFT_ACCEPTANCES = ("coupled", "rejection")
 OLD_LOGPROBS = ("sampler", "trainer")
 INDEXERS = ("trained", "frozen")
 TRUNCATED = ("reward", "no_reward", "mask")
+UNFINISHED = ("read_again", "kept")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,16 @@ class ReinforceConfig:
     task: str = "task:arithmetic"
     prompts_per_step: int = 16
     group_size: int = 8  # G, completions of a prompt
+    # Prompts whose completions are sampled at a time; a step takes the first `prompts_per_step` of
+    # them to be complete, and the others go on in the next: partial rollouts (Kimi k1.5, arXiv
+    # 2501.12599), see docs/reinforce.md. 0 is as many as a step takes, so that it waits for all.
+    prompts_in_flight: int = 0
+    # Tokens that a step samples, or a few more, before it learns from what is complete, which is at
+    # least one prompt's completions and may be fewer than `prompts_per_step`; 0 is no bound.
+    rollout_tokens: int = 0
+    # How unfinished completions go on after an update: "read_again" by the new policy | "kept" from
+    # the cache that older ones made of what they have, which costs that memory during the update.
+    unfinished: str = "read_again"
     minibatches: int = 1  # optimizer updates in a pass over the completions of a step
     epochs: int = 1  # passes over them
     # Coefficient of the divergence to the reference (the model that reinforcement started from,
@@ -142,7 +153,7 @@ class ReinforceConfig:
             a_task, "task", "must be 'task:NAME' or 'task:NAME?option=value', see data/tasks"
         )
         check.positive("prompts_per_step", "minibatches", "epochs")
-        check.at_most(1_000_000, "prompts_per_step", "group_size")
+        check.at_most(1_000_000, "prompts_per_step", "prompts_in_flight", "group_size")
         check.at_most(10_000, "minibatches", "epochs")
         several = self.group_size > 1
         check.that(
@@ -150,6 +161,14 @@ class ReinforceConfig:
             "group_size",
             "must be at least 2: an advantage compares completions of one prompt",
         )
+        enough = not self.prompts_in_flight or self.prompts_in_flight >= self.prompts_per_step
+        check.that(
+            enough,
+            "prompts_in_flight",
+            f"must be 0 or at least reinforce.prompts_per_step = {self.prompts_per_step}",
+        )
+        check.not_negative("rollout_tokens")
+        check.one_of("unfinished", UNFINISHED)
         rows = self.prompts_per_step * self.group_size
         check.that(
             rows % self.minibatches == 0,
@@ -167,6 +186,16 @@ class ReinforceConfig:
         check.that(
             tolerable, "canary_tolerance", "must be -1 (by model.dtype), 0 (off) or positive"
         )
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether completions may go on in a later step than they began in."""
+        return self.rollout_tokens > 0 or self.in_flight > self.prompts_per_step
+
+    @property
+    def in_flight(self) -> int:
+        """How many prompts are in flight."""
+        return self.prompts_in_flight or self.prompts_per_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,42 +14,37 @@ prompt and its key alone, not on its slot, on the others, or on when it began.
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
 
-from model.cache import Cache
+from errors import UserError
 from model.config import ModelConfig
 from model.sharding import batch_shards
 from rl.config import SamplingConfig
 from rl.programs import MOST_STEPS, Programs
 from rl.records import Recorder
-from rl.request import Counts, Part, Prompt, Row, allowed_of, check_prompt, check_turn, rules_of
+from rl.request import (
+    Counts,
+    Part,
+    Prompt,
+    Row,
+    allowed_of,
+    check_prompt,
+    check_turn,
+    read_together,
+    rules_of,
+)
 from rl.slots import NOTHING, Sampled
-from rl.trajectory import STOP, Trajectory
+from rl.trajectory import STOP, UNFINISHED, Trajectory
 from rl.turns import Unread, next_chunk
+from rl.work import Reading, Work
 from train.setup import to_host
 
 WIDTHS = tuple(2 * 4**n for n in range(2, 12))  # 32, 128, 512, ...: tokens that prompts are read in
 READ_TOKENS = 1_024  # of prompts at a time, at most, or one prompt
-
-
-@dataclasses.dataclass
-class _Reading:
-    """Prompts that have been read, and the rows of each device that wait for a slot.
-
-    A row stands beside the number of its prompt among those of its device.
-    """
-
-    prompts: tuple[Cache, Array]  # the first two that `read_prompts` returns
-    waiting: list[collections.deque[tuple[int, Row]]]
-
-    def serves(self, idle: list[list[int]]) -> bool:
-        """Tells whether any device has both an idle slot and a row that waits."""
-        return any(map(min, zip(map(len, self.waiting), map(len, idle), strict=True)))
 
 
 class Engine:
@@ -91,14 +86,10 @@ class Engine:
         self._vocab_size = model.vocab_size
         self._recurrent = "delta" in model.layer_types or model.canon_kernel_size > 0
         self.counts = Counts()
-        self._occupants: list[Row | None] = [None] * self.rows
-        self._waiting: collections.deque[list[Row]] = collections.deque()
-        self._readings: list[_Reading] = []
-        self._unread: collections.deque[Unread] = collections.deque()
-        self._stale: list[int] = []
+        self._work = Work.none(self.rows)
         self._version = 0
         self._recorder = Recorder(model, self.capacity, frozenset(record))
-        self._variables = self._weights = self._slots = None
+        self._variables = self._weights = None
         self._programs = Programs(
             model, mesh, sampling, self.rows, self.capacity, self._recorder.record
         )
@@ -116,49 +107,80 @@ class Engine:
           read_again: reads what the rows in slots have so far with the new variables; without it
             they go on from what the older ones made of it.
         """
+        if read_again:
+            self._work = self._read_again()
         with jax.set_mesh(self._mesh):
             self._variables, self._version = variables, version
             self._weights = self._programs.prepare(variables)
-            if self._slots is None:
-                self._slots = self._programs.empty()
-        if read_again:
-            rows = [row for row in self._occupants if row]
-            rows += [row for each in self._readings for some in each.waiting for _, row in some]
-            self._forget()
-            self._waiting.extendleft([row] for row in reversed(rows))
 
     @contextlib.contextmanager
     def loaded(
         self, variables: dict, version: int = 0, *, recording: bool = True
     ) -> Iterator[None]:
-        """Loads variables, and lets go of them and of all that waits or is in a slot at the end.
+        """Loads variables for the time being; what the engine has to do waits until then.
+
+        At the end it lets go of them, and of all that was begun meanwhile. Where slots were in use
+        before, there are two sets of them until then.
 
         Args:
           recording: without it trajectories have no records until then; what the programs record
             stays on the devices, so that they need not be compiled anew.
         """
+        before, self._work = self._work, Work.none(self.rows)
         self.load(variables, version)
         self._recorder.on = recording
         try:
             yield
         finally:
-            self._variables = self._weights = self._slots = None
+            self.unload()
             self._recorder.on = True
-            self._forget()
-            self._waiting.clear()
+            self._work = before
 
-    def _forget(self) -> None:
-        self._occupants = [None] * self.rows
-        self._readings.clear()
-        self._unread.clear()
+    def unload(self) -> None:
+        """Lets go of the variables until others are loaded; what there is to do stays."""
+        self._variables = self._weights = None
 
-    def submit(self, prompt: Prompt) -> None:
+    def take_out(self) -> list[Trajectory]:
+        """Returns what the completions that have not ended have so far, and lets go of them.
+
+        They can go on where they are submitted again, by any engine. They have no routes and no
+        selected keys: the layers choose anew for what is read again.
+        """
+        rows, self._work = self._read_again().rows, Work.none(self.rows)
+        for row in rows:
+            row.choices = []
+        return [row.trajectory(UNFINISHED) for row in rows]
+
+    def _read_again(self) -> Work:
+        """Returns what there is to do, from where nothing is read.
+
+        Raises UserError where a draft may have been rejected: the next token is to be drawn from
+        what that left of the distribution, which only the slots know.
+        """
+        if self._work.slots and self._work.slots.rejected_BV is not None and self.busy:
+            raise UserError(
+                "sampling.draft_acceptance = 'rejection': a begun completion cannot be read again, "
+                "as its last draft may have been rejected; 'coupled' can"
+            )
+        return self._work.to_read_again()
+
+    def submit(self, prompt: Prompt, begun: Mapping[int, Trajectory] | None = None) -> None:
         """Adds a prompt to those that wait.
+
+        Args:
+          begun: what some of its completions have already, by their number: those that have not
+            ended (`take_out`) go on, the others are done. Of a prompt without `reply`.
 
         Raises UserError for a prompt that no slot can hold, or that asks for what cannot be.
         """
         check_prompt(prompt, self._sampling)
-        self._waiting.append([Row.begin(prompt, g) for g in range(len(prompt.keys_G2))])
+        begun = begun or {}
+        rows = [
+            Row.resume(prompt, begun[g]) if g in begun else Row.begin(prompt, g)
+            for g in range(len(prompt.keys_G2))
+            if g not in begun or begun[g].ended == UNFINISHED
+        ]
+        self._work.waiting.extend(read_together(rows))
 
     def run(
         self, prompts: Iterable[Prompt] = (), most_tokens: int | None = None
@@ -181,7 +203,7 @@ class Engine:
         sent = len(prompt.tokens)
         while self.busy:
             ended = self.step()
-            row = next(filter(None, self._occupants), None)
+            row = next(filter(None, self._work.occupants), None)
             tokens = ended[0].tokens_T if ended else row.tokens if row else []
             yield from map(int, tokens[sent:])
             sent = max(sent, len(tokens))
@@ -189,30 +211,29 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any completion waits or is in a slot."""
-        return self._rows_wait or any(self._occupants)
-
-    @property
-    def _rows_wait(self) -> bool:
-        return bool(self._waiting) or any(any(each.waiting) for each in self._readings)
+        return self._work.waits or any(self._work.occupants)
 
     def step(self) -> list[Trajectory]:
         """Fills the slots, samples some tokens in each, and returns the rows that ended."""
         with jax.set_mesh(self._mesh):
+            self._work.slots = self._work.slots or self._programs.empty()
             self._fill()
             self._read_turns()
             idle = self.rows + 1
-            if self._rows_wait:
-                idle = self._occupants.count(None) + max(self.rows // 16, 1)
-            allowed_BV = allowed_of(self._occupants, self._vocab_size)
-            single_B = np.asarray([bool(row) and self._goes_singly(row) for row in self._occupants])
+            if self._work.waits:
+                idle = self._work.occupants.count(None) + max(self.rows // 16, 1)
+            allowed_BV = allowed_of(self._work.occupants, self._vocab_size)
+            single_B = np.asarray(
+                [bool(row) and self._goes_singly(row) for row in self._work.occupants]
+            )
             passes = 1 if single_B.any() else self._passes
-            self._slots, sampled = self._programs.advance(
-                self._weights, self._slots, passes, idle, ~single_B, allowed_BV
+            self._work.slots, sampled = self._programs.advance(
+                self._weights, self._work.slots, passes, idle, ~single_B, allowed_BV
             )
             ended = self._collect(jax.device_get(self._recorder.wanted(sampled)))
-            live_B = np.asarray([row is not None for row in self._occupants])
-            if not live_B[self._stale].all():
-                self._slots = self._programs.halt(self._slots, live_B)
+            live_B = np.asarray([row is not None for row in self._work.occupants])
+            if not live_B[self._work.stale].all():
+                self._work.slots = self._programs.halt(self._work.slots, live_B)
         return ended
 
     def _goes_singly(self, row: Row) -> bool:
@@ -226,14 +247,14 @@ class Engine:
 
     def _collect(self, sampled: Sampled) -> list[Trajectory]:
         """Adds what was sampled to the rows, and returns those that ended."""
-        ended, self._stale = [], []
+        ended, self._work.stale = [], []
         there_NBW = sampled.tokens != NOTHING
         passes = int(np.sum(there_NBW[:, :, 0]))
         self.counts.passes += passes
         self.counts.drafted += passes * self._sampling.drafts
         self.counts.accepted += int(np.sum(there_NBW)) - passes
         for slot in map(int, np.flatnonzero(np.any(there_NBW, axis=(0, 2)))):
-            row, (pass_M, place_M) = self._occupants[slot], np.nonzero(there_NBW[:, slot])
+            row, (pass_M, place_M) = self._work.occupants[slot], np.nonzero(there_NBW[:, slot])
             assert row is not None
             at = pass_M, slot, place_M
             support = self._recorder.support(sampled, at)
@@ -250,13 +271,13 @@ class Engine:
                 self.counts.sampled -= row.in_turn - keep
                 row.take_back(row.in_turn - keep)
                 if halted is None:
-                    self._stale.append(slot)
+                    self._work.stale.append(slot)
                 halted = STOP
             if halted is None:
                 continue
             if not self._goes_on(row, halted, slot, read):
                 ended.append(row.trajectory(halted))
-                self._occupants[slot] = None
+                self._work.occupants[slot] = None
         return ended
 
     def _goes_on(self, row: Row, halted: str, slot: int, read: int) -> bool:
@@ -275,10 +296,10 @@ class Engine:
             return False
         row.turn(dataclasses.replace(turn, max_new_tokens=min(turn.max_new_tokens, room)))
         if kept < read and self._recurrent:
-            self._occupants[slot] = None
-            self._waiting.appendleft([row])
+            self._work.occupants[slot] = None
+            self._work.waiting.appendleft([row])
         else:
-            self._unread.append(Unread(slot, row, self._start_of_turn(row, kept, read)))
+            self._work.unread.append(Unread(slot, row, self._start_of_turn(row, kept, read)))
         return True
 
     def _start_of_turn(self, row: Row, kept: int, read: int) -> int:
@@ -293,26 +314,26 @@ class Engine:
         """Puts rows into idle slots until none is idle or none waits."""
         while True:
             idle = [
-                [slot for slot in range(self._per_device) if not self._occupants[first + slot]]
+                [slot for slot in range(self._per_device) if not self._work.occupants[first + slot]]
                 for first in range(0, self.rows, self._per_device)
             ]
-            reading = next((each for each in self._readings if each.serves(idle)), None)
-            if reading is None and self._waiting and any(idle):
+            reading = next((each for each in self._work.readings if each.serves(idle)), None)
+            if reading is None and self._work.waiting and any(idle):
                 reading = self._read_some([device for device, slots in enumerate(idle) if slots])
             if reading is None:
                 return
             self._place_some(reading, idle)
-            self._readings = [each for each in self._readings if any(each.waiting)]
+            self._work.readings = [each for each in self._work.readings if any(each.waiting)]
 
-    def _read_some(self, devices: Sequence[int]) -> _Reading:
+    def _read_some(self, devices: Sequence[int]) -> Reading:
         """Reads the tokens of the first rows that wait, and of others of their width."""
-        width = self._width(self._waiting[0])
+        width = self._width(self._work.waiting[0])
         at_once = max(min(self._prompts_at_once, READ_TOKENS // width), 1)
         chosen, others = [], collections.deque()
-        for group in self._waiting:
+        for group in self._work.waiting:
             fits = len(chosen) < at_once * len(devices) and self._width(group) == width
             (chosen if fits else others).append(group)
-        self._waiting = others
+        self._work.waiting = others
         tokens_RT = np.full((self._devices * at_once, width), self._pad, np.int32)
         count_R = np.zeros(len(tokens_RT), np.int32)
         waiting = [collections.deque() for _ in range(self._devices)]
@@ -330,8 +351,8 @@ class Engine:
             coded = self._recorder.code(choices, (r, slice(count_R[r])), 0)
             for row in group:
                 row.choices = list(coded)
-        self._readings.append(_Reading(tuple(prompts), waiting))
-        return self._readings[-1]
+        self._work.readings.append(Reading(tuple(prompts), waiting))
+        return self._work.readings[-1]
 
     def _width(self, group: list[Row]) -> int:
         length, longest = len(group[0].tokens), self._sampling.max_prompt_tokens
@@ -339,7 +360,7 @@ class Engine:
             longest = self.capacity
         return min(next(width for width in WIDTHS if width >= length), longest)
 
-    def _place_some(self, reading: _Reading, idle: list[list[int]]) -> None:
+    def _place_some(self, reading: Reading, idle: list[list[int]]) -> None:
         """Begins as many rows as there are idle slots, or as are placed at once, on each device."""
         M, nowhere = self._placed_at_once, self._per_device
         prompt_M = np.zeros(self._devices * M, np.int32)
@@ -349,23 +370,23 @@ class Engine:
             for m, slot in enumerate(slots[: min(M, len(waiting))], start=device * M):
                 prompt_M[m], rows[m] = waiting.popleft()
                 slot_M[m] = slot
-                self._occupants[device * self._per_device + slot] = rows[m]
+                self._work.occupants[device * self._per_device + slot] = rows[m]
         begun = prompt_M, slot_M, rules_of(rows)
-        self._slots = self._programs.place(self._slots, *reading.prompts, *begun)
+        self._work.slots = self._programs.place(self._work.slots, *reading.prompts, *begun)
 
     def _read_turns(self) -> None:
         """Reads what rows have been given to read, a chunk of several rows at a time."""
-        while self._unread:
-            chunk, self._unread = next_chunk(
-                self._unread,
-                self._unread[0].width,
+        while self._work.unread:
+            chunk, self._work.unread = next_chunk(
+                self._work.unread,
+                self._work.unread[0].width,
                 self._devices,
                 self._per_device,
                 self._placed_at_once,
                 self._pad,
             )
-            self._slots, choices = self._programs.extend(
-                self._weights, self._slots, *chunk[:4], rules_of(chunk.ready_M)
+            self._work.slots, choices = self._programs.extend(
+                self._weights, self._work.slots, *chunk[:4], rules_of(chunk.ready_M)
             )
             choices = jax.device_get(choices) if self._recorder.on else None
             for m, row in enumerate(chunk.readers_M):

@@ -100,11 +100,10 @@ class Generator:
 
         Raises UserError for a prompt longer than sampling.max_prompt_tokens.
         """
-        tokenizer, keys_PG2 = self._setup.tokenizer, keys_of(key, numbers, group_size)
-        ids = [prompt_of(problem, tokenizer, self.template) for problem in problems]
+        keys_PG2 = keys_of(key, numbers, group_size)
         prompts = [
-            Prompt(tokens, keys_G2, self.sampling.max_new_tokens, tokenizer.stops, group=place)
-            for place, (tokens, keys_G2) in enumerate(zip(ids, keys_PG2, strict=True))
+            self.prompt(problem, keys_G2, place)
+            for place, (problem, keys_G2) in enumerate(zip(problems, keys_PG2, strict=True))
         ]
         ended: dict[int, list[Trajectory]] = {}
         with self.engine.loaded(variables, recording=recording):
@@ -113,20 +112,23 @@ class Generator:
                 group.append(trajectory)
                 if len(group) == group_size:
                     in_order = sorted(ended.pop(trajectory.group), key=lambda each: each.sample)
-                    yield trajectory.group, list(map(self._completion, in_order))
+                    yield trajectory.group, list(map(self.completion, in_order))
 
-    def __call__(
-        self, variables: dict, problems: Sequence[Problem], key: Array, group_size: int
-    ) -> list[Completion]:
-        """Returns the completions of P problems, of which number p * group_size + g is p's g-th.
+    def prompt(self, problem: Problem, keys_G2: np.ndarray, group: int) -> Prompt:
+        """Returns what the engine is asked for: G completions of a problem.
 
-        A problem's number is its place. See `groups`.
+        Args:
+          keys_G2: their random keys, see `rl.request.keys_of`.
+          group: a number for them.
+
+        Raises UserError if the template cannot write it.
         """
-        numbers = range(len(problems))
-        found = dict(self.groups(variables, problems, key, numbers, group_size))
-        return [completion for place in numbers for completion in found[place]]
+        tokenizer = self._setup.tokenizer
+        ids = prompt_of(problem, tokenizer, self.template)
+        return Prompt(ids, keys_G2, self.sampling.max_new_tokens, tokenizer.stops, group=group)
 
-    def _completion(self, trajectory: Trajectory) -> Completion:
+    def completion(self, trajectory: Trajectory) -> Completion:
+        """Returns what a trajectory says, with the spans of its parts."""
         tokenizer = self._setup.tokenizer
         ids = [token for token in trajectory.completion if token not in tokenizer.stops]
         trajectory = dataclasses.replace(trajectory, spans=spans_of(trajectory, tokenizer))

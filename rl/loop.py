@@ -6,7 +6,7 @@ under the policies that the algorithm compares with, and updates on minibatches.
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,23 @@ from checkpoints.training import Checkpoints
 from data.tasks.problem import Problem
 from model.config import ModelConfig
 from model.record import routing_layers, selecting_layers
-from model.sharding import batch_sharding, batch_shards
+from model.sharding import batch_shards
 from model.transformer import boxed_shapes
 from rl.agreement import Agreement
 from rl.algorithms import Algorithm, get_algorithm
+from rl.batches import minibatches, rows, with_advantages
 from rl.canary import Canary
 from rl.compared import compared_logprobs, jit_score, left_policy
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.generate import Completion, Generator
 from rl.objective import policy_objective
-from rl.packing import packed_rows
-from rl.problems import problems_of_step, problems_to_train, prompt_of
+from rl.problems import problems_to_train, prompt_of
 from rl.reasoning import ReasoningEvaluation
 from rl.reference import start_with_reference
 from rl.request import Counts
 from rl.rewards import metric_name, total_reward
+from rl.rollouts import Rollouts
 from rl.traces import Traces
-from rl.trajectory import Trajectory, batch_of
 from train.config import TrainConfig
 from train.interrupt import Interrupt
 from train.metrics import Metrics
@@ -98,6 +98,7 @@ def train_policy(
     tokenizer = setup.tokenizer
     problems = problems_to_train(reinforce.task, sampling, tokenizer, template, seed).problems
     group_size = reinforce.group_size
+    most = reinforce.prompts_per_step * group_size
     made = records_made(setup.model, train.stage)
     kept = kept_records(made, sampling, reinforce)
     recorded = kept | (made if reinforce.agreement_rows else frozenset())
@@ -105,11 +106,13 @@ def train_policy(
         setup,
         sampling,
         template,
-        completions=reinforce.prompts_per_step * group_size,
+        completions=reinforce.in_flight * group_size,
         group_size=group_size,
         record=recorded,
     )
     agreement = Agreement(setup, train.stage, reinforce.agreement_rows)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    rollouts = Rollouts(generate, problems, reinforce, key, seed)
     canary = None
     if reinforce.canary_tolerance and sampling.attention_top_p == 1 and made <= recorded:
         canary = Canary(
@@ -129,17 +132,19 @@ def train_policy(
         Interrupt() as interrupt,
     ):
         begin = {"init_from": init_from, "seed": seed}
+        cursor = rollouts if reinforce.in_parts else None
         if algorithm.divergence is None:
-            state, reference = restored_or_new(setup, optimizer, checkpoints, **begin), None
+            state, reference = restored_or_new(setup, optimizer, checkpoints, cursor, **begin), None
         else:
-            state, reference = start_with_reference(setup, optimizer, checkpoints, workdir, **begin)
+            state, reference = start_with_reference(
+                setup, optimizer, checkpoints, workdir, cursor, **begin
+            )
         done = int(state.step) // updates
         parts = reinforce.minibatches * train.microbatches
         score_fn = jit_score(setup, train.stage, sampling.temperature, parts)
         step_fn = jit_policy_step(
             setup, per_update(train, updates), algorithm, optimizer, sampling.temperature
         )
-        key = jax.random.fold_in(jax.random.key(seed), 1)
         with (
             Metrics(workdir, "reinforce", resume_step=done) as metrics,
             Traces(workdir, reinforce.trace_completions, tokenizer, resume_step=done) as traces,
@@ -152,18 +157,22 @@ def train_policy(
             progress.note("the first step compiles the sampler and the update")
             for step in range(done + 1, train.steps + 1):
                 started = time.monotonic()
-                chosen = problems_of_step(step, problems, reinforce.prompts_per_step, seed)
-                sampling_key = jax.random.fold_in(key, step)
                 before = dataclasses.replace(generate.engine.counts)
-                completions = generate(state.variables, chosen, sampling_key, group_size)
+                groups = rollouts.take(step, state.variables)
+                chosen = [group.problem for group in groups]
+                completions = [each for group in groups for each in group.completions]
                 counts = generate.engine.counts.since(before)
                 rewards = reward(completions, chosen, reinforce)
                 trajectories = [completion.trajectory for completion in completions]
-                some = rows(agreement.some(trajectories), setup, sampling, made)
-                agreed = agreement(state.variables, some)
+                some = agreement.some(trajectories)
+                agreed = agreement(
+                    state.variables, rows(some, setup, sampling, made, most=len(some))
+                )
                 multiple = parts * batch_shards(setup.mesh) if reinforce.packing else None
-                batch = rows(trajectories, setup, sampling, kept, multiple)
-                batch = with_advantages(batch, completions, rewards, algorithm, reinforce)
+                batch = rows(trajectories, setup, sampling, kept, most=most, multiple=multiple)
+                batch = with_advantages(batch, completions, rewards.total_PG, algorithm, reinforce)
+                if reinforce.in_parts:
+                    batch["stale"] = batch["mask"] & (batch["versions"] < step - 1)
                 batch = setup.whole_on_devices(batch)
                 sampled = time.monotonic()
                 batch |= compared_logprobs(
@@ -174,8 +183,9 @@ def train_policy(
                     minibatch = left_policy(minibatch) if measured else minibatch
                     state, values = step_fn(state, minibatch)
                     measured.append(values)
-                newest.is_at(step, state)
-                observed = observe(completions, rewards, counts) | agreement.metrics(agreed)
+                newest.is_at(step, state, rollouts.place() if reinforce.in_parts else None)
+                observed = observe(completions, rewards, counts)
+                observed |= agreement.metrics(agreed) | rollouts.metrics(step, groups)
                 values = timed(over_updates(measured) | observed, started, sampled)
                 if canary:
                     gap = canary.check(step, state.variables)
@@ -188,7 +198,8 @@ def train_policy(
                 checkpoints.check()
                 stopping = interrupt.stop_requested(step)
                 if Due(train).save(step) or stopping:
-                    checkpoints.save(step, state)
+                    rollouts.settle()
+                    checkpoints.save(step, state, cursor)
                 if stopping:
                     break
         return int(state.step) >= train.steps * updates
@@ -262,62 +273,6 @@ def kept_records(
     keeps = {"routes": config.keep_routing, "selected": config.keep_selection}
     support = config.keep_sampling_mask and sampling.restricts
     return frozenset([name for name in made if keeps[name]] + ["support"] * support)
-
-
-def rows(
-    trajectories: Sequence[Trajectory],
-    setup: Setup,
-    sampling: SamplingConfig,
-    kept: Collection[str],
-    multiple: int | None = None,
-) -> dict[str, np.ndarray]:
-    """Returns trajectories as rows to learn from, see `rl.trajectory.batch_of`.
-
-    Args:
-      kept: the records that the trainer does again.
-      multiple: packs them, into a multiple of so many rows (rl/packing.py); None does not.
-    """
-    width = sampling.max_prompt_tokens + sampling.max_new_tokens
-    lengths = [len(trajectory.tokens_T) for trajectory in trajectories]
-    layout = packed_rows(lengths, width, multiple) if multiple else None
-    return batch_of(trajectories, width, setup.tokenizer.pad, layout, kept)
-
-
-def with_advantages(
-    batch: dict[str, np.ndarray],
-    completions: Sequence[Completion],
-    rewards: Rewards,
-    algorithm: Algorithm,
-    config: ReinforceConfig,
-) -> dict[str, np.ndarray]:
-    """Returns the batch with "advantages" [B, T], 0 outside the mask.
-
-    The mask leaves out what was cut before its stop token where reinforce.truncated says so.
-    """
-    if config.truncated == "mask":
-        whole_N = np.asarray([not completion.truncated for completion in completions])
-        batch = batch | {"mask": batch["mask"] & whole_N[batch["trajectory"]]}
-    advantages_N = np.asarray(algorithm.advantage(jnp.asarray(rewards.total_PG))).reshape(-1)
-    advantages_BT = np.where(batch["mask"], advantages_N[batch["trajectory"]], np.float32(0))
-    return batch | {"advantages": advantages_BT}
-
-
-def minibatches(
-    setup: Setup, batch: dict[str, Array], config: ReinforceConfig, *, seed: int, step: int
-) -> Iterator[dict[str, Array]]:
-    """Yields epochs x minibatches parts of the batch, each epoch in its own order.
-
-    Where one part is all of the batch, it comes as it is.
-    """
-    rows = batch["tokens"].shape[0]
-    sharding = batch_sharding(setup.mesh)
-    for epoch in range(config.epochs):
-        if config.minibatches == 1:
-            yield batch
-            continue
-        order = np.random.default_rng((seed, step, epoch)).permutation(rows)
-        for part in np.split(order, config.minibatches):
-            yield {name: jax.device_put(x[part], sharding) for name, x in batch.items()}
 
 
 def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:

@@ -4,7 +4,8 @@
 
 The batch is that of rl/trajectory.py with advantages, old_logprobs and, if there is a
 divergence, reference_logprobs [B, T] added. Each stands at the token itself. It may have on_policy
-too, bool [B]: rows whose old policy is the policy itself, see `old_of`.
+too, bool [B]: rows whose old policy is the policy itself, see `old_of`; and stale, bool [B, T]:
+tokens that weights of an earlier step sampled.
 """
 
 from collections.abc import Callable
@@ -62,10 +63,10 @@ TOKEN_METRICS: dict[str, Callable[[PredictedTokens], Array]] = {
     "clip_fraction": lambda tokens: tokens.clipped_BT,
     "ratio": lambda tokens: tokens.ratio_BT,
     "kl_to_old": kl_to_old,
-    "sampler/logprob_gap_mean": logprob_gap,
 }
 """Metrics that are means over sampled tokens, by the name they are reported under."""
-LARGEST_GAP = "sampler/logprob_gap_max"
+MEAN_GAP, LARGEST_GAP = "sampler/logprob_gap_mean", "sampler/logprob_gap_max"
+"""Those of the difference from the sampler's log-probs, where it sampled with the same weights."""
 
 
 def policy_objective(
@@ -115,8 +116,9 @@ def policy_objective(
         for name, metric in TOKEN_METRICS.items():
             terms[name] = jnp.sum(jnp.where(mask_BT, metric(tokens), 0.0))
         terms |= layer_totals(config, train.stage, output.stats)
-        largest_gap = jnp.max(jnp.where(mask_BT, logprob_gap(tokens), 0.0))
-        return Totals(terms, output.stats.router.counts_E, {LARGEST_GAP: largest_gap})
+        gap_BT = jnp.where(fresh(batch), logprob_gap(tokens), 0.0)
+        terms[MEAN_GAP] = jnp.sum(gap_BT)
+        return Totals(terms, output.stats.router.counts_E, {LARGEST_GAP: jnp.max(gap_BT)})
 
     terms = [
         *layer_terms(config, train, mtp_depth=0),
@@ -125,6 +127,7 @@ def policy_objective(
     if divergence is not None:
         terms.append(Term("kl", aggregate_weight, divergence.coefficient))
     terms += [Term(name, token_count) for name in TOKEN_METRICS]
+    terms.append(Term(MEAN_GAP, lambda batch: jnp.sum(fresh(batch), dtype=jnp.float32)))
     return Objective(tuple(terms), totals, signal=rewards_differ)
 
 
@@ -165,6 +168,12 @@ def predicted_sequences(batch: Batch) -> Array:
     Elsewhere it is 0, [B, T]: what an aggregation takes (rl/aggregations.py).
     """
     return jnp.where(predicted(batch, "mask"), predicted(batch, "segments"), 0)
+
+
+def fresh(batch: Batch) -> Array:
+    """Returns which next tokens were sampled with the weights that the step began with, [B, T]."""
+    mask_BT = predicted(batch, "mask")
+    return mask_BT & ~predicted(batch, "stale") if "stale" in batch else mask_BT
 
 
 def forward_logprobs(

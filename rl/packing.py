@@ -9,26 +9,32 @@ from collections.abc import Sequence
 from errors import UserError
 
 
-def packed_rows(lengths: Sequence[int], width: int, multiple: int) -> list[list[int]]:
+def packed_rows(
+    lengths: Sequence[int], width: int, multiple: int, most: int | None = None
+) -> list[list[int]]:
     """Returns for each row the trajectories that it has, by their places, in order.
 
-    There are N rows, or N / 2, N / 4, ...: the fewest of those which hold all, so a run has few
-    shapes of a batch, each compiled once: at most log2(N / multiple) + 1.
+    There are as many rows as there may be, or a half, a quarter, ... of them: the fewest of those
+    which hold all, so a run has few shapes of a batch, each compiled once: at most
+    log2(most / multiple) + 1.
 
     The longest goes first, each into the row that has the most room: rows become alike, and none is
-    empty, so that devices, microbatches and minibatches have alike to do.
+    empty where there are as many trajectories, so that devices, microbatches and minibatches have
+    alike to do.
 
     Args:
-      lengths: tokens of each of N trajectories.
+      lengths: tokens of each trajectory.
       width: tokens of a row.
-      multiple: the number of rows is a multiple of it, as N is: of what they are divided by.
+      multiple: the number of rows is a multiple of it, as `most` is: of what they are divided by.
+      most: how many rows there may be, at least one a trajectory, which is the default.
 
     Raises:
       UserError: a trajectory is longer than a row.
     """
     if max(lengths) > width:
         raise UserError(f"a trajectory has {max(lengths)} tokens, more than the {width} of a row")
-    rows, count = _spread(lengths, len(lengths)), len(lengths)
+    count = most or len(lengths)
+    rows = _spread(lengths, count)
     while count % (2 * multiple) == 0:
         count //= 2
         fewer = _spread(lengths, count)

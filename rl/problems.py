@@ -106,20 +106,13 @@ def _words_of_left_out(found: ProblemSet) -> str:
     return f"; {found.left_out:,} left out, longer than sampling.max_prompt_tokens"
 
 
-def problems_of_step(
-    step: int, problems: Sequence[Problem], count: int, seed: int
-) -> list[Problem]:
-    """Returns the `count` problems of a step, each epoch in its own order.
+def problem_of_draw(number: int, problems: Sequence[Problem], seed: int) -> Problem:
+    """Returns the problem that is drawn, of numbers from 0 on: each epoch has its own order.
 
-    They depend on the step alone, so that a run resumes with the ones it would have had. There may
-    be fewer problems than a step takes: epochs then end within it.
+    It depends on the number alone, so that a run resumes with the ones it would have had.
     """
-    first = (step - 1) * count
-    chosen = []
-    for position in range(first, first + count):
-        epoch, place = divmod(position, len(problems))
-        chosen.append(problems[_order(seed, epoch, len(problems))[place]])
-    return chosen
+    epoch, place = divmod(number, len(problems))
+    return problems[_order(seed, epoch, len(problems))[place]]
 
 
 @functools.lru_cache(maxsize=2)

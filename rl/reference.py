@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from checkpoints.cursors import Cursor
 from checkpoints.locations import hf_directory
 from checkpoints.restore import open_checkpoint
 from checkpoints.training import Checkpoints
@@ -39,20 +40,22 @@ def start_with_reference(
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     workdir: Path,
+    cursor: Cursor | None = None,
     *,
     init_from: str,
     seed: int,
 ) -> tuple[TrainState, dict]:
     """Returns the state that a run goes on from, and the variables of its reference.
 
-    A run without a checkpoint starts from its reference; one that is new makes it first.
+    A run with a checkpoint moves the cursor to the place in it. One without starts from its
+    reference, and one that is new makes it first.
 
     Raises:
       UserError: a checkpoint does not fit the model, or the reference is gone.
     """
     with Checkpoints(workdir / "reference", keep=1) as kept:
         if checkpoints.latest() is not None:
-            state = restored_or_new(setup, optimizer, checkpoints, init_from="", seed=seed)
+            state = restored_or_new(setup, optimizer, checkpoints, cursor, init_from="", seed=seed)
             if kept.latest() is None:
                 _keep_of_older_run(setup, kept, workdir, init_from, seed)
             return state, _restored(setup, kept)

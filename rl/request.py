@@ -17,6 +17,7 @@ from rl.slots import IDS, NOTHING, Rules, Sampled
 from rl.trajectory import LENGTH, STOP, Role, Trajectory
 
 Halts = Callable[[np.ndarray], int | None]
+PER_TOKEN = ("tokens", "roles", "logprobs", "log_kept", "versions")  # fields of a part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,21 @@ class Row:
             [Part.read(ids, Role.PROMPT)],
         )
 
+    @classmethod
+    def resume(cls, prompt: Prompt, begun: Trajectory) -> "Row":
+        """Returns a completion that goes on from what it has; the prompt gives it no turns."""
+        row, start = cls.begin(prompt, begun.sample), len(prompt.tokens)
+        if len(begun.tokens_T) > start:
+            fields = {name: getattr(begun, f"{name}_T")[start:] for name in PER_TOKEN}
+            support = begun.support_T and begun.support_T.between(start, len(begun.tokens_T))
+            row.add(Part(**fields, support=support))
+        return row
+
+    @property
+    def only_prompt(self) -> bool:
+        """Whether it has nothing yet but its prompt."""
+        return len(self.parts) == 1
+
     @property
     def tokens(self) -> np.ndarray:
         """All ids, those of the prompt first."""
@@ -206,7 +222,7 @@ class Row:
             )
         fields = {
             f"{name}_T": np.concatenate([getattr(part, name) for part in self.parts])
-            for name in ("tokens", "roles", "logprobs", "log_kept", "versions")
+            for name in PER_TOKEN
         }
         return Trajectory(
             **fields,
@@ -282,6 +298,20 @@ class Counts:
 
     read: int = 0
     kept: int = 0
+
+
+def read_together(rows: Sequence[Row]) -> list[list[Row]]:
+    """Returns rows in groups of which each is read once.
+
+    They are those of the same prompt that have nothing else, and each other row by itself.
+    """
+    groups, of_prompt = [], {}
+    for row in rows:
+        group = of_prompt.setdefault(id(row.prompt), []) if row.only_prompt else []
+        if not group:
+            groups.append(group)
+        group.append(row)
+    return groups
 
 
 def rules_of(rows: Sequence[Row | None]) -> Rules:

@@ -27,8 +27,9 @@ class Role(enum.IntEnum):
     INJECTED = 4  # put into the policy's mouth: a forced phrase
 
 
-STOP, LENGTH = "stop", "length"
-"""Why a trajectory ended: it sampled one of its stop ids, or all the tokens that it may sample."""
+STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
+"""Why a trajectory ended: it sampled one of its stop ids, or all the tokens that it may sample; or
+it has not ended yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Trajectory:
         temperature and over the whole vocabulary; 0 elsewhere.
       log_kept_T: float32, the logarithm of the share of probability that it was drawn from.
       versions_T: int32, the version of the weights that sampled it; -1 elsewhere.
-      ended: STOP or LENGTH.
+      ended: STOP, LENGTH or UNFINISHED.
       group: the number of its prompt among those of a step; advantages compare within it.
       sample: its number among the completions of that prompt.
       spans: what parts of it are for: name -> its spans in order, each [start, end) in tokens
@@ -105,11 +106,11 @@ def batch_of(
       Arrays [B, T]: tokens, positions and segments as in pretraining, each trajectory a segment;
       mask, bool, true on sampled tokens, but for a trajectory's first, which nothing predicts;
       trajectory and group, int32, its place among the N and its group, -1 on padding;
-      sampler_logprobs and log_kept, float32, 0 where nothing was sampled. Each stands at the token
-      itself. Where they are recorded, routes [B, L, T, K] and selected [B, L, T, k] as
-      `model.record.replay` takes them: keys by where they stand in the row; and support [B, T, W]
-      as `model.heads.token_logprobs` does. With it sampler_logprobs are of the distribution over
-      it.
+      sampler_logprobs and log_kept, float32, 0 where nothing was sampled; versions, int32, -1
+      there. Each stands at the token itself. Where they are recorded, routes [B, L, T, K] and
+      selected [B, L, T, k] as `model.record.replay` takes them: keys by where they stand in the
+      row; and support [B, T, W] as `model.heads.token_logprobs` does. With it sampler_logprobs are
+      of the distribution over it.
 
     Raises:
       UserError: a trajectory is longer than a row.
@@ -125,6 +126,7 @@ def batch_of(
         "group": np.full(shape, -1, np.int32),
         "sampler_logprobs": np.zeros(shape, np.float32),
         "log_kept": np.zeros(shape, np.float32),
+        "versions": np.full(shape, -1, np.int32),
     }
     for row, places in enumerate(layout):
         start = 0
@@ -143,6 +145,7 @@ def batch_of(
                 "group": trajectory.group,
                 "sampler_logprobs": trajectory.logprobs_T,
                 "log_kept": trajectory.log_kept_T,
+                "versions": trajectory.versions_T,
             }
             for name, value in values.items():
                 batch[name][row, start:end] = value

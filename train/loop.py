@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import optax
 
+from checkpoints.cursors import Place
 from checkpoints.training import Checkpoints
 from data.config import DataConfig
 from model.transformer import boxed_shapes
@@ -123,7 +124,7 @@ def train_language_model(
                         log.record(*unread, tokens)
                     raise
                 state, values = step_fn(state, batch)
-                newest.is_at(step, state, stream)
+                newest.is_at(step, state, Place.of(stream))
                 for bad_record in stream.news():
                     print(f"skipped {bad_record}", file=sys.stderr, flush=True)
                 if unread:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from checkpoints.cursors import Cursor
+from checkpoints.cursors import Place
 from checkpoints.training import Checkpoints
 from errors import UserError
 
@@ -17,7 +17,7 @@ class SavedOnError:
         with SavedOnError(checkpoints) as newest:
             for step in ...:
                 state = ...
-                newest.is_at(step, state, stream)
+                newest.is_at(step, state, Place.of(stream))
 
     With several processes nothing is saved: the error is that of one, and the others wait for its
     next step, not for a checkpoint.
@@ -25,11 +25,11 @@ class SavedOnError:
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
-        self._newest: tuple[int, Any, _Place | None] | None = None
+        self._newest: tuple[int, Any, Place | None] | None = None
 
-    def is_at(self, step: int, state: Any, cursor: Cursor | None = None) -> None:
-        """Notes that `step` is done, with its state and the cursor behind its batch, if any."""
-        self._newest = step, state, _Place(cursor.get_state()) if cursor else None
+    def is_at(self, step: int, state: Any, place: Place | None = None) -> None:
+        """Notes that `step` is done, with its state and the place behind its batch, if any."""
+        self._newest = step, state, place
 
     def __enter__(self) -> "SavedOnError":
         return self
@@ -54,16 +54,3 @@ class SavedOnError:
         if isinstance(error, UserError):
             raise UserError(f"{error}; {saved}") from error
         error.add_note(saved)
-
-
-class _Place:
-    """A cursor that stays where another was."""
-
-    def __init__(self, state: Any):
-        self._state = state
-
-    def get_state(self) -> Any:
-        return self._state
-
-    def set_state(self, state: Any) -> None:
-        self._state = state

@@ -22,7 +22,7 @@ from experiment.schema import Config
 from launch import evaluate, pretrain, reinforce
 from model.sharding import make_mesh
 from model.transformer import boxed_shapes
-from rl import loop
+from rl import batches
 from rl.loop import per_update
 from rl.rewards import get_reward
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
@@ -192,13 +192,13 @@ def test_the_gap_is_measured_before_the_first_of_several_updates():
 
 def test_scoring_is_cut_and_packed_as_the_step_is(monkeypatch):
     """With old log-probs of the trainer and a reference; rounding alone may differ."""
-    counts, pack = [], loop.packed_rows
+    counts, pack = [], batches.packed_rows
 
     def counted(*args):
         counts.append(len(pack(*args)))
         return pack(*args)
 
-    monkeypatch.setattr(loop, "packed_rows", counted)
+    monkeypatch.setattr(batches, "packed_rows", counted)
     shared = KL | {"reinforce__old_logprobs": "trainer", "train__steps": 2}
     shared |= {"sampling__max_prompt_tokens": 320, "train__balance_weight": 0.0}
     reinforce.run(run_of("length", **shared), Path("one"))

@@ -1,7 +1,7 @@
 """The parts of a reinforcement step: problems, rewards, minibatches, metrics, and the schedule."""
 
 import dataclasses
-from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,10 @@ from data.tokenizer import Tokenizer
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from rl.algorithms import get_algorithm
-from rl.config import ReinforceConfig
-from rl.loop import (
-    Rewards,
-    minibatches,
-    observe,
-    over_updates,
-    per_update,
-    reward,
-    with_advantages,
-)
-from rl.problems import problems_of_step
+from rl.batches import minibatches, rows, with_advantages
+from rl.config import ReinforceConfig, SamplingConfig
+from rl.loop import Rewards, observe, over_updates, per_update, reward
+from rl.problems import problem_of_draw
 from rl.request import Counts
 from rl.trajectory import batch_of
 from tests import tiny
@@ -34,26 +27,19 @@ PROBLEMS = [Problem(f"what is {n}?", str(n), trace="", ops=1) for n in range(10)
 CONFIG = ReinforceConfig(prompts_per_step=4, group_size=2, minibatches=2, epochs=2)
 
 
-def test_problems_of_a_step_depend_on_the_step_and_seed_alone():
-    steps = [problems_of_step(step, PROBLEMS, count=4, seed=0) for step in (1, 2, 3)]
-    assert problems_of_step(2, PROBLEMS, count=4, seed=0) == steps[1]
-    assert problems_of_step(2, PROBLEMS, count=4, seed=1) != steps[1]
+def test_problems_depend_on_the_number_of_the_draw_and_the_seed_alone():
+    drawn = [problem_of_draw(number, PROBLEMS, seed=0) for number in range(10)]
+    assert problem_of_draw(4, PROBLEMS, seed=0) == drawn[4]
+    assert [problem_of_draw(number, PROBLEMS, seed=1) for number in range(10)] != drawn
 
 
 def test_every_epoch_has_every_problem_once_in_its_own_order():
-    drawn = [p for step in range(1, 6) for p in problems_of_step(step, PROBLEMS, 4, seed=0)]
-    first, second = drawn[:10], drawn[10:]
-    assert Counter(p.answer for p in first) == Counter(p.answer for p in PROBLEMS)
-    assert Counter(p.answer for p in second) == Counter(p.answer for p in PROBLEMS)
-    assert first != second
-
-
-def test_few_problems_are_cycled():
-    """A step may take more problems than there are: every epoch still has each once."""
-    three = PROBLEMS[:3]
-    drawn = [p.answer for step in (1, 2, 3) for p in problems_of_step(step, three, 8, seed=0)]
-    assert Counter(drawn) == {"0": 8, "1": 8, "2": 8}
-    assert all(len(set(drawn[at : at + 3])) == 3 for at in range(0, 24, 3))
+    """However few there are."""
+    for few in (PROBLEMS, PROBLEMS[:3]):
+        drawn = [problem_of_draw(number, few, 0).answer for number in range(8 * len(few))]
+        epochs = [tuple(drawn[at : at + len(few)]) for at in range(0, len(drawn), len(few))]
+        assert all(sorted(epoch) == [problem.answer for problem in few] for epoch in epochs)
+        assert len(set(epochs)) > 2
 
 
 TEXTS = [f"<think>hm</think><answer>{n}</answer>" for n in (3, 4, 4, 4)]
@@ -88,7 +74,7 @@ def test_nothing_is_learnt_from_what_is_masked():
         config = dataclasses.replace(CONFIG, truncated=option)
         rewards = reward(completions, PROBLEMS[3:5], config)
         batch = batch_of([each.trajectory for each in completions], width=7, pad=0)
-        batch = with_advantages(batch, completions, rewards, algorithm, config)
+        batch = with_advantages(batch, completions, rewards.total_PG, algorithm, config)
         np.testing.assert_array_equal(batch["mask"].sum(axis=1), learnt)
         np.testing.assert_array_equal(batch["segments"].sum(axis=1), [5] * 4)
         np.testing.assert_array_equal((batch["advantages"] != 0).sum(axis=1), [learnt[0], 2, 0, 0])
@@ -102,7 +88,7 @@ def test_an_advantage_goes_with_its_completion_into_a_packed_row():
     layout = [[1, 2], [3, 0]]
     batch = batch_of([each.trajectory for each in completions], 11, 0, layout)
     algorithm = get_algorithm("dr_grpo", max_completion=2)
-    batch = with_advantages(batch, completions, rewards, algorithm, config)
+    batch = with_advantages(batch, completions, rewards.total_PG, algorithm, config)
     expected = [[0, 0, 0, -0.5, -0.5] + [0] * 6, [0, 0, 0, -1.5, -1.5, 0, 0, 0, 0.5, 0.5, 0]]
     np.testing.assert_array_equal(batch["advantages"], expected)
     assert batch["advantages"].dtype == np.float32
@@ -116,6 +102,7 @@ def setup() -> Setup:
 
 def test_each_epoch_cuts_the_whole_batch_in_its_own_order(setup):
     batch = {"tokens": jnp.arange(16).reshape(8, 2), "mask": jnp.arange(8)}
+    batch["segments"] = jnp.ones((8, 2))
     parts = list(minibatches(setup, batch, CONFIG, seed=0, step=1))
     assert [part["mask"].shape for part in parts] == [(4,)] * 4
     first, second = np.concatenate([p["mask"] for p in parts]).reshape(2, 8)
@@ -129,6 +116,20 @@ def test_a_single_minibatch_is_the_batch_itself(setup):
     whole = dataclasses.replace(CONFIG, minibatches=1)
     parts = list(minibatches(setup, batch, whole, seed=0, step=1))
     assert len(parts) == 2 and all(part is batch for part in parts)
+
+
+def test_rows_of_padding_are_spread_over_the_parts(setup):
+    """Of four completions, where a step may have eight: two in each of two parts."""
+    setup = dataclasses.replace(setup, tokenizer=SimpleNamespace(pad=0))
+    trajectories = [completion(text).trajectory for text in TEXTS]
+    sampling = SamplingConfig(max_prompt_tokens=4, max_new_tokens=5)
+    batch = rows(trajectories, setup, sampling, (), most=8)
+    assert batch["tokens"].shape == (8, 9)
+    np.testing.assert_array_equal(batch["trajectory"][:, 0], [0, 1, 2, 3, -1, -1, -1, -1])
+    packed = rows(trajectories, setup, sampling, (), most=8, multiple=2)
+    assert packed["tokens"].shape == (4, 9)  # five tokens each: one in a row
+    for part in minibatches(setup, jax.tree.map(jnp.asarray, batch), CONFIG, seed=0, step=1):
+        assert np.sum(part["trajectory"][:, 0] >= 0) == 2
 
 
 def test_what_is_observed_of_completions():

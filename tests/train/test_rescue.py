@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from checkpoints.cursors import Place
 from checkpoints.training import Checkpoints
 from data.config import DataConfig
 from data.documents import uniform_hash
@@ -42,7 +43,7 @@ def train_until(directory, error, steps=3, delete=False):
         for step in range(1, steps + 1):
             cursor.place += 1
             state = {"step": jax.numpy.full(3, step)}
-            newest.is_at(step, state, cursor)
+            newest.is_at(step, state, Place.of(cursor))
         cursor.place += 1
         if delete:
             state["step"].delete()

@@ -1,0 +1,86 @@
+"""From a step's completions to the rows that its updates learn from."""
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from model.sharding import batch_sharding
+from rl.algorithms import Algorithm
+from rl.config import ReinforceConfig, SamplingConfig
+from rl.generate import Completion
+from rl.packing import packed_rows
+from rl.trajectory import Trajectory, batch_of
+from train.setup import Setup
+
+
+def rows(
+    trajectories: Sequence[Trajectory],
+    setup: Setup,
+    sampling: SamplingConfig,
+    kept: Collection[str],
+    *,
+    most: int,
+    multiple: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Returns trajectories as rows to learn from, see `rl.trajectory.batch_of`.
+
+    Args:
+      kept: the records that the trainer does again.
+      most: the number of rows; where there are fewer trajectories the last ones are padding.
+      multiple: packs them, into a multiple of so many rows, at most `most` (rl/packing.py); None
+        does not.
+    """
+    width = sampling.max_prompt_tokens + sampling.max_new_tokens
+    lengths = [len(trajectory.tokens_T) for trajectory in trajectories]
+    if multiple:
+        layout = packed_rows(lengths, width, multiple, most)
+    else:
+        layout = [[place] if place < len(lengths) else [] for place in range(most)]
+    return batch_of(trajectories, width, setup.tokenizer.pad, layout, kept)
+
+
+def with_advantages(
+    batch: dict[str, np.ndarray],
+    completions: Sequence[Completion],
+    total_PG: np.ndarray,
+    algorithm: Algorithm,
+    config: ReinforceConfig,
+) -> dict[str, np.ndarray]:
+    """Returns the batch with "advantages" [B, T], 0 outside the mask.
+
+    Args:
+      total_PG: float32, what each completion earns.
+
+    The mask leaves out what was cut before its stop token where reinforce.truncated says so.
+    """
+    if config.truncated == "mask":
+        whole_N = np.asarray([not completion.truncated for completion in completions])
+        batch = batch | {"mask": batch["mask"] & whole_N[batch["trajectory"]]}
+    advantages_N = np.asarray(algorithm.advantage(jnp.asarray(total_PG))).reshape(-1)
+    advantages_BT = np.where(batch["mask"], advantages_N[batch["trajectory"]], np.float32(0))
+    return batch | {"advantages": advantages_BT}
+
+
+def minibatches(
+    setup: Setup, batch: dict[str, Array], config: ReinforceConfig, *, seed: int, step: int
+) -> Iterator[dict[str, Array]]:
+    """Yields epochs x minibatches parts of the batch, each epoch in its own order.
+
+    Rows of padding are spread over the parts. Where one part is all of the batch, it comes as it
+    is.
+    """
+    if config.minibatches == 1:
+        yield from itertools.repeat(batch, config.epochs)
+        return
+    empty_B = ~np.asarray(jnp.any(batch["segments"] > 0, axis=1))
+    sharding = batch_sharding(setup.mesh)
+    for epoch in range(config.epochs):
+        order = np.random.default_rng((seed, step, epoch)).permutation(len(empty_B))
+        order = order[np.argsort(empty_B[order], kind="stable")]
+        for number in range(config.minibatches):
+            part = order[number :: config.minibatches]
+            yield {name: jax.device_put(x[part], sharding) for name, x in batch.items()}
