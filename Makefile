@@ -5,7 +5,8 @@ BIN := .venv/bin
 NEWEST ?= $(shell for python in python3.13 "$$HOME"/.pyenv/versions/3.13.*/bin/python3.13; do \
     $$python -c '' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: quickstart test test-fast test-all test-newest test-compile test-compile-all lint format clean
+.PHONY: quickstart test test-fast test-all test-newest test-newest-all test-compile \
+    test-compile-all lint format clean
 
 # XLA allocates its temporary memory anew in every step; in pages of 2 MiB that takes a tenth less
 # time (bench/results/README.md). Without glibc the variable means nothing.
@@ -27,10 +28,12 @@ test-all: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not compile"
 
 # On the newest Python, and so on the newest jax, where the machine has that Python.
-test-newest:
+test-newest: AMONG := $(LIGHT) and not heavy
+test-newest-all: AMONG := $(LIGHT)
+test-newest test-newest-all:
 	@if [ -z "$(NEWEST)" ]; then echo "test-newest: skipped, as there is no python3.13 here"; else \
 	    $(MAKE) .venv-newest/installed && .venv-newest/bin/python -m pytest -n 2 --dist worksteal \
-	        -m "$(LIGHT)"; fi
+	        -m "$(AMONG)"; fi
 
 # Every kernel goes through the compilers of TPUs and of NVIDIA's GPUs, which need no such device.
 # They have an environment of their own, since JAX complains wherever it finds a library for TPUs

@@ -22,8 +22,6 @@ import functools
 import itertools
 import json
 import math
-import os
-from importlib.metadata import version
 from typing import NamedTuple
 
 import jax
@@ -32,7 +30,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from bench.workload import random_prompts
+from bench.workload import machine, random_prompts
 from errors import UserError
 from experiment.command_line import command
 from experiment.flags import Flag
@@ -200,11 +198,6 @@ def run(shapes: str, dtypes: str, drafts: str, mesh: str) -> None:
     devices = math.prod(getattr(config, axis) for axis in MESH_AXES)
     pretend_devices(devices if devices > 1 else 0)
     made = make_mesh(config, jax.devices()[:devices])
-    about = {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "jax": version("jax"),
-    }
     for flag, text, known in (("shapes", shapes, SHAPES), ("dtypes", dtypes, DTYPES)):
         if not set(text.split(",")) <= set(known):
             raise UserError(f"--{flag}={text}: must be some of {', '.join(known)}")
@@ -213,7 +206,7 @@ def run(shapes: str, dtypes: str, drafts: str, mesh: str) -> None:
     several = itertools.product(shapes.split(","), dtypes.split(","), drafts.split(","))
     for shape, dtype, each in several:
         for line in drift(Case(shape, dtype, SamplingConfig(drafts=int(each))), made):
-            print(json.dumps({"bench": "drift"} | line | about), flush=True)
+            print(json.dumps({"bench": "drift"} | line | machine()), flush=True)
 
 
 if __name__ == "__main__":

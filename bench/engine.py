@@ -12,11 +12,9 @@ of a quarter of that, and there are eight times as many. Prints one JSON line.
 import dataclasses
 import functools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from bench.workload import random_prompts, tiny_dsv3_config
+from bench.workload import machine, random_prompts, tiny_dsv3_config
 from experiment.command_line import Flag, command
 from model.config import ModelConfig
 from model.decode import prefill, read
@@ -135,15 +133,10 @@ def run(rows: int) -> None:
     ragged = ratios(
         lambda seed: with_lengths(random_prompts(seed, 8 * rows, model, sampling), seed)
     )
-    about = {
-        "rows": rows,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "jax": version("jax"),
-    }
+    about = {"compilations": engine.compilations, "rows": rows} | machine()
     figures = {f"equal_{name}": value for name, value in equal.items()}
     figures |= {f"ragged_{name}": value for name, value in ragged.items()}
-    print(json.dumps({"bench": "engine"} | figures | {"compilations": engine.compilations} | about))
+    print(json.dumps({"bench": "engine"} | figures | about))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ stage "dense" and in stage "sparse" by either form of attention, and their ratio
 """
 
 import json
-import os
 import time
-from importlib.metadata import version
 
 import jax
 
 from bench.train import train_action
-from bench.workload import tiny_dsv3_config
+from bench.workload import machine, tiny_dsv3_config
 from errors import UserError
 from experiment.command_line import command
 from experiment.flags import Flag
@@ -60,7 +58,7 @@ def run(length: int, rounds: int) -> None:
     result |= {
         f"{name}_ratio": round(least[name] / least["dense"], 3) for name in ("masked", "gathered")
     }
-    about = {"jax": version("jax"), "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
+    about = machine()
     print(json.dumps(result | about))
 
 

@@ -12,17 +12,15 @@ and kind of acceptance.
 
 import dataclasses
 import json
-import os
 import statistics
 import time
-from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bench.workload import random_prompts, tiny_dsv3_config
+from bench.workload import machine, random_prompts, tiny_dsv3_config
 from experiment.command_line import Flag, command
 from experiment.schema import Config
 from kernels.device import compiler_options
@@ -118,12 +116,7 @@ def run(steps: int, noise: float) -> None:
                 "accepted": round(counts.accepted / counts.drafted, 3),
                 "tokens_per_pass": round(counts.sampled / counts.passes, 3),
             }
-            about = {
-                "device": jax.devices()[0].device_kind,
-                "cores": os.cpu_count(),
-                "jax": version("jax"),
-            }
-            print(json.dumps({"bench": "speculate"} | figures | about), flush=True)
+            print(json.dumps({"bench": "speculate"} | figures | machine()), flush=True)
 
 
 if __name__ == "__main__":

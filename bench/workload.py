@@ -61,6 +61,15 @@ def seconds(action: Callable[[int], object], repeats: int = REPEATS) -> list[flo
     return times
 
 
+def machine() -> dict[str, str | int | None]:
+    """Returns what a line of figures says of where they were measured."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "jax": version("jax"),
+    }
+
+
 def print_result(name: str, config: Config, times: list[float], tokens: int, **more: float) -> None:
     """Prints one JSON line: tokens_per_s by the median, and what is needed to compare it.
 
@@ -77,8 +86,6 @@ def print_result(name: str, config: Config, times: list[float], tokens: int, **m
         "parameters": total,
         "active": active,
         "dtype": config.model.dtype,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
     }
     speed = {
         "tokens_per_s": round(tokens / median, 1),
@@ -86,4 +93,4 @@ def print_result(name: str, config: Config, times: list[float], tokens: int, **m
         "seconds_least": round(min(times), 4),
         "repeats": len(times),
     }
-    print(json.dumps({"bench": name} | speed | more | about | {"jax": version("jax")}))
+    print(json.dumps({"bench": name} | speed | more | about | machine()))

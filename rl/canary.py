@@ -5,7 +5,6 @@ programs that sample rollouts, and the trainer scores them. Weights that did not
 program that computes something else, stop the run before it learns from what they sample.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -59,11 +58,7 @@ class Canary:
         self._setup, self._engine = setup, engine
         self._prompt = Prompt(prompt, keys_of(0, [0], 1)[0], min(TOKENS, sampling.max_new_tokens))
         self._tolerance = TOLERANCE[setup.model.dtype] if tolerance == -1 else tolerance
-        self._score: Callable[[dict, dict], Array] = jax.jit(
-            functools.partial(_mean_gap, setup, stage, sampling.temperature),
-            compiler_options=compiler_options(setup.mesh),
-            out_shardings=replicated(setup.mesh),
-        )
+        self._score = jit_mean_gap(setup, stage, sampling.temperature)
 
     def check(self, step: int, variables: dict) -> float:
         """Returns the mean of |difference of log-probs| over the tokens sampled, in nats.
@@ -86,7 +81,16 @@ class Canary:
         return gap
 
 
-def _mean_gap(setup: Setup, stage: str, temperature: float, variables: dict, batch: dict) -> Array:
-    scored_BT = logprobs_at_tokens(setup.model, stage, temperature, variables, batch)
-    gap_BT = jnp.abs(scored_BT - batch["sampler_logprobs"])
-    return jnp.sum(gap_BT) / jnp.sum(batch["mask"])
+def jit_mean_gap(setup: Setup, stage: str, temperature: float) -> Callable[[dict, dict], Array]:
+    """Returns the jitted (variables, batch) -> mean of |difference of log-probs|, a scalar."""
+
+    def mean_gap(variables: dict, batch: dict) -> Array:
+        scored_BT = logprobs_at_tokens(setup.model, stage, temperature, variables, batch)
+        gap_BT = jnp.abs(scored_BT - batch["sampler_logprobs"])
+        return jnp.sum(gap_BT) / jnp.sum(batch["mask"])
+
+    return jax.jit(
+        mean_gap,
+        compiler_options=compiler_options(setup.mesh),
+        out_shardings=replicated(setup.mesh),
+    )

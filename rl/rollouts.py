@@ -66,7 +66,7 @@ class Rollouts:
         self._begun = 0
         # Number of a group -> number of a completion -> what it has. What is in the engine is not
         # in here, and the groups that are there are in the set.
-        self._flying: dict[int, dict[int, Trajectory]] = {}
+        self._in_flight: dict[int, dict[int, Trajectory]] = {}
         self._in_engine: set[int] = set()
 
     def take(self, step: int, variables: dict) -> list[Group]:
@@ -78,15 +78,15 @@ class Rollouts:
         config, engine = self._config, self._generate.engine
         if not config.in_parts:
             self._begun = (step - 1) * config.prompts_per_step
-        while len(self._flying) < config.in_flight:
-            self._flying[self._begun] = {}
+        while len(self._in_flight) < config.in_flight:
+            self._in_flight[self._begun] = {}
             self._begun += 1
         sampled = engine.counts.sampled
         with self._sampling(variables, step - 1):
             while engine.busy and self._goes_on(engine.counts.sampled - sampled):
                 for trajectory in engine.step():
-                    self._flying[trajectory.group][trajectory.sample] = trajectory
-        return [self._landed(number) for number in self._complete()[: config.prompts_per_step]]
+                    self._in_flight[trajectory.group][trajectory.sample] = trajectory
+        return [self._taken(number) for number in self._complete()[: config.prompts_per_step]]
 
     def _goes_on(self, sampled: int) -> bool:
         """Tells whether a step samples more, which has sampled so many tokens."""
@@ -99,13 +99,13 @@ class Rollouts:
         size = self._config.group_size
         return sorted(
             number
-            for number, group in self._flying.items()
+            for number, group in self._in_flight.items()
             if len(group) == size and all(each.ended != UNFINISHED for each in group.values())
         )
 
-    def _landed(self, number: int) -> Group:
+    def _taken(self, number: int) -> Group:
         """Takes a complete group out of those in flight."""
-        group = self._flying.pop(number)
+        group = self._in_flight.pop(number)
         self._in_engine.discard(number)
         completions = [self._generate.completion(group[sample]) for sample in sorted(group)]
         return Group(problem_of_draw(number, self._problems, self._seed), completions)
@@ -127,14 +127,14 @@ class Rollouts:
 
     def _submit(self) -> None:
         per_step, size = self._config.prompts_per_step, self._config.group_size
-        new = sorted(self._flying.keys() - self._in_engine)
+        new = sorted(self._in_flight.keys() - self._in_engine)
         for step, numbers in itertools.groupby(new, lambda number: number // per_step + 1):
             numbers = list(numbers)
             key, places = jax.random.fold_in(self._key, step), [each % per_step for each in numbers]
             for number, keys_G2 in zip(numbers, keys_of(key, places, size), strict=True):
                 problem = problem_of_draw(number, self._problems, self._seed)
                 prompt = self._generate.prompt(problem, keys_G2, number)
-                self._generate.engine.submit(prompt, self._flying[number])
+                self._generate.engine.submit(prompt, self._in_flight[number])
         self._in_engine.update(new)
 
     def settle(self) -> None:
@@ -144,13 +144,13 @@ class Rollouts:
         both go on alike.
         """
         for trajectory in self._generate.engine.take_out():
-            self._flying[trajectory.group][trajectory.sample] = trajectory
+            self._in_flight[trajectory.group][trajectory.sample] = trajectory
         self._in_engine.clear()
 
     def place(self) -> Place:
         """Returns where it is now; what is in the engine begins anew from there."""
-        flying = {number: dict(group) for number, group in self._flying.items()}
-        return Place(functools.partial(_state, self._begun, flying))
+        in_flight = {number: dict(group) for number, group in self._in_flight.items()}
+        return Place(functools.partial(_state, self._begun, in_flight))
 
     def get_state(self) -> dict[str, Any]:
         """Returns where it is as JSON; `settle` comes before, if nothing is to begin anew."""
@@ -159,9 +159,9 @@ class Rollouts:
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from a state."""
         self._begun, self._in_engine = state["begun"], set()
-        self._flying = {number: {} for number in state["groups"]}
+        self._in_flight = {number: {} for number in state["groups"]}
         for trajectory in from_bytes(base64.b64decode(state["trajectories"])):
-            self._flying[trajectory.group][trajectory.sample] = trajectory
+            self._in_flight[trajectory.group][trajectory.sample] = trajectory
 
     def metrics(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """Returns what there is to say of a step in parts, and nothing of another.
@@ -175,13 +175,13 @@ class Rollouts:
         ages = np.concatenate([step - 1 - each.versions_T[each.sampled_T] for each in trajectories])
         return {
             "groups": len(groups),
-            "unfinished": len(self._flying),
+            "unfinished": len(self._in_flight),
             "sampler/staleness_mean": float(np.mean(ages)),
             "sampler/staleness_max": float(np.max(ages)),
         }
 
 
-def _state(begun: int, flying: dict[int, dict[int, Trajectory]]) -> dict[str, Any]:
-    trajectories = [group[sample] for group in flying.values() for sample in sorted(group)]
+def _state(begun: int, in_flight: dict[int, dict[int, Trajectory]]) -> dict[str, Any]:
+    trajectories = [group[sample] for group in in_flight.values() for sample in sorted(group)]
     encoded = base64.b64encode(to_bytes(trajectories)).decode()
-    return {"begun": begun, "groups": sorted(flying), "trajectories": encoded}
+    return {"begun": begun, "groups": sorted(in_flight), "trajectories": encoded}

@@ -1,21 +1,103 @@
-"""One set of programs for all engines of a configuration, whose host parts alone differ."""
+"""One set of programs for all that compute the same, in the tests of a process.
+
+Tracing and compiling a program takes seconds. Tests make an engine for each number of steps, and a
+run for each way to stop one; a command makes all of its programs anew.
+"""
 
 import functools
+from collections.abc import Callable, Hashable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from rl.agreement import Agreement
+from rl.algorithms import get_algorithm
+from rl.canary import jit_mean_gap
+from rl.compared import jit_score
+from rl.loop import jit_policy_step
 from rl.programs import Programs
+from train.loop import compiled_step
+from train.objective import language_objective
+from train.optimizer import make_optimizer
+from train.setup import Setup
+from train.state import fresh_state
+from train.step import jit_evaluation
 
 programs_of = functools.cache(Programs)
+_MADE: list[dict] = []
+
+
+def let_go() -> None:
+    """Forgets what `once` has made, so that the programs among it can go."""
+    for made in _MADE:
+        made.clear()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def shared_programs():
-    """Engines that differ in nothing that is compiled share their programs.
-
-    Tracing and compiling them takes seconds, and tests make an engine for each number of steps, for
-    each run of a command, and for each of its evaluations.
-    """
+    """Engines that differ in nothing that is compiled share their programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rl.engine.Programs", programs_of)
+        yield
+
+
+def once(make: Callable, key: Callable[..., Hashable] = lambda *args, **kwargs: None) -> Callable:
+    """Returns a function that makes the same thing once.
+
+    Args:
+      key: of its arguments, says what is the same; None where they themselves do.
+    """
+    made = {}
+    _MADE.append(made)
+
+    def of(*args: Any, **kwargs: Any) -> Any:
+        wanted = key(*args, **kwargs) or (args, tuple(sorted(kwargs.items())))
+        if wanted not in made:
+            made[wanted] = make(*args, **kwargs)
+        return made[wanted]
+
+    return of
+
+
+def by_setup(setup: Setup, *others: Hashable) -> Hashable:
+    """What is the same for runs of one model on one mesh, whose tokenizers are other objects."""
+    return setup.model, setup.mesh, *others
+
+
+def parameters_of(*args: Any) -> Hashable:
+    """An optimizer is made for the shapes of parameters, which are no key."""
+    train, parameters = args
+    return train, str(parameters)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def runs_share_programs():
+    """Runs that differ in nothing that is compiled share their programs and first state."""
+    first = once(fresh_state, lambda *args: (*args[:3], str(jax.random.key_data(args[3]))))
+
+    def copy_of_first(*args: Any) -> Any:
+        return jax.tree.map(jnp.copy, first(*args))  # which a step donates
+
+    optimizer_of = once(make_optimizer, parameters_of)
+    compiled = once(
+        compiled_step,
+        lambda setup, data, step, optimizer: by_setup(
+            setup, data.batch_size, data.seq_len, optimizer
+        ),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("rl.loop", "train.loop"):
+            patch.setattr(f"{place}.make_optimizer", optimizer_of)
+        for place in ("rl.reference", "train.restore"):
+            patch.setattr(f"{place}.fresh_state", copy_of_first)
+        patch.setattr("rl.loop.get_algorithm", once(get_algorithm))
+        patch.setattr("rl.loop.jit_policy_step", once(jit_policy_step, by_setup))
+        patch.setattr("rl.loop.jit_score", once(jit_score, by_setup))
+        patch.setattr("rl.loop.Agreement", once(Agreement, by_setup))
+        patch.setattr("rl.canary.jit_mean_gap", once(jit_mean_gap, by_setup))
+        patch.setattr("train.loop.language_objective", once(language_objective))
+        patch.setattr("train.loop.jit_evaluation", once(jit_evaluation))
+        patch.setattr("train.loop.compiled_step", compiled)
         yield

@@ -1,3 +1,3 @@
 """What the tests here share."""
 
-from tests.programs import shared_programs  # noqa: F401
+from tests.programs import runs_share_programs, shared_programs  # noqa: F401

@@ -68,8 +68,9 @@ def test_a_resumed_run_is_the_one_that_never_stopped(unfinished, monkeypatch):
     assert {line["groups"] for line in found} > {4} and min(line["groups"] for line in found) >= 1
     assert max(line["sampler/staleness_max"] for line in found) >= 1
     assert any(len(set(each["versions"]) - {-1}) > 1 for each in traces("whole"))
-    # Of tokens that the step's own policy sampled.
-    assert 0 < max(line["sampler/logprob_gap_max"] for line in found) < 1e-4
+    # Of tokens that the step's own policy sampled, which with the older ones' cache is another.
+    largest = max(line["sampler/logprob_gap_max"] for line in found)
+    assert 0 < largest < 1e-4 if unfinished == "read_again" else largest > 1e-3
 
 
 def test_an_error_saves_where_it_was(monkeypatch):

@@ -19,6 +19,7 @@ def test_rows_by_hand():
         roles_T=roles_T,
         logprobs_T=np.asarray([0, -2, 0, 0, -3], np.float32),
         log_kept_T=np.asarray([0, -0.5, 0, 0, 0], np.float32),
+        versions_T=np.asarray([-1, 2, -1, -1, 3]),
     )
     batch = batch_of([plain, tool], width=6, pad=1)
     expected = {
@@ -30,6 +31,7 @@ def test_rows_by_hand():
         "group": [[5, 5, 5, 5, -1, -1], [6, 6, 6, 6, 6, -1]],
         "sampler_logprobs": [[0, 0, -1, -1, 0, 0], [0, -2, 0, 0, -3, 0]],
         "log_kept": [[0] * 6, [0, -0.5, 0, 0, 0, 0]],
+        "versions": [[-1, -1, 0, 0, -1, -1], [-1, 2, -1, -1, 3, -1]],
     }
     assert batch.keys() == expected.keys()
     for name, rows in expected.items():
