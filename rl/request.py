@@ -291,13 +291,12 @@ class Counts:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
+    read: int = 0
+    kept: int = 0
 
     def since(self, before: "Counts") -> "Counts":
         """Returns what has been done since it stood at `before`."""
         return Counts(**{name: now - getattr(before, name) for name, now in vars(self).items()})
-
-    read: int = 0
-    kept: int = 0
 
 
 def read_together(rows: Sequence[Row]) -> list[list[Row]]:
