@@ -11,6 +11,7 @@ nothing is measured. One JSON line.
 
 import functools
 import json
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -90,9 +91,11 @@ def run(topology: str, rows: int, context: int) -> None:
 
     figures: dict[str, float] = {}
     for drafts in (0, 1):
-        least, more_dense, more_experts = (
-            one_pass(*layers, drafts).seconds for layers in ((1, 1), (2, 1), (1, 2))
-        )
+        found = []
+        for layers in ((1, 1), (2, 1), (1, 2)):
+            found.append(one_pass(*layers, drafts).seconds)
+            print(f"compiled {sum(layers)} layers, {drafts} drafts", file=sys.stderr, flush=True)
+        least, more_dense, more_experts = found
         for limit, seconds in least.items():
             dense, experts = (more[limit] - seconds for more in (more_dense, more_experts))
             whole = seconds + (DENSE - 1) * dense + (EXPERTS - 1) * experts
