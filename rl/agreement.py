@@ -92,9 +92,14 @@ class Agreement:
 
     def some(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Returns those of a step's that are compared, spread evenly over them."""
-        shards, most = batch_shards(self.setup.mesh), len(trajectories)
-        count = min(-(-self.rows // shards) * shards, most)
+        most = len(trajectories)
+        count = self.most(most)
         return [trajectories[number * most // count] for number in range(count)]
+
+    def most(self, rows: int) -> int:
+        """Returns how many of a step's rows are compared; where there are fewer, they are all."""
+        shards = batch_shards(self.setup.mesh)
+        return min(-(-self.rows // shards) * shards, rows)
 
     def __call__(self, variables: dict, batch: Mapping[str, np.ndarray]) -> dict[str, Mean]:
         """Returns what `choices_alike` does.

@@ -165,9 +165,8 @@ def train_policy(
                 rewards = reward(completions, chosen, reinforce)
                 trajectories = [completion.trajectory for completion in completions]
                 some = agreement.some(trajectories)
-                agreed = agreement(
-                    state.variables, rows(some, setup, sampling, made, most=len(some))
-                )
+                some = rows(some, setup, sampling, made, most=agreement.most(most))
+                agreed = agreement(state.variables, some)
                 multiple = parts * batch_shards(setup.mesh) if reinforce.packing else None
                 batch = rows(trajectories, setup, sampling, kept, most=most, multiple=multiple)
                 batch = with_advantages(batch, completions, rewards.total_PG, algorithm, reinforce)

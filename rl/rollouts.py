@@ -64,8 +64,8 @@ class Rollouts:
         self._generate, self._problems, self._config = generate, problems, config
         self._key, self._seed = key, seed
         self._begun = 0
-        # Number of a group -> number of a completion -> what it has. What is in the engine is not
-        # in here, and the groups that are there are in the set.
+        # Number of a group -> number of a completion -> what it has, unless that is in the engine,
+        # which has completions of the groups in the set.
         self._in_flight: dict[int, dict[int, Trajectory]] = {}
         self._in_engine: set[int] = set()
 

@@ -11,20 +11,16 @@ import pytest
 from errors import UserError
 from experiment.schema import Config
 from launch import reinforce
-from rl.rewards import get_reward
 from rl.rollouts import Rollouts
-from tests.launch.test_reinforce import REWARDS, lines, on_devices, run_of
+from tests.launch.test_reinforce import (
+    in_a_place_with_rewards,  # noqa: F401
+    lines,
+    on_devices,
+    run_of,
+)
 from tests.launch.test_training_commands import final_variables, stopped_at
 
 pytestmark = pytest.mark.command
-
-
-@pytest.fixture(autouse=True)
-def in_a_place_with_rewards(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("own.py").write_text(REWARDS)
-    get_reward.cache_clear()
-    on_devices(1, monkeypatch)
 
 
 def in_parts(**changes) -> Config:
@@ -100,3 +96,15 @@ def test_packed_rows_and_minibatches_have_fewer_groups_too():
     assert reinforce.run(config, Path("run"))
     assert min(line["groups"] for line in lines("run")) < 4
     assert all(np.isfinite(line["loss"]) for line in lines("run"))
+
+
+def test_steps_of_few_groups_are_divided_over_eight_devices(monkeypatch):
+    """Fewer completions than devices: the other rows are padding, of what is compared too."""
+    on_devices(8, monkeypatch)
+    prompts = dict.fromkeys(("reinforce__prompts_per_step", "reinforce__prompts_in_flight"), 8)
+    few = {"reinforce__rollout_tokens": 1, "sampling__slots": 1, "train__steps": 3}
+    config = in_parts(**prompts | few)
+    assert reinforce.run(config, Path("run"))
+    assert min(line["groups"] for line in lines("run")) * 2 < 8
+    # Later ones have completions whose experts an older policy chose.
+    assert lines("run")[0]["sampler/routes_jaccard"] == 1
