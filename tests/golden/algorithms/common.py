@@ -48,9 +48,27 @@ def plain(value):
         return [plain(item) for item in value]
     if hasattr(value, "item"):
         return plain(value.item())
-    if isinstance(value, float) and value == 0.0:
-        return 0.0
     return value
+
+
+def short(value):
+    """Whole numbers without a fraction, which halves what padding takes in a file."""
+    if isinstance(value, list):
+        return [short(item) for item in value]
+    if isinstance(value, dict):
+        return {key: short(item) for key, item in value.items()}
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def of_sequences(advantages, mask):
+    """One number a sequence where all its tokens have the same, else the places of the mask."""
+    if advantages.dim() != 2 or advantages.shape != mask.shape:
+        return advantages
+    advantages = advantages * mask
+    first = advantages.gather(1, mask.long().argmax(dim=1, keepdim=True)).squeeze(1)
+    return first if torch.equal(first.unsqueeze(1) * mask, advantages) else advantages
 
 
 class Cases:
@@ -64,8 +82,14 @@ class Cases:
         """Keep one case; every value must be finite unless it is text or null."""
         if name in self.cases:
             raise ValueError(f"two cases are named {name}")
+        for key in {"advantages", "returns"} & set(values):
+            if isinstance(values[key], torch.Tensor):
+                values[key] = of_sequences(values[key], field(inputs, "mask"))
+        if plain(values.get("returns")) == plain(values.get("advantages")):
+            values.pop("returns", None)
         case = {"id": name, "library": self.head["library"], "kind": kind, "call": plain(call),
-                "inputs": inputs, **{key: plain(value) for key, value in values.items()}}
+                "inputs": inputs,
+                **{key: short(plain(value)) for key, value in values.items()}}
         json.dumps(case, allow_nan=False)
         self.cases[name] = case
 

@@ -195,15 +195,16 @@ def conflicts():
     tokens = [[5, 6, 7, 8, 9, 3], [5, 6, 1, 8, 9, 3], [5, 2, 7, 4, 3, 0],
               [4, 4, 2, 1, 3, 0], [4, 1, 2, 1, 3, 0], [4, 4, 1, 3, 0, 0]]
     lengths = [6, 6, 5, 5, 5, 4]
-    chance = random.Random(7)
     mask = prefix_mask(lengths, 6)
+    chance = random.Random(7)
+    peaks = [4.0, 5.5, 0.0, 5.0, 3.5, 4.0]
+    logits = [[[round(chance.uniform(-1, 1) + peak * (word == number), 2) for word in range(10)]
+               for number in row] for row, peak in zip(tokens, peaks)]
     return {
         "tokens": tokens, "mask": mask, "signs": [1, -1, -1, 1, 1, -1],
         "sequence_advantages": [0.75, -0.25, -0.5, 0.3, 0.2, -0.5],
         "rewards": [1.0, 0.0, -0.25, 0.8, 0.7, 0.0], "groups": [0, 0, 0, 1, 1, 1],
-        "logprobs": draw(chance, mask, -2.0, -0.1),
-        "old_logprobs": draw(chance, mask, -2.0, -0.1),
-        "entropies": draw(chance, mask, 0.05, 1.2),
+        "logits": logits,
     }
 
 

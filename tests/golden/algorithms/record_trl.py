@@ -114,7 +114,7 @@ def grpo(table, inputs, options, old="old_logprobs", sampler=False, items=None, 
     title = "/".join(part for part in [name, options.get("loss_type", "grpo"), inputs,
                                        tag(options) or "defaults", *extra] if part)
     metrics = {key: value[-1] for key, value in stub._metrics["train"].items()
-               if value and ("clip" in key or key in ("kl", "vespo/phi_seq_mean"))}
+               if key in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean")}
     table.loss(title, call, inputs, loss, wrt, metrics=metrics, **more)
 
 

@@ -110,6 +110,8 @@ def sampler_weights(table):
             ["three", "mixed", "holes"],
             ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
             [(None, 3.0), (None, 1.2), (0.5, 1.5), (0.8, None)]):
+        if inputs == "holes" and low is None:
+            continue
         options = {"vllm_importance_sampling_mode": mode,
                    "vllm_importance_sampling_clip_min": low,
                    "vllm_importance_sampling_clip_max": high}

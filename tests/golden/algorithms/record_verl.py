@@ -78,7 +78,7 @@ def each_mode(table):
         policy_loss(table, name, "mixed", mode, weights=weights)
     for name, inputs in itertools.product(FOLLOW_MODE + IGNORE_MODE, ["three", "holes", "spans"]):
         for mode in ["token-mean", "seq-mean-token-mean"]:
-            if name not in IGNORE_MODE or mode == "token-mean":
+            if mode == "token-mean" or (name not in IGNORE_MODE and inputs != "spans"):
                 policy_loss(table, name, inputs, mode)
     for mode in MODES:
         policy_loss(table, "vanilla", "holes", mode, weights=True)
@@ -148,6 +148,8 @@ def bypass(table):
     from verl.workers.config import PolicyLossConfig
 
     for options, mode in itertools.product(runs, ["token-mean", "seq-mean-token-mean"]):
+        if mode != "token-mean" and "rollout_rs" not in options:
+            continue
         wrt = leaf("mixed")
         correction = RolloutCorrectionConfig(bypass_mode=True, **options)
         config = actor_config({**BOUNDS, "policy_loss": PolicyLossConfig(
@@ -186,6 +188,8 @@ def aggregations(table):
                {"batch_num_tokens": 60, "global_batch_size": 10},
                {"loss_scale_factor": 30}]
     for inputs, mode, batch in itertools.product(["mixed", "holes"], MODES, batches):
+        if inputs == "holes" and batch:
+            continue
         wrt = leaf(inputs, "entropies")
         loss = agg_loss(wrt, field(inputs, "mask"), mode, **batch)
         call = {"function": "agg_loss", "loss_agg_mode": mode, "loss_mat": "entropies", **batch}
