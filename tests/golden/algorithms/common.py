@@ -1,6 +1,7 @@
 """What the recorders share: tensors of an input, one case, one file."""
 
 import json
+import math
 import pathlib
 
 import torch
@@ -52,14 +53,20 @@ def plain(value):
 
 
 def short(value):
-    """Whole numbers without a fraction, which halves what padding takes in a file."""
+    """Numbers to 15 digits, whole ones without a fraction, so that files stay small."""
     if isinstance(value, list):
         return [short(item) for item in value]
     if isinstance(value, dict):
         return {key: short(item) for key, item in value.items()}
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        value = float(f"{value:.15g}")
+        return int(value) if value.is_integer() else value
     return value
+
+
+def text(options):
+    """Options as a short text for a case's name."""
+    return ",".join(f"{key}={value}" for key, value in options.items()) or "defaults"
 
 
 def of_sequences(advantages, mask):
@@ -87,9 +94,14 @@ class Cases:
                 values[key] = of_sequences(values[key], field(inputs, "mask"))
         if plain(values.get("returns")) == plain(values.get("advantages")):
             values.pop("returns", None)
-        case = {"id": name, "library": self.head["library"], "kind": kind, "call": plain(call),
-                "inputs": inputs,
-                **{key: short(plain(value)) for key, value in values.items()}}
+        case = {
+            "id": name,
+            "library": self.head["library"],
+            "kind": kind,
+            "call": plain(call),
+            "inputs": inputs,
+            **{key: short(plain(value)) for key, value in values.items()},
+        }
         json.dumps(case, allow_nan=False)
         self.cases[name] = case
 
@@ -97,7 +109,7 @@ class Cases:
         """Keep a loss with its gradient; `wrt` is the tensor, `of` the field it came from."""
         gradient = None
         if loss.requires_grad:
-            gradient, = torch.autograd.grad(loss, wrt, allow_unused=True)
+            (gradient,) = torch.autograd.grad(loss, wrt, allow_unused=True)
         if gradient is not None:
             more["gradient"] = gradient
         else:
@@ -109,16 +121,22 @@ class Cases:
     def divergence(self, name, call, inputs, values, wrt, mask=None, of="logprobs"):
         """Keep values a token and the gradient of their sum."""
         total = values.sum() if mask is None else (values * mask).sum()
-        gradient, = torch.autograd.grad(total, wrt)
-        self.add(name, "divergence", call, inputs, values=values, gradient=gradient,
-                 **({} if of == "logprobs" else {"gradient_of": of}))
+        (gradient,) = torch.autograd.grad(total, wrt)
+        self.add(
+            name,
+            "divergence",
+            call,
+            inputs,
+            values=values,
+            gradient=gradient,
+            **({} if of == "logprobs" else {"gradient_of": of}),
+        )
 
     def text(self):
         """The head on the first line, then one case a line."""
         head = json.dumps(self.head)[:-1]
-        lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in
-                           self.cases.values())
-        return f"{head}, \"cases\": [\n{lines}\n]}}\n"
+        lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in self.cases.values())
+        return f'{head}, "cases": [\n{lines}\n]}}\n'
 
     def counts(self):
         """How many cases there are of each kind."""

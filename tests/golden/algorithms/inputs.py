@@ -45,15 +45,20 @@ def draw(chance, mask, low, high, digits=3):
 
 def spread(chance, mask, small, large, share):
     """Mostly small offsets of both signs and, for a share of places, large ones."""
+
     def offset():
         scale = large if chance.random() < share else small
         return round(chance.choice([-1, 1]) * chance.uniform(0.3, 1.0) * scale, 4)
+
     return [[offset() for _ in row] for row in mask]
 
 
 def plus(left, right):
     """The places of two matrices added."""
-    return [[round(a + b, 6) for a, b in zip(x, y)] for x, y in zip(left, right)]
+    return [
+        [round(a + b, 6) for a, b in zip(x, y, strict=True)]
+        for x, y in zip(left, right, strict=True)
+    ]
 
 
 def prefix_mask(lengths, width):
@@ -63,15 +68,17 @@ def prefix_mask(lengths, width):
 
 def over_tokens(numbers, mask):
     """One number a sequence, written at each of its tokens."""
-    return [[number * kept for kept in row] for number, row in zip(numbers, mask)]
+    return [[number * kept for kept in row] for number, row in zip(numbers, mask, strict=True)]
 
 
 def fields_about(chance, mask, rewards):
     """The fields that do not depend on the log-ratio."""
     last = [max(place for place, kept in enumerate(row) if kept) for row in mask]
     shaped = draw(chance, mask, -0.2, 0.2)
-    final = [[reward if place == end else 0.0 for place in range(len(row))]
-             for reward, end, row in zip(rewards, last, mask)]
+    final = [
+        [reward if place == end else 0.0 for place in range(len(row))]
+        for reward, end, row in zip(rewards, last, mask, strict=True)
+    ]
     values = draw(chance, mask, -0.5, 1.0)
     return {
         "entropies": draw(chance, mask, 0.05, 2.6),
@@ -79,8 +86,10 @@ def fields_about(chance, mask, rewards):
         "old_values": plus(values, spread(chance, mask, 0.1, 0.7, 0.4)),
         "returns": draw(chance, mask, -0.6, 1.2),
         "final_rewards": final,
-        "token_rewards": [[round((a + b) * kept, 6) for a, b, kept in zip(x, y, z)]
-                          for x, y, z in zip(final, shaped, mask)],
+        "token_rewards": [
+            [round((a + b) * kept, 6) for a, b, kept in zip(x, y, z, strict=True)]
+            for x, y, z in zip(final, shaped, mask, strict=True)
+        ],
         "weights": [[abs(number) for number in row] for row in draw(chance, mask, 0.0, 2.0)],
         "sum_pi_squared": draw(chance, mask, 0.1, 0.9),
     }
@@ -91,15 +100,21 @@ def mixed(chance):
     width = max(len(row) for row in LOG_RATIOS)
     mask = prefix_mask([len(row) for row in LOG_RATIOS], width)
     ratio = [row + [0.0] * (width - len(row)) for row in LOG_RATIOS]
-    old = [[round(-chance.uniform(0.02, 2.5) - max(delta, 0.0), 3) for delta in row]
-           for row in ratio]
+    old = [
+        [round(-chance.uniform(0.02, 2.5) - max(delta, 0.0), 3) for delta in row] for row in ratio
+    ]
     logprobs = plus(old, ratio)
     fields = {
-        "mask": mask, "old_logprobs": old, "logprobs": logprobs,
+        "mask": mask,
+        "old_logprobs": old,
+        "logprobs": logprobs,
         "sampler_logprobs": plus(old, spread(chance, mask, 0.03, 1.2, 0.25)),
         "reference_logprobs": plus(logprobs, spread(chance, mask, 0.3, 2.0, 0.2)),
-        "advantages": over_tokens(ADVANTAGES, mask), "sequence_advantages": ADVANTAGES,
-        "groups": GROUPS, "rewards": REWARDS, "named_rewards": NAMED_REWARDS,
+        "advantages": over_tokens(ADVANTAGES, mask),
+        "sequence_advantages": ADVANTAGES,
+        "groups": GROUPS,
+        "rewards": REWARDS,
+        "named_rewards": NAMED_REWARDS,
         "baselines": [0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5],
         "tokens": [[chance.randrange(1, 4) for _ in row] for row in mask],
     }
@@ -117,43 +132,57 @@ def holes(base):
     fields = dict(base, mask=mask)
     fields["advantages"] = over_tokens(ADVANTAGES, mask)
     ends = [max(place for place, kept in enumerate(row) if kept) for row in mask]
-    fields["final_rewards"] = [[reward if place == end else 0.0 for place in range(len(row))]
-                               for reward, end, row in zip(REWARDS, ends, mask)]
-    fields["token_rewards"] = [[a * kept for a, kept in zip(x, y)]
-                               for x, y in zip(base["token_rewards"], mask)]
+    fields["final_rewards"] = [
+        [reward if place == end else 0.0 for place in range(len(row))]
+        for reward, end, row in zip(REWARDS, ends, mask, strict=True)
+    ]
+    fields["token_rewards"] = [
+        [a * kept for a, kept in zip(x, y, strict=True)]
+        for x, y in zip(base["token_rewards"], mask, strict=True)
+    ]
     return fields
 
 
 def spans(chance, base):
     """The mixed input with advantages that change sign within a sequence."""
     drawn = draw(chance, base["mask"], -1.5, 1.5)
-    advantages = [[a * kept for a, kept in zip(x, y)] for x, y in zip(drawn, base["mask"])]
+    advantages = [
+        [a * kept for a, kept in zip(x, y, strict=True)]
+        for x, y in zip(drawn, base["mask"], strict=True)
+    ]
     advantages[0][4] = 0.0
     return dict(base, advantages=advantages)
 
 
 def three():
     """Three sequences with short log-probabilities, and their terminal rewards."""
-    old = [[-.5, -1, -.2, -2], [-.7, -.1, -1.5, -.9], [-1.2, -.4, -.3, -.6]]
-    ratio = [[.10, -.30, .25, .50], [-.40, .05, .35, -.10], [.60, -.20, 0, .15]]
+    old = [[-0.5, -1, -0.2, -2], [-0.7, -0.1, -1.5, -0.9], [-1.2, -0.4, -0.3, -0.6]]
+    ratio = [[0.10, -0.30, 0.25, 0.50], [-0.40, 0.05, 0.35, -0.10], [0.60, -0.20, 0, 0.15]]
     mask = [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
-    values = [[.1, .2, .3, .4], [0, .1, .2, 0], [.5, .4, 0, 0]]
-    sampler = plus(old, [[.02, -.05, .3, -.6], [.01, .04, -.02, .1], [-.4, .03, .02, 0]])
+    values = [[0.1, 0.2, 0.3, 0.4], [0, 0.1, 0.2, 0], [0.5, 0.4, 0, 0]]
+    sampler = plus(old, [[0.02, -0.05, 0.3, -0.6], [0.01, 0.04, -0.02, 0.1], [-0.4, 0.03, 0.02, 0]])
     return {
-        "mask": mask, "old_logprobs": old, "logprobs": plus(old, ratio),
+        "mask": mask,
+        "old_logprobs": old,
+        "logprobs": plus(old, ratio),
         "sampler_logprobs": sampler,
-        "reference_logprobs": [[round(a - .1, 6) for a in row] for row in old],
-        "advantages": over_tokens([1.0, -1.0, 0.5], mask), "sequence_advantages": [1.0, -1.0, 0.5],
-        "groups": [0, 0, 1], "rewards": [1.0, 0.0, 1.0], "values": values,
-        "old_values": plus(values, [[.3, -.1, .05, 0], [.2, .1, -.3, 0], [-.05, .25, 0, 0]]),
-        "returns": [[.9, .9, 1, 1], [.1, 0, 0, 0], [1, 1, 0, 0]],
-        "entropies": [[1.0, 2.0, .5, 1.5], [.5, 1.0, .25, 0], [2.0, .75, 0, 0]],
+        "reference_logprobs": [[round(a - 0.1, 6) for a in row] for row in old],
+        "advantages": over_tokens([1.0, -1.0, 0.5], mask),
+        "sequence_advantages": [1.0, -1.0, 0.5],
+        "groups": [0, 0, 1],
+        "rewards": [1.0, 0.0, 1.0],
+        "values": values,
+        "old_values": plus(
+            values, [[0.3, -0.1, 0.05, 0], [0.2, 0.1, -0.3, 0], [-0.05, 0.25, 0, 0]]
+        ),
+        "returns": [[0.9, 0.9, 1, 1], [0.1, 0, 0, 0], [1, 1, 0, 0]],
+        "entropies": [[1.0, 2.0, 0.5, 1.5], [0.5, 1.0, 0.25, 0], [2.0, 0.75, 0, 0]],
         "final_rewards": [[0, 0, 0, 1.0], [0, 0, 0, 0], [0, 1.0, 0, 0]],
-        "token_rewards": [[.1, -.1, 0, 1.0], [0, .05, -.2, 0], [.3, 1.0, 0, 0]],
-        "weights": [[1.0, .8, 1.5, .5], [2.0, 0, 1.0, 1.0], [.7, 1.2, 1.0, 1.0]],
-        "sum_pi_squared": [[.5, .4, .8, .3], [.6, .9, .3, .5], [.4, .7, .7, .5]],
+        "token_rewards": [[0.1, -0.1, 0, 1.0], [0, 0.05, -0.2, 0], [0.3, 1.0, 0, 0]],
+        "weights": [[1.0, 0.8, 1.5, 0.5], [2.0, 0, 1.0, 1.0], [0.7, 1.2, 1.0, 1.0]],
+        "sum_pi_squared": [[0.5, 0.4, 0.8, 0.3], [0.6, 0.9, 0.3, 0.5], [0.4, 0.7, 0.7, 0.5]],
         "tokens": [[5, 6, 7, 8], [5, 6, 1, 0], [5, 2, 0, 0]],
-        "baselines": [.25, .25, .5],
+        "baselines": [0.25, 0.25, 0.5],
     }
 
 
@@ -161,7 +190,9 @@ def four():
     """Four sequences of three tokens in two groups, for advantages."""
     rewards, mask = [1.0, 0.0, 1.0, 0.5], [[1, 1, 1]] * 4
     return {
-        "mask": mask, "rewards": rewards, "groups": [0, 0, 1, 1],
+        "mask": mask,
+        "rewards": rewards,
+        "groups": [0, 0, 1, 1],
         "final_rewards": [[0.0, 0.0, reward] for reward in rewards],
     }
 
@@ -169,10 +200,14 @@ def four():
 def ragged(chance):
     """Ten sequences in groups of three, four, one and two, out of order."""
     mask = prefix_mask(RAGGED_LENGTHS, 6)
-    fields = {"mask": mask, "rewards": RAGGED_REWARDS, "groups": RAGGED_GROUPS,
-              "old_logprobs": draw(chance, mask, -2.5, -0.05),
-              "reference_logprobs": draw(chance, mask, -2.5, -0.05),
-              "baselines": [.5, .25, .5, .75, .25, .25, 0., 0., .5, .25]}
+    fields = {
+        "mask": mask,
+        "rewards": RAGGED_REWARDS,
+        "groups": RAGGED_GROUPS,
+        "old_logprobs": draw(chance, mask, -2.5, -0.05),
+        "reference_logprobs": draw(chance, mask, -2.5, -0.05),
+        "baselines": [0.5, 0.25, 0.5, 0.75, 0.25, 0.25, 0.0, 0.0, 0.5, 0.25],
+    }
     fields.update(fields_about(chance, mask, RAGGED_REWARDS))
     return fields
 
@@ -183,27 +218,45 @@ def far():
     old = [[-0.3, -0.7, -1.1, -1.9, -2.2, -3.0], [-5.0, -10.0, -13.0, -20.0, -22.0, -27.0]]
     mask = [[1] * 6, [1] * 6]
     return {
-        "mask": mask, "old_logprobs": old, "logprobs": plus(old, gaps),
-        "reference_logprobs": old, "sampler_logprobs": plus(old, [[0.1] * 6, [-0.2] * 6]),
-        "advantages": over_tokens([0.5, -1.0], mask), "sequence_advantages": [0.5, -1.0],
+        "mask": mask,
+        "old_logprobs": old,
+        "logprobs": plus(old, gaps),
+        "reference_logprobs": old,
+        "sampler_logprobs": plus(old, [[0.1] * 6, [-0.2] * 6]),
+        "advantages": over_tokens([0.5, -1.0], mask),
+        "sequence_advantages": [0.5, -1.0],
         "entropies": [[0.5] * 6, [1.0] * 6],
     }
 
 
 def conflicts():
     """Six completions of two groups, with equal tokens at their starts and ends."""
-    tokens = [[5, 6, 7, 8, 9, 3], [5, 6, 1, 8, 9, 3], [5, 2, 7, 4, 3, 0],
-              [4, 4, 2, 1, 3, 0], [4, 1, 2, 1, 3, 0], [4, 4, 1, 3, 0, 0]]
+    tokens = [
+        [5, 6, 7, 8, 9, 3],
+        [5, 6, 1, 8, 9, 3],
+        [5, 2, 7, 4, 3, 0],
+        [4, 4, 2, 1, 3, 0],
+        [4, 1, 2, 1, 3, 0],
+        [4, 4, 1, 3, 0, 0],
+    ]
     lengths = [6, 6, 5, 5, 5, 4]
     mask = prefix_mask(lengths, 6)
     chance = random.Random(7)
     peaks = [4.0, 5.5, 0.0, 5.0, 3.5, 4.0]
-    logits = [[[round(chance.uniform(-1, 1) + peak * (word == number), 2) for word in range(10)]
-               for number in row] for row, peak in zip(tokens, peaks)]
+    logits = [
+        [
+            [round(chance.uniform(-1, 1) + peak * (word == number), 2) for word in range(10)]
+            for number in row
+        ]
+        for row, peak in zip(tokens, peaks, strict=True)
+    ]
     return {
-        "tokens": tokens, "mask": mask, "signs": [1, -1, -1, 1, 1, -1],
+        "tokens": tokens,
+        "mask": mask,
+        "signs": [1, -1, -1, 1, 1, -1],
         "sequence_advantages": [0.75, -0.25, -0.5, 0.3, 0.2, -0.5],
-        "rewards": [1.0, 0.0, -0.25, 0.8, 0.7, 0.0], "groups": [0, 0, 0, 1, 1, 1],
+        "rewards": [1.0, 0.0, -0.25, 0.8, 0.7, 0.0],
+        "groups": [0, 0, 0, 1, 1, 1],
         "logits": logits,
     }
 
@@ -211,10 +264,12 @@ def conflicts():
 def pairs():
     """Chosen and rejected sequences: sums of log-probabilities and lengths."""
     return {
-        "chosen_logps": [-4.0, -7.5, -2.25, -9.0], "rejected_logps": [-5.5, -6.0, -2.5, -14.0],
+        "chosen_logps": [-4.0, -7.5, -2.25, -9.0],
+        "rejected_logps": [-5.5, -6.0, -2.5, -14.0],
         "reference_chosen_logps": [-4.5, -7.0, -3.0, -8.0],
         "reference_rejected_logps": [-5.0, -6.5, -2.0, -12.0],
-        "chosen_lengths": [4, 6, 3, 8], "rejected_lengths": [5, 6, 2, 10],
+        "chosen_lengths": [4, 6, 3, 8],
+        "rejected_lengths": [5, 6, 2, 10],
     }
 
 
@@ -222,12 +277,18 @@ def logits():
     """Scores over five words for two sequences of three tokens, and kept words."""
     chance = random.Random(11)
     return {
-        "logits": [[[round(chance.uniform(-2, 2), 3) for _ in range(5)] for _ in range(3)]
-                   for _ in range(2)],
-        "tokens": [[1, 0, 4], [2, 3, 1]], "mask": [[1, 1, 1], [1, 1, 0]],
-        "keep": [[[1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]],
-                 [[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [0, 1, 0, 1, 0]]],
-        "simple_logits": [[[2.0, 1.0, 0.5, -1.0, 0.0]]], "simple_tokens": [[1]],
+        "logits": [
+            [[round(chance.uniform(-2, 2), 3) for _ in range(5)] for _ in range(3)]
+            for _ in range(2)
+        ],
+        "tokens": [[1, 0, 4], [2, 3, 1]],
+        "mask": [[1, 1, 1], [1, 1, 0]],
+        "keep": [
+            [[1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]],
+            [[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [0, 1, 0, 1, 0]],
+        ],
+        "simple_logits": [[[2.0, 1.0, 0.5, -1.0, 0.0]]],
+        "simple_tokens": [[1]],
         "simple_keep": [[[1, 1, 1, 0, 0]]],
     }
 
@@ -237,9 +298,16 @@ def make():
     chance = random.Random(20261130)
     base = mixed(chance)
     return {
-        "three": three(), "mixed": base, "holes": holes(base), "spans": spans(chance, base),
-        "four": four(), "ragged": ragged(chance), "far": far(), "conflicts": conflicts(),
-        "pairs": pairs(), "logits": logits(),
+        "three": three(),
+        "mixed": base,
+        "holes": holes(base),
+        "spans": spans(chance, base),
+        "four": four(),
+        "ragged": ragged(chance),
+        "far": far(),
+        "conflicts": conflicts(),
+        "pairs": pairs(),
+        "logits": logits(),
     }
 
 
@@ -247,8 +315,9 @@ def write(path):
     """One field a line."""
     blocks = []
     for name, fields in make().items():
-        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(field)}"
-                           for key, field in fields.items())
+        lines = ",\n".join(
+            f"  {json.dumps(key)}: {json.dumps(field)}" for key, field in fields.items()
+        )
         blocks.append(f"{json.dumps(name)}: {{\n{lines}\n}}")
     path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
 

@@ -22,21 +22,29 @@ KEPT = ("staticmethod", "dataclass", "property", "torch.no_grad()")
 class Bare(ast.NodeTransformer):
     """Drop annotations of functions and most decorators."""
 
-    def visit_FunctionDef(self, node):
-        """A function without annotations."""
+    def bare(self, node):
+        """A function or coroutine without annotations."""
         self.generic_visit(node)
         node.returns = None
-        node.decorator_list = [one for one in node.decorator_list
-                               if ast.unparse(one).startswith(KEPT)]
+        node.decorator_list = [
+            one for one in node.decorator_list if ast.unparse(one).startswith(KEPT)
+        ]
         return node
 
-    visit_AsyncFunctionDef = visit_FunctionDef
+    def visit_FunctionDef(self, node):
+        """A function."""
+        return self.bare(node)
+
+    def visit_AsyncFunctionDef(self, node):
+        """A coroutine."""
+        return self.bare(node)
 
     def visit_ClassDef(self, node):
         """A class with the decorators kept."""
         self.generic_visit(node)
-        node.decorator_list = [one for one in node.decorator_list
-                               if ast.unparse(one).startswith(KEPT)]
+        node.decorator_list = [
+            one for one in node.decorator_list if ast.unparse(one).startswith(KEPT)
+        ]
         return node
 
     def visit_arg(self, node):
@@ -62,15 +70,30 @@ def load(path, names, **given):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name):
                 found.setdefault(target.id, node)
-    body = [Bare().visit(node) for node in tree.body + [*found.values()]
-            if any(found.get(name) is node for name in names)]
+    body = [
+        Bare().visit(node)
+        for node in tree.body + [*found.values()]
+        if any(found.get(name) is node for name in names)
+    ]
     body = list(dict.fromkeys(body))
     module = types.ModuleType("taken")
     module.__dict__.update(
-        {"torch": torch, "np": np, "F": torch.nn.functional, "nn": torch.nn, "Any": Any,
-         "Optional": Optional, "Namespace": Namespace, "defaultdict": defaultdict,
-         "dataclass": dataclasses.dataclass, "field": dataclasses.field,
-         "functools": functools, "print": lambda *_, **__: None, **given})
+        {
+            "torch": torch,
+            "np": np,
+            "F": torch.nn.functional,
+            "nn": torch.nn,
+            "Any": Any,
+            "Optional": Optional,
+            "Namespace": Namespace,
+            "defaultdict": defaultdict,
+            "dataclass": dataclasses.dataclass,
+            "field": dataclasses.field,
+            "functools": functools,
+            "print": lambda *_, **__: None,
+            **given,
+        }
+    )
     tree = ast.fix_missing_locations(ast.Module(body, []))
     exec(compile(tree, path, "exec"), module.__dict__)
     return module

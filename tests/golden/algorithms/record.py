@@ -3,10 +3,12 @@
     python inputs.py
     VERL_USE_EXTERNAL_PLUGINS=none TORCHDYNAMO_DISABLE=1 python record.py verl=PATH trl=PATH ...
 
-Each argument names a library and a checkout of its repository; README.md has the commits. The
-environment needs torch, transformers, tensordict, ray, accelerate, datasets, omegaconf,
-hydra-core, codetiming, orjson, beartype, jaxtyping and loguru. A file is written anew for the
-libraries given: verl.json, trl.json, and others.json, which needs all of its libraries at once.
+Each argument names a library and a checkout of its repository; README.md has the commits. Dr. GRPO
+(`r1_zero`) also needs the learner it builds on: OAT_PATH is a checkout of sail-sg/oat, OAT_COMMIT
+its commit. The environment needs torch, transformers, tensordict, ray, accelerate, datasets,
+omegaconf, hydra-core, codetiming, orjson, peft, pillow, torchdata, cachetools, fastapi, uvicorn,
+aiohttp, pydantic and loguru. A file is written anew for the libraries given: verl.json, trl.json,
+and others.json, which needs all of its libraries at once.
 """
 
 import subprocess
@@ -24,8 +26,9 @@ def commit_of(path):
         with open(marker) as file:
             return file.read().strip()
     except FileNotFoundError:
-        done = subprocess.run(["git", "-C", path, "rev-parse", "HEAD"], check=True,
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", path, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
 
@@ -44,8 +47,10 @@ def main(arguments):
     if all(name in paths for name in OTHERS):
         import record_others
 
-        write(HERE / "others.json", [getattr(record_others, name)(
-            paths[name], commit_of(paths[name])) for name in OTHERS])
+        write(
+            HERE / "others.json",
+            [getattr(record_others, name)(paths[name], commit_of(paths[name])) for name in OTHERS],
+        )
 
 
 if __name__ == "__main__":

@@ -6,10 +6,25 @@ from collections import defaultdict
 
 import torch
 from common import INPUTS, field, leaf
+from library import double_names
 from record_trl import accelerator
 
-DPO_TYPES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
-             "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm"]
+DPO_TYPES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+]
 
 
 class Model:
@@ -33,25 +48,48 @@ def dpo(table, kinds, tag, **options):
     dpo_trainer.is_peft_model = lambda model: False
     mask = field("mixed", "mask").long()
     padded = torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask], dim=1)
-    given = {"beta": 0.1, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl",
-             "f_alpha_divergence_coef": 0.5, "ld_alpha": None, "discopop_tau": 0.05, **options}
+    given = {
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "ld_alpha": None,
+        "discopop_tau": 0.05,
+        **options,
+    }
     weights = given.pop("loss_weights", [1.0] * len(kinds))
     stub = types.SimpleNamespace(
-        **given, args=types.SimpleNamespace(discopop_tau=given["discopop_tau"],
-                                            gradient_checkpointing_kwargs=None),
-        loss_types=kinds, loss_weights=weights, use_weighting=False, aux_loss_enabled=False,
-        precompute_ref_logps=False, model=types.SimpleNamespace(
-            training=False, is_gradient_checkpointing=False), ref_model=Model(),
-        accelerator=accelerator(), _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0)
-    single, torch.float32 = torch.float32, torch.float64
-    loss = dpo_trainer.DPOTrainer._compute_loss(stub, Model(), {
-        "input_ids": padded, "attention_mask": padded, "completion_mask": padded}, False)
-    torch.float32 = single
-    call = {"function": "DPOTrainer._compute_loss", "loss_type": kinds, "chosen": [0, 1, 2, 3],
-            "rejected": [4, 5, 6, 7], "ref_logps": "reference_logprobs", "loss_weights": weights,
-            **{key: given[key] for key in ("beta", "label_smoothing", "f_divergence_type",
-                                           "ld_alpha")}}
+        **given,
+        args=types.SimpleNamespace(
+            discopop_tau=given["discopop_tau"], gradient_checkpointing_kwargs=None
+        ),
+        loss_types=kinds,
+        loss_weights=weights,
+        use_weighting=False,
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        model=types.SimpleNamespace(training=False, is_gradient_checkpointing=False),
+        ref_model=Model(),
+        accelerator=accelerator(),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+    )
+    with double_names():
+        loss = dpo_trainer.DPOTrainer._compute_loss(
+            stub,
+            Model(),
+            {"input_ids": padded, "attention_mask": padded, "completion_mask": padded},
+            False,
+        )
+    call = {
+        "function": "DPOTrainer._compute_loss",
+        "loss_type": kinds,
+        "chosen": [0, 1, 2, 3],
+        "rejected": [4, 5, 6, 7],
+        "ref_logps": "reference_logprobs",
+        "loss_weights": weights,
+        **{key: given[key] for key in ("beta", "label_smoothing", "f_divergence_type", "ld_alpha")},
+    }
     if given["f_divergence_type"] == "alpha_divergence":
         call["f_alpha_divergence_coef"] = given["f_alpha_divergence_coef"]
     if "discopop" in kinds:
@@ -83,34 +121,64 @@ def sums(table):
     runs += [("sigmoid", 0.1, 0.0, 0.1)]
     for kind, beta, gamma, smooth in runs:
         chosen, rejected = pair_leaves()
-        stub = types.SimpleNamespace(alpha=0.0, loss_type=kind, beta=beta, simpo_gamma=gamma,
-                                     label_smoothing=smooth, accelerator=accelerator())
+        stub = types.SimpleNamespace(
+            alpha=0.0,
+            loss_type=kind,
+            beta=beta,
+            simpo_gamma=gamma,
+            label_smoothing=smooth,
+            accelerator=accelerator(),
+        )
         losses, _, _ = CPOTrainer.cpo_loss(stub, chosen, rejected)
-        add(table, f"trl/cpo/pairs/{kind},beta={beta},gamma={gamma},smoothing={smooth}", {
-            "function": "CPOTrainer.cpo_loss", "loss_type": kind, "beta": beta,
-            "simpo_gamma": gamma, "label_smoothing": smooth}, losses.mean(), chosen, rejected)
+        add(
+            table,
+            f"trl/cpo/pairs/{kind},beta={beta},gamma={gamma},smoothing={smooth}",
+            {
+                "function": "CPOTrainer.cpo_loss",
+                "loss_type": kind,
+                "beta": beta,
+                "simpo_gamma": gamma,
+                "label_smoothing": smooth,
+            },
+            losses.mean(),
+            chosen,
+            rejected,
+        )
     for beta in [0.1, 1.0]:
         chosen, rejected = pair_leaves()
         stub = types.SimpleNamespace(beta=beta, accelerator=accelerator())
         losses = ORPOTrainer.odds_ratio_loss(stub, chosen, rejected)[0]
-        add(table, f"trl/orpo/pairs/beta={beta}", {
-            "function": "ORPOTrainer.odds_ratio_loss", "beta": beta,
-            "loss": "minus the mean of the losses, without the likelihood of the chosen"},
-            -losses.mean(), chosen, rejected)
+        add(
+            table,
+            f"trl/orpo/pairs/beta={beta}",
+            {
+                "function": "ORPOTrainer.odds_ratio_loss",
+                "beta": beta,
+                "loss": "minus the mean of the losses, without the likelihood of the chosen",
+            },
+            -losses.mean(),
+            chosen,
+            rejected,
+        )
 
 
 def pair_leaves():
     """The means a token of the log-probabilities of chosen and rejected sequences."""
-    return [(field("pairs", f"{name}_logps") / field("pairs", f"{name}_lengths"))
-            .detach().requires_grad_() for name in ("chosen", "rejected")]
+    return [
+        (field("pairs", f"{name}_logps") / field("pairs", f"{name}_lengths"))
+        .detach()
+        .requires_grad_()
+        for name in ("chosen", "rejected")
+    ]
 
 
 def add(table, name, call, loss, chosen, rejected):
     """Keep a loss over pairs with both gradients."""
     first, second = torch.autograd.grad(loss, [chosen, rejected])
     call["logps"] = "chosen_logps / chosen_lengths, rejected_logps / rejected_lengths"
-    table.add(name, "pair", call, "pairs", loss=loss, gradient_chosen=first,
-              gradient_rejected=second)
+    table.add(
+        name, "pair", call, "pairs", loss=loss, gradient_chosen=first, gradient_rejected=second
+    )
 
 
 def distance(table):
@@ -121,13 +189,24 @@ def distance(table):
         wrt = leaf("logits", "logits")
         teacher = field("logits", "logits").flip(-1)
         labels = torch.where(field("logits", "mask") > 0, 1, -100)
-        loss = GKDTrainer.generalized_jsd_loss(wrt, teacher, labels=labels, beta=beta,
-                                               temperature=temperature)
-        table.loss(f"trl/gkd/logits/beta={beta},temperature={temperature}", {
-            "function": "GKDTrainer.generalized_jsd_loss", "beta": beta,
-            "temperature": temperature, "student_logits": "logits",
-            "teacher_logits": "logits, last axis reversed"}, "logits", loss, wrt,
-            kind="distribution", of="logits")
+        loss = GKDTrainer.generalized_jsd_loss(
+            wrt, teacher, labels=labels, beta=beta, temperature=temperature
+        )
+        table.loss(
+            f"trl/gkd/logits/beta={beta},temperature={temperature}",
+            {
+                "function": "GKDTrainer.generalized_jsd_loss",
+                "beta": beta,
+                "temperature": temperature,
+                "student_logits": "logits",
+                "teacher_logits": "logits, last axis reversed",
+            },
+            "logits",
+            loss,
+            wrt,
+            kind="distribution",
+            of="logits",
+        )
 
 
 def record(table):
