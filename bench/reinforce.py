@@ -14,17 +14,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bench.workload import print_result, random_prompts, seconds, tiny_dsv3_config
+from data.tokenizer import Tokenizer
 from experiment.command_line import command
 from experiment.schema import Config
 from model.sharding import make_mesh
 from model.transformer import boxed_shapes
-from rl.algorithms import get_algorithm
+from rl.algorithms.spec import get_algorithm
 from rl.engine import Engine
-from rl.objective import policy_objective
+from rl.learner import Learner
+from rl.pay import Rewards
 from rl.trajectory import batch_of
 from train.optimizer import make_optimizer
+from train.setup import Setup
 from train.state import fresh_state
-from train.step import make_step
 
 
 class Steps:
@@ -53,9 +55,9 @@ class Steps:
             rows=prompts * reinforce.group_size,
             group_size=reinforce.group_size,
         )
-        objective = policy_objective(config.model, config.train, self.algorithm, 1.0)
-        step = make_step(config.model, config.train, objective, optimizer)
-        self._step = jax.jit(step, donate_argnums=0)
+        setup = Setup(config.model, Tokenizer.__new__(Tokenizer), mesh)  # nothing is written
+        given = setup, config.train, sampling, reinforce, self.algorithm, optimizer
+        self._learn = Learner(*given, critic=None, seed=0)
 
     def take(self, repeat: int):
         """Samples, updates, and returns the metrics. Calls before number 0 are not recorded."""
@@ -69,15 +71,11 @@ class Steps:
             trajectories = sorted(ended, key=lambda each: (each.group, each.sample))
         sampled = time.perf_counter()
         batch = jax.tree.map(jnp.asarray, batch_of(trajectories, self._engine.capacity, 0))
-        tokens_PGC = np.stack([each.completion for each in trajectories]).reshape(
-            prompts, group, -1
-        )
-        advantages_PG = self.algorithm.advantage(
-            jnp.asarray(tokens_PGC.mean(axis=-1) / model.vocab_size)
-        )
-        batch["advantages"] = jnp.where(batch["mask"], advantages_PG.reshape(-1)[:, None], 0.0)
-        batch["old_logprobs"] = batch["sampler_logprobs"]
-        self.state, metrics = self._step(self.state, batch)
+        means = [float(each.completion.mean()) / model.vocab_size for each in trajectories]
+        paid_MPG = np.asarray(means, np.float32).reshape(1, prompts, group)
+        rewards = Rewards(("mean",), np.ones(1, np.float32), paid_MPG)
+        paid = rewards.arrays(prompts * group)
+        self.state, (metrics,) = self._learn(self.state, None, batch, paid, repeat + 3)
         jax.block_until_ready(metrics)
         if repeat >= 0:
             self.sample_seconds.append(sampled - began)

@@ -226,8 +226,14 @@ def _parts_of(there: dict[str, Spec], here: dict[str, Spec]) -> dict[str, Spec]:
     Parameters alone may be stored in bfloat16 (launch.convert --dtype=bfloat16); Orbax makes
     float32 of them.
     """
-    parts = {name.split("/")[0] for name in here}
-    there = {name: spec for name, spec in there.items() if name.split("/")[0] in parts}
+
+    def part(name: str) -> str:
+        """Returns "params", "router" and so on, of a critic "critic/params"."""
+        first, second, *_ = f"{name}/".split("/")
+        return f"{first}/{second}" if first == "critic" else first
+
+    parts = {part(name) for name in here}
+    there = {name: spec for name, spec in there.items() if part(name) in parts}
     return there | {
         name: (shape, "float32")
         for name, (shape, dtype) in there.items()

@@ -1,6 +1,6 @@
 r"""Reinforcement learning on verifiable tasks: GRPO, Dr.GRPO and their relatives.
 
-The algorithms are the rows of rl/algorithms.py.
+The algorithms are the rows of rl/algorithms/table.py.
 
     python -m launch.reinforce --config=configs/reinforce.py --workdir=runs/rl \
         --config.init_from=runs/chat

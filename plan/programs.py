@@ -23,7 +23,7 @@ from model.sharding import batch_sharding, batch_shards, mesh_axes
 from model.transformer import boxed_shapes
 from plan.flops import rollout_formula, train_formula
 from rl.advance import advance
-from rl.algorithms import get_algorithm
+from rl.algorithms.spec import get_algorithm
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.slots import IDS, Rules, Sampled, empty_slots, place, read_prompts
 from train.config import TrainConfig
@@ -132,7 +132,7 @@ def rollout_program(
     algorithm = get_algorithm(
         reinforce.algorithm, max_completion=sampling.max_new_tokens, kl_weight=reinforce.kl_weight
     )
-    if algorithm.divergence is not None:
+    if "reference" in algorithm.needs:
         waiting_bytes["reference policy (waiting)"] = argument_bytes["parameters"]
     argument_bytes["batch"] = _bytes_per_device((tokens, lengths, keys))
     return Program(

@@ -9,7 +9,6 @@ import numpy as np
 from jax import Array
 
 from model.sharding import batch_sharding
-from rl.algorithms import Algorithm
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.generate import Completion
 from rl.packing import packed_rows
@@ -43,26 +42,18 @@ def rows(
     return batch_of(trajectories, width, setup.tokenizer.pad, layout, kept)
 
 
-def with_advantages(
-    batch: dict[str, np.ndarray],
-    completions: Sequence[Completion],
-    total_PG: np.ndarray,
-    algorithm: Algorithm,
-    config: ReinforceConfig,
+def learnt_from(
+    batch: dict[str, np.ndarray], completions: Sequence[Completion], truncated: str
 ) -> dict[str, np.ndarray]:
-    """Returns the batch with "advantages" [B, T], 0 outside the mask.
+    """Returns the batch with a mask that leaves out what is not learnt from.
 
     Args:
-      total_PG: float32, what each completion earns.
-
-    The mask leaves out what was cut before its stop token where reinforce.truncated says so.
+      truncated: "mask" leaves out completions that were cut before their stop token.
     """
-    if config.truncated == "mask":
-        whole_N = np.asarray([not completion.truncated for completion in completions])
-        batch = batch | {"mask": batch["mask"] & whole_N[batch["trajectory"]]}
-    advantages_N = np.asarray(algorithm.advantage(jnp.asarray(total_PG))).reshape(-1)
-    advantages_BT = np.where(batch["mask"], advantages_N[batch["trajectory"]], np.float32(0))
-    return batch | {"advantages": advantages_BT}
+    if truncated != "mask":
+        return batch
+    whole_N = np.asarray([not completion.truncated for completion in completions])
+    return batch | {"mask": batch["mask"] & whole_N[batch["trajectory"]]}
 
 
 def minibatches(

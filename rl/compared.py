@@ -1,7 +1,8 @@
-"""The log-probs that a loss compares the policy's with: of the old policy, and of a reference."""
+"""What a loss compares the policy with: the policy before it moved, and a reference."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,28 +10,42 @@ from jax import Array
 
 from kernels.device import compiler_options
 from model.record import CHOICES
-from rl.objective import logprobs_at_tokens
+from rl.objective import logprobs_at_tokens, scores_at_tokens
 from train.objective import Batch, split_microbatches
 from train.setup import Setup
 
 
-def jit_score(setup: Setup, stage: str, temperature: float, parts: int) -> Callable[..., Array]:
+def in_parts(score: Callable[[dict, Batch], Any], parts: int) -> Callable[[dict, Batch], Any]:
+    """Makes a function of a batch compute it in so many parts, one after the other.
+
+    So scoring takes no more memory than a microbatch of an update.
+
+    Args:
+      score: (variables, batch) -> arrays [B, T].
+    """
+
+    def scored(variables: dict, batch: Batch) -> Any:
+        if parts == 1:
+            return score(variables, batch)
+        found = jax.lax.map(functools.partial(score, variables), split_microbatches(batch, parts))
+        # Part p has the rows p, p + parts, ...
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch["mask"].shape), found)
+
+    return scored
+
+
+def jit_score(
+    setup: Setup, stage: str, temperature: float, parts: int, *, entropy: bool = False
+) -> Callable[..., Array]:
     """Returns the jitted (variables, batch) -> log-probs [B, T] of the tokens of the mask.
 
     Args:
-      parts: the batch is scored in so many, one after the other, so that scoring takes no more
-        memory than a microbatch of an update.
+      parts: see `in_parts`.
+      entropy: returns log-probs and entropies of the distributions they are of.
     """
-    score = functools.partial(logprobs_at_tokens, setup.model, stage, temperature)
-
-    def in_parts(variables: dict, batch: Batch) -> Array:
-        if parts == 1:
-            return score(variables, batch)
-        scored = jax.lax.map(functools.partial(score, variables), split_microbatches(batch, parts))
-        # Part p has the rows p, p + parts, ...
-        return jnp.moveaxis(scored, 0, 1).reshape(batch["mask"].shape)
-
-    return jax.jit(in_parts, compiler_options=compiler_options(setup.mesh))
+    of_batch = scores_at_tokens if entropy else logprobs_at_tokens
+    score = functools.partial(of_batch, setup.model, stage, temperature)
+    return jax.jit(in_parts(score, parts), compiler_options=compiler_options(setup.mesh))
 
 
 def compared_logprobs(
@@ -40,18 +55,23 @@ def compared_logprobs(
     batch: Batch,
     old_logprobs: str,
     updates: int,
+    needs: Collection[str] = (),
 ) -> Batch:
     """Returns what the loss compares the policy's log-probs with, [B, T] each.
 
     "old_logprobs" are those the sampler recorded or those the trainer computes. With the latter
     goes "on_policy", bool [B]: in the first of the step's updates, `rl.objective.old_of` takes the
-    policy's own; where it is the only one, nothing need be scored. "reference_logprobs" are there
-    where there is a reference, which chooses experts and keys for itself.
+    policy's own; where it is the only one, and nothing else needs them, nothing need be scored.
+    "reference_logprobs" are there where there is a reference, which chooses experts and keys for
+    itself.
+
+    Args:
+      needs: of an algorithm.
     """
     compared = {"old_logprobs": batch["sampler_logprobs"]}
     if old_logprobs == "trainer":
         compared["on_policy"] = batch["mask"][:, 0] | True
-        if updates > 1:
+        if updates > 1 or "old" in needs:
             compared["old_logprobs"] = score_fn(variables, batch)
     if reference is not None:
         own = {name: x for name, x in batch.items() if name not in CHOICES}

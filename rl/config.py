@@ -5,8 +5,9 @@ Each field is written once, here, with its default and meaning.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from data.python_files import is_attribute
 from errors import FieldChecks
 from rl.rewards import check_weights
 
@@ -81,11 +82,13 @@ class SamplingConfig:
 class ReinforceConfig:
     """Chooses the problems, the algorithm, and how many completions and updates a step has."""
 
-    algorithm: str = "dr_grpo"  # a row of rl/algorithms.py
+    # A row of rl/algorithms/table.py, with options: "dapo?high=0.3&kl=0.01", or one of your own,
+    # "FILE.py:NAME"; `python -m launch.algorithms` lists them.
+    algorithm: str = "dr_grpo"
     # "task:NAME?option=value" | "task:jsonl:FILE#QUESTION,ANSWER" | "task:parquet:...": data/tasks
     task: str = "task:arithmetic"
     prompts_per_step: int = 16
-    group_size: int = 8  # G, completions of a prompt
+    group_size: int = 8  # G, completions of a prompt; 1 where the algorithm compares none
     # Prompts whose completions are sampled at a time; a step takes the first `prompts_per_step` of
     # them to be complete, and the others go on in the next: partial rollouts (Kimi k1.5, arXiv
     # 2501.12599), see docs/reinforce.md. 0 is as many as a step takes, so that it waits for all.
@@ -101,6 +104,19 @@ class ReinforceConfig:
     # Coefficient of the divergence to the reference (the model that reinforcement started from,
     # which the workdir keeps); -1 takes the algorithm's own, 0 turns it off.
     kl_weight: float = -1.0
+    # What a divergence compares with, or who teaches: "" is the model that reinforcement started
+    # from; else a run's workdir or `hf:DIR`, of the same shape as the policy.
+    reference: str = ""
+    reference_every: int = 0  # steps after which the policy becomes the reference; 0 never
+    # The optimizer's moments begin anew after so many steps (Kimi k1.5, arXiv 2501.12599); 0 never.
+    reset_optimizer_every: int = 0
+    # Of an algorithm with a critic. Its learning rate, 0 for train.learning_rate; the first steps,
+    # in which it alone learns; how far an update may move a value, in units of the reward, 0 for
+    # any; and the workdir of a run whose critic it begins as, "" for the policy's own parameters.
+    critic_learning_rate: float = 0.0
+    critic_warmup_steps: int = 0
+    value_clip: float = 0.2
+    critic_from: str = ""
     # Reward -> its weight in the sum that is maximised: "answer" | "format" (rl/rewards), or
     # "FILE.py:NAME", a function of one's own (docs/reinforce.md).
     rewards: Mapping[str, float] = dataclasses.field(
@@ -143,9 +159,6 @@ class ReinforceConfig:
     trace_completions: int = 2
 
     def __post_init__(self):
-        from rl.algorithms import get_algorithm  # brings jax, for which `--help` must not wait
-
-        get_algorithm(self.algorithm, max_completion=1)  # raises UserError without such a row
         check_weights(self.rewards)
         check = FieldChecks(self, "reinforce")
         a_task = self.task.startswith("task:")
@@ -155,12 +168,7 @@ class ReinforceConfig:
         check.positive("prompts_per_step", "minibatches", "epochs")
         check.at_most(1_000_000, "prompts_per_step", "prompts_in_flight", "group_size")
         check.at_most(10_000, "minibatches", "epochs")
-        several = self.group_size > 1
-        check.that(
-            several,
-            "group_size",
-            "must be at least 2: an advantage compares completions of one prompt",
-        )
+        check.positive("group_size")
         enough = not self.prompts_in_flight or self.prompts_in_flight >= self.prompts_per_step
         check.that(
             enough,
@@ -177,6 +185,20 @@ class ReinforceConfig:
         )
         allowed = self.kl_weight == -1 or 0 <= self.kl_weight < math.inf
         check.that(allowed, "kl_weight", "must be -1 (the algorithm's own), 0 (off) or positive")
+        if not is_attribute(self.algorithm.partition("?")[0]):  # no one's file is run for this
+            from rl.algorithms.spec import get_algorithm  # brings jax: `--help` must not wait
+
+            weight = self.kl_weight
+            self.check_algorithm(
+                get_algorithm(self.algorithm, max_completion=1, kl_weight=weight).needs
+            )
+        check.not_negative("reference_every", "reset_optimizer_every", "critic_warmup_steps")
+        check.not_negative("critic_learning_rate", "value_clip")
+        check.that(
+            not (self.reference and self.reference_every),
+            "reference_every",
+            "must be 0 where reinforce.reference names a model",
+        )
         check.that(self.trace_completions >= -1, "trace_completions", "must be -1 (all) or more")
         check.one_of("truncated", TRUNCATED)
         check.one_of("old_logprobs", OLD_LOGPROBS)
@@ -186,6 +208,22 @@ class ReinforceConfig:
         check.that(
             tolerable, "canary_tolerance", "must be -1 (by model.dtype), 0 (off) or positive"
         )
+
+    def check_algorithm(self, needs: Collection[str]) -> None:
+        """Checks what only some algorithms have, by what this one needs.
+
+        Raises UserError for a field that it has no use for, or groups that it cannot compare.
+        """
+        check = FieldChecks(self, "reinforce")
+        several = self.group_size > 1 or "group" not in needs
+        rule = f"must be at least 2: {self.algorithm!r} compares completions of one prompt"
+        check.that(several, "group_size", rule)
+        for name in ("reference_every", "reference"):
+            used = "reference" in needs or not getattr(self, name)
+            check.that(used, name, f"{self.algorithm!r} compares with no reference; add kl=0.01")
+        for name in ("critic_from", "critic_warmup_steps", "critic_learning_rate"):
+            used = "values" in needs or not getattr(self, name)
+            check.that(used, name, f"{self.algorithm!r} has no critic; 'ppo' has one")
 
     @property
     def in_parts(self) -> bool:

@@ -1,42 +1,40 @@
 """The training loop of reinforcement learning.
 
-A step takes prompts, samples completions, rewards them, computes advantages, scores the tokens
-under the policies that the algorithm compares with, and updates on minibatches.
+A step takes groups of completions, rewards them, lays them out in rows, and learns from them:
+rl/learner.py says how.
 """
 
 import dataclasses
+import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
-from jax.experimental import multihost_utils
 
 from checkpoints.training import Checkpoints
-from data.tasks.problem import Problem
 from model.config import ModelConfig
 from model.record import routing_layers, selecting_layers
 from model.sharding import batch_shards
 from model.transformer import boxed_shapes
 from rl.agreement import Agreement
-from rl.algorithms import Algorithm, get_algorithm
-from rl.batches import minibatches, rows, with_advantages
+from rl.algorithms.options import Options
+from rl.algorithms.spec import get_algorithm
+from rl.batches import learnt_from, rows
 from rl.canary import Canary
-from rl.compared import compared_logprobs, jit_score, left_policy
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
-from rl.generate import Completion, Generator
-from rl.objective import policy_objective
+from rl.critic import Critic
+from rl.generate import Generator
+from rl.learner import Learner, per_update
+from rl.measure import observe, over_updates, timed
+from rl.pay import reward
 from rl.problems import problems_to_train, prompt_of
 from rl.reasoning import ReasoningEvaluation
-from rl.reference import start_with_reference
-from rl.request import Counts
-from rl.rewards import metric_name, total_reward
-from rl.rollouts import Rollouts
+from rl.reference import begun
+from rl.rollouts import Group, Rollouts
 from rl.traces import Traces
 from train.config import TrainConfig
 from train.interrupt import Interrupt
@@ -45,23 +43,7 @@ from train.monitor import Due, StepLog
 from train.optimizer import make_optimizer
 from train.progress import Progress
 from train.rescue import SavedOnError
-from train.restore import restored_or_new
 from train.setup import Setup
-from train.state import abstract_state
-from train.step import Step, jit_step, make_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Rewards:
-    """The rewards of P * G completions.
-
-    Attributes:
-      total_PG: float32, the weighted sum of the named rewards.
-      by_name: reward name -> the unweighted reward of each completion, P * G of them.
-    """
-
-    total_PG: np.ndarray
-    by_name: dict[str, list[float]]
 
 
 def train_policy(
@@ -87,14 +69,17 @@ def train_policy(
     Raises:
       UserError: the task, a prompt or a checkpoint does not fit, or gradients are never finite.
     """
-    if reinforce.indexer == "frozen":  # as what no loss reaches is, see `trainable`
-        train = dataclasses.replace(train, indexer_weight=0.0)
-    updates = reinforce.epochs * reinforce.minibatches
     algorithm = get_algorithm(
         reinforce.algorithm, max_completion=sampling.max_new_tokens, kl_weight=reinforce.kl_weight
     )
-    parameters = boxed_shapes(setup.model)["params"]
-    optimizer = make_optimizer(per_update(train, updates), parameters)
+    reinforce = dataclasses.replace(reinforce, **algorithm.loop)
+    reinforce.check_algorithm(algorithm.needs)
+    if reinforce.indexer == "frozen":  # as what no loss reaches is, see `trainable`
+        train = dataclasses.replace(train, indexer_weight=0.0)
+    updates = reinforce.epochs * reinforce.minibatches
+    scheduled = per_update(train, updates)
+    optimizer = make_optimizer(scheduled, boxed_shapes(setup.model)["params"])
+    critic = Critic(setup, scheduled, reinforce) if "values" in algorithm.needs else None
     tokenizer = setup.tokenizer
     problems = problems_to_train(reinforce.task, sampling, tokenizer, template, seed).problems
     group_size = reinforce.group_size
@@ -110,6 +95,9 @@ def train_policy(
         group_size=group_size,
         record=recorded,
     )
+    greedy = None
+    if "greedy" in algorithm.needs:
+        greedy = greedy_generator(setup, sampling, template, reinforce.prompts_per_step)
     agreement = Agreement(setup, train.stage, reinforce.agreement_rows)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     rollouts = Rollouts(generate, problems, reinforce, key, seed)
@@ -126,25 +114,29 @@ def train_policy(
     held_out = None
     if train.eval_every:
         held_out = ReasoningEvaluation(setup, evaluate, reinforce, generate, seed)
+    learn = Learner(setup, train, sampling, reinforce, algorithm, optimizer, critic, seed)
+    parts = reinforce.minibatches * train.microbatches
+    multiple = parts * batch_shards(setup.mesh) if reinforce.packing else None
+    cursor = rollouts if reinforce.in_parts else None
     with (
         jax.set_mesh(setup.mesh),
         Checkpoints(workdir / "checkpoints", train.max_to_keep) as checkpoints,
         Interrupt() as interrupt,
+        begun(
+            setup,
+            optimizer,
+            checkpoints,
+            workdir,
+            cursor,
+            critic,
+            reinforce,
+            needs_reference="reference" in algorithm.needs,
+            references=references_kept(train, reinforce.reference_every),
+            init_from=init_from,
+            seed=seed,
+        ) as (state, reference),
     ):
-        begin = {"init_from": init_from, "seed": seed}
-        cursor = rollouts if reinforce.in_parts else None
-        if algorithm.divergence is None:
-            state, reference = restored_or_new(setup, optimizer, checkpoints, cursor, **begin), None
-        else:
-            state, reference = start_with_reference(
-                setup, optimizer, checkpoints, workdir, cursor, **begin
-            )
         done = int(state.step) // updates
-        parts = reinforce.minibatches * train.microbatches
-        score_fn = jit_score(setup, train.stage, sampling.temperature, parts)
-        step_fn = jit_policy_step(
-            setup, per_update(train, updates), algorithm, optimizer, sampling.temperature
-        )
         with (
             Metrics(workdir, "reinforce", resume_step=done) as metrics,
             Traces(workdir, reinforce.trace_completions, tokenizer, resume_step=done) as traces,
@@ -162,27 +154,26 @@ def train_policy(
                 chosen = [group.problem for group in groups]
                 completions = [each for group in groups for each in group.completions]
                 counts = generate.engine.counts.since(before)
-                rewards = reward(completions, chosen, reinforce)
+                options, longest = algorithm.options, sampling.max_new_tokens
+                rewards = reward(completions, chosen, reinforce, options, longest)
+                best = None
+                if greedy:
+                    best = greedy_rewards(greedy, state.variables, groups, key, reinforce, options)
                 trajectories = [completion.trajectory for completion in completions]
                 some = agreement.some(trajectories)
                 some = rows(some, setup, sampling, made, most=agreement.most(most))
                 agreed = agreement(state.variables, some)
-                multiple = parts * batch_shards(setup.mesh) if reinforce.packing else None
                 batch = rows(trajectories, setup, sampling, kept, most=most, multiple=multiple)
-                batch = with_advantages(batch, completions, rewards.total_PG, algorithm, reinforce)
+                batch = learnt_from(batch, completions, reinforce.truncated)
                 if reinforce.in_parts:
                     batch["stale"] = batch["mask"] & (batch["versions"] < step - 1)
                 batch = setup.whole_on_devices(batch)
                 sampled = time.monotonic()
-                batch |= compared_logprobs(
-                    score_fn, state.variables, reference, batch, reinforce.old_logprobs, updates
-                )
-                measured = []
-                for minibatch in minibatches(setup, batch, reinforce, seed=seed, step=step):
-                    minibatch = left_policy(minibatch) if measured else minibatch
-                    state, values = step_fn(state, minibatch)
-                    measured.append(values)
+                paid = rewards.arrays(most, best)
+                state, measured = learn(state, reference, batch, paid, step)
                 newest.is_at(step, state, rollouts.place() if reinforce.in_parts else None)
+                if reference:
+                    reference.after(step, state.variables)
                 observed = observe(completions, rewards, counts)
                 observed |= agreement.metrics(agreed) | rollouts.metrics(step, groups)
                 values = timed(over_updates(measured) | observed, started, sampled)
@@ -204,59 +195,35 @@ def train_policy(
         return int(state.step) >= train.steps * updates
 
 
-def per_update(train: TrainConfig, updates: int) -> TrainConfig:
-    """Returns the config of the optimizer, which counts updates where `train` counts steps.
-
-    The MTP modules take no part in reinforcement, so nothing may decay them.
-    """
-    cosine = train.cosine_steps if train.cosine_steps == -1 else train.cosine_steps * updates
-    return dataclasses.replace(
-        train,
-        mtp_weight=0.0,
-        steps=train.steps * updates,
-        warmup_steps=train.warmup_steps * updates,
-        constant_steps=train.constant_steps * updates,
-        cosine_steps=cosine,
-    )
+def greedy_generator(
+    setup: Setup, sampling: SamplingConfig, template: str, prompts: int
+) -> Generator:
+    """Returns what makes the greedy completion of each prompt of a step."""
+    greedy = dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
+    return Generator(setup, greedy, template, completions=prompts, group_size=1)
 
 
-def jit_policy_step(
-    setup: Setup,
-    train: TrainConfig,
-    algorithm: Algorithm,
-    optimizer: optax.GradientTransformation,
-    temperature: float,
-) -> Step:
-    """Returns the jitted (state, batch) -> (state, metrics) that minimises the algorithm's loss."""
-    objective = policy_objective(setup.model, train, algorithm, temperature)
-    return jit_step(
-        make_step(setup.model, train, objective, optimizer),
-        abstract_state(setup.model, optimizer, setup.mesh),
-        setup.mesh,
-    )
+def greedy_rewards(
+    greedy: Generator,
+    variables: dict,
+    groups: Sequence[Group],
+    key: Array,
+    reinforce: ReinforceConfig,
+    options: Options,
+) -> np.ndarray:
+    """Returns what the greedy completion of each group's problem earns in all, float32 [P]."""
+    problems = [group.problem for group in groups]
+    found = dict(greedy.groups(variables, problems, key, range(len(problems)), 1))
+    completions = [found[place][0] for place in range(len(problems))]
+    longest = greedy.sampling.max_new_tokens
+    return reward(completions, problems, reinforce, options, longest, group_size=1).total_PG[:, 0]
 
 
-def reward(
-    completions: Sequence[Completion], problems: Sequence[Problem], config: ReinforceConfig
-) -> Rewards:
-    """Rewards P * G completions, of which row p * G + g answers problem p.
-
-    Those that were cut before their stop token get 0 where reinforce.truncated says so. Every
-    process computes them; those of the first count, should a reward of one's own draw lots.
-    """
-    totals, by_name = [], {name: [] for name in config.rewards}
-    for row, completion in enumerate(completions):
-        total, parts = 0.0, dict.fromkeys(config.rewards, 0.0)
-        if config.truncated != "no_reward" or not completion.truncated:
-            problem = problems[row // config.group_size]
-            total, parts = total_reward(completion.text, problem, config.rewards)
-        totals.append(total)
-        for name, value in parts.items():
-            by_name[name].append(value)
-    total_PG = np.asarray(totals, np.float32).reshape(-1, config.group_size)
-    if jax.process_count() > 1:
-        total_PG = np.asarray(multihost_utils.broadcast_one_to_all(total_PG))
-    return Rewards(total_PG, by_name)
+def references_kept(train: TrainConfig, every: int) -> int:
+    """Returns how many references a run keeps, so that each of its checkpoints has its own."""
+    if not every:
+        return 1
+    return math.ceil((train.max_to_keep + 1) * train.save_every / every) + 2
 
 
 def records_made(model: ModelConfig, stage: str) -> frozenset[str]:
@@ -272,57 +239,3 @@ def kept_records(
     keeps = {"routes": config.keep_routing, "selected": config.keep_selection}
     support = config.keep_sampling_mask and sampling.restricts
     return frozenset([name for name in made if keeps[name]] + ["support"] * support)
-
-
-def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """Returns the metrics of a rollout from those of its updates: means over them.
-
-    The gap between the log-probs of trainer and sampler is that of the first update, when both have
-    the same parameters. Counters and the learning rate are those after the last.
-    """
-    if len(measured) == 1:
-        return dict(measured[0])
-    means = {
-        name: jnp.mean(jnp.stack([values[name] for values in measured]), axis=0)
-        for name in measured[0]
-    }
-    before = {name: measured[0][name] for name in means if name.startswith("sampler/")}
-    after = {name: measured[-1][name] for name in ("learning_rate", "skipped", "skipped_in_row")}
-    return means | before | after
-
-
-def observe(
-    completions: Sequence[Completion], rewards: Rewards, counts: Counts
-) -> dict[str, float | np.number]:
-    """Returns the metrics of what was sampled, "tokens" among them.
-
-    Where MTP modules draft, those of the drafts: the share that was taken, and tokens a pass.
-    """
-    drafts = {}
-    if counts.drafted:
-        drafts["sampler/drafts_accepted"] = counts.accepted / counts.drafted
-        drafts["sampler/tokens_per_pass"] = (counts.passes + counts.accepted) / counts.passes
-    lengths_B = np.asarray([completion.length for completion in completions])
-    return {
-        "reward": rewards.total_PG.mean(),
-        **{metric_name(name): np.mean(values) for name, values in rewards.by_name.items()},
-        "completion_length": lengths_B.mean(),
-        "truncated": np.mean([completion.truncated for completion in completions]),
-        "zero_variance_groups": np.mean(np.ptp(rewards.total_PG, axis=1) == 0),
-        "tokens": lengths_B.sum(),
-        **drafts,
-    }
-
-
-def timed(values: Mapping[str, Any], started: float, sampled: float) -> dict[str, Array]:
-    """Waits for the values of a step, and adds how long sampling and updating took, in seconds.
-
-    Args:
-      started, sampled: `time.monotonic()` at the beginning of the step and when it had sampled.
-    """
-    arrays = {name: jnp.asarray(value) for name, value in values.items()}
-    jax.block_until_ready(arrays)
-    return arrays | {
-        "sample_seconds": jnp.asarray(sampled - started),
-        "update_seconds": jnp.asarray(time.monotonic() - sampled),
-    }

@@ -1,17 +1,17 @@
 """The loss of any row of the algorithm table, as an objective of the ordinary train step.
 
-    loss = - aggregate(surrogate(ratio, advantage)) + coefficient * aggregate(divergence)
+    loss = - aggregate(weights * surrogate(ratio, advantage)) + coefficient * aggregate(divergence)
 
-The batch is that of rl/trajectory.py with advantages, old_logprobs and, if there is a
-divergence, reference_logprobs [B, T] added. Each stands at the token itself. It may have on_policy
-too, bool [B]: rows whose old policy is the policy itself, see `old_of`; and stale, bool [B, T]:
-tokens that weights of an earlier step sampled.
+The batch is that of rl/trajectory.py with old_logprobs and, where the algorithm asks for them,
+reference_logprobs [B, T] added, and the signals of rl/signals.py, advantages among them. Each
+stands at the token itself. It may have on_policy too, bool [B]: rows whose old policy is the policy
+itself, see `old_of`; and stale, bool [B, T]: tokens that weights of an earlier step sampled.
 """
 
+import functools
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -21,117 +21,169 @@ from model.heads import token_logprobs
 from model.record import replay
 from model.segments import shift_left
 from model.transformer import Output, Transformer
-from rl.algorithms import Algorithm
+from rl.algorithms.divergences import ESTIMATORS, bounded
+from rl.algorithms.row import Algorithm
+from rl.algorithms.sequences import Sequences
+from rl.algorithms.surrogates import Gain
+from rl.algorithms.tokens import Tokens
 from train.config import TrainConfig
 from train.objective import Batch, Objective, Term, Totals, layer_terms, layer_totals
 
 
-@flax.struct.dataclass
-class PredictedTokens:
-    """Holds what is known of the next token at each position, [B, T] each.
+class Measured(NamedTuple):
+    """What the metrics of a token are made of: the token, its ratio and its gain, [B, T] each."""
 
-    mask_BT: bool, whether the token is a sampled one; the rest is meaningful only there.
-    logprobs_BT, entropy_BT: of the policy, with a live gradient; log-probs are 0 outside the mask.
-    old_logprobs_BT: of the policy that the ratio is taken to.
-    sampler_logprobs_BT: as the sampler recorded them.
-    ratio_BT: of the policy to the old one, live.
-    clipped_BT: bool, whether the surrogate cut the gradient off.
-    """
-
-    mask_BT: Array
-    logprobs_BT: Array
-    entropy_BT: Array
-    old_logprobs_BT: Array
-    sampler_logprobs_BT: Array
+    tokens: Tokens
     ratio_BT: Array
-    clipped_BT: Array
+    gain: Gain
 
 
-def kl_to_old(tokens: PredictedTokens) -> Array:
+def kl_to_old(measured: Measured) -> Array:
     """Estimates KL(old | policy) by exp(d) - 1 - d, d = log policy - log old (k3), [B, T]."""
-    log_ratio_BT = tokens.logprobs_BT - tokens.old_logprobs_BT
+    log_ratio_BT = measured.tokens.log_ratio_BT
     return jnp.exp(log_ratio_BT) - 1 - log_ratio_BT
 
 
-def logprob_gap(tokens: PredictedTokens) -> Array:
+def logprob_gap(tokens: Tokens) -> Array:
     """Returns |log policy - log sampler|, [B, T]: before an update, what two programs differ by."""
-    return jnp.abs(tokens.logprobs_BT - tokens.sampler_logprobs_BT)
+    return jnp.abs(tokens.logprobs_BT - tokens.sampler_BT)
 
 
-TOKEN_METRICS: dict[str, Callable[[PredictedTokens], Array]] = {
-    "entropy": lambda tokens: tokens.entropy_BT,
-    "clip_fraction": lambda tokens: tokens.clipped_BT,
-    "ratio": lambda tokens: tokens.ratio_BT,
+TOKEN_METRICS: dict[str, Callable[[Measured], Array]] = {
+    "entropy": lambda measured: measured.tokens.entropy_BT,
+    "clip_fraction": lambda measured: measured.gain.low_BT | measured.gain.high_BT,
+    "clip_fraction_low": lambda measured: measured.gain.low_BT,
+    "clip_fraction_high": lambda measured: measured.gain.high_BT,
+    "ratio": lambda measured: measured.ratio_BT,
+    "ratio_squared": lambda measured: jnp.square(measured.ratio_BT),
     "kl_to_old": kl_to_old,
 }
 """Metrics that are means over sampled tokens, by the name they are reported under."""
 MEAN_GAP, LARGEST_GAP = "sampler/logprob_gap_mean", "sampler/logprob_gap_max"
 """Those of the difference from the sampler's log-probs, where it sampled with the same weights."""
+LARGEST_RATIO = "ratio_max"
 
 
 def policy_objective(
     config: ModelConfig, train: TrainConfig, algorithm: Algorithm, temperature: float
 ) -> Objective:
-    """Builds the objective of a row of the table.
+    """Builds the objective of an algorithm.
 
-    Its terms are the layers' (balance, the indexer's KL), the policy's, the divergence if the row
-    has one, and `TOKEN_METRICS`.
+    Its terms are the layers' (balance, the indexer's KL), those of `policy_terms`, and
+    `TOKEN_METRICS`.
 
     Args:
       temperature: of sampling, so that the policy is what was sampled from.
     """
-    aggregate, divergence = algorithm.aggregate, algorithm.divergence
-
-    def aggregate_weight(batch: Batch) -> Array:
-        return aggregate.weight(predicted_sequences(batch))
-
-    def token_count(batch: Batch) -> Array:
-        return jnp.sum(predicted(batch, "mask"), dtype=jnp.float32)
 
     def totals(variables: dict, batch: Batch) -> Totals:
         """Computes the totals of a microbatch: the policy, the divergence, metrics and layers."""
         logprobs_BT, entropy_BT, output = forward_logprobs(
             config, train.stage, temperature, variables, batch
         )
-        mask_BT, sequences_BT = predicted(batch, "mask"), predicted_sequences(batch)
-        logprobs_BT = jnp.where(mask_BT, logprobs_BT, 0.0)
-        old_logprobs_BT = old_of(batch, logprobs_BT)
-        ratio_BT = algorithm.ratio(logprobs_BT, old_logprobs_BT, mask_BT)
-        surrogate_BT, clipped_BT = algorithm.surrogate(ratio_BT, predicted(batch, "advantages"))
-        terms = {"policy": -aggregate.total(surrogate_BT, sequences_BT)}
-        if divergence is not None:
-            reference_BT = predicted(batch, "reference_logprobs")
-            divergence_BT = divergence.estimator(logprobs_BT, reference_BT, ratio_BT)
-            terms["kl"] = aggregate.total(divergence_BT, sequences_BT)
-
-        tokens = PredictedTokens(
-            mask_BT=mask_BT,
-            logprobs_BT=logprobs_BT,
-            entropy_BT=entropy_BT,
-            old_logprobs_BT=old_logprobs_BT,
-            sampler_logprobs_BT=predicted(batch, "sampler_logprobs"),
-            ratio_BT=ratio_BT,
-            clipped_BT=clipped_BT,
-        )
+        tokens = tokens_of(batch, logprobs_BT, entropy_BT)
+        terms, measured = policy_totals(algorithm, tokens, batch)
         for name, metric in TOKEN_METRICS.items():
-            terms[name] = jnp.sum(jnp.where(mask_BT, metric(tokens), 0.0))
+            terms[name] = jnp.sum(jnp.where(tokens.mask_BT, metric(measured), 0.0))
         terms |= layer_totals(config, train.stage, output.stats)
         gap_BT = jnp.where(fresh(batch), logprob_gap(tokens), 0.0)
         terms[MEAN_GAP] = jnp.sum(gap_BT)
-        return Totals(terms, output.stats.router.counts_E, {LARGEST_GAP: jnp.max(gap_BT)})
+        largest = jnp.max(jnp.where(tokens.mask_BT, measured.ratio_BT, 0.0))
+        maxima = {LARGEST_GAP: jnp.max(gap_BT), LARGEST_RATIO: largest}
+        return Totals(terms, output.stats.router.counts_E, maxima)
 
-    terms = [
+    fresh_count = Term(MEAN_GAP, lambda batch: jnp.sum(fresh(batch), dtype=jnp.float32))
+    terms = (
         *layer_terms(config, train, mtp_depth=0),
-        Term("policy", aggregate_weight, coefficient=1.0),
-    ]
-    if divergence is not None:
-        terms.append(Term("kl", aggregate_weight, divergence.coefficient))
-    terms += [Term(name, token_count) for name in TOKEN_METRICS]
-    terms.append(Term(MEAN_GAP, lambda batch: jnp.sum(fresh(batch), dtype=jnp.float32)))
-    return Objective(tuple(terms), totals, signal=rewards_differ)
+        *policy_terms(algorithm),
+        *(Term(name, token_count) for name in TOKEN_METRICS),
+        fresh_count,
+    )
+    return Objective(terms, totals, signal=has_signal)
 
 
-def rewards_differ(batch: Batch) -> Array:
+def policy_terms(algorithm: Algorithm) -> list[Term]:
+    """Lists what an algorithm minimises; the totals are those of `policy_totals`.
+
+    These are "policy" and, where it has them, "kl" and "entropy_bonus".
+    """
+    options = algorithm.options
+
+    def weight(batch: Batch) -> Array:
+        return algorithm.aggregate.weight(sequences_of(batch))
+
+    terms = [Term("policy", weight, coefficient=1.0)]
+    if options.kl_in_loss:
+        terms.append(Term("kl", weight, options.kl))
+    if options.entropy:
+        mean = weight if options.entropy_mean == "row" else token_count
+        terms.append(Term("entropy_bonus", mean, -options.entropy))
+    return terms
+
+
+def policy_totals(
+    algorithm: Algorithm, tokens: Tokens, batch: Batch
+) -> tuple[dict[str, Array], Measured]:
+    """Returns the totals of `policy_terms` over a microbatch, and what its metrics are made of."""
+    options, sequences = algorithm.options, tokens.sequences
+    total = functools.partial(algorithm.aggregate.total, sequences=sequences)
+    ratio_BT, gain = gain_of(algorithm, tokens)
+    terms = {"policy": -total(gain.gain_BT * weights_of(algorithm, tokens, batch))}
+    if options.kl_in_loss:
+        assert tokens.reference_BT is not None
+        of_token = options.kl_ratio == "token"
+        kl_ratio_BT = jnp.exp(tokens.log_ratio_BT) if of_token else ratio_BT
+        estimator = bounded(
+            ESTIMATORS[options.kl_estimator], options.kl_log_clamp, options.kl_clamp
+        )
+        terms["kl"] = total(estimator(tokens.logprobs_BT, tokens.reference_BT, kl_ratio_BT))
+    if options.entropy and options.entropy_mean == "row":
+        terms["entropy_bonus"] = total(tokens.entropy_BT)
+    elif options.entropy:
+        terms["entropy_bonus"] = jnp.sum(jnp.where(tokens.mask_BT, tokens.entropy_BT, 0.0))
+    return terms, Measured(tokens, ratio_BT, gain)
+
+
+def token_count(batch: Batch) -> Array:
+    """Returns how many tokens are learnt from, a float32 scalar."""
+    return jnp.sum(predicted(batch, "mask"), dtype=jnp.float32)
+
+
+def gain_of(algorithm: Algorithm, tokens: Tokens) -> tuple[Array, Gain]:
+    """Returns the ratio of the policy to the one that sampled, [B, T], and what is maximised."""
+    options = algorithm.options
+    ratio_BT = algorithm.ratio(tokens)
+    bounded_BT = jnp.minimum(ratio_BT, options.delta) if options.delta else ratio_BT
+    gain = algorithm.surrogate(tokens, bounded_BT)
+    if options.dual_clip:
+        least_BT = options.dual_clip * tokens.advantages_BT
+        lifted_BT = (tokens.advantages_BT < 0) & (gain.gain_BT < least_BT)
+        gain = Gain(
+            jnp.where(lifted_BT, least_BT, gain.gain_BT), gain.low_BT, gain.high_BT | lifted_BT
+        )
+    return ratio_BT, gain
+
+
+def weights_of(algorithm: Algorithm, tokens: Tokens, batch: Batch) -> Array | float:
+    """Returns how much the gain of each token counts, [B, T], without a gradient."""
+    weights_BT: Array | float = 1.0
+    corrected = getattr(algorithm.surrogate, "has_correction", False)
+    if tokens.correction_BT is not None and not corrected:
+        weights_BT = weights_BT * tokens.correction_BT
+    if "weights" in batch:
+        weights_BT = weights_BT * predicted(batch, "weights")
+    if algorithm.selection is not None and algorithm.selection.effect != "read":
+        assert tokens.chosen_BT is not None
+        weights_BT = weights_BT * ~tokens.chosen_BT
+    if algorithm.options.off_policy:
+        log_BT = tokens.sampler_BT - jax.lax.stop_gradient(tokens.logprobs_BT)
+        drift_BT = tokens.sequences.mean(log_BT)
+        dropped_BT = (tokens.advantages_BT < 0) & (drift_BT > algorithm.options.off_policy)
+        weights_BT = weights_BT * ~dropped_BT
+    return weights_BT
+
+
+def has_signal(batch: Batch) -> Array:
     """Returns whether any token that is learnt from has an advantage, a bool scalar.
 
     Without one there is no step, a divergence or not: the optimizer would make a step of full size
@@ -139,6 +191,31 @@ def rewards_differ(batch: Batch) -> Array:
     policy has not left.
     """
     return jnp.any(batch["mask"] & (batch["advantages"] != 0))
+
+
+def tokens_of(batch: Batch, logprobs_BT: Array, entropy_BT: Array) -> Tokens:
+    """Returns what a loss sees of the next tokens.
+
+    Args:
+      logprobs_BT, entropy_BT: of the policy, of the next token at each position.
+    """
+
+    def given(name: str) -> Array | None:
+        return predicted(batch, name) if name in batch else None
+
+    sequences = sequences_of(batch)
+    logprobs_BT = jnp.where(sequences.mask_BT, logprobs_BT, 0.0)
+    return Tokens(
+        sequences=sequences,
+        logprobs_BT=logprobs_BT,
+        entropy_BT=entropy_BT,
+        old_BT=old_of(batch, logprobs_BT),
+        sampler_BT=predicted(batch, "sampler_logprobs"),
+        advantages_BT=predicted(batch, "advantages"),
+        reference_BT=given("reference_logprobs"),
+        correction_BT=given("correction"),
+        chosen_BT=given("chosen"),
+    )
 
 
 def old_of(batch: Batch, logprobs_BT: Array) -> Array:
@@ -162,12 +239,13 @@ def predicted(batch: Batch, name: str) -> Array:
     return shift_left(batch[name], 1)
 
 
-def predicted_sequences(batch: Batch) -> Array:
-    """Returns which sequence of its row the next token belongs to, where it was sampled.
-
-    Elsewhere it is 0, [B, T]: what an aggregation takes (rl/aggregations.py).
-    """
-    return jnp.where(predicted(batch, "mask"), predicted(batch, "segments"), 0)
+def sequences_of(batch: Batch) -> Sequences:
+    """Returns which sequence of its row the next token belongs to, where it is learnt from."""
+    return Sequences(
+        numbers_BT=jnp.where(predicted(batch, "mask"), predicted(batch, "segments"), 0),
+        rows_B=jnp.max(batch["segments"], axis=1),
+        group_tokens_BT=predicted(batch, "group_tokens") if "group_tokens" in batch else None,
+    )
 
 
 def fresh(batch: Batch) -> Array:
@@ -205,13 +283,24 @@ def forward_logprobs(
     return logprobs_BT, entropy_BT, output
 
 
+def scores_at_tokens(
+    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: Batch
+) -> tuple[Array, Array]:
+    """Returns the log-prob of each token of the mask and the entropy it was drawn from, [B, T].
+
+    Each is at the token itself, and 0 elsewhere.
+    """
+    found = forward_logprobs(config, stage, temperature, variables, batch)[:2]
+
+    def at_token(x_BT: Array) -> Array:
+        return jnp.where(batch["mask"], jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0))), 0.0)
+
+    logprobs_BT, entropy_BT = map(at_token, found)
+    return logprobs_BT, entropy_BT
+
+
 def logprobs_at_tokens(
     config: ModelConfig, stage: str, temperature: float, variables: dict, batch: Batch
 ) -> Array:
-    """Recomputes what `sampler_logprobs` holds, [B, T].
-
-    It is the log-prob of each token of the mask, at the token itself, and 0 elsewhere.
-    """
-    logprobs_BT, _, _ = forward_logprobs(config, stage, temperature, variables, batch)
-    at_token_BT = jnp.pad(logprobs_BT[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(batch["mask"], at_token_BT, 0.0)
+    """Recomputes what `sampler_logprobs` holds, [B, T]: the first of `scores_at_tokens`."""
+    return scores_at_tokens(config, stage, temperature, variables, batch)[0]

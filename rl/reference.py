@@ -1,10 +1,16 @@
-"""The reference that a divergence compares the policy with: fixed at the first start of a run.
+"""Where a run of reinforcement begins: its policy, its critic and its reference.
 
-It is the model that reinforcement started from. The workdir keeps its parameters in `reference/`
-and where they come from in `reference.json`, so that a run that goes on compares with the same
-ones, to the bit, whatever became of the run or the file that they were read from.
+The reference is the model that reinforcement started from, or one that the config names: a teacher.
+The workdir keeps its parameters in `reference/` and where they come from in `reference.json`, so
+that a run that goes on compares with the same ones, to the bit, whatever became of the run or the
+file that they were read from. With `reinforce.reference_every` it becomes the policy as it is every
+so many steps; `reference/` then has one for each checkpoint that the run may go on from.
 """
 
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +24,8 @@ from checkpoints.restore import open_checkpoint
 from checkpoints.training import Checkpoints
 from errors import UserError
 from files import write_json
+from rl.config import ReinforceConfig
+from rl.critic import Critic
 from train.restore import load_variables, restored_or_new
 from train.setup import Setup
 from train.state import TrainState, abstract_state, fresh_state, state_from
@@ -35,35 +43,121 @@ class Origin(NamedTuple):
     step: int
 
 
-def start_with_reference(
+class Reference:
+    """What a divergence compares the policy with.
+
+    Attributes:
+      variables: of the reference, on the mesh; None where nothing asks for one.
+
+    Args:
+      kept: `reference/` of the workdir.
+      every: steps after which it becomes the policy as it is; 0 keeps it.
+      first: the number under which the first one is kept.
+    """
+
+    def __init__(self, kept: Checkpoints, variables: dict, every: int, first: int):
+        self.variables: dict | None = variables
+        self._kept, self._every, self._first = kept, every, first
+
+    def after(self, step: int, variables: dict) -> None:
+        """Becomes the policy's variables, where that is due after `step`."""
+        if self._every and step % self._every == 0:
+            self.variables = jax.tree.map(jnp.copy, variables)
+            self._kept.save(self._first + step, self.variables)
+
+
+@contextlib.contextmanager
+def begun(
     setup: Setup,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     workdir: Path,
-    cursor: Cursor | None = None,
+    cursor: Cursor | None,
+    critic: Critic | None,
+    reinforce: ReinforceConfig,
     *,
+    needs_reference: bool,
+    references: int,
     init_from: str,
     seed: int,
-) -> tuple[TrainState, dict]:
-    """Returns the state that a run goes on from, and the variables of its reference.
+) -> Iterator[tuple[TrainState, Reference | None]]:
+    """Yields the state that a run goes on from, its critic's too, and its reference.
 
     A run with a checkpoint moves the cursor to the place in it. One without starts from its
     reference, and one that is new makes it first.
 
+    Args:
+      critic: of the algorithm; None where it has none.
+      reinforce: `reference`, `reference_every` and `critic_from`.
+      needs_reference: whether the algorithm compares with one.
+      references: how many of the newest stay.
+
     Raises:
       UserError: a checkpoint does not fit the model, or the reference is gone.
     """
-    with Checkpoints(workdir / "reference", keep=1) as kept:
-        if checkpoints.latest() is not None:
-            state = restored_or_new(setup, optimizer, checkpoints, cursor, init_from="", seed=seed)
+    resumes = checkpoints.latest() is not None
+    if not needs_reference:
+        if resumes:
+            yield _resumed(setup, optimizer, checkpoints, cursor, critic), None
+            return
+        state = restored_or_new(setup, optimizer, checkpoints, init_from=init_from, seed=seed)
+        yield _with_critic(setup, state, critic, reinforce), None
+        return
+    with Checkpoints(workdir / "reference", keep=references) as kept:
+        teacher, every = reinforce.reference, reinforce.reference_every
+        if resumes:
+            state = _resumed(setup, optimizer, checkpoints, cursor, critic)
             if kept.latest() is None:
-                _keep_of_older_run(setup, kept, workdir, init_from, seed)
-            return state, _restored(setup, kept)
-        if kept.latest() is None:
-            origin = origin_of(init_from)
-            _keep(kept, workdir, origin, _first_variables(setup, origin.path, seed))
-        state = state_from(_restored(setup, kept), setup.model, optimizer, setup.mesh)
-        return state, _restored(setup, kept)
+                _keep_of_older_run(setup, kept, workdir, teacher or init_from, seed)
+        else:
+            if kept.latest() is None:
+                origin = origin_of(teacher or init_from)
+                _keep(kept, workdir, origin, _first_variables(setup, origin.path, seed))
+            if teacher:
+                state = restored_or_new(
+                    setup, optimizer, checkpoints, init_from=init_from, seed=seed
+                )
+            else:
+                first = _restored(setup, kept, None)
+                state = state_from(first, setup.model, optimizer, setup.mesh)
+            state = _with_critic(setup, state, critic, reinforce)
+        first_number = _first_number(workdir, kept)
+        done = int(state.step) // (reinforce.epochs * reinforce.minibatches)
+        number = first_number + done // every * every if every else None
+        yield state, Reference(kept, _restored(setup, kept, number), every, first_number)
+
+
+def _resumed(
+    setup: Setup,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    cursor: Cursor | None,
+    critic: Critic | None,
+) -> TrainState:
+    """Reads the run's newest checkpoint, that of its critic too, and moves the cursor."""
+    abstract = abstract_state(setup.model, optimizer, setup.mesh)
+    if critic is not None:
+        abstract = dataclasses.replace(abstract, critic=critic.abstract)
+    return checkpoints.restore(abstract, cursor)
+
+
+def _with_critic(
+    setup: Setup, state: TrainState, critic: Critic | None, reinforce: ReinforceConfig
+) -> TrainState:
+    """Returns a new state with a new critic: of the policy's trunk, or another run's."""
+    if critic is None:
+        return state
+    path = reinforce.critic_from
+    new = critic.from_run(path) if path else critic.from_policy(state.variables)
+    return dataclasses.replace(state, critic=new)
+
+
+def _first_number(workdir: Path, kept: Checkpoints) -> int:
+    """Returns the number under which the first reference of a run is, or was, kept."""
+    record = workdir / "reference.json"
+    if record.exists():
+        return int(json.loads(record.read_text())["step"])
+    return kept.latest() or 0
 
 
 def origin_of(init_from: str) -> Origin:
@@ -114,7 +208,8 @@ def _keep_of_older_run(
     _keep(kept, workdir, origin, _first_variables(setup, origin.path, seed))
 
 
-def _restored(setup: Setup, kept: Checkpoints) -> dict:
-    """Reads the reference onto the mesh."""
+def _restored(setup: Setup, kept: Checkpoints, number: int | None) -> dict:
+    """Reads a reference onto the mesh; None reads the newest."""
     abstract = abstract_state(setup.model, optax.identity(), setup.mesh)
-    return kept.restore({"params": abstract.params, "router": abstract.router})
+    wanted = {"params": abstract.params, "router": abstract.router}
+    return kept.restore(wanted, step=number)

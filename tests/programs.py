@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import pytest
 
 from rl.agreement import Agreement
-from rl.algorithms import get_algorithm
+from rl.algorithms.spec import get_algorithm
 from rl.canary import jit_mean_gap
 from rl.compared import jit_score
-from rl.loop import jit_policy_step
+from rl.learner import jit_policy_step, jit_reset
 from rl.programs import Programs
+from rl.signals import jit_step_signals
 from train.loop import compiled_step
 from train.objective import language_objective
 from train.optimizer import make_optimizer
@@ -66,6 +67,11 @@ def by_setup(setup: Setup, *others: Hashable) -> Hashable:
     return setup.model, setup.mesh, *others
 
 
+def by_setup_and_options(setup: Setup, *others: Hashable, **options: Hashable) -> Hashable:
+    """As `by_setup`, with arguments by name."""
+    return by_setup(setup, *others), tuple(sorted(options.items()))
+
+
 def parameters_of(*args: Any) -> Hashable:
     """An optimizer is made for the shapes of parameters, which are no key."""
     train, parameters = args
@@ -93,8 +99,10 @@ def runs_share_programs():
         for place in ("rl.reference", "train.restore"):
             patch.setattr(f"{place}.fresh_state", copy_of_first)
         patch.setattr("rl.loop.get_algorithm", once(get_algorithm))
-        patch.setattr("rl.loop.jit_policy_step", once(jit_policy_step, by_setup))
-        patch.setattr("rl.loop.jit_score", once(jit_score, by_setup))
+        patch.setattr("rl.learner.jit_policy_step", once(jit_policy_step, by_setup))
+        patch.setattr("rl.learner.jit_score", once(jit_score, by_setup_and_options))
+        for name, make in (("jit_step_signals", jit_step_signals), ("jit_reset", jit_reset)):
+            patch.setattr(f"rl.learner.{name}", once(make, by_setup))
         patch.setattr("rl.loop.Agreement", once(Agreement, by_setup))
         patch.setattr("rl.canary.jit_mean_gap", once(jit_mean_gap, by_setup))
         patch.setattr("train.loop.language_objective", once(language_objective))

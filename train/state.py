@@ -30,6 +30,7 @@ class TrainState:
     skipped: int32, steps that changed nothing, in all: their gradients were not finite, or their
       batch had nothing to learn from.
     skipped_in_row: int32, those since the last step with finite gradients.
+    critic: the state of a critic that learns beside it (rl/critic.py); None without one.
     """
 
     step: Array
@@ -38,6 +39,7 @@ class TrainState:
     opt_state: optax.OptState
     skipped: Array
     skipped_in_row: Array
+    critic: "TrainState | None" = None
 
     @property
     def variables(self) -> dict:
@@ -66,13 +68,20 @@ def make_state(
 
 
 def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    boxed: dict[str, Any] | None = None,
 ) -> TrainState:
     """Returns shapes, types and shardings of the state, with nothing allocated.
 
     An optimizer moment is sharded as its parameter.
+
+    Args:
+      boxed: the shapes of the variables in their boxes, where they are not `boxed_shapes` of the
+        model.
     """
-    boxed = boxed_shapes(config)
+    boxed = boxed_shapes(config) if boxed is None else boxed
     where, shapes = shardings(boxed, mesh), nn.meta.unbox(boxed)
     everywhere = replicated(mesh)
     # As a leaf of the state it stands for an array.
@@ -131,10 +140,18 @@ def fresh_state(
 
 
 def state_from(
-    variables: dict, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    variables: dict,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    boxed: dict[str, Any] | None = None,
 ) -> TrainState:
-    """Returns a new state with the variables of another run, which are donated."""
-    abstract = abstract_state(config, optimizer, mesh)
+    """Returns a new state with the variables of another run, which are donated.
+
+    Args:
+      boxed: as of `abstract_state`.
+    """
+    abstract = abstract_state(config, optimizer, mesh, boxed)
     with jax.set_mesh(mesh):
         return jax.jit(
             lambda variables: first_state(variables, optimizer),

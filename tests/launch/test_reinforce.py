@@ -23,7 +23,7 @@ from launch import evaluate, pretrain, reinforce
 from model.sharding import make_mesh
 from model.transformer import boxed_shapes
 from rl import batches
-from rl.loop import per_update
+from rl.learner import per_update
 from rl.rewards import get_reward
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
 from train.optimizer import make_optimizer

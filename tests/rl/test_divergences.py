@@ -1,5 +1,5 @@
-"""The facts in the table of rl/divergences.py, for one token of a vocabulary of five: every
-expectation is a sum of five terms.
+"""The facts in the table of rl/algorithms/divergences.py, for one token of a vocabulary of five:
+every expectation is a sum of five terms.
 """
 
 import jax
@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl.divergences import k3, unbiased_k3
+from rl.algorithms.divergences import (
+    ESTIMATORS,
+    absolute,
+    bounded,
+    k1,
+    k1_plus,
+    k2,
+    k3,
+    k3_plus,
+    unbiased_k3,
+)
 
 RNG = np.random.default_rng(3)
 LOGITS, OLD, REFERENCE = (jnp.array(RNG.normal(size=5), jnp.float32) for _ in range(3))
@@ -41,7 +51,11 @@ def expected_gradient(estimator, old):
 
 
 @pytest.mark.parametrize("estimator, golden", [
+    (k1, [0.2, -0.2, 0.35, 0.6]),
+    (absolute, [0.2, 0.2, 0.35, 0.6]),
+    (k2, [0.02, 0.02, 0.06125, 0.18]),
     (k3, [0.01873075, 0.02140276, 0.05468809, 0.14881164]),
+    (k3_plus, [0.01873075, 0.02140276, 0.05468809, 0.14881164]),
     (unbiased_k3, [0.0207, 0.0159, 0.0702, 0.2453]),
 ])  # fmt: skip
 def test_golden(estimator, golden):
@@ -54,7 +68,7 @@ def test_golden(estimator, golden):
     np.testing.assert_allclose(values, [golden], atol=5.1e-5 if estimator is unbiased_k3 else 1e-7)
 
 
-@pytest.mark.parametrize("estimator", [k3, unbiased_k3])
+@pytest.mark.parametrize("estimator", [k1, k1_plus, k3, k3_plus, unbiased_k3])
 def test_value_is_the_kl_on_policy(estimator):
     assert float(expected(estimator, LOGITS, LOGITS)) == pytest.approx(
         float(reverse_kl(LOGITS)), abs=EXACT
@@ -66,6 +80,35 @@ def test_gradient_of_k3_is_that_of_the_forward_kl():
         expected_gradient(k3, LOGITS), jax.grad(forward_kl)(LOGITS), atol=EXACT
     )
     assert np.abs(jax.grad(forward_kl)(LOGITS) - jax.grad(reverse_kl)(LOGITS)).max() > 0.01
+
+
+def test_k1_teaches_nothing_and_k2_the_reverse_kl():
+    """In expectation, as losses."""
+    np.testing.assert_allclose(expected_gradient(k1, LOGITS), np.zeros(5), atol=EXACT)
+    for estimator in (k2, k3_plus, k1_plus):
+        np.testing.assert_allclose(
+            expected_gradient(estimator, LOGITS), jax.grad(reverse_kl)(LOGITS), atol=EXACT
+        )
+    # As a value k2 is biased.
+    assert abs(float(expected(k2, LOGITS, LOGITS)) - float(reverse_kl(LOGITS))) > 0.01
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_clamps_act_on_the_log_ratio_and_on_the_estimate(name):
+    """Within them nothing changes; where one acts the value is the bound's, without a gradient."""
+    estimator = ESTIMATORS[name]
+    near, far = jnp.array([-0.5, 0.3]), jnp.array([30.0, -30.0])
+    reference, ratio = jnp.zeros(2), jnp.ones(2)
+    clamped = bounded(estimator, 20.0, 10.0)
+    np.testing.assert_allclose(
+        clamped(near, reference, ratio), estimator(near, reference, ratio), rtol=1e-6
+    )
+    value = np.asarray(clamped(far, reference, ratio))
+    inside = np.asarray(estimator(jnp.clip(far, -20, 20), reference, ratio))
+    np.testing.assert_allclose(value, np.clip(inside, -10, 10), rtol=1e-6)
+    slope = jax.grad(lambda x: jnp.sum(clamped(x, reference, ratio)))(far)
+    np.testing.assert_array_equal(slope, 0)
+    assert bounded(estimator, 0.0, 0.0) is estimator
 
 
 @pytest.mark.parametrize("old", [LOGITS, OLD], ids=["on_policy", "off_policy"])

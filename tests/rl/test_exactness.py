@@ -16,7 +16,7 @@ from model.mesh import MeshConfig
 from model.record import CHOICES, routing_layers, selecting_layers
 from model.sharding import make_mesh
 from rl.agreement import Agreement, jaccard
-from rl.algorithms import get_algorithm
+from rl.algorithms.spec import get_algorithm
 from rl.canary import TOKENS, Canary
 from rl.compared import compared_logprobs, left_policy
 from rl.config import SamplingConfig

@@ -12,10 +12,13 @@ from data.tasks.problem import Problem
 from data.tokenizer import Tokenizer
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
-from rl.algorithms import get_algorithm
-from rl.batches import minibatches, rows, with_advantages
+from rl.algorithms.options import Options
+from rl.batches import learnt_from, minibatches, rows
 from rl.config import ReinforceConfig, SamplingConfig
-from rl.loop import Rewards, observe, over_updates, per_update, reward
+from rl.learner import per_update
+from rl.measure import observe, over_updates
+from rl.pay import OVERLONG, Rewards, overlong_penalty
+from rl.pay import reward as paid_reward
 from rl.problems import problem_of_draw
 from rl.request import Counts
 from rl.trajectory import batch_of
@@ -42,6 +45,15 @@ def test_every_epoch_has_every_problem_once_in_its_own_order():
         assert len(set(epochs)) > 2
 
 
+def reward(completions, problems, config, options: Options | None = None) -> Rewards:
+    return paid_reward(completions, problems, config, options or Options(), longest=8)
+
+
+def rewards_of(**by_name: list) -> Rewards:
+    paid_MPG = np.asarray(list(by_name.values()), np.float32)
+    return Rewards(tuple(by_name), np.ones(len(by_name), np.float32), paid_MPG)
+
+
 TEXTS = [f"<think>hm</think><answer>{n}</answer>" for n in (3, 4, 4, 4)]
 
 
@@ -49,7 +61,8 @@ def test_rewards_of_a_group_are_those_of_its_problem():
     config = dataclasses.replace(CONFIG, rewards={"answer": 1.0, "format": 0.0})
     rewards = reward(list(map(completion, TEXTS)), [PROBLEMS[3], PROBLEMS[4]], config)
     np.testing.assert_array_equal(rewards.total_PG, [[1, 0], [1, 1]])
-    assert rewards.by_name["answer"] == [1, 0, 1, 1]
+    np.testing.assert_array_equal(rewards.paid_MPG[0], [[1, 0], [1, 1]])
+    assert rewards.means() == {"answer": 0.75, "format": 1.0}
 
 
 def test_a_truncated_completion_is_paid_by_default_and_not_on_request():
@@ -67,31 +80,35 @@ def test_a_truncated_completion_is_paid_by_default_and_not_on_request():
 
 
 def test_nothing_is_learnt_from_what_is_masked():
-    """Its tokens are attended to like any others, have no advantage, and count in no mean."""
+    """Its tokens are attended to like any others."""
     completions = [completion(text, cut=place == 0) for place, text in enumerate(TEXTS)]
-    algorithm = get_algorithm("dr_grpo", max_completion=2)
     for option, learnt in (("reward", [2, 2, 2, 2]), ("mask", [0, 2, 2, 2])):
-        config = dataclasses.replace(CONFIG, truncated=option)
-        rewards = reward(completions, PROBLEMS[3:5], config)
         batch = batch_of([each.trajectory for each in completions], width=7, pad=0)
-        batch = with_advantages(batch, completions, rewards.total_PG, algorithm, config)
+        batch = learnt_from(batch, completions, option)
         np.testing.assert_array_equal(batch["mask"].sum(axis=1), learnt)
         np.testing.assert_array_equal(batch["segments"].sum(axis=1), [5] * 4)
-        np.testing.assert_array_equal((batch["advantages"] != 0).sum(axis=1), [learnt[0], 2, 0, 0])
 
 
-def test_an_advantage_goes_with_its_completion_into_a_packed_row():
-    """Prompts of three tokens and two sampled ones each; the cut one is not learnt from."""
-    completions = [completion(text, cut=place == 2) for place, text in enumerate(TEXTS)]
-    config = dataclasses.replace(CONFIG, truncated="mask")
-    rewards = Rewards(np.asarray([[1, 0], [3, 0]], np.float32), {})
-    layout = [[1, 2], [3, 0]]
-    batch = batch_of([each.trajectory for each in completions], 11, 0, layout)
-    algorithm = get_algorithm("dr_grpo", max_completion=2)
-    batch = with_advantages(batch, completions, rewards.total_PG, algorithm, config)
-    expected = [[0, 0, 0, -0.5, -0.5] + [0] * 6, [0, 0, 0, -1.5, -1.5, 0, 0, 0, 0.5, 0.5, 0]]
-    np.testing.assert_array_equal(batch["advantages"], expected)
-    assert batch["advantages"].dtype == np.float32
+def test_what_is_paid_goes_with_its_trajectory_and_absent_ones_are_none():
+    rewards = rewards_of(answer=[[1, 0], [3, 0]], format=[[1, 1], [0, 1]])
+    arrays = rewards.arrays(most=6, greedy=np.asarray([0.5, 2], np.float32))
+    np.testing.assert_array_equal(arrays["outcome_N"], [2, 1, 3, 1, 0, 0])
+    np.testing.assert_array_equal(arrays["rewards_MN"][1], [1, 1, 0, 1, 0, 0])
+    np.testing.assert_array_equal(arrays["groups_N"], [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(arrays["present_N"], [True] * 4 + [False] * 2)
+    np.testing.assert_array_equal(arrays["greedy_N"], [0.5, 0.5, 2, 2, 0, 0])
+
+
+def test_the_soft_punishment_of_long_completions():
+    """DAPO's: none up to 16,384 of 20,480 tokens, then in a line to -1."""
+    lengths = np.array([10, 16_384, 18_432, 20_480])
+    np.testing.assert_allclose(overlong_penalty(lengths, 20_480, 4_096), [0, 0, -0.5, -1])
+    completions = [completion("", length=length) for length in (2, 6, 7, 8)]
+    options = Options(soft_overlong=4, overlong_weight=0.5)
+    rewards = reward(completions, PROBLEMS[:2], CONFIG, options)
+    assert rewards.names[-1] == OVERLONG
+    np.testing.assert_allclose(rewards.paid_MPG[-1], [[0, -0.5], [-0.75, -1]])
+    np.testing.assert_allclose(rewards.total_PG, [[0, -0.25], [-0.375, -0.5]])
 
 
 @pytest.fixture(scope="module")
@@ -134,28 +151,29 @@ def test_rows_of_padding_are_spread_over_the_parts(setup):
 
 def test_what_is_observed_of_completions():
     completions = [completion("", length=2), completion("", length=3, cut=True)]
-    by_name = {"answer": [1.0, 0.0], "my.py:brevity": [0.25, 0.5]}
-    rewards = Rewards(np.asarray([[1.0, 0.0]], np.float32), by_name)
+    rewards = rewards_of(**{"answer": [[1.0, 0.0]], "my.py:brevity": [[0.25, 0.5]]})
     assert "sampler/tokens_per_pass" not in observe(completions, rewards, Counts(passes=9))
     counts = Counts(passes=10, drafted=20, accepted=5)
     observed = observe(completions, rewards, counts)
     assert observed["sampler/drafts_accepted"] == 0.25
     assert observed["sampler/tokens_per_pass"] == 1.5
-    assert observed["reward"] == 0.5 and observed["answer_reward"] == 0.5
+    assert observed["reward"] == 0.875 and observed["answer_reward"] == 0.5
     assert observed["brevity_reward"] == 0.375
     assert observed["truncated"] == 0.5 and observed["tokens"] == 5
     assert observed["completion_length"] == 2.5 and observed["zero_variance_groups"] == 0
 
 
 def test_metrics_of_a_rollout_are_means_over_its_updates():
-    """But for the gap, which is that before the first, and for counters."""
+    """But for the gap, which is that before the first, for counters, and for the largest ratio."""
     measured = [
         {"clip_fraction": 0.0, "sampler/logprob_gap_max": 1e-6, "grad_norm": 1.0,
          "sampler/logprob_gap_mean": 1e-7, "skipped": 0, "skipped_in_row": 0,
-         "learning_rate": 0.1, "expert_load": [0.0, 2.0]},
+         "learning_rate": 0.1, "expert_load": [0.0, 2.0], "critic/learning_rate": 1.0,
+         "ratio": 1.0, "ratio_squared": 1.0, "ratio_max": 1.0},
         {"clip_fraction": 0.5, "sampler/logprob_gap_max": 3.0, "grad_norm": 2.0,
          "sampler/logprob_gap_mean": 1.0, "skipped": 1, "skipped_in_row": 1,
-         "learning_rate": 0.2, "expert_load": [1.0, 1.0]},
+         "learning_rate": 0.2, "expert_load": [1.0, 1.0], "critic/learning_rate": 2.0,
+         "ratio": 1.4, "ratio_squared": 2.2, "ratio_max": 5.0},
     ]  # fmt: skip
     found = over_updates(
         [{name: jnp.asarray(value) for name, value in values.items()} for values in measured]
@@ -163,6 +181,8 @@ def test_metrics_of_a_rollout_are_means_over_its_updates():
     expected = {
         "clip_fraction": 0.25, "sampler/logprob_gap_max": 1e-6, "grad_norm": 1.5,
         "sampler/logprob_gap_mean": 1e-7, "skipped": 1, "skipped_in_row": 1, "learning_rate": 0.2,
+        "critic/learning_rate": 2.0, "ratio": 1.2, "ratio_max": 5.0,
+        "effective_sample_size": 1.2**2 / 1.6,
     }  # fmt: skip
     load = found.pop("expert_load")
     assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)

@@ -10,11 +10,10 @@ import pytest
 
 from errors import UserError
 from model.record import recorded_forward, routing_layers, selecting_layers
-from rl.aggregations import Aggregation, mean_of_sequence_means, sum_over, token_mean
-from rl.algorithms import ALGORITHMS, Algorithm, get_algorithm
+from rl.algorithms.aggregations import constant, sequence_mean, token_mean
+from rl.algorithms.spec import get_algorithm
 from rl.coding import CodedSets
-from rl.divergences import Divergence
-from rl.objective import logprobs_at_tokens, policy_objective, predicted_sequences
+from rl.objective import logprobs_at_tokens, policy_objective, sequences_of
 from rl.packing import packed_rows
 from rl.trajectory import Role, Trajectory, batch_of
 from tests import tiny
@@ -106,7 +105,7 @@ def test_as_many_programs_as_numbers_of_rows():
 
     @jax.jit
     def program(batch):
-        return mean_of_sequence_means.weight(predicted_sequences(batch))
+        return sequence_mean().weight(sequences_of(batch))
 
     for longest in range(1, 31):
         lengths = rng.integers(1, longest + 1, 16)
@@ -116,7 +115,7 @@ def test_as_many_programs_as_numbers_of_rows():
     assert program._cache_size() == 4  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("aggregation", [mean_of_sequence_means, token_mean, sum_over(20)])
+@pytest.mark.parametrize("aggregation", [sequence_mean(), token_mean(), constant(divisor=20)])
 def test_an_aggregation_counts_sequences_and_not_rows(aggregation):
     rng = np.random.default_rng(0)
     layout = packed_rows(list(map(sum, LENGTHS)), WIDTH, 2)
@@ -124,9 +123,9 @@ def test_an_aggregation_counts_sequences_and_not_rows(aggregation):
 
     def mean(layout):
         batch = batch_of(drawn(), WIDTH, 0, layout)
-        sequences_BT = predicted_sequences(jax.tree.map(jnp.asarray, batch))
+        sequences = sequences_of(jax.tree.map(jnp.asarray, batch))
         at_BT = np.roll(of_trajectories(batch, values), -1, axis=1)
-        return aggregation.total(at_BT, sequences_BT), aggregation.weight(sequences_BT)
+        return aggregation.total(at_BT, sequences), aggregation.weight(sequences)
 
     assert len(layout) == 4
     tiny.assert_close(mean(layout), mean(None), rtol=2e-6)
@@ -177,6 +176,9 @@ def recorded() -> list[Trajectory]:
     ]
 
 
+SAMPLED = sum(int(each.sampled_T[1:].sum()) for each in drawn())
+
+
 def batches(trajectories) -> tuple[dict, dict]:
     """The same trajectories in rows of their own, and packed into half as many."""
     rng = np.random.default_rng(1)
@@ -190,38 +192,22 @@ def batches(trajectories) -> tuple[dict, dict]:
             "old_logprobs": of_trajectories(batch, near[0]),
             "reference_logprobs": of_trajectories(batch, near[1]),
             "advantages": of_trajectories(batch, advantages),
+            # As if all were of one prompt.
+            "group_tokens": np.where(batch["mask"], np.float32(SAMPLED), 0),
         }
         found.append(jax.tree.map(jnp.asarray, batch))
     return found[0], found[1]
 
 
-ROWS = [get_algorithm(name, max_completion=20, kl_weight=0.1) for name in ALGORITHMS]
+# A clip, a penalty and an entropy; ratios and means over completions; means over prompts.
+SPECS = ("dr_grpo?kl=0.1&entropy=0.01", "gspo?kl=0.1", "gmpo", "scale_rl?off_policy=0.1")
+ROWS = [get_algorithm(spec, max_completion=20) for spec in SPECS]
 
 
-def row_of(number) -> Algorithm:
-    """The row of the table that a traced number says, so that all rows share one compilation."""
-
-    def one_of(*functions):
-        return lambda *args: jax.lax.switch(number, functions, *args)
-
-    return Algorithm(
-        advantage=ROWS[0].advantage,  # it is not asked for here
-        ratio=one_of(*(row.ratio for row in ROWS)),
-        surrogate=one_of(*(row.surrogate for row in ROWS)),
-        aggregate=Aggregation(
-            total=one_of(*(row.aggregate.total for row in ROWS)),
-            weight=one_of(*(row.aggregate.weight for row in ROWS)),
-        ),
-        divergence=Divergence(
-            one_of(*(row.divergence.estimator for row in ROWS if row.divergence)), 0.1
-        ),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def step_of(microbatches: int, number, variables, batch):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def step_of(microbatches: int, number: int, variables, batch):
     """Gradients, means, maxima and counts; not the balance loss, which a row is a sequence to."""
-    objective = policy_objective(CONFIG, TRAIN, row_of(number), 0.8)
+    objective = policy_objective(CONFIG, TRAIN, ROWS[number], 0.8)
     count = jnp.zeros((), jnp.int32)
     params, router = variables["params"], variables["router"]
     state = TrainState(count, params, router, (), skipped=count, skipped_in_row=count)
@@ -233,20 +219,20 @@ def step_of(microbatches: int, number, variables, batch):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SPECS)
 def test_loss_and_gradient_are_those_of_rows_of_their_own(algorithm):
-    """With records done again, in all rows of the table: float32 sums in another order."""
+    """With records done again: float32 sums in another order."""
     alone, packed = batches(recorded())
     assert packed["tokens"].shape[0] == 4 and packed["routes"].shape[0] == 4
-    given = ALGORITHMS.index(algorithm), tiny.variables(CONFIG)
+    given = SPECS.index(algorithm), tiny.variables(CONFIG)
     assert_rounding(step_of(1, *given, packed), step_of(1, *given, alone))
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SPECS)
 def test_microbatches_of_packed_rows_add_up(algorithm):
     _, packed = batches(recorded())
-    given = ALGORITHMS.index(algorithm), tiny.variables(CONFIG), packed
+    given = SPECS.index(algorithm), tiny.variables(CONFIG), packed
     assert_rounding(step_of(2, *given), step_of(1, *given))
 
 

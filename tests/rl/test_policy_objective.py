@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels.bitmask import pack_on_host
-from rl.algorithms import get_algorithm
+from rl.algorithms.spec import get_algorithm
 from rl.objective import logprobs_at_tokens, policy_objective
 from tests import tiny
 from train.state import TrainState

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rl.compared import compared_logprobs
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.engine import Engine
 from rl.halting import StopSequences
-from rl.loop import compared_logprobs, kept_records
+from rl.loop import kept_records
 from rl.objective import logprobs_at_tokens
 from rl.records import support_words
 from rl.trajectory import Role, Trajectory, batch_of

@@ -14,7 +14,7 @@ import pytest
 from model.mesh import MeshConfig
 from model.sharding import batch_sharding, make_mesh
 from model.transformer import boxed_shapes
-from rl.algorithms import get_algorithm
+from rl.algorithms.spec import get_algorithm
 from rl.config import SamplingConfig
 from rl.engine import Engine
 from rl.objective import policy_objective
