@@ -8,6 +8,7 @@ stands at the token itself. It may have on_policy too, bool [B]: rows whose old 
 itself, see `old_of`; and stale, bool [B, T]: tokens that weights of an earlier step sampled.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -22,6 +23,7 @@ from model.record import replay
 from model.segments import shift_left
 from model.transformer import Output, Transformer
 from rl.algorithms.divergences import ESTIMATORS, bounded
+from rl.algorithms.options import Options
 from rl.algorithms.row import Algorithm
 from rl.algorithms.sequences import Sequences
 from rl.algorithms.surrogates import Gain
@@ -116,7 +118,7 @@ def policy_terms(algorithm: Algorithm) -> list[Term]:
     if options.kl_in_loss:
         terms.append(Term("kl", weight, options.kl))
     if options.entropy:
-        mean = weight if options.entropy_mean == "row" else token_count
+        mean = weight if options.entropy_mean == "row" else functools.partial(entropies, options)
         terms.append(Term("entropy_bonus", mean, -options.entropy))
     return terms
 
@@ -131,17 +133,39 @@ def policy_totals(
     terms = {"policy": -total(gain.gain_BT * weights_of(algorithm, tokens, batch))}
     if options.kl_in_loss:
         assert tokens.reference_BT is not None
-        of_token = options.kl_ratio == "token"
-        kl_ratio_BT = jnp.exp(tokens.log_ratio_BT) if of_token else ratio_BT
+        kl_ratio_BT = kl_ratio_of(options, tokens, ratio_BT)
         estimator = bounded(
             ESTIMATORS[options.kl_estimator], options.kl_log_clamp, options.kl_clamp
         )
         terms["kl"] = total(estimator(tokens.logprobs_BT, tokens.reference_BT, kl_ratio_BT))
-    if options.entropy and options.entropy_mean == "row":
-        terms["entropy_bonus"] = total(tokens.entropy_BT)
-    elif options.entropy:
-        terms["entropy_bonus"] = jnp.sum(jnp.where(tokens.mask_BT, tokens.entropy_BT, 0.0))
+    if options.entropy:
+        counted_BT = entropy_mask(options, batch)
+        entropy_BT = jnp.where(counted_BT, tokens.entropy_BT, 0.0)
+        of_row = options.entropy_mean == "row"
+        terms["entropy_bonus"] = total(entropy_BT) if of_row else jnp.sum(entropy_BT)
     return terms, Measured(tokens, ratio_BT, gain)
+
+
+def kl_ratio_of(options: Options, tokens: Tokens, ratio_BT: Array) -> Array:
+    """Returns the ratio by which an unbiased estimator of the divergence goes, [B, T], live."""
+    if options.kl_ratio == "row":
+        return ratio_BT
+    own_BT = jax.lax.stop_gradient(tokens.logprobs_BT)
+    to_BT = {"token": tokens.old_BT, "sampler": tokens.sampler_BT, "own": own_BT}[options.kl_ratio]
+    return jnp.exp(jnp.where(tokens.mask_BT, tokens.logprobs_BT - to_BT, 0.0))
+
+
+def entropy_mask(options: Options, batch: Batch) -> Array:
+    """Returns the tokens whose entropy is maximised, bool [B, T]."""
+    mask_BT = predicted(batch, "mask")
+    if options.entropy_of == "kept" and "chosen" in batch:
+        mask_BT = mask_BT & ~predicted(batch, "chosen")
+    return mask_BT
+
+
+def entropies(options: Options, batch: Batch) -> Array:
+    """Returns how many those are, a float32 scalar."""
+    return jnp.sum(entropy_mask(options, batch), dtype=jnp.float32)
 
 
 def token_count(batch: Batch) -> Array:
@@ -153,8 +177,10 @@ def gain_of(algorithm: Algorithm, tokens: Tokens) -> tuple[Array, Gain]:
     """Returns the ratio of the policy to the one that sampled, [B, T], and what is maximised."""
     options = algorithm.options
     ratio_BT = algorithm.ratio(tokens)
-    bounded_BT = jnp.minimum(ratio_BT, options.delta) if options.delta else ratio_BT
-    gain = algorithm.surrogate(tokens, bounded_BT)
+    has_correction = getattr(algorithm.surrogate, "has_correction", False)
+    if has_correction and tokens.correction_BT is not None:
+        tokens = dataclasses.replace(tokens, correction_BT=factors_of(options, tokens))
+    gain = algorithm.surrogate(tokens, ratio_BT)
     if options.dual_clip:
         least_BT = options.dual_clip * tokens.advantages_BT
         lifted_BT = (tokens.advantages_BT < 0) & (gain.gain_BT < least_BT)
@@ -162,6 +188,14 @@ def gain_of(algorithm: Algorithm, tokens: Tokens) -> tuple[Array, Gain]:
             jnp.where(lifted_BT, least_BT, gain.gain_BT), gain.low_BT, gain.high_BT | lifted_BT
         )
     return ratio_BT, gain
+
+
+def factors_of(options: Options, tokens: Tokens) -> Array:
+    """Returns corrections as factors of tokens, [B, T], whose product is that of a completion."""
+    assert tokens.correction_BT is not None
+    if not options.correction.startswith("sequence"):
+        return tokens.correction_BT
+    return tokens.correction_BT ** (1 / tokens.sequences.lengths_BT)
 
 
 def weights_of(algorithm: Algorithm, tokens: Tokens, batch: Batch) -> Array | float:

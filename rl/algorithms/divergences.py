@@ -9,8 +9,10 @@ log pi_ref, and tokens sampled from pi itself:
   absolute      more than the KL              of no divergence
   k2            d^2 / 2, about the KL         that of KL(pi | ref)
   k3            KL(pi | ref), low variance    that of KL(ref | pi), the forward KL
-  k3_plus       that of k3                    that of k2
+  ..._plus      that of k1, k3, absolute      that of k2
   unbiased_k3   KL(pi | ref), low variance    that of KL(pi | ref), and both hold for any pi_old
+
+unbiased_k1 and unbiased_k2 are k1 and k2 by the same ratio; what the ratio is, `kl_ratio` says.
 
 (http://joschu.net/blog/kl-approx.html; tests/rl/test_divergences.py enumerates all of it.) In the
 reward, where no gradient flows, only the value counts.
@@ -60,18 +62,29 @@ def k3(logprobs_BT: Array, reference_BT: Array, ratio_BT: Array) -> Array:
     return jnp.expm1(-d_BT) + d_BT
 
 
-def k3_plus(logprobs_BT: Array, reference_BT: Array, ratio_BT: Array) -> Array:
-    """Returns the value of k3 with the gradient of k2."""
-    value_BT = k3(logprobs_BT, reference_BT, ratio_BT)
-    slope_BT = k2(logprobs_BT, reference_BT, ratio_BT)
-    return slope_BT + jax.lax.stop_gradient(value_BT - slope_BT)
+def plus(value: Estimator) -> Estimator:
+    """Builds an estimator with the value of another and the gradient of k2."""
+
+    def estimate(logprobs_BT: Array, reference_BT: Array, ratio_BT: Array) -> Array:
+        value_BT = value(logprobs_BT, reference_BT, ratio_BT)
+        slope_BT = k2(logprobs_BT, reference_BT, ratio_BT)
+        return slope_BT + jax.lax.stop_gradient(value_BT - slope_BT)
+
+    estimate.value = value
+    return estimate
 
 
-def k1_plus(logprobs_BT: Array, reference_BT: Array, ratio_BT: Array) -> Array:
-    """Returns the value of k1 with the gradient of k2."""
-    value_BT = k1(logprobs_BT, reference_BT, ratio_BT)
-    slope_BT = k2(logprobs_BT, reference_BT, ratio_BT)
-    return slope_BT + jax.lax.stop_gradient(value_BT - slope_BT)
+k1_plus, k3_plus, absolute_plus = plus(k1), plus(k3), plus(absolute)
+
+
+def unbiased_k1(logprobs_BT: Array, reference_BT: Array, ratio_BT: Array) -> Array:
+    """Returns r d."""
+    return ratio_BT * k1(logprobs_BT, reference_BT, ratio_BT)
+
+
+def unbiased_k2(logprobs_BT: Array, reference_BT: Array, ratio_BT: Array) -> Array:
+    """Returns r d^2 / 2."""
+    return ratio_BT * k2(logprobs_BT, reference_BT, ratio_BT)
 
 
 def unbiased_k3(logprobs_BT: Array, reference_BT: Array, ratio_BT: Array) -> Array:
@@ -87,10 +100,13 @@ def unbiased_k3(logprobs_BT: Array, reference_BT: Array, ratio_BT: Array) -> Arr
 def bounded(estimator: Estimator, log_clamp: float, clamp: float) -> Estimator:
     """Clamps d to +- log_clamp and the estimate to +- clamp; 0 does not.
 
-    Where a clamp acts there is no gradient. verl's k3 has 20 and 10; the paper has none.
+    Where a clamp acts there is no gradient, but for that of k2 where a value has it. verl's k3 has
+    20 and 10; the paper has none.
     """
     if not (log_clamp or clamp):
         return estimator
+    if value := getattr(estimator, "value", None):
+        return plus(bounded(value, log_clamp, clamp))
 
     def estimate(logprobs_BT: Array, reference_BT: Array, ratio_BT: Array) -> Array:
         reference_BT = reference_BT.astype(jnp.float32)
@@ -107,5 +123,8 @@ ESTIMATORS: dict[str, Estimator] = {
     "k3": k3,
     "k3_plus": k3_plus,
     "k1_plus": k1_plus,
+    "absolute_plus": absolute_plus,
+    "unbiased_k1": unbiased_k1,
+    "unbiased_k2": unbiased_k2,
     "unbiased_k3": unbiased_k3,
 }

@@ -98,6 +98,12 @@ class Experience:
         at_start_BT = jnp.where(self.trajectory_BT != previous_BT, before_BT, 0.0)
         return before_BT - jax.lax.cummax(at_start_BT, axis=1)
 
+    @property
+    def last_BT(self) -> Array:
+        """Which tokens are the last of their trajectory that are learnt from, bool."""
+        lengths_BT = self.at_tokens(self.lengths_N)
+        return self.mask_BT & (self.places_BT == lengths_BT - 1)
+
     def table_NT(self, values_BT: Array, fill: Any) -> Array:
         """Lays out the learnt-from tokens of each trajectory from its first one on, [N, T]."""
         rows_BT = jnp.where(self.mask_BT, self.trajectory_BT, self.size)

@@ -16,12 +16,13 @@ class Options:
       kl: coefficient of the divergence from the reference.
       kl_estimator: of rl/algorithms/divergences.py.
       kl_in: the divergence is added to the "loss", or taken from the "reward" of each token.
-      kl_ratio: the ratio of an unbiased estimator is the "token"'s, or that of the "row".
+      kl_ratio: the ratio of an unbiased estimator is the "token"'s, or that of the "row", or is to
+        the "sampler", or is 1 with the gradient of log pi: "own".
       kl_log_clamp, kl_clamp: bounds of the log-ratio to the reference, and of the estimate.
       entropy: coefficient of the entropy, which is maximised.
       entropy_mean: it is a mean as the "row"'s loss is, or over all tokens: "token".
+      entropy_of: it is that of "all" tokens, or of those that a selection has "kept".
       dual_clip: where A < 0 the gain is at least dual_clip * A (arXiv 1912.09729, eq. 5).
-      delta: the ratio is at most this before the surrogate (INTELLECT-2, arXiv 2505.07291, 3.4).
       correction: each token is weighted by pi_old / pi_sampler, one of
         rl/algorithms/corrections.py; its bounds are correction_low and correction_high, and with
         correction_mean_one the weights of a step have mean 1.
@@ -42,8 +43,8 @@ class Options:
     kl_clamp: float = 0.0
     entropy: float = 0.0
     entropy_mean: str = "row"
+    entropy_of: str = "all"
     dual_clip: float = 0.0
-    delta: float = 0.0
     correction: str = ""
     correction_low: float = 0.0
     correction_high: float = 2.0
@@ -60,8 +61,9 @@ class Options:
         known = {
             "kl_estimator": tuple(ESTIMATORS),
             "kl_in": ("loss", "reward"),
-            "kl_ratio": ("token", "row"),
+            "kl_ratio": ("token", "row", "sampler", "own"),
             "entropy_mean": ("row", "token"),
+            "entropy_of": ("all", "kept"),
             "correction": ("", *CORRECTIONS),
             "rejection": ("", *REJECTIONS),
             "rejected": ("zero", "removed"),
@@ -78,10 +80,10 @@ class Options:
                 raise UserError(f"{field.name} = {value}: must be 0 or positive, and finite")
         if self.dual_clip and self.dual_clip <= 1:
             raise UserError(f"dual_clip = {self.dual_clip}: must be above 1, or 0 for none")
-        if self.kl_in == "reward" and self.kl_estimator == "unbiased_k3" and self.kl:
+        if self.kl_in == "reward" and self.kl_estimator.startswith("unbiased") and self.kl:
             raise UserError(
-                "kl_in = reward: unbiased_k3 is for the loss, where its gradient counts; name "
-                "another, such as kl_estimator=k1"
+                f"kl_in = reward: {self.kl_estimator} is for the loss, where its gradient counts; "
+                "name another, such as kl_estimator=k1"
             )
 
     @property

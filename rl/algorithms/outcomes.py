@@ -87,18 +87,40 @@ def step_zscore(
     return compared(advantage)
 
 
-def leave_one_out(*, single: str = "zero") -> Advantage:
+def leave_one_out(*, single: str = "zero", spread: str = "none", eps: float = 1e-6) -> Advantage:
     """Builds RLOO's advantage: the reward less the mean of the *others* (arXiv 2402.14740).
 
-    A[i] = r[i] - sum_{j != i} r[j] / (G - 1) = (r[i] - mean(r)) G / (G - 1)
+        A[i] = r[i] - sum_{j != i} r[j] / (G - 1) = (r[i] - mean(r)) G / (G - 1)
+
+    Args:
+      spread: A is as it is: "none" | over the deviation of the "others" + eps, where they have one
+        (NeMo RL) | to mean 0 and deviation 1 over the "step" (TRL's normalize_advantages).
     """
+    _one_of("spread", spread, ("none", "others", "step"))
 
     def advantage(experience: Experience) -> Array:
-        sizes_N = experience.group_sizes_N
-        centred_N = _centred(experience, experience.total_N, single)
-        return centred_N * (sizes_N / jnp.maximum(sizes_N - 1, 1))
+        A_N = _against_others(experience, experience.total_N, spread == "others", eps, single)
+        if spread != "step":
+            return A_N
+        return _centred_over_step(experience, A_N) / (experience.std(A_N, 1) + eps)
 
     return compared(advantage)
+
+
+def _against_others(
+    experience: Experience, values_N: Array, scaled: bool, eps: float, single: str
+) -> Array:
+    """Returns values less the mean of the others of their group, over their deviation if scaled."""
+    sizes_N = experience.group_sizes_N
+    centred_N = experience.group_centred(values_N)
+    A_N = centred_N * (sizes_N / jnp.maximum(sizes_N - 1, 1))
+    if scaled:
+        # Of the others, by the sums of the group: about its mean, less what one's own adds.
+        square_N = experience.group_sum(jnp.square(centred_N)) - jnp.square(centred_N)
+        variance_N = square_N - jnp.square(centred_N) / jnp.maximum(sizes_N - 1, 1)
+        std_N = jnp.sqrt(jnp.maximum(variance_N, 0.0) / jnp.maximum(sizes_N - 2, 1))
+        A_N = jnp.where(std_N > 1e-6 * jnp.abs(A_N), A_N / (std_N + eps), A_N)
+    return _alone(experience, A_N, values_N, single)
 
 
 def over_mean(*, eps: float = 0.0, single: str = "zero") -> Advantage:
@@ -245,7 +267,14 @@ def pass_at_k(*, k: int = 4, success: float = 1.0, eps: float = 1e-6) -> Advanta
 
 
 def per_reward(
-    *, ddof: int = 1, eps: float = 1e-6, single: str = "zero", whiten: str = "completions"
+    *,
+    ddof: int = 1,
+    eps: float = 1e-6,
+    single: str = "zero",
+    scaled: bool = True,
+    baseline: str = "mean",
+    whiten: str = "completions",
+    whiten_eps: float = -1.0,
 ) -> Advantage:
     """Builds GDPO's advantage: each reward is normalised in its group, then they are added.
 
@@ -254,23 +283,33 @@ def per_reward(
     (arXiv 2601.05242, eq. 4 to 6.) So that no reward drowns another.
 
     Args:
+      scaled: whether each reward is over its deviation before they are added.
+      baseline: of each reward is the "mean" of the group | that of the "others" (NeMo RL).
       whiten: mean 0 and variance 1 over the step's "completions", as in the paper and TRL | over
         its "tokens", as in verl | "none".
+      whiten_eps: added to the deviation of the former; -1 is `eps`. NeMo RL has 0.
     """
+    _one_of("baseline", baseline, ("mean", "others"))
+    last_eps = eps if whiten_eps == -1 else whiten_eps
     _one_of("whiten", whiten, ("completions", "tokens", "none"))
     _one_of("single", single, SINGLES)
 
     def added(experience: Experience) -> Array:
-        normal_MN = jax.vmap(lambda r_N: _zscore(experience, r_N, ddof, eps, single))(
-            experience.rewards_MN
-        )
+        def normal(r_N: Array) -> Array:
+            if baseline == "others":
+                return _against_others(experience, r_N, scaled, eps, single)
+            if not scaled:
+                return _centred(experience, r_N, single)
+            return _zscore(experience, r_N, ddof, eps, single)
+
+        normal_MN = jax.vmap(normal)(experience.rewards_MN)
         return experience.weights_M @ normal_MN
 
     def over_completions(experience: Experience) -> Array:
         added_N = added(experience)
         if whiten == "none":
             return added_N
-        return _centred_over_step(experience, added_N) / (experience.std(added_N, ddof) + eps)
+        return _centred_over_step(experience, added_N) / (experience.std(added_N, ddof) + last_eps)
 
     if whiten != "tokens":
         return compared(over_completions)

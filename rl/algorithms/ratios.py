@@ -58,6 +58,14 @@ def sequence_average(*, log_clamp: float = 0.0) -> PerToken:
     return lambda tokens: tokens.sequences.mean(jnp.exp(clamped(tokens.log_ratio_BT, log_clamp)))
 
 
+def sequence_product(*, log_clamp: float = 0.0) -> PerToken:
+    """Builds the ratio of a completion, the product of its tokens' (RLOO, arXiv 2402.14740).
+
+    w = pi(o) / pi_old(o) = exp(sum_t log r[t])
+    """
+    return lambda tokens: jnp.exp(clamped(tokens.sequences.sum(tokens.log_ratio_BT), log_clamp))
+
+
 def on_policy() -> PerToken:
     """Builds a ratio whose value is 1, with the gradient of log pi.
 
@@ -81,5 +89,6 @@ RATIOS: dict[str, Callable[..., PerToken]] = {
     "sequence": sequence,
     "sequence_token": sequence_token,
     "sequence_average": sequence_average,
+    "sequence_product": sequence_product,
     "on_policy": on_policy,
 }

@@ -34,7 +34,9 @@ class Gain(NamedTuple):
 Surrogate = Callable[[Tokens, Array], Gain]
 
 
-def clipped(*, low: float = 0.2, high: float = 0.2, bounds: str = "relative") -> Surrogate:
+def clipped(
+    *, low: float = 0.2, high: float = 0.2, bounds: str = "relative", delta: float = 0.0
+) -> Surrogate:
     """Builds the clipped surrogate (PPO, arXiv 1707.06347, eq. 7).
 
         min(r A, clip(r, 1 - low, 1 + high) A)
@@ -46,18 +48,24 @@ def clipped(*, low: float = 0.2, high: float = 0.2, bounds: str = "relative") ->
     Args:
       low, high: the bounds of the ratio.
       bounds: they are "relative" to 1, as above | "absolute": clip(r, low, high).
+      delta: r is at most this where it is not clipped, which bounds the loss where A < 0
+        (INTELLECT-2, arXiv 2505.07291, section 3.4: above 1 + high); 0 is none.
     """
     least, most = _bounds(low, high, bounds)
+    _require(delta >= 0, "delta must be 0 or positive")
 
     def surrogate(tokens: Tokens, ratio_BT: Array) -> Gain:
         A_BT = tokens.advantages_BT
-        gain_BT = jnp.minimum(ratio_BT * A_BT, jnp.clip(ratio_BT, least, most) * A_BT)
+        bounded_BT = jnp.minimum(ratio_BT, delta) if delta else ratio_BT
+        gain_BT = jnp.minimum(bounded_BT * A_BT, jnp.clip(ratio_BT, least, most) * A_BT)
         return Gain(gain_BT, (A_BT < 0) & (ratio_BT < least), (A_BT > 0) & (ratio_BT > most))
 
     return surrogate
 
 
-def cispo(*, low: float = 0.0, high: float = 5.0, bounds: str = "absolute") -> Surrogate:
+def cispo(
+    *, low: float = 0.0, high: float = 5.0, bounds: str = "absolute", outside: str = "clipped"
+) -> Surrogate:
     """Builds CISPO's surrogate: the weight is clipped, no gradient is (arXiv 2506.13585, eq. 4).
 
         sg(clip(r, low, high)) A log pi
@@ -65,20 +73,40 @@ def cispo(*, low: float = 0.0, high: float = 5.0, bounds: str = "absolute") -> S
     The paper leaves the lower bound out and does not give the upper one. Libraries differ in what
     `high` means: TRL's is the bound (5.0 as in ScaleRL, arXiv 2510.13786), verl's and others' the
     distance from 1, which is `bounds = "relative"`.
+
+    Args:
+      outside: a ratio outside the bounds is "clipped" | weighs nothing: "dropped", as SkyRL's
+        rollout_is.
     """
     least, most = _bounds(low, high, bounds)
+    _require(outside in ("clipped", "dropped"), "outside must be one of clipped, dropped")
 
     def surrogate(tokens: Tokens, ratio_BT: Array) -> Gain:
-        weight_BT = jax.lax.stop_gradient(jnp.clip(ratio_BT, least, most))
-        gain_BT = weight_BT * tokens.advantages_BT * tokens.logprobs_BT
-        return Gain(gain_BT, ratio_BT < least, ratio_BT > most)
+        low_BT, high_BT = ratio_BT < least, ratio_BT > most
+        weight_BT = jnp.clip(ratio_BT, least, most)
+        if outside == "dropped":
+            weight_BT = jnp.where(low_BT | high_BT, 0.0, weight_BT)
+        weight_BT = jax.lax.stop_gradient(weight_BT)
+        return Gain(weight_BT * tokens.advantages_BT * tokens.logprobs_BT, low_BT, high_BT)
 
     return surrogate
 
 
-def unclipped() -> Surrogate:
-    """Builds r A, the importance-weighted return."""
-    return lambda tokens, ratio_BT: _never_cut(ratio_BT * tokens.advantages_BT)
+def unclipped(*, most: float = 0.0) -> Surrogate:
+    """Builds r A, the importance-weighted return.
+
+    Args:
+      most: with a bound it is sg(min(r, most)) A log pi, whose weight is truncated while its
+        gradient goes on; 0 is none. Unlike CISPO's, the bound may be below 1.
+    """
+
+    def surrogate(tokens: Tokens, ratio_BT: Array) -> Gain:
+        if not most:
+            return _never_cut(ratio_BT * tokens.advantages_BT)
+        nowhere_BT = jnp.zeros(ratio_BT.shape, bool)
+        return _truncated(tokens, ratio_BT, most, nowhere_BT, nowhere_BT, as_ratio=False)
+
+    return surrogate
 
 
 def log_likelihood() -> Surrogate:
@@ -104,7 +132,15 @@ def soft_gate(*, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Surro
     return surrogate
 
 
-def total_variation(*, low: float = 0.2, high: float = 0.2, most: float = 20.0) -> Surrogate:
+def total_variation(
+    *,
+    low: float = 0.2,
+    high: float = 0.2,
+    most: float = 20.0,
+    sides: str = "outward",
+    as_ratio: bool = False,
+    log_square: float = 0.0,
+) -> Surrogate:
     """Builds DPPO's surrogate with the total variation of a token (arXiv 2602.04879, section 4).
 
         sg(min(r, most) M) A log pi
@@ -114,18 +150,31 @@ def total_variation(*, low: float = 0.2, high: float = 0.2, most: float = 20.0) 
     Args:
       low, high: differences of probability, so rare tokens may change by large ratios.
       most: bound of the ratio.
+      sides: M is 0 where the policy has moved too far "outward", as above | on "both" sides,
+        whatever A, as prime-rl's IPO.
+      as_ratio: M min(r, most) A in its place, of the same gradient up to `most`, as in prime-rl and
+        SkyRL.
+      log_square: coefficient of (log r)^2, which is taken off; prime-rl has 0.001.
     """
+    _require(sides in ("outward", "both"), "sides must be one of outward, both")
 
     def surrogate(tokens: Tokens, ratio_BT: Array) -> Gain:
         moved_BT = jnp.exp(tokens.logprobs_BT) - jnp.exp(tokens.old_BT)
         positive_BT = tokens.advantages_BT > 0
-        high_BT, low_BT = positive_BT & (moved_BT > high), ~positive_BT & (moved_BT < -low)
-        return _truncated(tokens, ratio_BT, most, low_BT, high_BT)
+        high_BT, low_BT = moved_BT > high, moved_BT < -low
+        if sides == "outward":
+            high_BT, low_BT = positive_BT & high_BT, ~positive_BT & low_BT
+        gain = _truncated(tokens, ratio_BT, most, low_BT, high_BT, as_ratio)
+        if not log_square:
+            return gain
+        return gain._replace(gain_BT=gain.gain_BT - log_square * jnp.square(tokens.log_ratio_BT))
 
     return surrogate
 
 
-def binary_divergence(*, low: float = 0.05, high: float = 0.05, most: float = 20.0) -> Surrogate:
+def binary_divergence(
+    *, low: float = 0.05, high: float = 0.05, most: float = 20.0, as_ratio: bool = False
+) -> Surrogate:
     """Builds DPPO's surrogate with the KL of "this token or another" (arXiv 2602.04879, section 4).
 
         sg(min(r, most) M) A log pi
@@ -133,6 +182,9 @@ def binary_divergence(*, low: float = 0.05, high: float = 0.05, most: float = 20
 
     M is 0 where D is above high, A > 0 and pi > pi_old, and where D is above low, A <= 0 and
     pi < pi_old; else 1.
+
+    Args:
+      as_ratio: as of `total_variation`.
     """
 
     def surrogate(tokens: Tokens, ratio_BT: Array) -> Gain:
@@ -143,7 +195,7 @@ def binary_divergence(*, low: float = 0.05, high: float = 0.05, most: float = 20
         positive_BT = tokens.advantages_BT > 0
         high_BT = positive_BT & (high < D_BT) & (pi_BT > old_BT)
         low_BT = ~positive_BT & (low < D_BT) & (pi_BT < old_BT)
-        return _truncated(tokens, ratio_BT, most, low_BT, high_BT)
+        return _truncated(tokens, ratio_BT, most, low_BT, high_BT, as_ratio)
 
     return surrogate
 
@@ -160,7 +212,8 @@ def gamma_weighted(
         sg(phi(w)) A log pi,  phi(w) = e^lambda w^k e^(-lambda w),  w = prod_t r[t]
 
     phi(1) is 1; k and lambda are the positive ones where A >= 0. The correction for the sampler is
-    part of w, a token at a time, and does not multiply the surrogate once more.
+    part of w, a factor of each token's, or one of a completion, and does not multiply the surrogate
+    once more.
     """
 
     def surrogate(tokens: Tokens, ratio_BT: Array) -> Gain:
@@ -249,9 +302,14 @@ def _bounds(low: float, high: float, bounds: str) -> tuple[float, float]:
     return least, most
 
 
-def _truncated(tokens: Tokens, ratio_BT: Array, most: float, low_BT: Array, high_BT: Array) -> Gain:
-    """Returns sg(min(r, most)) A log pi, 0 where the gradient is cut off."""
-    weight_BT = jax.lax.stop_gradient(jnp.where(low_BT | high_BT, 0.0, jnp.minimum(ratio_BT, most)))
+def _truncated(
+    tokens: Tokens, ratio_BT: Array, most: float, low_BT: Array, high_BT: Array, as_ratio: bool
+) -> Gain:
+    """Returns sg(min(r, most)) A log pi, or min(r, most) A; 0 where the gradient is cut off."""
+    weight_BT = jnp.where(low_BT | high_BT, 0.0, jnp.minimum(ratio_BT, most))
+    if as_ratio:
+        return Gain(weight_BT * tokens.advantages_BT, low_BT, high_BT)
+    weight_BT = jax.lax.stop_gradient(weight_BT)
     return Gain(weight_BT * tokens.advantages_BT * tokens.logprobs_BT, low_BT, high_BT)
 
 

@@ -46,6 +46,8 @@ def batch_of(inputs: Mapping[str, Any]) -> Batch:
         "logprobs": "logprobs",
         "entropy": "entropy",
         "tokens": "tokens",
+        "correction": "correction",
+        "counted": "weights",
     }
     inputs = {"sampler": inputs["old"], "tokens": np.zeros((B, T), np.int32)} | dict(inputs)
     batch = {to: with_prompt(inputs[name]) for name, to in names.items() if name in inputs}
@@ -57,6 +59,8 @@ def batch_of(inputs: Mapping[str, Any]) -> Batch:
         "group": np.where(inside_BT, group_B[:, None], -1),
         "versions": np.where(with_prompt(mask_BT), 0, -1),
     }
+    if "on_policy" in inputs:
+        batch["on_policy"] = np.asarray(inputs["on_policy"])
     smaller = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
     return {name: jnp.asarray(x.astype(smaller.get(x.dtype, x.dtype))) for name, x in batch.items()}
 
@@ -75,7 +79,7 @@ def paid_of(inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
         "weights_M": weights_M,
         "outcome_N": outcome_N,
         "groups_N": groups_N.astype(np.int32),
-        "present_N": np.ones(B, bool),
+        "present_N": np.asarray(inputs.get("present", np.ones(B)), bool),
     }
     if "greedy" in inputs:
         paid["greedy_N"] = np.asarray(inputs["greedy"], np.float32)

@@ -41,6 +41,15 @@ def test_what_is_out_of_bounds_is_masked_and_what_is_inside_keeps_its_weight():
     np.testing.assert_allclose(whole[1, :4], [np.exp(-0.1)] * 4, rtol=ROUNDING)
 
 
+def test_geometric_weights_are_of_the_mean_over_a_completion():
+    """Sums of logs over lengths: -0.1, 0.7 / 3 (above log 1.2) and -0.025."""
+    given = LOG_MASKED, SEQUENCES, 0.95, 1.2, False
+    whole = np.asarray(correction("geometric_truncate", *given))
+    np.testing.assert_allclose(whole[[0, 0, 1], [0, 3, 0]], [0.95, 1.2, np.exp(-0.025)], rtol=1e-6)
+    masked = np.asarray(correction("geometric_mask", *given))
+    np.testing.assert_allclose(masked[[0, 0, 1], [0, 3, 0]], [0, 0, np.exp(-0.025)], rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["token_truncate", "sequence_truncate"])
 def test_weights_of_mean_one(kind):
     """Over tokens, or over completions, whatever their lengths."""
@@ -53,7 +62,8 @@ def test_weights_of_mean_one(kind):
 
 @pytest.mark.parametrize("kind", REJECTIONS)
 def test_rejections_by_a_loop(kind):
-    low, high = (0.9, 1.25) if kind.endswith("k1") else (0.0, 0.1 if "sum" in kind else 0.05)
+    low, high = (0.6 if "all" in kind else 0.9, 1.45 if "all" in kind else 1.25)
+    low, high = (low, high) if kind.endswith("k1") else (0.0, 0.1 if "sum" in kind else 0.05)
     found = np.asarray(within(kind, LOG_MASKED, SEQUENCES, low, high))
     over, _, estimate = kind.rpartition("_")
     reduce = {"sum": np.sum, "mean": np.mean, "max": np.max}.get(over.removeprefix("sequence_"))
@@ -62,6 +72,9 @@ def test_rejections_by_a_loop(kind):
         log = np.asarray(LOG, np.float64)[row][np.asarray(NUMBERS)[row] == number]
         value = {"k1": log, "k2": log**2 / 2, "k3": np.exp(log) - 1 - log}[estimate]
         value = value if reduce is None else np.full(len(log), reduce(value))
+        if over == "sequence_all":
+            whole = np.all((value >= np.log(low)) & (value <= np.log(high)))
+            value = np.full(len(log), 0.0 if whole else np.inf)
         inside = (value >= np.log(low)) & (value <= np.log(high)) if estimate == "k1" else (
             value <= high
         )  # fmt: skip

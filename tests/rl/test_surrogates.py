@@ -119,6 +119,7 @@ def test_a_ratio_by_hand_and_its_gradient(name):
         "sequence": [np.exp(-0.25)] * 2,
         "sequence_token": [np.exp(-0.25)] * 2,
         "sequence_average": [(np.exp(0.5) + np.exp(-1)) / 2] * 2,
+        "sequence_product": [np.exp(-0.5)] * 2,
         "on_policy": [1, 1],
     }[name]
     found = ratio(tokens_of(logprobs_BT, old_BT, mask_BT=mask_BT))
@@ -128,6 +129,7 @@ def test_a_ratio_by_hand_and_its_gradient(name):
         "sequence": np.full((2, 2), np.exp(-0.25) / 2),
         "sequence_token": np.diag(expected),
         "sequence_average": np.array([[np.exp(0.5), np.exp(-1)]] * 2) / 2,
+        "sequence_product": np.full((2, 2), np.exp(-0.5)),
         "on_policy": np.eye(2),
     }[name]
     jacobian = jax.jacobian(lambda x: ratio(tokens_of(x, old_BT, mask_BT=mask_BT)))(logprobs_BT)
