@@ -130,12 +130,13 @@ def over_mean(*, eps: float = 0.0, single: str = "zero") -> Advantage:
 
     Rewards are not negative; a group whose mean is 0 or less has no advantages.
     """
+    _one_of("single", single, SINGLES)
 
     def advantage(experience: Experience) -> Array:
         total_N = experience.total_N
         mean_N = experience.group_mean(total_N)
-        scaled_N = _centred(experience, total_N, single) / jnp.where(mean_N > 0, mean_N + eps, 1.0)
-        return jnp.where(mean_N > 0, scaled_N, 0.0)
+        scaled_N = experience.group_centred(total_N) / jnp.where(mean_N > 0, mean_N + eps, 1.0)
+        return _alone(experience, jnp.where(mean_N > 0, scaled_N, 0.0), total_N, single)
 
     return compared(advantage)
 

@@ -49,6 +49,7 @@ class Ours:
       entropy_weight: the same of the entropy's term.
       step: fields as they were when the step computed its signals, where they have changed since.
       returns: a spec whose advantages are the recorded returns.
+      rewarded: the advantages are those of the rewards, not the input's.
       skip: recorded results that are not compared.
     """
 
@@ -59,6 +60,7 @@ class Ours:
     entropy_weight: float | None = None
     step: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     returns: str = ""
+    rewarded: bool = False
     skip: tuple[str, ...] = ()
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl.algorithms.credit import conflict_weights
 from rl.algorithms.divergences import ESTIMATORS, bounded
 from rl.algorithms.returns import token_rewards
 from rl.algorithms.row import Algorithm
@@ -59,7 +60,9 @@ def loss(case: Case, ours: Ours, algorithm: Algorithm) -> Results:
     batch, fields = batch_with(case, ours.fields)
     options = algorithm.options
     asked = options.correction or options.rejection or algorithm.selection
-    if asked or "group_tokens" in algorithm.needs:
+    if ours.rewarded:
+        batch.pop("advantages", None)
+    if asked or "group_tokens" in algorithm.needs or ours.rewarded:
         batch |= _told(case, ours, algorithm, batch, fields)
     entropy_BT = batch.get("entropy", jnp.zeros_like(batch["logprobs"]))
     of_tokens = options.entropy_mean == "token"
@@ -79,9 +82,13 @@ def loss(case: Case, ours: Ours, algorithm: Algorithm) -> Results:
     with_entropy = "entropy_gradient" in case
     which = (0, 1) if with_entropy else 0
     total, slopes = jax.value_and_grad(value, which)(batch["logprobs"], entropy_BT)
+    counted_BT = jnp.ones_like(entropy_BT)
+    for name in ("correction", "weights"):
+        counted_BT = counted_BT * batch.get(name, 1.0)
+    found = {"loss": total, "weights": counted_BT[:, 1:]}
     if not with_entropy:
-        return {"loss": total, "gradient": slopes[:, 1:]}
-    return {"loss": total, "gradient": slopes[0][:, 1:], "entropy_gradient": slopes[1][:, 1:]}
+        return found | {"gradient": slopes[:, 1:]}
+    return found | {"gradient": slopes[0][:, 1:], "entropy_gradient": slopes[1][:, 1:]}
 
 
 def _told(case: Case, ours: Ours, algorithm: Algorithm, batch: Batch, fields: dict) -> Batch:
@@ -135,11 +142,23 @@ def gamma_weights(algorithm: Algorithm, batch: Batch) -> jax.Array:
 
 def mask(case: Case, ours: Ours, algorithm: Algorithm) -> Results:
     """Returns which tokens are kept, by the step, the update and the loss."""
+    if algorithm.name == "gtpo_conflict":
+        return conflicting(case, ours, algorithm)
     batch, fields = batch_with(case, ours.fields)
     batch |= _told(case, ours, algorithm, batch, fields)
     tokens = tokens_of(batch, *(predicted(batch, name) for name in LIVE))
     kept_BT = jnp.where(tokens.mask_BT, counted(algorithm, tokens, batch), 0.0)
     return {"mask": kept_BT[:, :-1]}
+
+
+def conflicting(case: Case, ours: Ours, algorithm: Algorithm) -> Results:
+    """Returns GTPO's weights of tokens, and how many of each completion are in conflict."""
+    nothing_BT = ours.fields["mask"] * 0.0
+    given = {"logprobs": nothing_BT, "old": nothing_BT, "entropy": nothing_BT, **ours.fields}
+    batch, fields = batch_with(case, given)
+    experience = experience_of(algorithm, batch, paid_of(fields))
+    weights_NT, counts_N = conflict_weights(experience, experience.total_N, "reference", 2.0)
+    return {"weights": experience.of_table(weights_NT)[:, 1:], "counts": counts_N}
 
 
 def divergence(case: Case, ours: Ours, algorithm: Algorithm) -> Results:

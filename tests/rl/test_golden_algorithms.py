@@ -7,15 +7,41 @@ import collections
 
 import pytest
 
+from tests.rl import golden_more as more
+from tests.rl import golden_others as others
 from tests.rl.golden_compare import compared
 from tests.rl.golden_specs import Case, Ours, cases
 from tests.rl.golden_trl import trl
 from tests.rl.golden_values import found
 from tests.rl.golden_verl import verl
 
-LIBRARIES = {"verl": verl, "trl": trl}
-# Of each library how many are expressed, and how many are not.
-COUNTS = {"verl": (566, 43), "trl": (322, 48)}
+LIBRARIES = {
+    "verl": verl,
+    "trl": trl,
+    "openrlhf": others.openrlhf,
+    "slime": others.slime,
+    "areal": others.areal,
+    "prime_rl": others.prime_rl,
+    "skyrl": more.skyrl,
+    "nemo_rl": more.nemo_rl,
+    "gmpo": more.gmpo,
+    "gtpo": more.gtpo,
+    "r1_zero": more.r1_zero,
+}
+# Of each library how many cases are expressed, and how many are not.
+COUNTS = {
+    "verl": (566, 43),
+    "trl": (322, 48),
+    "openrlhf": (59, 8),
+    "slime": (72, 6),
+    "areal": (49, 3),
+    "prime_rl": (17, 2),
+    "skyrl": (39, 2),
+    "nemo_rl": (38, 1),
+    "gmpo": (6, 4),
+    "gtpo": (6, 0),
+    "r1_zero": (14, 0),
+}
 # The share of recorded losses that must be expressed.
 LOSSES = {"verl": 0.97, "trl": 0.97}
 
