@@ -116,10 +116,12 @@ def _against_others(
     A_N = centred_N * (sizes_N / jnp.maximum(sizes_N - 1, 1))
     if scaled:
         # Of the others, by the sums of the group: about its mean, less what one's own adds.
-        square_N = experience.group_sum(jnp.square(centred_N)) - jnp.square(centred_N)
-        variance_N = square_N - jnp.square(centred_N) / jnp.maximum(sizes_N - 1, 1)
-        std_N = jnp.sqrt(jnp.maximum(variance_N, 0.0) / jnp.maximum(sizes_N - 2, 1))
-        A_N = jnp.where(std_N > 1e-6 * jnp.abs(A_N), A_N / (std_N + eps), A_N)
+        all_N = experience.group_sum(jnp.square(centred_N))
+        own_N = jnp.square(centred_N) * (sizes_N / jnp.maximum(sizes_N - 1, 1))
+        # What is left of equal others is the rounding of the sums.
+        has_N = all_N - own_N > 1e-5 * all_N
+        variance_N = jnp.where(has_N, all_N - own_N, 1.0) / jnp.maximum(sizes_N - 2, 1)
+        A_N = jnp.where(has_N, A_N / (jnp.sqrt(variance_N) + eps), A_N)
     return _alone(experience, A_N, values_N, single)
 
 
@@ -310,7 +312,8 @@ def per_reward(
         added_N = added(experience)
         if whiten == "none":
             return added_N
-        return _centred_over_step(experience, added_N) / (experience.std(added_N, ddof) + last_eps)
+        std = experience.std(added_N, ddof)
+        return _centred_over_step(experience, added_N) / jnp.where(std > 0, std + last_eps, 1.0)
 
     if whiten != "tokens":
         return compared(over_completions)

@@ -34,7 +34,7 @@ def algorithm_of(spec: str, longest: int) -> Algorithm:
 def found(case: Case, ours: Ours) -> Results:
     """Returns ours of each result that a case has recorded."""
     algorithm = algorithm_of(ours.spec, ours.longest)
-    return {
+    result = {
         "loss": loss,
         "advantage": advantage,
         "weight": weight,
@@ -44,7 +44,11 @@ def found(case: Case, ours: Ours) -> Results:
         "aggregation": aggregation,
         "entropy": aggregation,
         "reward": reward,
-    }[case["kind"]](case, ours, algorithm)
+    }[case["kind"]]
+    # A loop over tokens, or completions, would be compiled anew for each case.
+    loops = case["kind"] == "advantage" or algorithm.name == "gtpo_conflict"
+    with jax.disable_jit(loops):
+        return result(case, ours, algorithm)
 
 
 def batch_with(case: Case, given: Mapping[str, Any]) -> tuple[Batch, dict[str, Any]]:

@@ -132,6 +132,13 @@ SPECS = [
     "deepseek_v32" + EVERYTHING,
     "gspo?correction=sequence_mask&correction_high=1.5&correction_mean_one=true",
     "reinforce_pp?correction=token_mask&correction_low=0.8&correction_high=1.3",
+    "vespo?correction=sequence_truncate&correction_high=1.5",
+    "dapo?selection=low_entropy&entropy_share=0.5&entropy=0.1&entropy_mean=token&entropy_of=kept",
+    "rloo?ratio=sequence_product&spread=others&correction=geometric_truncate&correction_high=1.1",
+    "gdpo?baseline=others&whiten_eps=0&kl=0.1&kl_estimator=unbiased_k1&kl_ratio=own",
+    "dppo_tv?sides=both&as_ratio=true&log_square=0.1&advantage=discounted&baseline=zscore",
+    "reinforce_pp_baseline?penalty=own&kl_in=reward&kl_estimator=k1&whiten_ddof=0"
+    "&rejection=sequence_all_k1&rejection_low=0.7&rejection_high=1.5",
 ]
 
 

@@ -193,3 +193,11 @@ def test_an_option_that_is_not_there_is_refused():
     ):
         with pytest.raises(UserError):
             build()
+
+
+def test_a_deviation_of_the_others_is_none_where_they_are_equal():
+    """Rewards 1.1, 0.3 and 0.3: what rounding leaves of the others' deviation scales nothing."""
+    advantage = outcomes.leave_one_out(spread="others")
+    found = advantage(experience([[1.1, 0.3, 0.3]])).advantages_BT[:, 1]
+    other = -0.4 / (0.8 / 2**0.5 + 1e-6)
+    np.testing.assert_allclose(found, [0.8, other, other], rtol=10 * ULP)
