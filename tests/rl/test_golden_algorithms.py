@@ -4,9 +4,12 @@ Every recorded result that the table can express, with its gradient.
 """
 
 import collections
+import re
+from pathlib import Path
 
 import pytest
 
+from rl.algorithms.table import ROWS
 from tests.rl import golden_more as more
 from tests.rl import golden_others as others
 from tests.rl.golden_compare import compared
@@ -91,3 +94,14 @@ def test_no_case_is_dropped():
         losses = [case for case in cases()[library] if case["kind"] == "loss"]
         known = sum(isinstance(LIBRARIES[library](case), Ours) for case in losses)
         assert known >= share * len(losses)
+
+
+def test_the_page_has_every_row_and_count():
+    page = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+    rows = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"\w+", row)}
+    assert set(ROWS) <= named
+    counted = {"verl": "verl", "trl": "TRL", "openrlhf": "OpenRLHF", "slime": "slime"}
+    counted |= {"areal": "AReaL", "prime_rl": "prime-rl", "skyrl": "SkyRL", "nemo_rl": "NeMo RL"}
+    for library, name in counted.items():
+        assert f"| {name} | {COUNTS[library][0]} | {COUNTS[library][1]} |" in page
