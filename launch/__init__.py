@@ -22,5 +22,6 @@ COMMANDS = {
     "sweep": "run every experiment of a config's sweep() and print one table",
     "plan": "tell whether a config fits a TPU topology, and how fast it can be at most",
     "pod": "start a command on every host of a TPU slice, a GKE or a Slurm cluster",
+    "algorithms": "print the algorithms of reinforcement, with options and costs",
     "fields": "print the fields of a config",
 }

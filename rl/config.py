@@ -221,6 +221,8 @@ class ReinforceConfig:
         for name in ("reference_every", "reference"):
             used = "reference" in needs or not getattr(self, name)
             check.that(used, name, f"{self.algorithm!r} compares with no reference; add kl=0.01")
+        taught = bool(self.reference) or "teacher" not in needs
+        check.that(taught, "reference", f"must name the teacher of {self.algorithm!r}")
         for name in ("critic_from", "critic_warmup_steps", "critic_learning_rate"):
             used = "values" in needs or not getattr(self, name)
             check.that(used, name, f"{self.algorithm!r} has no critic; 'ppo' has one")
