@@ -187,7 +187,9 @@ def evaluate(config: Config, workdir: Path) -> dict:
             )
         if config.evaluate.problems:
             solved = solve(config, setup, variables)
-            result |= solved.result
+            has_own = (workdir / "checkpoints").exists()
+            model = str(workdir) if has_own else config.init_from
+            result |= solved.result | {"model": model}
             files |= solved.files
         if config.evaluate.infill_documents and can_infill(config, setup):
             result |= infilling(
@@ -203,8 +205,6 @@ def evaluate(config: Config, workdir: Path) -> dict:
             )
             if config.model.indexer.n_heads:
                 result |= indexer_recall(setup, variables, config.train, config.data)
-    has_own = (workdir / "checkpoints").exists()
-    result["model"] = str(workdir) if has_own else config.init_from
     if jax.process_index() == 0:
         print_evaluation(result)  # which are not lost where the disk is full or read-only
         for name, records in (*files.items(), ("infills.jsonl", infills)):

@@ -140,21 +140,23 @@ def differences(comparison: Mapping[str, Any]) -> Panel | None:
 
 
 def perplexities(found: Mapping[str, Any]) -> Panel | None:
-    """Draws the perplexities of two runs' completions under one model."""
+    """Draws the logarithms of the perplexities of two runs' completions under one model."""
     rows = []
     for key, name in (("of_a", "its own completions"), ("of_b", "the other run's")):
         quantiles = mapping(mapping(found.get(key)).get("quantiles"))
-        values = [number(quantiles.get(name)) for name in ("0.5", "0.05", "0.95")]
-        if None not in values:
-            rows.append((name, *values))
+        values = [number(quantiles.get(q)) for q in ("0.5", "0.05", "0.95")]
+        positive = [value for value in values if value is not None and value > 0]
+        if len(positive) == len(values):
+            rows.append((name, *np.log(positive).tolist()))
     if not rows:
         return None
     caption = (
-        f"Perplexity of completions under {found.get('model')}: the median, and a bar from the 5th "
-        "to the 95th percentile; what a run writes that lies low among the model's own was within "
-        "its reach before"
+        f"How surprising completions are to {found.get('model')}: the median of the logarithm of "
+        "their perplexities, and a bar from the 5th to the 95th percentile; what another run "
+        "writes that lies low among the model's own was within its reach before"
     )
-    return Panel("What the base thinks of it", interval_chart(rows, caption, "perplexity"), caption)
+    svg = interval_chart(rows, f"Perplexity. {caption}", "nats a token")
+    return Panel("What the base thinks of it", svg, caption)
 
 
 def _k_panel(

@@ -16,9 +16,11 @@ STYLE = (
     ".grid,.level{fill:none;stroke:var(--grid)}.axis{fill:none;stroke:var(--muted)}"
     ".level{stroke:var(--muted);stroke-dasharray:3 3}"
     ".line{fill:none;stroke-width:1.8}.faint{fill:none;stroke-width:.8;opacity:.5}"
-    ".band{opacity:.15}"
+    ".bar{fill:none;stroke-width:5;opacity:.35}.band{opacity:.15}"
 )
-OF_COLOR = ".{0} .line,.{0} .faint{{stroke:var(--{0})}}.{0} .band,.{0} .dot{{fill:var(--{0})}}"
+OF_COLOR = (
+    ".{0} .line,.{0} .faint,.{0} .bar{{stroke:var(--{0})}}.{0} .band,.{0} .dot{{fill:var(--{0})}}"
+)
 LINE = 16  # of the legend, in units of the chart
 
 
