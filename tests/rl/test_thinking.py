@@ -32,6 +32,7 @@ EVALUATE = EvaluateConfig(samples=2, thinking=(4, 12), thinking_answer_tokens=6,
 def test_marks_are_what_the_model_knows_them_as():
     """The tokenizer's own `encode` makes letters of them, as of what a user says."""
     end = TOKENIZER.special_token_id("</think>")
+    assert end is not None
     assert MarkedText(TOKENIZER).encode("a</think>") == [*TOKENIZER.encode("a"), end]
     assert end not in TOKENIZER.encode("a</think>")
     ids = budget_of(TOKENIZER, 4, EVALUATE).tokenizer.encode("\n</think>")
