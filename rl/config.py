@@ -247,8 +247,8 @@ class EvaluateConfig:
     problems: int = 128  # held out, or as many as there are; 0 for none
     samples: int = 8  # completions of a problem; pass@k and cons@k for k up to this
     ks: tuple[int, ...] = ()  # k of pass@k and cons@k; () for 1, 2, 4, ... and `samples`
-    # Temperatures to evaluate problems at, one after the other, each with a sampler of its own; the
-    # first gives the figures by themselves. () for sampling.temperature.
+    # Temperatures that launch.evaluate has problems at, one after the other, each with a sampler of
+    # its own; the first gives the figures by themselves. () for sampling.temperature.
     temperatures: tuple[float, ...] = ()
     # What becomes of answers with equally many votes, in cons@k: "share" pays the share of them
     # that are right | "first" takes the one that was sampled first (rl/voting.py).

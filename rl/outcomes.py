@@ -16,7 +16,7 @@ from data.completions import parse_completion
 from data.tasks.problem import Problem
 from rl.config import EvaluateConfig
 from rl.difficulty import by_own_difficulty, difficulty_of
-from rl.evaluate import Interval, bootstrap, pass_at_k_table
+from rl.evaluate import Interval, bootstrap, pass_at_k_table, wilson
 from rl.generate import Completion
 from rl.paired import powers_of_two
 from rl.rewards.answer import normalise
@@ -86,10 +86,13 @@ class Outcome:
         majority, samples = int(np.argmax(votes)), len(self.correct)
         of_majority = [c for c, name in zip(self.correct, self.classes, strict=True)
                        if name == majority]  # fmt: skip
+        low, high = wilson(sum(self.correct), samples)
         table = {
             "samples": samples,
             "solved": sum(self.correct),
             "pass_rate": sum(self.correct) / samples,
+            "pass_rate_low": low,
+            "pass_rate_high": high,
             "reward": float(np.mean(self.rewards)),
             "majority_answer": self.answers[majority] if self.answers else None,
             "majority_votes": len(of_majority),
@@ -152,15 +155,31 @@ def figures(outcomes: Sequence[Outcome], evaluate: EvaluateConfig) -> dict[str, 
         "no_answer": float(np.mean([np.equal(c, NO_ANSWER).mean() for c in classes_PG])),
         "by_difficulty": [
             {"difficulty": group.name, "problems": len(group.places)}
-            | {
-                f"pass@{k}": as_object(interval)
-                for k, interval in pass_at_k_table(
-                    correct_PG[group.places], sorted({ks[0], ks[-1]}), resamples, seed=0
-                ).items()
-            }
+            | _of_group(
+                correct_PG[group.places],
+                [classes_PG[place] for place in group.places],
+                ks,
+                evaluate,
+            )
             for group in groups
         ],
     }
+
+
+def _of_group(
+    correct_PG: np.ndarray,
+    classes_PG: Sequence[np.ndarray],
+    ks: Sequence[int],
+    evaluate: EvaluateConfig,
+) -> dict[str, dict[str, float]]:
+    """Returns pass@k of some problems at the ends of the table, and cons@k at its last k."""
+    resamples, last = evaluate.bootstrap, ks[-1]
+    passes = pass_at_k_table(correct_PG, sorted({ks[0], last}), resamples, seed=0)
+    votes = cons_at_k_table(
+        classes_PG, list(correct_PG), [last], resamples, 0, evaluate.consensus_ties
+    )
+    found = {f"pass@{k}": as_object(interval) for k, interval in passes.items()}
+    return found | {f"cons@{last}": as_object(votes[last])}
 
 
 def rows_of(table: Mapping[int, Interval]) -> list[dict[str, float]]:

@@ -62,6 +62,7 @@ def test_a_line_says_what_a_person_looks_for_and_reads_again():
         "classes": [0, 1, 0, -1],
     }
     assert {name: record[name] for name in shown} == shown
+    assert record["pass_rate_low"] < 0.5 < record["pass_rate_high"]
     assert Outcome.from_record(record).as_record() == outcome(ops=2).as_record()
     with pytest.raises(ValueError, match="not of one length"):
         Outcome.from_record(record | {"classes": [0]})
@@ -81,6 +82,7 @@ def test_figures_worked_by_hand():
         ("1", 0.5),
         ("2", 0.0),
     ]
+    assert [g["cons@4"]["mean"] for g in found["by_difficulty"]] == [1.0, 0.0]
 
 
 def test_one_vote_is_one_try():
