@@ -36,22 +36,30 @@ from experiment.command_line import command
 from experiment.flags import TEMPLATE_OPTIONS, Flag
 from experiment.schema import Config, with_template_options
 
+COMPARE = Flag("", "A,B: two evaluated runs that are compared, in place of all else")
 FLAGS = {
     "template_options": TEMPLATE_OPTIONS,
+    "compare": COMPARE,
     "perplexity_under": Flag(
         "", "a run or hf:DIR; measures the completions that --workdir has under its model"
     ),
 }
-COMPARE = {
-    "compare": Flag("", "A,B: two evaluated runs that are compared, in place of all else"),
+OF_COMPARISON = {
+    "compare": COMPARE,
     "workdir": Flag("", "where comparison.json is written, in place of A"),
 }
 
 
 def run(
-    config: Config, workdir: Path, template_options: str = "", perplexity_under: str = ""
+    config: Config,
+    workdir: Path,
+    template_options: str = "",
+    compare: str = "",
+    perplexity_under: str = "",
 ) -> dict:
-    """Returns what evaluation.json has, or with `perplexity_under` what perplexity.json has."""
+    """Returns what evaluation.json has, or comparison.json, or perplexity.json."""
+    if compare:
+        return run_comparison(compare, str(workdir))
     if perplexity_under:
         return run_perplexity(config, workdir, perplexity_under)
     return runs.evaluate(with_template_options(config, template_options), workdir)
@@ -77,7 +85,7 @@ def run_comparison(compare: str, workdir: str) -> dict:
 def main() -> None:
     """Compares two runs where --compare says so, which needs no config, or evaluates one."""
     if any(word.lstrip("-").partition("=")[0] == "compare" for word in sys.argv[1:]):
-        command(run_comparison, config="none", workdir=False, flags=COMPARE)
+        command(run_comparison, config="none", workdir=False, flags=OF_COMPARISON)
     else:
         command(run, config="recorded", flags=FLAGS)
 
