@@ -9,8 +9,8 @@ from typing import Any
 from checkpoints.locations import hf_directory, run_directory
 from errors import UserError
 from files import read_json
-from rl.outcomes import Outcome
 from rl.perplexity import Written
+from rl.problem_outcomes import Outcome
 
 PROBLEMS, SAMPLES, EVALUATION = "problems.jsonl", "samples.jsonl", "evaluation.json"
 

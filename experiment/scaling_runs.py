@@ -15,7 +15,7 @@ from experiment.workdir import recorded_config
 from files import write_json, write_text
 from report.scaling import scaling_panels
 from report.standalone import standalone
-from rl.outcomes import as_object
+from rl.problem_outcomes import as_object
 from rl.scaling import (
     LEAST_POINTS,
     POWER_LAW,

@@ -1,7 +1,7 @@
 """The part of an evaluation that is about problems: at several temperatures, thinking so long.
 
 problems.jsonl   a problem a line: solved, samples, pass rate, majority answer, and what each
-                 completion came to (rl/outcomes.py)
+                 completion came to (rl/problem_outcomes.py)
 samples.jsonl    every prompt, completion and reward
 thinking.jsonl   the same of completions whose thought was forced to a length
 """

@@ -17,7 +17,6 @@ from rl.config import EvaluateConfig
 from rl.difficulty import Group, by_own_difficulty, by_pass_rate
 from rl.evaluate import Interval, bootstrap, pass_at_k
 from rl.generate import completion_text, opening
-from rl.outcomes import Outcome, as_object
 from rl.paired import crossing, paired_bootstrap, powers_of_two, sampling_efficiency_gap
 from rl.perplexity import (
     Written,
@@ -27,6 +26,7 @@ from rl.perplexity import (
     perplexities,
     rank_among,
 )
+from rl.problem_outcomes import Outcome, as_object
 from rl.scoring import Scorer
 from rl.voting import cons_at_k
 

@@ -12,8 +12,8 @@ from data.tasks.problem import Problem
 from rl.config import EvaluateConfig, ReinforceConfig
 from rl.evaluate import pass_at_k_table
 from rl.generate import Completion, Generator
-from rl.outcomes import Outcome, figures, rows_of
 from rl.paired import powers_of_two
+from rl.problem_outcomes import Outcome, figures, rows_of
 from rl.problems import problems_to_evaluate
 from rl.rewards import metric_name, total_reward
 from train.progress import Progress
@@ -130,7 +130,7 @@ class ReasoningEvaluation:
     def __call__(self, variables: dict) -> Evaluated:
         """Samples completions of the problems and counts those that solve them.
 
-        The summary has pass@k and the other figures of `rl.outcomes.figures`, each with its
+        The summary has pass@k and the other figures of `rl.problem_outcomes.figures`, each with its
         interval; and means of rewards, format and length.
         """
         tally = self._sampled(variables, shown=True)

@@ -18,7 +18,7 @@ from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.evaluate import bootstrap
 from rl.generate import Completion, Generator
 from rl.halting import ThinkingBudget
-from rl.outcomes import as_object
+from rl.problem_outcomes import as_object
 from rl.problems import ProblemSet, prompt_of
 from rl.request import Prompt, keys_of
 from rl.rewards import total_reward

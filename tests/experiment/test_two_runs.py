@@ -5,7 +5,7 @@ import pytest
 
 from experiment.two_runs import comparison
 from rl.config import EvaluateConfig
-from rl.outcomes import Outcome
+from rl.problem_outcomes import Outcome
 from rl.voting import NO_ANSWER
 
 EVALUATE = EvaluateConfig(bootstrap=200)

@@ -8,7 +8,7 @@ import pytest
 from data.tasks.problem import Problem
 from rl.config import EvaluateConfig
 from rl.generate import Completion
-from rl.outcomes import Outcome, answer_classes, figures
+from rl.problem_outcomes import Outcome, answer_classes, figures
 from tests.trajectories import completion, trajectory
 
 
