@@ -1,8 +1,8 @@
 """Accuracy against a forced length of thought (budget forcing, arXiv 2501.19393).
 
-A completion thinks for exactly so many tokens, or ends its turn before: a longer thought is cut by
-a phrase after which it answers, and one that ends sooner is told to wait, as often as is asked for
-(`rl.halting.ThinkingBudget`).
+A completion thinks for at most so many tokens: a longer thought is cut by a phrase after which it
+answers. One that ends sooner is told to wait, as often as is asked for, and then may end
+(`rl.halting.ThinkingBudget`); how long thoughts were in the end is measured.
 """
 
 import dataclasses
