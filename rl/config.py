@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from data.python_files import is_attribute
 from errors import FieldChecks
 from rl.rewards import check_weights
+from rl.voting import TIES
 
 ATTENTIONS = ("sparse", "dense")
 DRAFT_ACCEPTANCES = ("coupled", "rejection")
@@ -246,7 +247,20 @@ class EvaluateConfig:
     # launch.reinforce has none: it learns from no text.
     text_batches: int = 8
     problems: int = 128  # held out, or as many as there are; 0 for none
-    samples: int = 8  # completions of a problem; pass@k for k up to this
+    samples: int = 8  # completions of a problem; pass@k and cons@k for k up to this
+    ks: tuple[int, ...] = ()  # k of pass@k and cons@k; () for 1, 2, 4, ... and `samples`
+    # Temperatures that launch.evaluate has problems at, one after the other, each with a sampler of
+    # its own; the first gives the figures by themselves. () for sampling.temperature.
+    temperatures: tuple[float, ...] = ()
+    # What becomes of answers with equally many votes, in cons@k: "share" pays the share of them
+    # that are right | "first" takes the one that was sampled first (rl/voting.py).
+    consensus_ties: str = "share"
+    # Tokens of thought to force completions to, for accuracy against thinking length; () for none.
+    # A thought that is longer is cut, and one that ends before is told to wait, so often.
+    thinking: tuple[int, ...] = ()
+    thinking_waits: int = 0
+    thinking_answer_tokens: int = 64  # that may be sampled behind a forced thought
+    perplexity_samples: int = 16  # completions of a problem that --perplexity_under measures
     # The reward that pass@k counts, named as in reinforce.rewards, and the least of it with which a
     # completion solves its problem.
     reward: str = "answer"
@@ -257,7 +271,20 @@ class EvaluateConfig:
     def __post_init__(self):
         check_weights({self.reward: 1.0}, "evaluate.reward")
         check = FieldChecks(self, "evaluate")
-        check.positive("samples", "bootstrap")
+        check.positive("samples", "bootstrap", "thinking_answer_tokens", "perplexity_samples")
+        for k in self.ks:
+            fits = 1 <= k <= self.samples
+            check.that(fits, "ks", f"must be between 1 and evaluate.samples = {self.samples}")
+        check.that(list(self.ks) == sorted(set(self.ks)), "ks", "must rise")
+        for temperature in self.temperatures:
+            finite = 0 <= temperature < math.inf
+            check.that(finite, "temperatures", "must be 0 (greedy) or positive, each of them")
+        different = len(set(self.temperatures)) == len(self.temperatures)
+        check.that(different, "temperatures", "must differ from one another")
+        check.one_of("consensus_ties", TIES)
+        check.that(all(x > 0 for x in self.thinking), "thinking", "must be positive, each of them")
+        check.not_negative("thinking_waits")
+        check.at_most(100, "thinking_waits")
         check.that(math.isfinite(self.success), "success", "must be finite")
         for name in ("text_batches", "problems", "infill_documents"):
             check.that(getattr(self, name) >= 0, name, "must be 0 (none) or positive")
