@@ -13,7 +13,7 @@ from rl.config import ReinforceConfig, SamplingConfig
 from rl.generate import Completion
 from rl.packing import packed_rows
 from rl.trajectory import Trajectory, batch_of
-from train.setup import Setup
+from train.setup import Setup, to_host
 
 
 def rows(
@@ -67,7 +67,7 @@ def minibatches(
     if config.minibatches == 1:
         yield from itertools.repeat(batch, config.epochs)
         return
-    empty_B = ~np.asarray(jnp.any(batch["segments"] > 0, axis=1))
+    empty_B = ~to_host(jnp.any(batch["segments"] > 0, axis=1))
     sharding = batch_sharding(setup.mesh)
     for epoch in range(config.epochs):
         order = np.random.default_rng((seed, step, epoch)).permutation(len(empty_B))

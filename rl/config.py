@@ -18,6 +18,8 @@ OLD_LOGPROBS = ("sampler", "trainer")
 INDEXERS = ("trained", "frozen")
 TRUNCATED = ("reward", "no_reward", "mask")
 UNFINISHED = ("read_again", "kept")
+ORDERS = ("shuffled", "easy_first", "unsolved")
+ZERO_VARIANCE = ("kept", "dropped", "replaced")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,20 @@ class ReinforceConfig:
     # How unfinished completions go on after an update: "read_again" by the new policy | "kept" from
     # the cache that older ones made of what they have, which costs that memory during the update.
     unfinished: str = "read_again"
+    # Whose turn is when: "shuffled" | "easy_first", by the number of operations, over the steps of
+    # the run | "unsolved", in proportion to 1 - pass rate (rl/curriculum.py). Of completions that
+    # solve a problem see evaluate.reward and evaluate.success.
+    order: str = "shuffled"
+    # A problem is not drawn again once its completions have solved it so often: 0.9 is ScaleRL's
+    # no-positive-resampling (arXiv 2510.13786); 0 never.
+    retire_at: float = 0.0
+    # Groups whose completions all earn the same: "kept" | "dropped", they do not count in the mean
+    # of the loss | "replaced", a step samples on until it has `prompts_per_step` others (dynamic
+    # sampling: DAPO, arXiv 2503.14476, eq. 11).
+    zero_variance: str = "kept"
+    # The reward that such a group is judged by; "" is the sum of all.
+    variance_reward: str = ""
+    resample_limit: int = 10  # times `prompts_per_step` groups that a step samples, at most
     minibatches: int = 1  # optimizer updates in a pass over the completions of a step
     epochs: int = 1  # passes over them
     # Coefficient of the divergence to the reference (the model that reinforcement started from,
@@ -178,6 +194,12 @@ class ReinforceConfig:
         )
         check.not_negative("rollout_tokens")
         check.one_of("unfinished", UNFINISHED)
+        check.one_of("order", ORDERS)
+        check.one_of("zero_variance", ZERO_VARIANCE)
+        check.that(0 <= self.retire_at <= 1, "retire_at", "must be between 0 (never) and 1")
+        check.positive("resample_limit")
+        paid = not self.variance_reward or self.variance_reward in self.rewards
+        check.that(paid, "variance_reward", f"is none of reinforce.rewards: {list(self.rewards)}")
         rows = self.prompts_per_step * self.group_size
         check.that(
             rows % self.minibatches == 0,
@@ -227,6 +249,15 @@ class ReinforceConfig:
         for name in ("critic_from", "critic_warmup_steps", "critic_learning_rate"):
             used = "values" in needs or not getattr(self, name)
             check.that(used, name, f"{self.algorithm!r} has no critic; 'ppo' has one")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what a step samples depends on more than its number and the policy.
+
+        A run then has the state of its rollouts in its checkpoints.
+        """
+        by_rates = self.order != "shuffled" or self.retire_at > 0
+        return self.in_parts or by_rates or self.zero_variance == "replaced"
 
     @property
     def in_parts(self) -> bool:

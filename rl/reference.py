@@ -8,7 +8,6 @@ so many steps; `reference/` then has one for each checkpoint that the run may go
 """
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from rl.config import ReinforceConfig
 from rl.critic import Critic
 from train.restore import load_variables, restored_or_new
 from train.setup import Setup
-from train.state import TrainState, abstract_state, fresh_state, state_from
+from train.state import StateWithCritic, TrainState, abstract_state, fresh_state, state_from
 
 
 class Origin(NamedTuple):
@@ -137,7 +136,7 @@ def _resumed(
     """Reads the run's newest checkpoint, that of its critic too, and moves the cursor."""
     abstract = abstract_state(setup.model, optimizer, setup.mesh)
     if critic is not None:
-        abstract = dataclasses.replace(abstract, critic=critic.abstract)
+        abstract = StateWithCritic.of(abstract, critic.abstract)
     return checkpoints.restore(abstract, cursor)
 
 
@@ -149,7 +148,7 @@ def _with_critic(
         return state
     path = reinforce.critic_from
     new = critic.from_run(path) if path else critic.from_policy(state.variables)
-    return dataclasses.replace(state, critic=new)
+    return StateWithCritic.of(state, new)
 
 
 def _first_number(workdir: Path, kept: Checkpoints) -> int:

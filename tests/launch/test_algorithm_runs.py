@@ -166,6 +166,17 @@ def test_entropies_and_corrections_of_old_log_probs():
     assert all(line["grad_norm"] > 0 for line in lines("run"))
 
 
+def test_sampling_on_and_an_order_by_pass_rates(monkeypatch):
+    """ScaleRL with dynamic sampling, stopped and resumed: what was tried and solved included."""
+    changes = {"reinforce__algorithm": "scale_rl?zero_variance=replaced&retire_at=0.6"}
+    changes |= {"reinforce__order": "unsolved", "reinforce__resample_limit": 3}
+    changes |= {"evaluate__reward": "own.py:length", "evaluate__success": 0.5}
+    found = whole_and_in_parts(run_of("length", train__steps=4, **changes), monkeypatch)
+    assert any(line["left_out"] > 0 for line in found)
+    assert all(line["groups"] == 8 for line in found)
+    assert found[-1]["curriculum/tried"] > 8 and found[-1]["curriculum/retired"] > 0
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

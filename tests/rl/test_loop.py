@@ -21,6 +21,7 @@ from rl.pay import OVERLONG, Rewards, overlong_penalty
 from rl.pay import reward as paid_reward
 from rl.problems import problem_of_draw
 from rl.request import Counts
+from rl.rollouts import Group
 from rl.trajectory import batch_of
 from tests import tiny
 from tests.trajectories import completion
@@ -46,7 +47,8 @@ def test_every_epoch_has_every_problem_once_in_its_own_order():
 
 
 def reward(completions, problems, config, options: Options | None = None) -> Rewards:
-    return paid_reward(completions, problems, config, options or Options(), longest=8)
+    given = config.rewards, config.truncated, options or Options()
+    return paid_reward(completions, problems, *given, longest=8)
 
 
 def rewards_of(**by_name: list) -> Rewards:
@@ -152,9 +154,10 @@ def test_rows_of_padding_are_spread_over_the_parts(setup):
 def test_what_is_observed_of_completions():
     completions = [completion("", length=2), completion("", length=3, cut=True)]
     rewards = rewards_of(**{"answer": [[1.0, 0.0]], "my.py:brevity": [[0.25, 0.5]]})
-    assert "sampler/tokens_per_pass" not in observe(completions, rewards, Counts(passes=9))
+    groups = [Group(PROBLEMS[0], completions, rewards)]
+    assert "sampler/tokens_per_pass" not in observe(groups, Counts(passes=9))
     counts = Counts(passes=10, drafted=20, accepted=5)
-    observed = observe(completions, rewards, counts)
+    observed = observe(groups, counts)
     assert observed["sampler/drafts_accepted"] == 0.25
     assert observed["sampler/tokens_per_pass"] == 1.5
     assert observed["reward"] == 0.875 and observed["answer_reward"] == 0.5

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -14,11 +14,13 @@ from data.tasks.problem import Problem
 from errors import UserError
 from model.record import CHOICES
 from rl.config import ReinforceConfig, SamplingConfig
+from rl.curriculum import Curriculum
 from rl.engine import Engine
 from rl.generate import Completion
+from rl.pay import Rewards
 from rl.problems import problem_of_draw
 from rl.request import Prompt
-from rl.rollouts import Group, Rollouts
+from rl.rollouts import Group, Rollouts, Taken
 from rl.trajectory import STOP, UNFINISHED, Trajectory
 from rl.trajectory_bytes import from_bytes, to_bytes
 from tests import tiny
@@ -138,12 +140,24 @@ def variables_of(step: int) -> dict:
 def rollouts(**changes) -> Rollouts:
     config = dataclasses.replace(CONFIG, **changes)
     generate = Lengths(record=CHOICES)
-    return Rollouts(generate, PROBLEMS, config, jax.random.key(1), seed=0)  # pyright: ignore
+    curriculum = Curriculum(PROBLEMS, config, draws=16, seed=0)
+    given = generate, PROBLEMS, curriculum, config, pay, solves, jax.random.key(1)
+    return Rollouts(*given)  # pyright: ignore
+
+
+def pay(problem: Problem, completions: Sequence[Completion]) -> Rewards:
+    """One for an even first id, so that about half of the groups of two differ."""
+    ids = [int(each.trajectory.completion[0]) for each in completions]
+    return Rewards(("even",), np.ones(1, np.float32), 1 - np.asarray([[ids]], np.float32) % 2)
+
+
+def solves(rewards: Rewards) -> np.ndarray:
+    return rewards.total_PG.ravel() == 1
 
 
 def steps_of(own: Rollouts, first: int, last: int) -> Iterator[list[Group]]:
     for step in range(first, last + 1):
-        yield own.take(step, variables_of(step))
+        yield own.take(step, variables_of(step)).groups
 
 
 def numbers_of(groups: list[Group]) -> list[int]:
@@ -230,18 +244,87 @@ def test_what_is_not_saved_begins_anew():
     assert state["begun"] == again.get_state()["begun"] and flying["unfinished"] >= 2
     for each in from_bytes(b64decode(state["trajectories"])):
         assert each.ended != UNFINISHED
-    for each in tokens_of(again.take(4, variables_of(4))):
+    for each in tokens_of(again.take(4, variables_of(4)).groups):
         assert each.ended != STOP
 
 
 def test_metrics_tell_of_parts_alone():
     one = dataclasses.replace(trajectory([1], [2, 3, 4]), versions_T=np.asarray([-1, 1, 3, 3]))
-    group = Group(PROBLEMS[0], [Completion(one, "")])
-    assert rollouts().metrics(5, [group]) == {}
-    found = rollouts(**PARTS).metrics(5, [group])
+    completions = [Completion(one, "")]
+    taken = Taken([Group(PROBLEMS[0], completions, pay(PROBLEMS[0], completions))], [])
+    assert rollouts().metrics(5, taken) == {}
+    found = rollouts(**PARTS).metrics(5, taken)
     assert found["groups"] == 1 and found["unfinished"] == 0
     assert found["sampler/staleness_mean"] == pytest.approx(5 / 3)
     assert found["sampler/staleness_max"] == 3
+
+
+def differs(group: Group) -> bool:
+    return np.ptp(group.rewards.total_PG) > 0
+
+
+@pytest.mark.heavy
+def test_what_teaches_nothing_is_dropped_or_replaced():
+    """Replaced, a step has as many groups as it may, each of them differing; what it sampled for
+    that is left out. Dropped, it has those that are left.
+    """
+    plain = [rollouts().take(step, variables_of(step)) for step in (1, 2, 3)]
+    assert any(differs(g) for t in plain for g in t.groups)
+    assert not all(differs(g) for t in plain for g in t.groups)
+    own = rollouts(zero_variance="dropped")
+    for step, taken in enumerate(plain, start=1):
+        found = own.take(step, variables_of(step))
+        expected = [group for group in taken.groups if differs(group)]
+        assert numbers_of(found.groups) == numbers_of(expected or taken.groups)
+        assert len(found.groups) + len(found.left_out) == 2
+    own = rollouts(zero_variance="replaced")
+    begun = []
+    for step in (1, 2, 3):
+        found = own.take(step, variables_of(step))
+        assert len(found.groups) == 2 and all(map(differs, found.groups))
+        assert not any(map(differs, found.left_out))
+        begun += numbers_of([*found.groups, *found.left_out])
+        assert own.metrics(step, found) == {"groups": 2, "left_out": len(found.left_out)}
+    assert sorted(begun) == list(range(len(begun))) and len(begun) > 6
+
+
+@pytest.mark.heavy
+def test_a_step_does_not_sample_for_ever():
+    """Where nothing differs it stops at the limit, and learns from what it has."""
+    own = rollouts(zero_variance="replaced", resample_limit=3, variance_reward="")
+    own._pay = lambda problem, completions: Rewards(
+        ("same",), np.ones(1, np.float32), np.zeros((1, 1, SIZE), np.float32)
+    )
+    taken = own.take(1, variables_of(1))
+    assert len(taken.groups) == 2 and len(taken.left_out) == 4
+    own = rollouts(zero_variance="dropped")
+    own._pay = lambda problem, completions: Rewards(
+        ("same",), np.ones(1, np.float32), np.zeros((1, 1, SIZE), np.float32)
+    )
+    taken = own.take(1, variables_of(1))
+    assert len(taken.groups) == 2 and not taken.left_out
+
+
+@pytest.mark.heavy
+def test_replacing_and_a_curriculum_resume_to_the_bit():
+    changes = {"zero_variance": "replaced", "order": "unsolved", "retire_at": 0.9, **PARTS}
+    whole = rollouts(**changes)
+    list(steps_of(whole, 1, 3))
+    whole.settle()
+    state = json.loads(json.dumps(whole.get_state()))
+    resumed = rollouts(**changes)
+    resumed.set_state(state)
+    for step in (4, 5, 6):
+        one, other = (own.take(step, variables_of(step)) for own in (whole, resumed))
+        assert numbers_of(one.groups) == numbers_of(other.groups)
+        assert [group.problem for group in one.groups] == [group.problem for group in other.groups]
+        for each, its in zip(tokens_of(one.groups), tokens_of(other.groups), strict=True):
+            assert_same(each, its)
+        assert whole.metrics(step, one) == resumed.metrics(step, other)
+    gone = rollouts(**changes)
+    gone._problems = PROBLEMS[:1]
+    with pytest.raises(UserError, match="the run has unfinished completions of it"):
+        gone.set_state(state)
 
 
 def test_bounds_that_cannot_be_are_one_line():
