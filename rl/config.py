@@ -99,6 +99,11 @@ class ReinforceConfig:
     # Tokens that a step samples, or a few more, before it learns from what is complete, which is at
     # least one prompt's completions and may be fewer than `prompts_per_step`; 0 is no bound.
     rollout_tokens: int = 0
+    # A step learns from what the policy of so many steps before it has sampled (rl/ahead.py); the
+    # algorithm should correct for that (docs/reinforce.md).
+    lag: int = 0
+    # Tokens that a policy of more steps before has sampled are not learnt from; -1 learns from all.
+    most_stale: int = -1
     # How unfinished completions go on after an update: "read_again" by the new policy | "kept" from
     # the cache that older ones made of what they have, which costs that memory during the update.
     unfinished: str = "read_again"
@@ -192,7 +197,14 @@ class ReinforceConfig:
             "prompts_in_flight",
             f"must be 0 or at least reinforce.prompts_per_step = {self.prompts_per_step}",
         )
-        check.not_negative("rollout_tokens")
+        check.not_negative("rollout_tokens", "lag")
+        check.at_most(1_000, "lag")
+        check.that(self.most_stale >= -1, "most_stale", "must be -1 (any) or not negative")
+        check.that(
+            self.most_stale == -1 or self.most_stale >= self.lag,
+            "most_stale",
+            f"must be at least reinforce.lag = {self.lag}, or nothing is learnt from",
+        )
         check.one_of("unfinished", UNFINISHED)
         check.one_of("order", ORDERS)
         check.one_of("zero_variance", ZERO_VARIANCE)
@@ -257,7 +269,7 @@ class ReinforceConfig:
         A run then has the state of its rollouts in its checkpoints.
         """
         by_rates = self.order != "shuffled" or self.retire_at > 0
-        return self.in_parts or by_rates or self.zero_variance == "replaced"
+        return self.in_parts or self.lag > 0 or by_rates or self.zero_variance == "replaced"
 
     @property
     def in_parts(self) -> bool:

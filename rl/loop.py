@@ -23,8 +23,10 @@ from model.record import routing_layers, selecting_layers
 from model.sharding import batch_shards
 from model.transformer import boxed_shapes
 from rl.agreement import Agreement
+from rl.ahead import Ahead
+from rl.algorithms.row import Algorithm
 from rl.algorithms.spec import get_algorithm
-from rl.batches import learnt_from, rows
+from rl.batches import learnt_from, rows, with_ages
 from rl.canary import Canary
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.critic import Critic
@@ -76,6 +78,12 @@ def train_policy(
     )
     reinforce = dataclasses.replace(reinforce, **algorithm.loop)
     reinforce.check_algorithm(algorithm.needs)
+    if reinforce.lag and not corrects(algorithm, reinforce) and jax.process_index() == 0:
+        print(
+            f"warning: reinforce.lag = {reinforce.lag}: {algorithm.name} does not correct for the "
+            "age of its samples; add correction=token_truncate",
+            flush=True,
+        )
     if reinforce.indexer == "frozen":  # as what no loss reaches is, see `trainable`
         train = dataclasses.replace(train, indexer_weight=0.0)
     updates = reinforce.epochs * reinforce.minibatches
@@ -110,7 +118,8 @@ def train_policy(
 
     curriculum = Curriculum(problems, reinforce, train.steps * reinforce.prompts_per_step, seed)
     solves = functools.partial(solved, evaluate=evaluate)
-    rollouts = Rollouts(generate, problems, curriculum, reinforce, pay, solves, key)
+    given = generate, problems, curriculum, reinforce, pay, solves, key
+    rollouts = Ahead(Rollouts(*given), reinforce.lag)
     canary = None
     if reinforce.canary_tolerance and sampling.attention_top_p == 1 and made <= recorded:
         canary = Canary(
@@ -172,8 +181,8 @@ def train_policy(
                 agreed = agreement(state.variables, some)
                 batch = rows(trajectories, setup, sampling, kept, most=most, multiple=multiple)
                 batch = learnt_from(batch, completions, reinforce.truncated)
-                if reinforce.in_parts:
-                    batch["stale"] = batch["mask"] & (batch["versions"] < step - 1)
+                if reinforce.in_parts or reinforce.lag:
+                    batch = with_ages(batch, step, reinforce.most_stale)
                 batch = setup.whole_on_devices(batch)
                 sampled = time.monotonic()
                 paid = rewards.arrays(most, best)
@@ -201,6 +210,17 @@ def train_policy(
                 if stopping:
                     break
         return int(state.step) >= train.steps * updates
+
+
+def corrects(algorithm: Algorithm, reinforce: ReinforceConfig) -> bool:
+    """Returns whether an algorithm weighs a token by how likely its sampler was to draw it.
+
+    Either its ratio is taken to the sampler's log-probs, or it has a correction for them.
+    """
+    functions = algorithm.surrogate, algorithm.ratio
+    ignored = any(getattr(function, "ignores_sampler", False) for function in functions)
+    compared = reinforce.old_logprobs == "sampler" and not ignored
+    return compared or bool(algorithm.options.correction)
 
 
 def greedy_generator(

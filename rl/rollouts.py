@@ -242,25 +242,52 @@ class Rollouts:
         self._begun, self._in_engine, self._paid = state["begun"], set(), {}
         self._curriculum.set_state(state["curriculum"])
         self._in_flight = {number: {} for number in state["groups"]}
-        place_of = {problem.id: place for place, problem in enumerate(self._problems)}
-        missing = [name for name in state["problems"] if name not in place_of]
-        if missing:
-            raise UserError(
-                f"problem {missing[0]}: the run has unfinished completions of it, and it is not in "
-                f"reinforce.task = {self._config.task!r} as it is now"
-            )
-        ids = zip(state["groups"], state["problems"], strict=True)
-        self._places = {number: place_of[name] for number, name in ids}
+        places = self._places_of(state["problems"])
+        self._places = dict(zip(state["groups"], places, strict=True))
         for trajectory in from_bytes(base64.b64decode(state["trajectories"])):
             self._in_flight[trajectory.group][trajectory.sample] = trajectory
 
-    def metrics(self, step: int, taken: Taken) -> dict[str, float]:
+    @property
+    def in_parts(self) -> bool:
+        """Whether completions may go on in a later step than they began in."""
+        return self._config.in_parts
+
+    def packed(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Returns groups that are complete as JSON."""
+        trajectories = [each.trajectory for group in groups for each in group.completions]
+        encoded = base64.b64encode(to_bytes(trajectories)).decode()
+        return {"problems": [group.problem.id for group in groups], "trajectories": encoded}
+
+    def unpacked(self, packed: dict[str, Any]) -> list[Group]:
+        """Returns the groups that `packed` made JSON of; they are paid anew.
+
+        Raises UserError if a problem is not there any more.
+        """
+        trajectories = from_bytes(base64.b64decode(packed["trajectories"]))
+        size, groups = self._config.group_size, []
+        for number, place in enumerate(self._places_of(packed["problems"])):
+            own = trajectories[number * size : (number + 1) * size]
+            completions, problem = list(map(self._generate.completion, own)), self._problems[place]
+            groups.append(Group(problem, completions, self._pay(problem, completions)))
+        return groups
+
+    def _places_of(self, ids: Sequence[str]) -> list[int]:
+        """Returns where problems are, by their ids. Raises UserError if one is not there."""
+        place_of = {problem.id: place for place, problem in enumerate(self._problems)}
+        missing = [name for name in ids if name not in place_of]
+        if missing:
+            raise UserError(
+                f"problem {missing[0]}: the run has completions of it to learn from, and it is not "
+                f"in reinforce.task = {self._config.task!r} as it is now"
+            )
+        return [place_of[name] for name in ids]
+
+    def metrics(self, taken: Taken) -> dict[str, float]:
         """Returns what there is to say of a step beside its completions.
 
-        Of one in parts "unfinished" groups, that go on later, and how many steps older its tokens'
-        policy is than the step's, "sampler/staleness_mean" and "sampler/staleness_max". Where not
-        all of what is sampled is learnt from, "groups" that are, and "left_out", those that are
-        not. Where the order depends on what was solved, the curriculum's.
+        Of one in parts "unfinished" groups, that go on later. Where not all of what is sampled is
+        learnt from, "groups" that are, and "left_out", those that are not. Where the order depends
+        on what was solved, the curriculum's.
         """
         config, found = self._config, {}
         if config.zero_variance != "kept" or config.in_parts:
@@ -270,13 +297,7 @@ class Rollouts:
         if config.order != "shuffled" or config.retire_at:
             found |= self._curriculum.metrics()
         if config.in_parts:
-            completions = [each for group in taken.groups for each in group.completions]
-            trajectories = [completion.trajectory for completion in completions]
-            ages = [step - 1 - each.versions_T[each.sampled_T] for each in trajectories]
-            ages = np.concatenate(ages)
             found["unfinished"] = len(self._in_flight)
-            found["sampler/staleness_mean"] = float(np.mean(ages))
-            found["sampler/staleness_max"] = float(np.max(ages))
         return found
 
 

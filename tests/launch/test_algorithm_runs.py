@@ -167,13 +167,18 @@ def test_entropies_and_corrections_of_old_log_probs():
 
 
 def test_sampling_on_and_an_order_by_pass_rates(monkeypatch):
-    """ScaleRL with dynamic sampling, stopped and resumed: what was tried and solved included."""
+    """ScaleRL with dynamic sampling by the policy of a step before, stopped and resumed: with what
+    was tried and solved, and what waits to be learnt from.
+    """
     changes = {"reinforce__algorithm": "scale_rl?zero_variance=replaced&retire_at=0.6"}
     changes |= {"reinforce__order": "unsolved", "reinforce__resample_limit": 3}
+    changes |= {"reinforce__lag": 1, "reinforce__most_stale": 1}
     changes |= {"evaluate__reward": "own.py:length", "evaluate__success": 0.5}
     found = whole_and_in_parts(run_of("length", train__steps=4, **changes), monkeypatch)
     assert any(line["left_out"] > 0 for line in found)
     assert all(line["groups"] == 8 for line in found)
+    assert [line["sampler/staleness_share_1"] for line in found] == [0, 1, 1, 1]
+    assert found[0]["ratio"] == pytest.approx(1, abs=1e-5) != found[-1]["ratio"]
     assert found[-1]["curriculum/tried"] > 8 and found[-1]["curriculum/retired"] > 0
 
 

@@ -13,9 +13,11 @@ from data.tokenizer import Tokenizer
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from rl.algorithms.options import Options
-from rl.batches import learnt_from, minibatches, rows
+from rl.algorithms.spec import get_algorithm
+from rl.batches import learnt_from, minibatches, rows, with_ages
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.learner import per_update
+from rl.loop import corrects
 from rl.measure import observe, over_updates
 from rl.pay import OVERLONG, Rewards, overlong_penalty
 from rl.pay import reward as paid_reward
@@ -117,6 +119,35 @@ def test_the_soft_punishment_of_long_completions():
 def setup() -> Setup:
     one_device = make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), jax.devices()[:1])
     return Setup(tiny.MODEL, Tokenizer.__new__(Tokenizer), one_device)
+
+
+def test_ages_of_tokens_and_their_bound():
+    """Of step 6: versions 5, 4 and 2 are 0, 1 and 3 steps older."""
+    versions_BT = np.asarray([[-1, 5, 4, 2]])
+    batch = {"versions": versions_BT, "mask": versions_BT >= 0}
+    found = with_ages(batch, step=6, most=-1)
+    assert found["mask"].tolist() == [[False, True, True, True]]
+    assert found["stale"].tolist() == [[False, False, True, True]]
+    found = with_ages(batch, step=6, most=1)
+    assert found["mask"].tolist() == [[False, True, True, False]]
+    assert found["stale"].tolist() == [[False, False, True, False]]
+
+
+@pytest.mark.parametrize(
+    "spec, old_logprobs, expected",
+    [
+        ("dapo", "sampler", True),
+        ("dapo", "trainer", False),
+        ("dapo?correction=token_truncate", "trainer", True),
+        ("gpg", "sampler", False),
+        ("gtpo_conflict", "sampler", False),
+        ("scale_rl", "sampler", True),
+        ("m2po", "sampler", True),
+    ],
+)
+def test_which_algorithms_correct_for_old_samples(spec, old_logprobs, expected):
+    config = dataclasses.replace(CONFIG, old_logprobs=old_logprobs)
+    assert corrects(get_algorithm(spec, max_completion=4), config) is expected
 
 
 def test_each_epoch_cuts_the_whole_batch_in_its_own_order(setup):

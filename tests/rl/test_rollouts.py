@@ -13,6 +13,7 @@ import pytest
 from data.tasks.problem import Problem
 from errors import UserError
 from model.record import CHOICES
+from rl.ahead import Ahead
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.curriculum import Curriculum
 from rl.engine import Engine
@@ -238,7 +239,7 @@ def test_what_is_not_saved_begins_anew():
     """A place that is taken while caches are kept has no tokens of what is in the engine."""
     own = rollouts(unfinished="kept", **PARTS)
     list(steps_of(own, 1, 3))
-    state, flying = own.place().get_state(), own.metrics(3, own.take(4, variables_of(4)))
+    state, flying = own.place().get_state(), own.metrics(own.take(4, variables_of(4)))
     again = rollouts(unfinished="kept", **PARTS)
     again.set_state(state)
     assert state["begun"] == again.get_state()["begun"] and flying["unfinished"] >= 2
@@ -252,8 +253,8 @@ def test_metrics_tell_of_parts_alone():
     one = dataclasses.replace(trajectory([1], [2, 3, 4]), versions_T=np.asarray([-1, 1, 3, 3]))
     completions = [Completion(one, "")]
     taken = Taken([Group(PROBLEMS[0], completions, pay(PROBLEMS[0], completions))], [])
-    assert rollouts().metrics(5, taken) == {}
-    found = rollouts(**PARTS).metrics(5, taken)
+    assert Ahead(rollouts(), 0).metrics(5, taken) == {}
+    found = Ahead(rollouts(**PARTS), 0).metrics(5, taken)
     assert found["groups"] == 1 and found["unfinished"] == 0
     assert found["sampler/staleness_mean"] == pytest.approx(5 / 3)
     assert found["sampler/staleness_max"] == 3
@@ -284,7 +285,7 @@ def test_what_teaches_nothing_is_dropped_or_replaced():
         assert len(found.groups) == 2 and all(map(differs, found.groups))
         assert not any(map(differs, found.left_out))
         begun += numbers_of([*found.groups, *found.left_out])
-        assert own.metrics(step, found) == {"groups": 2, "left_out": len(found.left_out)}
+        assert own.metrics(found) == {"groups": 2, "left_out": len(found.left_out)}
     assert sorted(begun) == list(range(len(begun))) and len(begun) > 6
 
 
@@ -320,11 +321,35 @@ def test_replacing_and_a_curriculum_resume_to_the_bit():
         assert [group.problem for group in one.groups] == [group.problem for group in other.groups]
         for each, its in zip(tokens_of(one.groups), tokens_of(other.groups), strict=True):
             assert_same(each, its)
-        assert whole.metrics(step, one) == resumed.metrics(step, other)
+        assert whole.metrics(one) == resumed.metrics(other)
     gone = rollouts(**changes)
     gone._problems = PROBLEMS[:1]
-    with pytest.raises(UserError, match="the run has unfinished completions of it"):
+    with pytest.raises(UserError, match="the run has completions of it to learn from"):
         gone.set_state(state)
+
+
+@pytest.mark.heavy
+def test_a_lag_is_that_of_the_policy_and_of_nothing_else():
+    """Each step's groups are those of its number, by the policy of two steps before; a run that
+    goes on from its state has them too.
+    """
+    own = Ahead(rollouts(lag=2), 2)
+    taken = [own.take(step, variables_of(step)) for step in (1, 2, 3)]
+    state = json.loads(json.dumps(own.get_state()))
+    taken += [own.take(step, variables_of(step)) for step in (4, 5, 6)]
+    again = Ahead(rollouts(lag=2), 2)
+    again.set_state(state)
+    resumed = [again.take(step, variables_of(step)) for step in (4, 5, 6)]
+    for step, each in enumerate(taken, start=1):
+        assert numbers_of(each.groups) == [2 * step - 2, 2 * step - 1]
+        assert all(set(t.versions_T[t.sampled_T]) == {max(step - 3, 0)}
+                   for t in tokens_of(each.groups))  # fmt: skip
+    for one, other in zip(taken[3:], resumed, strict=True):
+        for each, its in zip(tokens_of(one.groups), tokens_of(other.groups), strict=True):
+            assert_same(each, its)
+    found = own.metrics(6, taken[5])
+    assert found["sampler/staleness_mean"] == found["sampler/staleness_max"] == 2
+    assert [found[f"sampler/staleness_share_{age}"] for age in range(3)] == [0, 0, 1]
 
 
 def test_bounds_that_cannot_be_are_one_line():
@@ -332,6 +357,8 @@ def test_bounds_that_cannot_be_are_one_line():
         ({"prompts_in_flight": 1}, "prompts_in_flight = 1: must be 0 or at least"),
         ({"rollout_tokens": -1}, "rollout_tokens = -1"),
         ({"unfinished": "dropped"}, "unfinished = 'dropped'"),
+        ({"lag": -1}, "lag = -1"),
+        ({"lag": 3, "most_stale": 2}, "most_stale = 2: must be at least reinforce.lag = 3"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(CONFIG, **changes)
