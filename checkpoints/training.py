@@ -127,6 +127,13 @@ class Checkpoints:
         self.wait()
         return self._manager.latest_step()
 
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        self.wait()
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
+
     def check(self) -> None:
         """Raises UserError if the save that is running has failed. It never waits.
 

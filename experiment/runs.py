@@ -6,7 +6,9 @@ directory of their own.
 
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,13 +18,12 @@ from experiment.branch import branch_of
 from experiment.run_record import record_start
 from experiment.schema import Config
 from experiment.setup import run_variables, set_up
+from experiment.solving import print_solved, solve
 from experiment.summary import phase_summary, write_summary
 from experiment.workdir import command_of, open_workdir
 from files import write_json, write_text
-from rl.generate import Generator
 from rl.infill import infill_samples
 from rl.loop import train_policy
-from rl.reasoning import ReasoningEvaluation
 from rl.rewards import get_rewards
 from train.evaluate import held_out_loss, indexer_recall, infilling
 from train.loop import train_language_model
@@ -161,9 +162,9 @@ def update_rows(config: Config) -> int:
 def evaluate(config: Config, workdir: Path) -> dict:
     """Evaluates a run: held-out loss, pass@k of problems, infilling, and the indexer's recall.
 
-    Writes evaluation.json, samples.jsonl with every prompt, completion and reward, and
-    infills.jsonl with a few gaps that the model fills. A number of 0 in the section `evaluate`
-    leaves that part out.
+    Writes evaluation.json, samples.jsonl with every prompt, completion and reward, problems.jsonl
+    with a problem a line, and infills.jsonl with a few gaps that the model fills. A number of 0 in
+    the section `evaluate` leaves that part out.
 
     Returns:
       What evaluation.json has.
@@ -175,7 +176,8 @@ def evaluate(config: Config, workdir: Path) -> dict:
     reads_text = text_batches or config.evaluate.infill_documents
     rows = {"data.batch_size": config.data.batch_size} if reads_text else {}
     setup = set_up(config, workdir, rows, trains=False)
-    result, samples, infills = {}, [], []
+    result, infills = {}, []
+    files: dict[str, Sequence[Mapping[str, Any]]] = {"samples.jsonl": [], "problems.jsonl": []}
     with jax.set_mesh(setup.mesh):
         variables = run_variables(setup, config.init_from, workdir)
         if text_batches:
@@ -184,19 +186,11 @@ def evaluate(config: Config, workdir: Path) -> dict:
                 setup, variables, config.train, config.data, text_batches, chat=chat
             )
         if config.evaluate.problems:
-            samples_of_each = config.evaluate.samples
-            generate = Generator(
-                setup,
-                config.sampling,
-                config.data.chat_template,
-                completions=config.evaluate.problems * samples_of_each,
-                group_size=samples_of_each,
-            )
-            evaluation = ReasoningEvaluation(
-                setup, config.evaluate, config.reinforce, generate, config.seed
-            )
-            solved, samples = evaluation(variables)
-            result |= solved
+            solved = solve(config, setup, variables)
+            has_own = (workdir / "checkpoints").exists()
+            model = str(workdir) if has_own else config.init_from
+            result |= solved.result | {"model": model}
+            files |= solved.files
         if config.evaluate.infill_documents and can_infill(config, setup):
             result |= infilling(
                 setup,
@@ -213,7 +207,7 @@ def evaluate(config: Config, workdir: Path) -> dict:
                 result |= indexer_recall(setup, variables, config.train, config.data)
     if jax.process_index() == 0:
         print_evaluation(result)  # which are not lost where the disk is full or read-only
-        for name, records in (("samples.jsonl", samples), ("infills.jsonl", infills)):
+        for name, records in (*files.items(), ("infills.jsonl", infills)):
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             write_text(workdir / name, "".join(lines))
         write_json(workdir / "evaluation.json", result)
@@ -237,13 +231,7 @@ def print_evaluation(result: dict) -> None:
     if "held_out_loss" in result:
         print(f"{'held_out_loss':<34} {result['held_out_loss']:.3f}  nats a token")
     if "problems" in result:
-        print(
-            f"{result['problems']:,} held-out problems, {result['samples']:,} completions of each"
-        )
-    if result.get("left_out"):
-        print(f"{result['left_out']:,} problems left out, longer than sampling.max_prompt_tokens")
-    for row in result.get("pass_at_k", []):
-        print(f"pass@{row['k']:<4} {row['mean']:.3f}  ({row['low']:.3f} to {row['high']:.3f})")
+        print_solved(result)
     for name, value in result.items():
         if name.startswith(("middle_loss", "indexer")) or name.endswith("_reward"):
             print(f"{name:<34} {value:.3f}")

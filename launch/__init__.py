@@ -14,7 +14,8 @@ COMMANDS = {
     "pretrain": "pretrain with fill-in-the-middle, or train the sparse indexer",
     "finetune": "fine-tune on conversations",
     "reinforce": "reinforcement learning on verifiable tasks",
-    "evaluate": "pass@k on held-out problems, infilling, the indexer's recall",
+    "evaluate": "pass@k and cons@k on held-out problems, infilling; compare two runs",
+    "fit_scaling": "fit held-out pass rates of runs against their compute",
     "sample": "write on from a prompt, answer in a chat, fill a gap",
     "score": "logits, hidden states, routes and log-probabilities of given tokens or texts",
     "convert": "turn a Hugging Face checkpoint into a workdir, and back",
@@ -22,5 +23,6 @@ COMMANDS = {
     "sweep": "run every experiment of a config's sweep() and print one table",
     "plan": "tell whether a config fits a TPU topology, and how fast it can be at most",
     "pod": "start a command on every host of a TPU slice, a GKE or a Slurm cluster",
+    "algorithms": "print the algorithms of reinforcement, with options and costs",
     "fields": "print the fields of a config",
 }

@@ -11,23 +11,84 @@ checkpoint of a run, and one run with the config of another:
     python -m launch.evaluate --workdir=runs/rl/eval --config=configs/quickstart.py:reinforce \
         --config.init_from=runs/rl --config.evaluate.samples=64
 
-Writes evaluation.json and samples.jsonl (every prompt, completion and reward) to the workdir.
+Writes evaluation.json, samples.jsonl (every prompt, completion and reward) and problems.jsonl (a
+problem a line) to the workdir. Several temperatures, and forced lengths of thought, in one run:
+
+    python -m launch.evaluate --workdir=runs/rl --config.evaluate.temperatures="(0.6, 1.0)" \
+        --config.evaluate.samples=256 --config.evaluate.thinking="(16, 32, 64)"
+
+Two evaluated runs, of which the first is the base: paired differences, where pass@k crosses and the
+sampling-efficiency gap, in comparison.json beside the first, or in --workdir; and how likely the
+base finds what another run wrote, in perplexity.json:
+
+    python -m launch.evaluate --compare=runs/base,runs/rl
+    python -m launch.evaluate --workdir=runs/rl --perplexity_under=runs/base
+
+docs/evaluate.md says how each figure is computed.
 """
 
+import sys
 from pathlib import Path
 
-from experiment import runs
+from errors import UserError
+from experiment import runs, two_runs
 from experiment.command_line import command
-from experiment.flags import TEMPLATE_OPTIONS
+from experiment.flags import TEMPLATE_OPTIONS, Flag
 from experiment.schema import Config, with_template_options
 
-FLAGS = {"template_options": TEMPLATE_OPTIONS}
+COMPARE = Flag("", "A,B: two evaluated runs that are compared, in place of all else")
+FLAGS = {
+    "template_options": TEMPLATE_OPTIONS,
+    "compare": COMPARE,
+    "perplexity_under": Flag(
+        "", "a run or hf:DIR; measures the completions that --workdir has under its model"
+    ),
+}
+OF_COMPARISON = {
+    "compare": COMPARE,
+    "workdir": Flag("", "where comparison.json is written, in place of A"),
+}
 
 
-def run(config: Config, workdir: Path, template_options: str = "") -> dict:
-    """Returns what evaluation.json has."""
+def run(
+    config: Config,
+    workdir: Path,
+    template_options: str = "",
+    compare: str = "",
+    perplexity_under: str = "",
+) -> dict:
+    """Returns what evaluation.json has, or comparison.json, or perplexity.json."""
+    if compare:
+        return run_comparison(compare, str(workdir))
+    if perplexity_under:
+        return run_perplexity(config, workdir, perplexity_under)
     return runs.evaluate(with_template_options(config, template_options), workdir)
 
 
+def run_perplexity(config: Config, workdir: Path, origin: str) -> dict:
+    """Measures completions under another model, and returns what perplexity.json has."""
+    result = two_runs.perplexity_under(workdir, origin, config.evaluate.perplexity_samples)
+    two_runs.print_perplexity(result)
+    return result
+
+
+def run_comparison(compare: str, workdir: str) -> dict:
+    """Compares two evaluated runs, and returns what comparison.json has."""
+    names = [name for name in compare.split(",") if name]
+    if len(names) != 2:
+        raise UserError(f"--compare={compare}: must name two evaluated workdirs, as runs/a,runs/b")
+    result = two_runs.compare(Path(names[0]), Path(names[1]), Path(workdir or names[0]))
+    two_runs.print_comparison(result)
+    return result
+
+
+def main() -> None:
+    """Compares two runs where --compare says so, which needs no config, or evaluates one."""
+    if any(word.lstrip("-").partition("=")[0] == "compare" for word in sys.argv[1:]):
+        command(run_comparison, config="none", workdir=False, flags=OF_COMPARISON)
+    else:
+        command(run, config="recorded", flags=FLAGS)
+
+
 if __name__ == "__main__":
-    command(run, config="recorded", flags=FLAGS)
+    main()

@@ -12,6 +12,13 @@ from errors import UserError
 from report.lenient import mapping, number, read_object, read_records
 from train.metric_names import by_present_names
 
+# What is measured on held-out problems -> the file that has it.
+FILES = {
+    "evaluation": "evaluation.json",
+    "comparison": "comparison.json",
+    "perplexity": "perplexity.json",
+    "scaling": "scaling.json",
+}
 # In the order in which they run.
 PHASES = ("pretrain", "warmup", "sparse", "finetune", "reinforce")
 
@@ -55,6 +62,7 @@ class Run:
       traces: completions of the training of the policy, with their "step".
       infills: gaps of held-out documents, and what the model writes there.
       notes: what was left out.
+      measured: contents of the files of `FILES`, by name.
     """
 
     name: str
@@ -66,12 +74,13 @@ class Run:
     traces: Sequence[Sample]
     infills: Sequence[Sample]
     notes: Sequence[str]
+    measured: Mapping[str, Summary] = dataclasses.field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to show."""
         shown = (self.phases, self.summary, self.traces, self.infills, *self.samples.values())
-        return not any(shown)
+        return not any((*shown, *self.measured.values()))
 
 
 def read_run(
@@ -102,6 +111,7 @@ def read_run(
             notes.append(str(error))
     for phase, lines in phases.items():
         notes += _odd_values(phase, lines)
+    measured = measured_in((workdir, workdir / "after", workdir / "before", *directories), notes)
     return Run(
         workdir.resolve().name if name is None else name,
         workdir,
@@ -132,8 +142,17 @@ def read_run(
                 directory / "infills.jsonl", _is_infill, "infilled gap", notes
             )
         ],
-        notes,
+        list(dict.fromkeys(notes)),  # a file that is read for two things is noted once
+        measured,
     )
+
+
+def measured_in(directories: Sequence[Path], notes: list[str]) -> dict[str, Summary]:
+    """Returns what was measured on held-out problems: each file of the first place that has it."""
+    return {
+        name: next(filter(None, (read_object(place / file, notes) for place in directories)), {})
+        for name, file in FILES.items()
+    }
 
 
 def phase_directories(workdir: Path, summary: Summary) -> list[Path]:
@@ -218,6 +237,10 @@ def _with_evaluation(summary: Summary, evaluation: Mapping[str, Any]) -> Summary
         for name, value in evaluation.items()
         if name.startswith("indexer_recall")
     }
+    votes = evaluation.get("cons_at_k")
+    last = mapping(votes[-1] if isinstance(votes, list) and votes else None)
+    mean = mapping(evaluation.get("mean_at_n"))
+    policy |= {"cons@n": last.get("mean"), "mean@n": mean.get("mean")} if last or mean else {}
     parts = {"pretrain": pretrain, "reinforce": policy, "indexer": indexer}
     added = {name: {**mapping(summary.get(name)), **part} for name, part in parts.items() if part}
     return {**summary, **added}

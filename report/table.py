@@ -101,6 +101,8 @@ def _reinforcement(numbers: Mapping[str, Any]) -> list[Row | None]:
         ("algorithm", algorithm) if isinstance(algorithm, str) else None,
         before_and_after("pass@1"),
         before_and_after("pass@8"),
+        _row("majority of all samples right", "{:.1%}", numbers, "cons@n"),
+        _row("mean reward over all samples", "{:.3f}", numbers, "mean@n"),
         _row("reward, first → last", "{:.2f} → {:.2f}", numbers, "reward_first", "reward_last"),
         _row("measured on", measured, numbers, "problems", "samples"),
     ]

@@ -13,7 +13,7 @@ from rl.config import ReinforceConfig, SamplingConfig
 from rl.generate import Completion
 from rl.packing import packed_rows
 from rl.trajectory import Trajectory, batch_of
-from train.setup import Setup
+from train.setup import Setup, to_host
 
 
 def rows(
@@ -56,6 +56,18 @@ def learnt_from(
     return batch | {"mask": batch["mask"] & whole_N[batch["trajectory"]]}
 
 
+def with_ages(batch: dict[str, np.ndarray], step: int, most: int) -> dict[str, np.ndarray]:
+    """Returns a batch with "stale", bool [B, T]: tokens that a policy before the step's sampled.
+
+    Args:
+      step: its number, from 1 on.
+      most: those that are older than by so many steps leave the mask; -1 leaves all.
+    """
+    ages_BT = step - 1 - batch["versions"]
+    mask_BT = batch["mask"] & ((ages_BT <= most) | (most == -1))
+    return batch | {"mask": mask_BT, "stale": mask_BT & (ages_BT > 0)}
+
+
 def minibatches(
     setup: Setup, batch: dict[str, Array], config: ReinforceConfig, *, seed: int, step: int
 ) -> Iterator[dict[str, Array]]:
@@ -67,7 +79,7 @@ def minibatches(
     if config.minibatches == 1:
         yield from itertools.repeat(batch, config.epochs)
         return
-    empty_B = ~np.asarray(jnp.any(batch["segments"] > 0, axis=1))
+    empty_B = ~to_host(jnp.any(batch["segments"] > 0, axis=1))
     sharding = batch_sharding(setup.mesh)
     for epoch in range(config.epochs):
         order = np.random.default_rng((seed, step, epoch)).permutation(len(empty_B))

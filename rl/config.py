@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from data.python_files import is_attribute
 from errors import FieldChecks
 from rl.rewards import check_weights
+from rl.voting import TIES
 
 ATTENTIONS = ("sparse", "dense")
 DRAFT_ACCEPTANCES = ("coupled", "rejection")
@@ -17,6 +18,8 @@ OLD_LOGPROBS = ("sampler", "trainer")
 INDEXERS = ("trained", "frozen")
 TRUNCATED = ("reward", "no_reward", "mask")
 UNFINISHED = ("read_again", "kept")
+ORDERS = ("shuffled", "easy_first", "unsolved")
+ZERO_VARIANCE = ("kept", "dropped", "replaced")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +99,28 @@ class ReinforceConfig:
     # Tokens that a step samples, or a few more, before it learns from what is complete, which is at
     # least one prompt's completions and may be fewer than `prompts_per_step`; 0 is no bound.
     rollout_tokens: int = 0
+    # A step learns from what the policy of so many steps before it has sampled (rl/ahead.py); the
+    # algorithm should correct for that (docs/reinforce.md).
+    lag: int = 0
+    # Tokens that a policy of more steps before has sampled are not learnt from; -1 learns from all.
+    most_stale: int = -1
     # How unfinished completions go on after an update: "read_again" by the new policy | "kept" from
     # the cache that older ones made of what they have, which costs that memory during the update.
     unfinished: str = "read_again"
+    # Whose turn is when: "shuffled" | "easy_first", by the number of operations, over the steps of
+    # the run | "unsolved", in proportion to 1 - pass rate (rl/curriculum.py). Of completions that
+    # solve a problem see evaluate.reward and evaluate.success.
+    order: str = "shuffled"
+    # A problem is not drawn again once its completions have solved it so often: 0.9 is ScaleRL's
+    # no-positive-resampling (arXiv 2510.13786); 0 never.
+    retire_at: float = 0.0
+    # Groups whose completions all earn the same: "kept" | "dropped", they do not count in the mean
+    # of the loss | "replaced", a step samples on until it has `prompts_per_step` others (dynamic
+    # sampling: DAPO, arXiv 2503.14476, eq. 11).
+    zero_variance: str = "kept"
+    # The reward that such a group is judged by; "" is the sum of all.
+    variance_reward: str = ""
+    resample_limit: int = 10  # times `prompts_per_step` groups that a step samples, at most
     minibatches: int = 1  # optimizer updates in a pass over the completions of a step
     epochs: int = 1  # passes over them
     # Coefficient of the divergence to the reference (the model that reinforcement started from,
@@ -110,9 +132,10 @@ class ReinforceConfig:
     reference_every: int = 0  # steps after which the policy becomes the reference; 0 never
     # The optimizer's moments begin anew after so many steps (Kimi k1.5, arXiv 2501.12599); 0 never.
     reset_optimizer_every: int = 0
-    # Of an algorithm with a critic. Its learning rate, 0 for train.learning_rate; the first steps,
-    # in which it alone learns; how far an update may move a value, in units of the reward, 0 for
-    # any; and the workdir of a run whose critic it begins as, "" for the policy's own parameters.
+    # Of an algorithm with a critic. Its learning rate, 0 for ten times train.learning_rate, which is
+    # about what published runs have; the first steps, in which it alone learns; how far an update
+    # may move a value, in units of the reward, 0 for any; and the workdir of a run whose critic it
+    # begins as, "" for the policy's own parameters.
     critic_learning_rate: float = 0.0
     critic_warmup_steps: int = 0
     value_clip: float = 0.2
@@ -175,8 +198,21 @@ class ReinforceConfig:
             "prompts_in_flight",
             f"must be 0 or at least reinforce.prompts_per_step = {self.prompts_per_step}",
         )
-        check.not_negative("rollout_tokens")
+        check.not_negative("rollout_tokens", "lag")
+        check.at_most(1_000, "lag")
+        check.that(self.most_stale >= -1, "most_stale", "must be -1 (any) or not negative")
+        check.that(
+            self.most_stale == -1 or self.most_stale >= self.lag,
+            "most_stale",
+            f"must be at least reinforce.lag = {self.lag}, or nothing is learnt from",
+        )
         check.one_of("unfinished", UNFINISHED)
+        check.one_of("order", ORDERS)
+        check.one_of("zero_variance", ZERO_VARIANCE)
+        check.that(0 <= self.retire_at <= 1, "retire_at", "must be between 0 (never) and 1")
+        check.positive("resample_limit")
+        paid = not self.variance_reward or self.variance_reward in self.rewards
+        check.that(paid, "variance_reward", f"is none of reinforce.rewards: {list(self.rewards)}")
         rows = self.prompts_per_step * self.group_size
         check.that(
             rows % self.minibatches == 0,
@@ -221,9 +257,20 @@ class ReinforceConfig:
         for name in ("reference_every", "reference"):
             used = "reference" in needs or not getattr(self, name)
             check.that(used, name, f"{self.algorithm!r} compares with no reference; add kl=0.01")
+        taught = bool(self.reference) or "teacher" not in needs
+        check.that(taught, "reference", f"must name the teacher of {self.algorithm!r}")
         for name in ("critic_from", "critic_warmup_steps", "critic_learning_rate"):
             used = "values" in needs or not getattr(self, name)
             check.that(used, name, f"{self.algorithm!r} has no critic; 'ppo' has one")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what a step samples depends on more than its number and the policy.
+
+        A run then has the state of its rollouts in its checkpoints.
+        """
+        by_rates = self.order != "shuffled" or self.retire_at > 0
+        return self.in_parts or self.lag > 0 or by_rates or self.zero_variance == "replaced"
 
     @property
     def in_parts(self) -> bool:
@@ -244,7 +291,20 @@ class EvaluateConfig:
     # launch.reinforce has none: it learns from no text.
     text_batches: int = 8
     problems: int = 128  # held out, or as many as there are; 0 for none
-    samples: int = 8  # completions of a problem; pass@k for k up to this
+    samples: int = 8  # completions of a problem; pass@k and cons@k for k up to this
+    ks: tuple[int, ...] = ()  # k of pass@k and cons@k; () for 1, 2, 4, ... and `samples`
+    # Temperatures that launch.evaluate has problems at, one after the other, each with a sampler of
+    # its own; the first gives the figures by themselves. () for sampling.temperature.
+    temperatures: tuple[float, ...] = ()
+    # What becomes of answers with equally many votes, in cons@k: "share" pays the share of them
+    # that are right | "first" takes the one that was sampled first (rl/voting.py).
+    consensus_ties: str = "share"
+    # Tokens of thought to force completions to, for accuracy against thinking length; () for none.
+    # A thought that is longer is cut, and one that ends before is told to wait, so often.
+    thinking: tuple[int, ...] = ()
+    thinking_waits: int = 0
+    thinking_answer_tokens: int = 64  # that may be sampled behind a forced thought
+    perplexity_samples: int = 16  # completions of a problem that --perplexity_under measures
     # The reward that pass@k counts, named as in reinforce.rewards, and the least of it with which a
     # completion solves its problem.
     reward: str = "answer"
@@ -255,7 +315,20 @@ class EvaluateConfig:
     def __post_init__(self):
         check_weights({self.reward: 1.0}, "evaluate.reward")
         check = FieldChecks(self, "evaluate")
-        check.positive("samples", "bootstrap")
+        check.positive("samples", "bootstrap", "thinking_answer_tokens", "perplexity_samples")
+        for k in self.ks:
+            fits = 1 <= k <= self.samples
+            check.that(fits, "ks", f"must be between 1 and evaluate.samples = {self.samples}")
+        check.that(list(self.ks) == sorted(set(self.ks)), "ks", "must rise")
+        for temperature in self.temperatures:
+            finite = 0 <= temperature < math.inf
+            check.that(finite, "temperatures", "must be 0 (greedy) or positive, each of them")
+        different = len(set(self.temperatures)) == len(self.temperatures)
+        check.that(different, "temperatures", "must differ from one another")
+        check.one_of("consensus_ties", TIES)
+        check.that(all(x > 0 for x in self.thinking), "thinking", "must be positive, each of them")
+        check.not_negative("thinking_waits")
+        check.at_most(100, "thinking_waits")
         check.that(math.isfinite(self.success), "success", "must be finite")
         for name in ("text_batches", "problems", "infill_documents"):
             check.that(getattr(self, name) >= 0, name, "must be 0 (none) or positive")

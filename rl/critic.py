@@ -64,7 +64,7 @@ class Critic:
 
     def __init__(self, setup: Setup, train: TrainConfig, reinforce: ReinforceConfig):
         self._setup = setup
-        rate = reinforce.critic_learning_rate or train.learning_rate
+        rate = reinforce.critic_learning_rate or 10 * train.learning_rate
         self._train = dataclasses.replace(train, learning_rate=rate, mtp_weight=0.0, trainable=".*")
         self.boxed = critic_shapes(setup.model)
         self.optimizer = make_optimizer(self._train, self.boxed["params"])

@@ -1,4 +1,4 @@
-"""pass@k, and the interval around it."""
+"""pass@k, and the intervals around it and around a pass rate."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -68,6 +68,24 @@ def bootstrap(values: np.ndarray, resamples: int, seed: int, level: float = 0.95
     draws = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
     low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def wilson(successes: int, tries: int, z: float = 1.959964) -> tuple[float, float]:
+    """Returns the Wilson score interval of a share, for one problem (Wilson, 1927).
+
+        (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  p = successes / n
+
+    Unlike p +- z sqrt(p (1 - p) / n) it has a width where a problem is solved never or always, and
+    stays within 0 and 1.
+
+    Args:
+      tries: n, at least 1.
+      z: the normal quantile of the level, here of 95 %.
+    """
+    share, add = successes / tries, z * z / tries
+    middle = share + add / 2
+    width = (add * (share * (1 - share) + add / 4)) ** 0.5
+    return max((middle - width) / (1 + add), 0.0), min((middle + width) / (1 + add), 1.0)
 
 
 def pass_at_k_table(

@@ -22,7 +22,7 @@ from rl.signals import jit_step_signals, jit_update_signals
 from train.config import TrainConfig
 from train.objective import Batch
 from train.setup import Setup
-from train.state import TrainState, abstract_state, state_shardings
+from train.state import StateWithCritic, TrainState, abstract_state, state_shardings
 from train.step import Step, jit_step, make_step
 
 
@@ -82,8 +82,9 @@ class Learner:
         Returns:
           The next state, and the metrics of each update.
         """
-        reinforce, critic_state = self._reinforce, state.critic
-        state = dataclasses.replace(state, critic=None)
+        reinforce, critic_state = self._reinforce, None
+        if isinstance(state, StateWithCritic):
+            state, critic_state = state.policy, state.critic
         batch = batch | self._compared(state, critic_state, reference, batch)
         batch |= self._step_signals(batch, paid)
         if step <= reinforce.critic_warmup_steps:
@@ -101,7 +102,7 @@ class Learner:
                 critic_state, values = self._critic.update(critic_state, part)
             state, of_policy = self._step(state, part)
             measured.append(of_policy | values)
-        return dataclasses.replace(state, critic=critic_state), measured
+        return StateWithCritic.of(state, critic_state) if critic_state else state, measured
 
     def _compared(
         self,

@@ -5,9 +5,10 @@ rl/learner.py says how.
 """
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -16,21 +17,24 @@ import numpy as np
 from jax import Array
 
 from checkpoints.training import Checkpoints
+from data.tasks.problem import Problem
 from model.config import ModelConfig
 from model.record import routing_layers, selecting_layers
 from model.sharding import batch_shards
 from model.transformer import boxed_shapes
 from rl.agreement import Agreement
-from rl.algorithms.options import Options
+from rl.ahead import Ahead
+from rl.algorithms.row import Algorithm
 from rl.algorithms.spec import get_algorithm
-from rl.batches import learnt_from, rows
+from rl.batches import learnt_from, rows, with_ages
 from rl.canary import Canary
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.critic import Critic
-from rl.generate import Generator
+from rl.curriculum import Curriculum
+from rl.generate import Completion, Generator
 from rl.learner import Learner, per_update
 from rl.measure import observe, over_updates, timed
-from rl.pay import reward
+from rl.pay import Rewards, paid_weights, reward, solved
 from rl.problems import problems_to_train, prompt_of
 from rl.reasoning import ReasoningEvaluation
 from rl.reference import begun
@@ -74,6 +78,12 @@ def train_policy(
     )
     reinforce = dataclasses.replace(reinforce, **algorithm.loop)
     reinforce.check_algorithm(algorithm.needs)
+    if reinforce.lag and not corrects(algorithm, reinforce) and jax.process_index() == 0:
+        print(
+            f"warning: reinforce.lag = {reinforce.lag}: {algorithm.name} does not correct for the "
+            "age of its samples; add correction=token_truncate",
+            flush=True,
+        )
     if reinforce.indexer == "frozen":  # as what no loss reaches is, see `trainable`
         train = dataclasses.replace(train, indexer_weight=0.0)
     updates = reinforce.epochs * reinforce.minibatches
@@ -100,7 +110,16 @@ def train_policy(
         greedy = greedy_generator(setup, sampling, template, reinforce.prompts_per_step)
     agreement = Agreement(setup, train.stage, reinforce.agreement_rows)
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    rollouts = Rollouts(generate, problems, reinforce, key, seed)
+    options, longest = algorithm.options, sampling.max_new_tokens
+    weights = paid_weights(reinforce, evaluate)
+
+    def pay(problem: Problem, completions: Sequence[Completion]) -> Rewards:
+        return reward(completions, [problem], weights, reinforce.truncated, options, longest)
+
+    curriculum = Curriculum(problems, reinforce, train.steps * reinforce.prompts_per_step, seed)
+    solves = functools.partial(solved, evaluate=evaluate)
+    given = generate, problems, curriculum, reinforce, pay, solves, key
+    rollouts = Ahead(Rollouts(*given), reinforce.lag)
     canary = None
     if reinforce.canary_tolerance and sampling.attention_top_p == 1 and made <= recorded:
         canary = Canary(
@@ -117,7 +136,7 @@ def train_policy(
     learn = Learner(setup, train, sampling, reinforce, algorithm, optimizer, critic, seed)
     parts = reinforce.minibatches * train.microbatches
     multiple = parts * batch_shards(setup.mesh) if reinforce.packing else None
-    cursor = rollouts if reinforce.in_parts else None
+    cursor = rollouts if reinforce.remembers else None
     with (
         jax.set_mesh(setup.mesh),
         Checkpoints(workdir / "checkpoints", train.max_to_keep) as checkpoints,
@@ -150,39 +169,37 @@ def train_policy(
             for step in range(done + 1, train.steps + 1):
                 started = time.monotonic()
                 before = dataclasses.replace(generate.engine.counts)
-                groups = rollouts.take(step, state.variables)
-                chosen = [group.problem for group in groups]
+                taken = rollouts.take(step, state.variables)
+                groups, everything = taken.groups, [*taken.groups, *taken.left_out]
                 completions = [each for group in groups for each in group.completions]
                 counts = generate.engine.counts.since(before)
-                options, longest = algorithm.options, sampling.max_new_tokens
-                rewards = reward(completions, chosen, reinforce, options, longest)
-                best = None
-                if greedy:
-                    best = greedy_rewards(greedy, state.variables, groups, key, reinforce, options)
+                rewards = Rewards.joined([group.rewards for group in groups])
+                best = greedy_rewards(greedy, state.variables, groups, key, pay) if greedy else None
                 trajectories = [completion.trajectory for completion in completions]
                 some = agreement.some(trajectories)
                 some = rows(some, setup, sampling, made, most=agreement.most(most))
                 agreed = agreement(state.variables, some)
                 batch = rows(trajectories, setup, sampling, kept, most=most, multiple=multiple)
                 batch = learnt_from(batch, completions, reinforce.truncated)
-                if reinforce.in_parts:
-                    batch["stale"] = batch["mask"] & (batch["versions"] < step - 1)
+                if reinforce.in_parts or reinforce.lag:
+                    batch = with_ages(batch, step, reinforce.most_stale)
                 batch = setup.whole_on_devices(batch)
                 sampled = time.monotonic()
                 paid = rewards.arrays(most, best)
                 state, measured = learn(state, reference, batch, paid, step)
-                newest.is_at(step, state, rollouts.place() if reinforce.in_parts else None)
+                newest.is_at(step, state, rollouts.place() if cursor else None)
                 if reference:
                     reference.after(step, state.variables)
-                observed = observe(completions, rewards, counts)
-                observed |= agreement.metrics(agreed) | rollouts.metrics(step, groups)
+                observed = observe(everything, counts)
+                observed |= agreement.metrics(agreed) | rollouts.metrics(step, taken)
                 values = timed(over_updates(measured) | observed, started, sampled)
                 if canary:
                     gap = canary.check(step, state.variables)
                     values["sampler/canary_gap"] = jnp.asarray(gap)
                 log.record(step, values, int(observed["tokens"]))
                 if Due(train).log(step):
-                    traces.write(step, chosen, completions, rewards.total_PG.ravel().tolist())
+                    problems_of = [group.problem for group in groups]
+                    traces.write(step, problems_of, completions, rewards.total_PG.ravel().tolist())
                 if held_out and (step % train.eval_every == 0 or step == train.steps):
                     log.validation(step, held_out.validation(state.variables))
                 checkpoints.check()
@@ -193,6 +210,17 @@ def train_policy(
                 if stopping:
                     break
         return int(state.step) >= train.steps * updates
+
+
+def corrects(algorithm: Algorithm, reinforce: ReinforceConfig) -> bool:
+    """Returns whether an algorithm weighs a token by how likely its sampler was to draw it.
+
+    Either its ratio is taken to the sampler's log-probs, or it has a correction for them.
+    """
+    functions = algorithm.surrogate, algorithm.ratio
+    ignored = any(getattr(function, "ignores_sampler", False) for function in functions)
+    compared = reinforce.old_logprobs == "sampler" and not ignored
+    return compared or bool(algorithm.options.correction)
 
 
 def greedy_generator(
@@ -208,15 +236,13 @@ def greedy_rewards(
     variables: dict,
     groups: Sequence[Group],
     key: Array,
-    reinforce: ReinforceConfig,
-    options: Options,
+    pay: Callable[[Problem, Sequence[Completion]], Rewards],
 ) -> np.ndarray:
     """Returns what the greedy completion of each group's problem earns in all, float32 [P]."""
     problems = [group.problem for group in groups]
     found = dict(greedy.groups(variables, problems, key, range(len(problems)), 1))
-    completions = [found[place][0] for place in range(len(problems))]
-    longest = greedy.sampling.max_new_tokens
-    return reward(completions, problems, reinforce, options, longest, group_size=1).total_PG[:, 0]
+    paid = [pay(problem, found[place]) for place, problem in enumerate(problems)]
+    return Rewards.joined(paid).total_PG[:, 0]
 
 
 def references_kept(train: TrainConfig, every: int) -> int:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rl.generate import Completion
 from rl.pay import Rewards
 from rl.request import Counts
 from rl.rewards import metric_name
+from rl.rollouts import Group
 
 
 def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
@@ -48,10 +48,8 @@ def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     return means
 
 
-def observe(
-    completions: Sequence[Completion], rewards: Rewards, counts: Counts
-) -> dict[str, float | np.number]:
-    """Returns the metrics of what was sampled, "tokens" among them.
+def observe(groups: Sequence[Group], counts: Counts) -> dict[str, float | np.number]:
+    """Returns the metrics of what was sampled, "tokens" among them, be it learnt from or not.
 
     Where MTP modules draft, those of the drafts: the share that was taken, and tokens a pass.
     """
@@ -59,6 +57,8 @@ def observe(
     if counts.drafted:
         drafts["sampler/drafts_accepted"] = counts.accepted / counts.drafted
         drafts["sampler/tokens_per_pass"] = (counts.passes + counts.accepted) / counts.passes
+    completions = [each for group in groups for each in group.completions]
+    rewards = Rewards.joined([group.rewards for group in groups])
     lengths_B = np.asarray([completion.length for completion in completions])
     return {
         "reward": rewards.total_PG.mean(),

@@ -1,7 +1,7 @@
 """What completions earn: each reward by its name, and the sum that is maximised."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from data.tasks.problem import Problem
 from rl.algorithms.options import Options
-from rl.config import ReinforceConfig
+from rl.config import EvaluateConfig, ReinforceConfig
 from rl.generate import Completion
 from rl.rewards import total_reward
 
@@ -38,6 +38,16 @@ class Rewards:
         for weight, paid_PG in zip(self.weights_M, self.paid_MPG, strict=True):
             total_PG = total_PG + weight * paid_PG
         return total_PG
+
+    def of(self, name: str) -> np.ndarray:
+        """Returns what one reward pays, [P, G]; "" is the weighted sum of all."""
+        return self.paid_MPG[self.names.index(name)] if name else self.total_PG
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rewards"]) -> "Rewards":
+        """Returns the rewards of all groups, one after the other."""
+        paid_MPG = np.concatenate([part.paid_MPG for part in parts], axis=1)
+        return cls(parts[0].names, parts[0].weights_M, paid_MPG)
 
     def means(self) -> dict[str, float]:
         """Returns the mean of each reward, by its name."""
@@ -70,42 +80,59 @@ class Rewards:
         return arrays
 
 
+def paid_weights(reinforce: ReinforceConfig, evaluate: EvaluateConfig) -> dict[str, float]:
+    """Returns the weights of the rewards of a run, by name.
+
+    Where the order of problems depends on which are solved, the reward that says so is one of them,
+    if need be with weight 0.
+    """
+    judged = {evaluate.reward: 0.0} if reinforce.order != "shuffled" or reinforce.retire_at else {}
+    return judged | dict(reinforce.rewards)
+
+
+def solved(rewards: Rewards, evaluate: EvaluateConfig) -> np.ndarray:
+    """Returns which completions solve their problem, bool [P * G]: none where that is not asked."""
+    if evaluate.reward not in rewards.names:
+        return np.zeros(rewards.paid_MPG[0].size, bool)
+    return rewards.of(evaluate.reward).ravel() >= evaluate.success
+
+
 def reward(
     completions: Sequence[Completion],
     problems: Sequence[Problem],
-    config: ReinforceConfig,
+    weights: Mapping[str, float],
+    truncated: str,
     options: Options,
     longest: int,
-    group_size: int | None = None,
 ) -> Rewards:
-    """Rewards P * G completions, of which row p * G + g answers problem p.
+    """Rewards the N / P completions of each of P problems, one problem after the other.
 
-    Those that were cut before their stop token get 0 where reinforce.truncated says so. Every
-    process computes them; those of the first count, should a reward of one's own draw lots.
+    Every process computes them; those of the first count, should a reward of one's own draw lots.
 
     Args:
+      weights: reward -> its weight.
+      truncated: with "no_reward" those that were cut before their stop token get 0.
       options: the algorithm's; `soft_overlong` adds a reward named `OVERLONG`.
       longest: tokens of the longest completion that can be sampled.
-      group_size: G; None takes reinforce.group_size.
     """
-    G = group_size or config.group_size
+    G = len(completions) // len(problems)
     paid_NM = []
     for row, completion in enumerate(completions):
-        parts = dict.fromkeys(config.rewards, 0.0)
-        if config.truncated != "no_reward" or not completion.truncated:
-            _, parts = total_reward(completion.text, problems[row // G], config.rewards)
-        paid_NM.append([parts[name] for name in config.rewards])
-    names, weights = tuple(config.rewards), list(config.rewards.values())
+        parts = dict.fromkeys(weights, 0.0)
+        if truncated != "no_reward" or not completion.truncated:
+            _, parts = total_reward(completion.text, problems[row // G], weights)
+        paid_NM.append([parts[name] for name in weights])
+    names, factors = tuple(weights), list(weights.values())
     paid_MN = np.asarray(paid_NM, np.float32).reshape(len(completions), len(names)).T
     if options.soft_overlong:
         lengths_N = np.asarray([completion.length for completion in completions])
         penalty_N = overlong_penalty(lengths_N, longest, options.soft_overlong)
         paid_MN = np.concatenate([paid_MN, penalty_N[None]])
-        names, weights = (*names, OVERLONG), [*weights, options.overlong_weight]
+        names, factors = (*names, OVERLONG), [*factors, options.overlong_weight]
     paid_MPG = paid_MN.reshape(len(names), -1, G)
     if jax.process_count() > 1:
         paid_MPG = np.asarray(multihost_utils.broadcast_one_to_all(paid_MPG))
-    return Rewards(names, np.asarray(weights, np.float32), paid_MPG)
+    return Rewards(names, np.asarray(factors, np.float32), paid_MPG)
 
 
 def overlong_penalty(lengths_N: np.ndarray, longest: int, buffer: int) -> np.ndarray:

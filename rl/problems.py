@@ -111,8 +111,13 @@ def problem_of_draw(number: int, problems: Sequence[Problem], seed: int) -> Prob
 
     It depends on the number alone, so that a run resumes with the ones it would have had.
     """
-    epoch, place = divmod(number, len(problems))
-    return problems[_order(seed, epoch, len(problems))[place]]
+    return problems[place_of_draw(number, len(problems), seed)]
+
+
+def place_of_draw(number: int, count: int, seed: int) -> int:
+    """Returns the place of that problem among so many."""
+    epoch, place = divmod(number, count)
+    return int(_order(seed, epoch, count)[place])
 
 
 @functools.lru_cache(maxsize=2)

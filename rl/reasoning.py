@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,10 +12,26 @@ from data.tasks.problem import Problem
 from rl.config import EvaluateConfig, ReinforceConfig
 from rl.evaluate import pass_at_k_table
 from rl.generate import Completion, Generator
+from rl.paired import powers_of_two
+from rl.problem_outcomes import Outcome, figures, rows_of
 from rl.problems import problems_to_evaluate
 from rl.rewards import metric_name, total_reward
 from train.progress import Progress
 from train.setup import Setup
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      summary: the figures that evaluation.json has.
+      samples: the lines of samples.jsonl: every prompt, completion and reward.
+      outcomes: what became of each problem.
+    """
+
+    summary: dict
+    samples: list[dict]
+    outcomes: list[Outcome]
 
 
 @dataclasses.dataclass
@@ -25,22 +42,26 @@ class Tally:
       samples: G, completions of each problem.
       weights: reward name -> its weight in the total.
       counted: the reward that pass@k counts, and `success`, the least of it that is a success.
+      temperature: that completions are sampled at.
       solved_PG: for each of G completions of P problems, whether it is a success.
       paid: reward name -> what each completion earns, "total" among them.
       lengths: tokens of each completion.
       truncated: for each completion, whether it was cut before its stop token.
       records: the lines of samples.jsonl.
+      outcomes: what became of each problem.
     """
 
     samples: int
     weights: Mapping[str, float]
     counted: str = "answer"
     success: float = 1.0
+    temperature: float = 1.0
     solved_PG: list[list[bool]] = dataclasses.field(default_factory=list)
     paid: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     lengths: list[int] = dataclasses.field(default_factory=list)
     truncated: list[bool] = dataclasses.field(default_factory=list)
     records: list[dict] = dataclasses.field(default_factory=list)
+    outcomes: list[Outcome] = dataclasses.field(default_factory=list)
 
     def add(self, problem: Problem, completions: Sequence[Completion]) -> None:
         """Adds the completions of a problem."""
@@ -60,11 +81,17 @@ class Tally:
                 "format": parts["format"],
                 "id": problem.id,
                 "rewards": parts,
+                "temperature": self.temperature,
+                "tokens": completion.trajectory.completion.tolist(),
             }
             for completion, (_, parts) in zip(completions, paid, strict=True)
         )
         self.lengths.extend(completion.length for completion in completions)
         self.truncated.extend(completion.truncated for completion in completions)
+        counted = [parts[self.counted] for _, parts in paid]
+        self.outcomes.append(
+            Outcome.of(problem, completions, counted, self.success, self.temperature)
+        )
 
 
 class ReasoningEvaluation:
@@ -100,19 +127,23 @@ class ReasoningEvaluation:
         )
         self._key = jax.random.fold_in(jax.random.key(seed), 2)
 
-    def __call__(self, variables: dict, *, shown: bool = True) -> tuple[dict, list[dict]]:
+    def __call__(self, variables: dict) -> Evaluated:
         """Samples completions of the problems and counts those that solve them.
 
-        Args:
-          shown: shows how far it is; False inside another display.
-
-        Returns:
-          ("pass_at_k" for k = 1, 2, 4, ... up to the completions of a problem, each with its
-          interval; and means of rewards, format and length), (every prompt, completion and reward).
+        The summary has pass@k and the other figures of `rl.problem_outcomes.figures`, each with its
+        interval; and means of rewards, format and length.
         """
+        tally = self._sampled(variables, shown=True)
+        summary = self._summary(tally) | figures(tally.outcomes, self._evaluate)
+        return Evaluated(summary, tally.records, tally.outcomes)
+
+    def _sampled(self, variables: dict, *, shown: bool) -> Tally:
+        """Returns the completions; `shown` shows how far it is, if it is not in another display."""
         evaluate, problems = self._evaluate, self.problems
-        numbers = range(len(problems))
-        tally = Tally(evaluate.samples, self._weights, evaluate.reward, evaluate.success)
+        numbers, temperature = range(len(problems)), self._generate.sampling.temperature
+        tally = Tally(
+            evaluate.samples, self._weights, evaluate.reward, evaluate.success, temperature
+        )
         bar = Progress(len(problems), "evaluate") if shown else contextlib.nullcontext()
         ended: dict[int, list[Completion]] = {}
         counts = self._generate.engine.counts
@@ -133,11 +164,11 @@ class ReasoningEvaluation:
                     tokens, shown_tokens = counts.sampled - shown_tokens, counts.sampled
                     done = len(tally.solved_PG)
                     progress.update(done, {"pass@1": np.mean(tally.solved_PG)}, tokens)
-        return self._summary(tally), tally.records
+        return tally
 
     def validation(self, variables: dict) -> dict[str, float]:
         """Returns the figures of an evaluation in the midst of a run, for its metrics."""
-        summary, _ = self(variables, shown=False)
+        summary = self._summary(self._sampled(variables, shown=False))
         passes = {f"validation_pass_at_{row['k']}": row["mean"] for row in summary["pass_at_k"]}
         return passes | {
             f"validation_{name}": value
@@ -147,14 +178,11 @@ class ReasoningEvaluation:
 
     def _summary(self, tally: Tally) -> dict:
         evaluate = self._evaluate
-        ks = [k for k in (2**i for i in range(20)) if k < evaluate.samples] + [evaluate.samples]
+        ks = list(evaluate.ks) or powers_of_two(evaluate.samples)
         table = pass_at_k_table(np.asarray(tally.solved_PG), ks, evaluate.bootstrap, seed=0)
         means = {name: float(np.mean(values)) for name, values in tally.paid.items()}
         return {
-            "pass_at_k": [
-                {"k": k, "mean": float(i.mean), "low": float(i.low), "high": float(i.high)}
-                for k, i in table.items()
-            ],
+            "pass_at_k": rows_of(table),
             "success": {"reward": evaluate.reward, "least": evaluate.success},
             "problems": len(self.problems),
             "left_out": self.left_out,

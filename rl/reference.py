@@ -8,7 +8,6 @@ so many steps; `reference/` then has one for each checkpoint that the run may go
 """
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from rl.config import ReinforceConfig
 from rl.critic import Critic
 from train.restore import load_variables, restored_or_new
 from train.setup import Setup
-from train.state import TrainState, abstract_state, fresh_state, state_from
+from train.state import StateWithCritic, TrainState, abstract_state, fresh_state, state_from
 
 
 class Origin(NamedTuple):
@@ -104,27 +103,27 @@ def begun(
         yield _with_critic(setup, state, critic, reinforce), None
         return
     with Checkpoints(workdir / "reference", keep=references) as kept:
-        teacher, every = reinforce.reference, reinforce.reference_every
+        origin_path = reinforce.reference or init_from
+        if kept.latest() is None and resumes:
+            _keep_of_older_run(setup, kept, workdir, origin_path, seed)
+        elif kept.latest() is None:
+            origin = origin_of(origin_path)
+            _keep(kept, workdir, origin, _first_variables(setup, origin.path, seed))
+        first = _first_number(workdir, kept)
         if resumes:
             state = _resumed(setup, optimizer, checkpoints, cursor, critic)
-            if kept.latest() is None:
-                _keep_of_older_run(setup, kept, workdir, teacher or init_from, seed)
-        else:
-            if kept.latest() is None:
-                origin = origin_of(teacher or init_from)
-                _keep(kept, workdir, origin, _first_variables(setup, origin.path, seed))
-            if teacher:
-                state = restored_or_new(
-                    setup, optimizer, checkpoints, init_from=init_from, seed=seed
-                )
-            else:
-                first = _restored(setup, kept, None)
-                state = state_from(first, setup.model, optimizer, setup.mesh)
+        elif reinforce.reference:
+            state = restored_or_new(setup, optimizer, checkpoints, init_from=init_from, seed=seed)
             state = _with_critic(setup, state, critic, reinforce)
-        first_number = _first_number(workdir, kept)
+        else:
+            variables = _restored(setup, kept, first)
+            state = state_from(variables, setup.model, optimizer, setup.mesh)
+            state = _with_critic(setup, state, critic, reinforce)
+        every = reinforce.reference_every
         done = int(state.step) // (reinforce.epochs * reinforce.minibatches)
-        number = first_number + done // every * every if every else None
-        yield state, Reference(kept, _restored(setup, kept, number), every, first_number)
+        number = first + done // every * every if every else first
+        kept.delete_after(number)  # of a run that died after its last checkpoint
+        yield state, Reference(kept, _restored(setup, kept, number), every, first)
 
 
 def _resumed(
@@ -137,7 +136,7 @@ def _resumed(
     """Reads the run's newest checkpoint, that of its critic too, and moves the cursor."""
     abstract = abstract_state(setup.model, optimizer, setup.mesh)
     if critic is not None:
-        abstract = dataclasses.replace(abstract, critic=critic.abstract)
+        abstract = StateWithCritic.of(abstract, critic.abstract)
     return checkpoints.restore(abstract, cursor)
 
 
@@ -149,7 +148,7 @@ def _with_critic(
         return state
     path = reinforce.critic_from
     new = critic.from_run(path) if path else critic.from_policy(state.variables)
-    return dataclasses.replace(state, critic=new)
+    return StateWithCritic.of(state, new)
 
 
 def _first_number(workdir: Path, kept: Checkpoints) -> int:
@@ -208,8 +207,8 @@ def _keep_of_older_run(
     _keep(kept, workdir, origin, _first_variables(setup, origin.path, seed))
 
 
-def _restored(setup: Setup, kept: Checkpoints, number: int | None) -> dict:
-    """Reads a reference onto the mesh; None reads the newest."""
+def _restored(setup: Setup, kept: Checkpoints, number: int) -> dict:
+    """Reads a reference onto the mesh."""
     abstract = abstract_state(setup.model, optax.identity(), setup.mesh)
     wanted = {"params": abstract.params, "router": abstract.router}
     return kept.restore(wanted, step=number)

@@ -16,9 +16,12 @@ from rl.agreement import Agreement
 from rl.algorithms.spec import get_algorithm
 from rl.canary import jit_mean_gap
 from rl.compared import jit_score
+from rl.config import ReinforceConfig
+from rl.critic import Critic
 from rl.learner import jit_policy_step, jit_reset
 from rl.programs import Programs
-from rl.signals import jit_step_signals
+from rl.signals import jit_step_signals, jit_update_signals
+from train.config import TrainConfig
 from train.loop import compiled_step
 from train.objective import language_objective
 from train.optimizer import make_optimizer
@@ -72,6 +75,12 @@ def by_setup_and_options(setup: Setup, *others: Hashable, **options: Hashable) -
     return by_setup(setup, *others), tuple(sorted(options.items()))
 
 
+def of_critic(setup: Setup, train: TrainConfig, reinforce: ReinforceConfig) -> Hashable:
+    """What the programs of a critic depend on."""
+    own = reinforce.critic_learning_rate, reinforce.value_clip, reinforce.minibatches
+    return by_setup(setup, train, *own)
+
+
 def parameters_of(*args: Any) -> Hashable:
     """An optimizer is made for the shapes of parameters, which are no key."""
     train, parameters = args
@@ -101,8 +110,9 @@ def runs_share_programs():
         patch.setattr("rl.loop.get_algorithm", once(get_algorithm))
         patch.setattr("rl.learner.jit_policy_step", once(jit_policy_step, by_setup))
         patch.setattr("rl.learner.jit_score", once(jit_score, by_setup_and_options))
-        for name, make in (("jit_step_signals", jit_step_signals), ("jit_reset", jit_reset)):
-            patch.setattr(f"rl.learner.{name}", once(make, by_setup))
+        for make in (jit_step_signals, jit_update_signals, jit_reset):
+            patch.setattr(f"rl.learner.{make.__name__}", once(make, by_setup))
+        patch.setattr("rl.loop.Critic", once(Critic, of_critic))
         patch.setattr("rl.loop.Agreement", once(Agreement, by_setup))
         patch.setattr("rl.canary.jit_mean_gap", once(jit_mean_gap, by_setup))
         patch.setattr("train.loop.language_objective", once(language_objective))

@@ -3,6 +3,7 @@
 It is what a checkpoint saves and what a step maps to the next.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +31,6 @@ class TrainState:
     skipped: int32, steps that changed nothing, in all: their gradients were not finite, or their
       batch had nothing to learn from.
     skipped_in_row: int32, those since the last step with finite gradients.
-    critic: the state of a critic that learns beside it (rl/critic.py); None without one.
     """
 
     step: Array
@@ -39,12 +39,32 @@ class TrainState:
     opt_state: optax.OptState
     skipped: Array
     skipped_in_row: Array
-    critic: "TrainState | None" = None
 
     @property
     def variables(self) -> dict:
         """The collections of variables that the model is applied with."""
         return {"params": self.params, "router": self.router}
+
+
+@flax.struct.dataclass
+class StateWithCritic(TrainState):
+    """The state of a run with a critic that learns beside the policy (rl/critic.py).
+
+    critic: the critic's state; its steps are its updates.
+    """
+
+    critic: TrainState
+
+    @property
+    def policy(self) -> TrainState:
+        """The state of the policy alone."""
+        fields = (field.name for field in dataclasses.fields(TrainState))
+        return TrainState(**{name: getattr(self, name) for name in fields})
+
+    @classmethod
+    def of(cls, policy: TrainState, critic: TrainState) -> "StateWithCritic":
+        """Returns the state of both."""
+        return cls(**vars(policy), critic=critic)
 
 
 def first_state(variables: dict, optimizer: optax.GradientTransformation) -> TrainState:

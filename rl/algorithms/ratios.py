@@ -76,6 +76,7 @@ def on_policy() -> PerToken:
         own_BT = jnp.where(tokens.mask_BT, tokens.logprobs_BT, 0.0)
         return jnp.exp(own_BT - jax.lax.stop_gradient(own_BT))
 
+    setattr(ratio, "ignores_sampler", True)  # noqa: B010
     return ratio
 
 

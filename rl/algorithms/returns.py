@@ -183,7 +183,7 @@ def teacher(*, gamma: float = 0.0) -> Advantage:
 
         return Advantages(experience.backwards(add, 1, experience.reference_BT - experience.old_BT))
 
-    return needing(advantage, "reference", "old")
+    return needing(advantage, "reference", "teacher", "old")
 
 
 def _share(name: str, value: float) -> None:

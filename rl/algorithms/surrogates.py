@@ -111,7 +111,11 @@ def unclipped(*, most: float = 0.0) -> Surrogate:
 
 def log_likelihood() -> Surrogate:
     """Builds A log pi, whatever the ratio (REINFORCE; GPG, arXiv 2504.02546)."""
-    return lambda tokens, ratio_BT: _never_cut(tokens.advantages_BT * tokens.logprobs_BT)
+
+    def surrogate(tokens: Tokens, ratio_BT: Array) -> Gain:
+        return _never_cut(tokens.advantages_BT * tokens.logprobs_BT)
+
+    return ignoring(surrogate)
 
 
 def soft_gate(*, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Surrogate:
@@ -292,6 +296,12 @@ def covariance_penalty(*, coefficient: float = 1.0) -> Surrogate:
         return _never_cut(ratio_BT * tokens.advantages_BT - penalty_BT)
 
     return surrogate
+
+
+def ignoring(function: Callable) -> Callable:
+    """Notes on a surrogate, or a ratio, that it does not see how likely the sampler was."""
+    setattr(function, "ignores_sampler", True)  # noqa: B010
+    return function
 
 
 def _bounds(low: float, high: float, bounds: str) -> tuple[float, float]:

@@ -256,10 +256,12 @@ ROWS: dict[str, Row] = {
     "scale_rl": Row(
         "ScaleRL, arXiv 2510.13786, section 3",
         "A = (r[i] - mean of the group) / std of the step\n"
-        "sg(min(r, 5)) A log pi, a mean over prompts of means over tokens",
+        "sg(min(r, 5)) A log pi, a mean over prompts of means over tokens\n"
+        "prompts without a difference are dropped, those solved nine times of ten retired",
         advantage=outcomes.step_zscore,
         surrogate=surrogates.cispo,
         aggregate=aggregations.prompt_mean,
+        loop={"zero_variance": "dropped", "retire_at": 0.9},
     ),
     "dro": Row(
         "Direct reward optimization, arXiv 2405.19107, eq. 9, token by token",

@@ -71,6 +71,7 @@ def needs_of(function: object) -> frozenset[str]:
 NEEDS = {
     "group": "several completions of each prompt",
     "reference": "a model as large as the policy, and a forward pass of it over a step's tokens",
+    "teacher": "the name of the model that teaches, reinforce.reference",
     "old": "a forward pass of the policy over a step's tokens, where old_logprobs is trainer",
     "entropy": "a forward pass of the policy over a step's tokens",
     "current": "a forward pass of the policy over an update's tokens before each update",

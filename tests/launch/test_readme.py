@@ -95,6 +95,8 @@ def smaller(line: str) -> list[str]:
     words = shlex.split(line)
     name = words[2].removeprefix("launch.")
     fresh = "--config=configs/base.py" in words and "hf:DIR" not in line
+    if "--compare" in line:
+        return words  # which has no config
     return [
         *words,
         *(MODEL if fresh else []),

@@ -154,6 +154,7 @@ def whole(spec: str):
     return batch, *loss_and_gradient(algorithm, batch)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_layout_does_not_matter(spec):
     """Two trajectories in a row, wider rows, a row of padding and absent trajectories, whatever
@@ -186,6 +187,7 @@ def test_a_layout_does_not_matter(spec):
     np.testing.assert_allclose(packed_slope_BT, expected, rtol=1e-5, atol=ROUNDING)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("spec", SPECS)
 def test_microbatches_add_up(spec):
     """Their totals over the weights of the whole: also where a loss couples completions."""

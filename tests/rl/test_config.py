@@ -1,6 +1,7 @@
 """A wrong value of a section is one line that names it."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 
 import pytest
@@ -22,6 +23,7 @@ def test_the_schema_is_the_dataclass_with_its_defaults(section):
     schema = base.get_config()[section].to_dict()
     types = {field.name: field.type for field in dataclasses.fields(SECTIONS[section])}
     types |= {name: dict for name, kind in types.items() if kind == Mapping[str, float]}
+    types |= {name: tuple for name, kind in types.items() if typing.get_origin(kind) is tuple}
     assert types == {name: type(value) for name, value in schema.items()}
     assert dataclasses.asdict(SECTIONS[section]()) == schema
     assert build(section) == SECTIONS[section]()
@@ -102,6 +104,29 @@ def test_the_schema_is_the_dataclass_with_its_defaults(section):
         ("evaluate", {"problems": -1}, "evaluate.problems = -1: must be 0 (none) or positive"),
         ("evaluate", {"samples": 0}, "evaluate.samples = 0: must be positive"),
         ("evaluate", {"bootstrap": 0}, "evaluate.bootstrap = 0: must be positive"),
+        (
+            "evaluate",
+            {"ks": (1, 9)},
+            "evaluate.ks = (1, 9): must be between 1 and evaluate.samples",
+        ),
+        ("evaluate", {"ks": (4, 2)}, "evaluate.ks = (4, 2): must rise"),
+        (
+            "evaluate",
+            {"temperatures": (1.0, -1.0)},
+            "evaluate.temperatures = (1.0, -1.0): must be 0",
+        ),
+        (
+            "evaluate",
+            {"temperatures": (1.0, 1.0)},
+            "evaluate.temperatures = (1.0, 1.0): must differ",
+        ),
+        (
+            "evaluate",
+            {"consensus_ties": "last"},
+            "evaluate.consensus_ties = 'last': must be one of",
+        ),
+        ("evaluate", {"thinking": (0,)}, "evaluate.thinking = (0,): must be positive"),
+        ("evaluate", {"thinking_waits": -1}, "evaluate.thinking_waits = -1: must not be negative"),
         (
             "evaluate",
             {"infill_documents": -1},

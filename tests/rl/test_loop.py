@@ -13,14 +13,17 @@ from data.tokenizer import Tokenizer
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from rl.algorithms.options import Options
-from rl.batches import learnt_from, minibatches, rows
+from rl.algorithms.spec import get_algorithm
+from rl.batches import learnt_from, minibatches, rows, with_ages
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.learner import per_update
+from rl.loop import corrects
 from rl.measure import observe, over_updates
 from rl.pay import OVERLONG, Rewards, overlong_penalty
 from rl.pay import reward as paid_reward
 from rl.problems import problem_of_draw
 from rl.request import Counts
+from rl.rollouts import Group
 from rl.trajectory import batch_of
 from tests import tiny
 from tests.trajectories import completion
@@ -46,7 +49,8 @@ def test_every_epoch_has_every_problem_once_in_its_own_order():
 
 
 def reward(completions, problems, config, options: Options | None = None) -> Rewards:
-    return paid_reward(completions, problems, config, options or Options(), longest=8)
+    given = config.rewards, config.truncated, options or Options()
+    return paid_reward(completions, problems, *given, longest=8)
 
 
 def rewards_of(**by_name: list) -> Rewards:
@@ -117,6 +121,35 @@ def setup() -> Setup:
     return Setup(tiny.MODEL, Tokenizer.__new__(Tokenizer), one_device)
 
 
+def test_ages_of_tokens_and_their_bound():
+    """Of step 6: versions 5, 4 and 2 are 0, 1 and 3 steps older."""
+    versions_BT = np.asarray([[-1, 5, 4, 2]])
+    batch = {"versions": versions_BT, "mask": versions_BT >= 0}
+    found = with_ages(batch, step=6, most=-1)
+    assert found["mask"].tolist() == [[False, True, True, True]]
+    assert found["stale"].tolist() == [[False, False, True, True]]
+    found = with_ages(batch, step=6, most=1)
+    assert found["mask"].tolist() == [[False, True, True, False]]
+    assert found["stale"].tolist() == [[False, False, True, False]]
+
+
+@pytest.mark.parametrize(
+    "spec, old_logprobs, expected",
+    [
+        ("dapo", "sampler", True),
+        ("dapo", "trainer", False),
+        ("dapo?correction=token_truncate", "trainer", True),
+        ("gpg", "sampler", False),
+        ("gtpo_conflict", "sampler", False),
+        ("scale_rl", "sampler", True),
+        ("m2po", "sampler", True),
+    ],
+)
+def test_which_algorithms_correct_for_old_samples(spec, old_logprobs, expected):
+    config = dataclasses.replace(CONFIG, old_logprobs=old_logprobs)
+    assert corrects(get_algorithm(spec, max_completion=4), config) is expected
+
+
 def test_each_epoch_cuts_the_whole_batch_in_its_own_order(setup):
     batch = {"tokens": jnp.arange(16).reshape(8, 2), "mask": jnp.arange(8)}
     batch["segments"] = jnp.ones((8, 2))
@@ -152,9 +185,10 @@ def test_rows_of_padding_are_spread_over_the_parts(setup):
 def test_what_is_observed_of_completions():
     completions = [completion("", length=2), completion("", length=3, cut=True)]
     rewards = rewards_of(**{"answer": [[1.0, 0.0]], "my.py:brevity": [[0.25, 0.5]]})
-    assert "sampler/tokens_per_pass" not in observe(completions, rewards, Counts(passes=9))
+    groups = [Group(PROBLEMS[0], completions, rewards)]
+    assert "sampler/tokens_per_pass" not in observe(groups, Counts(passes=9))
     counts = Counts(passes=10, drafted=20, accepted=5)
-    observed = observe(completions, rewards, counts)
+    observed = observe(groups, counts)
     assert observed["sampler/drafts_accepted"] == 0.25
     assert observed["sampler/tokens_per_pass"] == 1.5
     assert observed["reward"] == 0.875 and observed["answer_reward"] == 0.5

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from rl.evaluate import bootstrap, pass_at_k, pass_at_k_table
+from rl.evaluate import bootstrap, pass_at_k, pass_at_k_table, wilson
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
@@ -91,3 +91,17 @@ def test_bootstrap_of_equal_values_has_no_width():
 def test_bootstrap_wants_one_value_per_problem(values):
     with pytest.raises(ValueError, match="one value per problem"):
         bootstrap(np.array(values), 10, 0)
+
+
+def test_the_interval_of_one_problem_is_where_the_score_test_does_not_refuse():
+    """At its ends the observed share is z standard errors of that share away, but for 0 and 1."""
+    z = 1.959964
+    for n in (1, 8, 256):
+        for c in {0, 1, n // 3, n}:
+            for end in wilson(c, n):
+                assert 0 <= end <= 1
+                if 0 < end < 1:
+                    error = math.sqrt(end * (1 - end) / n)
+                    assert abs(c / n - end) == pytest.approx(z * error, rel=1e-9)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(10, 10)[0] == pytest.approx(1 - 0.2775, abs=1e-4)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,12 +13,15 @@ import pytest
 from data.tasks.problem import Problem
 from errors import UserError
 from model.record import CHOICES
+from rl.ahead import Ahead
 from rl.config import ReinforceConfig, SamplingConfig
+from rl.curriculum import Curriculum
 from rl.engine import Engine
 from rl.generate import Completion
+from rl.pay import Rewards
 from rl.problems import problem_of_draw
 from rl.request import Prompt
-from rl.rollouts import Group, Rollouts
+from rl.rollouts import Group, Rollouts, Taken
 from rl.trajectory import STOP, UNFINISHED, Trajectory
 from rl.trajectory_bytes import from_bytes, to_bytes
 from tests import tiny
@@ -138,12 +141,24 @@ def variables_of(step: int) -> dict:
 def rollouts(**changes) -> Rollouts:
     config = dataclasses.replace(CONFIG, **changes)
     generate = Lengths(record=CHOICES)
-    return Rollouts(generate, PROBLEMS, config, jax.random.key(1), seed=0)  # pyright: ignore
+    curriculum = Curriculum(PROBLEMS, config, draws=16, seed=0)
+    given = generate, PROBLEMS, curriculum, config, pay, solves, jax.random.key(1)
+    return Rollouts(*given)  # pyright: ignore
+
+
+def pay(problem: Problem, completions: Sequence[Completion]) -> Rewards:
+    """One for an even first id, so that about half of the groups of two differ."""
+    ids = [int(each.trajectory.completion[0]) for each in completions]
+    return Rewards(("even",), np.ones(1, np.float32), 1 - np.asarray([[ids]], np.float32) % 2)
+
+
+def solves(rewards: Rewards) -> np.ndarray:
+    return rewards.total_PG.ravel() == 1
 
 
 def steps_of(own: Rollouts, first: int, last: int) -> Iterator[list[Group]]:
     for step in range(first, last + 1):
-        yield own.take(step, variables_of(step))
+        yield own.take(step, variables_of(step)).groups
 
 
 def numbers_of(groups: list[Group]) -> list[int]:
@@ -224,24 +239,117 @@ def test_what_is_not_saved_begins_anew():
     """A place that is taken while caches are kept has no tokens of what is in the engine."""
     own = rollouts(unfinished="kept", **PARTS)
     list(steps_of(own, 1, 3))
-    state, flying = own.place().get_state(), own.metrics(3, own.take(4, variables_of(4)))
+    state, flying = own.place().get_state(), own.metrics(own.take(4, variables_of(4)))
     again = rollouts(unfinished="kept", **PARTS)
     again.set_state(state)
     assert state["begun"] == again.get_state()["begun"] and flying["unfinished"] >= 2
     for each in from_bytes(b64decode(state["trajectories"])):
         assert each.ended != UNFINISHED
-    for each in tokens_of(again.take(4, variables_of(4))):
+    for each in tokens_of(again.take(4, variables_of(4)).groups):
         assert each.ended != STOP
 
 
 def test_metrics_tell_of_parts_alone():
     one = dataclasses.replace(trajectory([1], [2, 3, 4]), versions_T=np.asarray([-1, 1, 3, 3]))
-    group = Group(PROBLEMS[0], [Completion(one, "")])
-    assert rollouts().metrics(5, [group]) == {}
-    found = rollouts(**PARTS).metrics(5, [group])
+    completions = [Completion(one, "")]
+    taken = Taken([Group(PROBLEMS[0], completions, pay(PROBLEMS[0], completions))], [])
+    assert Ahead(rollouts(), 0).metrics(5, taken) == {}
+    found = Ahead(rollouts(**PARTS), 0).metrics(5, taken)
     assert found["groups"] == 1 and found["unfinished"] == 0
     assert found["sampler/staleness_mean"] == pytest.approx(5 / 3)
     assert found["sampler/staleness_max"] == 3
+
+
+def differs(group: Group) -> bool:
+    return np.ptp(group.rewards.total_PG) > 0
+
+
+@pytest.mark.heavy
+def test_what_teaches_nothing_is_dropped_or_replaced():
+    """Replaced, a step has as many groups as it may, each of them differing; what it sampled for
+    that is left out. Dropped, it has those that are left.
+    """
+    plain = [rollouts().take(step, variables_of(step)) for step in (1, 2, 3)]
+    assert any(differs(g) for t in plain for g in t.groups)
+    assert not all(differs(g) for t in plain for g in t.groups)
+    own = rollouts(zero_variance="dropped")
+    for step, taken in enumerate(plain, start=1):
+        found = own.take(step, variables_of(step))
+        expected = [group for group in taken.groups if differs(group)]
+        assert numbers_of(found.groups) == numbers_of(expected or taken.groups)
+        assert len(found.groups) + len(found.left_out) == 2
+    own = rollouts(zero_variance="replaced")
+    begun = []
+    for step in (1, 2, 3):
+        found = own.take(step, variables_of(step))
+        assert len(found.groups) == 2 and all(map(differs, found.groups))
+        assert not any(map(differs, found.left_out))
+        begun += numbers_of([*found.groups, *found.left_out])
+        assert own.metrics(found) == {"groups": 2, "left_out": len(found.left_out)}
+    assert sorted(begun) == list(range(len(begun))) and len(begun) > 6
+
+
+@pytest.mark.heavy
+def test_a_step_does_not_sample_for_ever():
+    """Where nothing differs it stops at the limit, and learns from what it has."""
+    own = rollouts(zero_variance="replaced", resample_limit=3, variance_reward="")
+    own._pay = lambda problem, completions: Rewards(
+        ("same",), np.ones(1, np.float32), np.zeros((1, 1, SIZE), np.float32)
+    )
+    taken = own.take(1, variables_of(1))
+    assert len(taken.groups) == 2 and len(taken.left_out) == 4
+    own = rollouts(zero_variance="dropped")
+    own._pay = lambda problem, completions: Rewards(
+        ("same",), np.ones(1, np.float32), np.zeros((1, 1, SIZE), np.float32)
+    )
+    taken = own.take(1, variables_of(1))
+    assert len(taken.groups) == 2 and not taken.left_out
+
+
+@pytest.mark.heavy
+def test_replacing_and_a_curriculum_resume_to_the_bit():
+    changes = {"zero_variance": "replaced", "order": "unsolved", "retire_at": 0.9, **PARTS}
+    whole = rollouts(**changes)
+    list(steps_of(whole, 1, 3))
+    whole.settle()
+    state = json.loads(json.dumps(whole.get_state()))
+    resumed = rollouts(**changes)
+    resumed.set_state(state)
+    for step in (4, 5, 6):
+        one, other = (own.take(step, variables_of(step)) for own in (whole, resumed))
+        assert numbers_of(one.groups) == numbers_of(other.groups)
+        assert [group.problem for group in one.groups] == [group.problem for group in other.groups]
+        for each, its in zip(tokens_of(one.groups), tokens_of(other.groups), strict=True):
+            assert_same(each, its)
+        assert whole.metrics(one) == resumed.metrics(other)
+    gone = rollouts(**changes)
+    gone._problems = PROBLEMS[:1]
+    with pytest.raises(UserError, match="the run has completions of it to learn from"):
+        gone.set_state(state)
+
+
+@pytest.mark.heavy
+def test_a_lag_is_that_of_the_policy_and_of_nothing_else():
+    """Each step's groups are those of its number, by the policy of two steps before; a run that
+    goes on from its state has them too.
+    """
+    own = Ahead(rollouts(lag=2), 2)
+    taken = [own.take(step, variables_of(step)) for step in (1, 2, 3)]
+    state = json.loads(json.dumps(own.get_state()))
+    taken += [own.take(step, variables_of(step)) for step in (4, 5, 6)]
+    again = Ahead(rollouts(lag=2), 2)
+    again.set_state(state)
+    resumed = [again.take(step, variables_of(step)) for step in (4, 5, 6)]
+    for step, each in enumerate(taken, start=1):
+        assert numbers_of(each.groups) == [2 * step - 2, 2 * step - 1]
+        assert all(set(t.versions_T[t.sampled_T]) == {max(step - 3, 0)}
+                   for t in tokens_of(each.groups))  # fmt: skip
+    for one, other in zip(taken[3:], resumed, strict=True):
+        for each, its in zip(tokens_of(one.groups), tokens_of(other.groups), strict=True):
+            assert_same(each, its)
+    found = own.metrics(6, taken[5])
+    assert found["sampler/staleness_mean"] == found["sampler/staleness_max"] == 2
+    assert [found[f"sampler/staleness_share_{age}"] for age in range(3)] == [0, 0, 1]
 
 
 def test_bounds_that_cannot_be_are_one_line():
@@ -249,6 +357,8 @@ def test_bounds_that_cannot_be_are_one_line():
         ({"prompts_in_flight": 1}, "prompts_in_flight = 1: must be 0 or at least"),
         ({"rollout_tokens": -1}, "rollout_tokens = -1"),
         ({"unfinished": "dropped"}, "unfinished = 'dropped'"),
+        ({"lag": -1}, "lag = -1"),
+        ({"lag": 3, "most_stale": 2}, "most_stale = 2: must be at least reinforce.lag = 3"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(CONFIG, **changes)
