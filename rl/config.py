@@ -132,9 +132,9 @@ class ReinforceConfig:
     reference_every: int = 0  # steps after which the policy becomes the reference; 0 never
     # The optimizer's moments begin anew after so many steps (Kimi k1.5, arXiv 2501.12599); 0 never.
     reset_optimizer_every: int = 0
-    # Of an algorithm with a critic. Its learning rate, 0 for ten times train.learning_rate, which is
-    # about what published runs have; the first steps, in which it alone learns; how far an update
-    # may move a value, in units of the reward, 0 for any; and the workdir of a run whose critic it
+    # Of an algorithm with a critic. Its learning rate, 0 for ten times train.learning_rate, about
+    # what published runs have; the first steps, in which it alone learns; how far an update may
+    # move a value, in units of the reward, 0 for any; and the workdir of a run whose critic it
     # begins as, "" for the policy's own parameters.
     critic_learning_rate: float = 0.0
     critic_warmup_steps: int = 0

@@ -22,7 +22,7 @@ class Options:
       entropy: coefficient of the entropy, which is maximised.
       entropy_mean: it is a mean as the "row"'s loss is, or over all tokens: "token".
       entropy_of: it is that of "all" tokens, or of those that a selection has "kept".
-      dual_clip: where A < 0 the gain is at least dual_clip * A (arXiv 1912.09729, eq. 5).
+      dual_clip: where A < 0 the gain is at least dual_clip * A (arXiv 1912.09729).
       correction: each token is weighted by pi_old / pi_sampler, one of
         rl/algorithms/corrections.py; its bounds are correction_low and correction_high, and with
         correction_mean_one the weights of a step have mean 1.

@@ -144,7 +144,7 @@ def over_mean(*, eps: float = 0.0, single: str = "zero") -> Advantage:
 
 
 def length_weighted(*, single: str = "zero") -> Advantage:
-    """Builds OPO's advantage: the baseline of least variance (arXiv 2505.23585, eq. 8).
+    """Builds OPO's advantage: the baseline of least variance (arXiv 2505.23585).
 
     A[i] = r[i] - sum_j |o_j| r[j] / sum_j |o_j|
     """
@@ -162,7 +162,7 @@ def length_weighted(*, single: str = "zero") -> Advantage:
 
 
 def signal_scaled(*, scale: str = "prompts", single: str = "zero") -> Advantage:
-    """Builds GPG's advantage (arXiv 2504.02546, eq. 9): scaled up by how few have a signal.
+    """Builds GPG's advantage (arXiv 2504.02546): scaled up by how few have a signal.
 
         A[i] = alpha (r[i] - mean(r))
 
@@ -231,7 +231,7 @@ def best_over_second(*, scaled: bool = True, eps: float = 1e-6) -> Advantage:
 
 
 def pass_at_k(*, k: int = 4, success: float = 1.0, eps: float = 1e-6) -> Advantage:
-    """Builds the advantage of pass@k training (arXiv 2508.10751, eq. 10 to 14), in closed form.
+    """Builds the advantage of pass@k training (arXiv 2508.10751), in closed form.
 
     The reward of k completions drawn from a group is that any of them is right. Averaged over all
     draws, with c of G right and R = 1 - C(G - c, k) / C(G, k), s = sqrt(R (1 - R)):
@@ -283,7 +283,7 @@ def per_reward(
 
         A[i] = whiten(sum_m weight[m] (r[m, i] - mean(r[m])) / (std(r[m]) + eps))
 
-    (arXiv 2601.05242, eq. 4 to 6.) So that no reward drowns another.
+    (arXiv 2601.05242.) So that no reward drowns another.
 
     Args:
       scaled: whether each reward is over its deviation before they are added.

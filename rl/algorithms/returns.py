@@ -33,7 +33,7 @@ def discounted(
     baseline: str = "none",
     eps: float = 1e-6,
 ) -> Advantage:
-    """Builds REINFORCE++'s advantage (arXiv 2501.03262, eq. 6 and 8).
+    """Builds REINFORCE++'s advantage (arXiv 2501.03262).
 
         G[t] = r[t] + gamma G[t + 1],  A = whiten(G)
 

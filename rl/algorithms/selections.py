@@ -33,7 +33,7 @@ class Selection:
 
 
 def clip_cov(*, cov_share: float = 2e-4, cov_low: float = 1.0, cov_high: float = 5.0) -> Selection:
-    """Builds Clip-Cov (arXiv 2505.22617, eq. 10 and 11): some tokens have no gradient.
+    """Builds Clip-Cov (arXiv 2505.22617): some tokens have no gradient.
 
     Of the tokens whose covariance is between cov_low and cov_high, and which the surrogate does not
     cut, a share cov_share of all tokens is drawn by lot, one at least.
@@ -51,7 +51,7 @@ def clip_cov(*, cov_share: float = 2e-4, cov_low: float = 1.0, cov_high: float =
 
 
 def kl_cov(*, cov_share: float = 2e-4) -> Selection:
-    """Builds KL-Cov (arXiv 2505.22617, eq. 12): the tokens of the largest covariance.
+    """Builds KL-Cov (arXiv 2505.22617): the tokens of the largest covariance.
 
     What they pay is the surrogate `covariance_penalty`'s. Tokens that tie with the last one are
     chosen too.

@@ -66,7 +66,7 @@ def clipped(
 def cispo(
     *, low: float = 0.0, high: float = 5.0, bounds: str = "absolute", outside: str = "clipped"
 ) -> Surrogate:
-    """Builds CISPO's surrogate: the weight is clipped, no gradient is (arXiv 2506.13585, eq. 4).
+    """Builds CISPO's surrogate: the weight is clipped, no gradient is (arXiv 2506.13585).
 
         sg(clip(r, low, high)) A log pi
 
@@ -119,7 +119,7 @@ def log_likelihood() -> Surrogate:
 
 
 def soft_gate(*, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Surrogate:
-    """Builds SAPO's surrogate, a smooth clip (arXiv 2511.20347, eq. 5 and 6).
+    """Builds SAPO's surrogate, a smooth clip (arXiv 2511.20347).
 
         4 sigmoid(tau (r - 1)) / tau A
 
@@ -238,7 +238,7 @@ def gamma_weighted(
 
 
 def geometric_mean(*, low: float = 0.4, high: float = 0.4) -> Surrogate:
-    """Builds GMPO's surrogate (arXiv 2507.20673, eq. 4): a geometric mean of clipped ratios.
+    """Builds GMPO's surrogate (arXiv 2507.20673): a geometric mean of clipped ratios.
 
         A exp(1/|o| sum_t l[t])
 
@@ -260,7 +260,7 @@ def geometric_mean(*, low: float = 0.4, high: float = 0.4) -> Surrogate:
 
 
 def mirror_descent(*, tau: float = 0.1, level: str = "sequence") -> Surrogate:
-    """Builds the surrogate of online mirror descent (Kimi k1.5, arXiv 2501.12599, eq. 3).
+    """Builds the surrogate of online mirror descent (Kimi k1.5, arXiv 2501.12599).
 
         A log pi - tau/2 (log pi / pi_old)^2
 
@@ -287,7 +287,7 @@ def covariance_penalty(*, coefficient: float = 1.0) -> Surrogate:
 
         r A - coefficient |log r| on chosen tokens, r A elsewhere
 
-    (arXiv 2505.22617, eq. 12.)
+    (arXiv 2505.22617.)
     """
 
     def surrogate(tokens: Tokens, ratio_BT: Array) -> Gain:

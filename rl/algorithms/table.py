@@ -62,7 +62,7 @@ ROWS: dict[str, Row] = {
         options={"divisor": 1.0},
     ),
     "reinforce_pp": Row(
-        "REINFORCE++, arXiv 2501.03262, eq. 6 to 8",
+        "REINFORCE++, arXiv 2501.03262",
         "A[t] = whiten(r[i] - kl sum of k1 from t on), over the step's tokens\n"
         f"{_CLIP}, a mean over tokens",
         advantage=returns.discounted,
@@ -86,14 +86,14 @@ ROWS: dict[str, Row] = {
         options={"divisor": 1.0},
     ),
     "opo": Row(
-        "OPO, arXiv 2505.23585, eq. 8",
+        "OPO, arXiv 2505.23585",
         "A = r[i] - sum_j |o_j| r[j] / sum_j |o_j|\nr A, a mean over tokens",
         advantage=outcomes.length_weighted,
         surrogate=surrogates.unclipped,
         aggregate=aggregations.token_mean,
     ),
     "gpg": Row(
-        "GPG, arXiv 2504.02546, eq. 7 and 9",
+        "GPG, arXiv 2504.02546",
         "A = alpha (r[i] - mean of the group), alpha = all / those with a signal\n"
         "A log pi, a mean over tokens",
         advantage=outcomes.signal_scaled,
@@ -107,7 +107,7 @@ ROWS: dict[str, Row] = {
         aggregate=aggregations.token_mean,
     ),
     "gdpo": Row(
-        "GDPO, arXiv 2601.05242, eq. 4 to 6",
+        "GDPO, arXiv 2601.05242",
         "A = whiten(sum_m weight[m] (r[m, i] - mean) / std of the group)\n"
         f"{_CLIP}, a mean over completions of means",
         advantage=outcomes.per_reward,
@@ -126,7 +126,7 @@ ROWS: dict[str, Row] = {
         options={"low": 3e-4, "high": 4e-4},
     ),
     "gmpo": Row(
-        "GMPO, arXiv 2507.20673, eq. 4",
+        "GMPO, arXiv 2507.20673",
         "A exp(mean of log r, clipped in log space), a mean over completions",
         surrogate=surrogates.geometric_mean,
     ),
@@ -138,13 +138,13 @@ ROWS: dict[str, Row] = {
         options={"divisor": 1.0, "low": 3e-4, "high": 4e-4},
     ),
     "cispo": Row(
-        "CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4 and 5",
+        "CISPO, MiniMax-M1, arXiv 2506.13585",
         "sg(min(r, high)) A log pi, a mean over tokens",
         surrogate=surrogates.cispo,
         aggregate=aggregations.token_mean,
     ),
     "sapo": Row(
-        "SAPO, arXiv 2511.20347, eq. 5 and 6",
+        "SAPO, arXiv 2511.20347",
         "4 sigmoid(tau (r - 1)) / tau A, a mean over completions of means",
         surrogate=surrogates.soft_gate,
     ),
@@ -167,13 +167,13 @@ ROWS: dict[str, Row] = {
         aggregate=aggregations.token_mean,
     ),
     "clip_cov": Row(
-        "Clip-Cov, arXiv 2505.22617, eq. 10 and 11",
+        "Clip-Cov, arXiv 2505.22617",
         f"{_CLIP}, 0 on a few tokens of large covariance of A and log pi; a mean over tokens",
         aggregate=aggregations.token_mean,
         selection=selections.clip_cov,
     ),
     "kl_cov": Row(
-        "KL-Cov, arXiv 2505.22617, eq. 12",
+        "KL-Cov, arXiv 2505.22617",
         "r A - |log r| on the tokens of the largest covariance of A and log pi; a mean over tokens",
         surrogate=surrogates.covariance_penalty,
         aggregate=aggregations.token_mean,
@@ -205,7 +205,7 @@ ROWS: dict[str, Row] = {
         options={"count": "all"},
     ),
     "kimi": Row(
-        "Online mirror descent, Kimi k1.5, arXiv 2501.12599, eq. 3",
+        "Online mirror descent, Kimi k1.5, arXiv 2501.12599",
         "A = r[i] - mean of the group\n"
         "A log pi - tau/2 (log pi / pi_old)^2, a sum over each completion",
         advantage=outcomes.group_centred,
@@ -222,7 +222,7 @@ ROWS: dict[str, Row] = {
         selection=selections.second_moment,
     ),
     "decoupled_ppo": Row(
-        "Decoupled PPO, AReaL, arXiv 2505.24298, eq. 5",
+        "Decoupled PPO, AReaL, arXiv 2505.24298",
         "A = (r[i] - mean) / std of the group\n"
         "sg(pi_old / pi_sampler) min(r A, clip(r, 1 - low, 1 + high) A), r = pi / pi_old of the "
         "trainer;\na mean over tokens",
@@ -264,7 +264,7 @@ ROWS: dict[str, Row] = {
         loop={"zero_variance": "dropped", "retire_at": 0.9},
     ),
     "dro": Row(
-        "Direct reward optimization, arXiv 2405.19107, eq. 9, token by token",
+        "Direct reward optimization, arXiv 2405.19107, token by token",
         "A log pi - tau/2 (log r)^2, a mean over tokens",
         surrogate=surrogates.mirror_descent,
         aggregate=aggregations.token_mean,
