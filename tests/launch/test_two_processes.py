@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # that there is a gradient.
 SCRIPT = """
 import dataclasses
-import rl.loop
+import rl.pay
 from experiment import runs
 from experiment.command_line import command
 
@@ -29,7 +29,7 @@ def reward(text, problem, weights):
     return length, {"answer": length, "format": 0.0}
 
 def run(config, workdir):
-    rl.loop.total_reward = reward
+    rl.pay.total_reward = reward
     runs.pretrain(config, workdir / "pretrain")
     start = config.init_from or str(workdir / "pretrain")
     runs.reinforce(dataclasses.replace(config, init_from=start), workdir / "reinforce")
