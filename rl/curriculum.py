@@ -80,17 +80,18 @@ class Curriculum:
             rng = np.random.default_rng((self._seed, 1, self._turn))
             self._turn += 1
             return int(rng.choice(len(weights_P), p=weights_P / weights_P.sum()))
+        count = len(self._problems)
+        if self._easy_first_P is not None:
+            # The draws that are planned need not come by every problem: the next one that is left.
+            first = self._turn * count // max(self._draws, 1) % count
+            self._turn += 1
+            onward_P = np.roll(self._easy_first_P, -first)
+            return int(onward_P[np.argmin(retired_P[onward_P])])
         while True:
-            place = self._place_of_turn()
+            place = place_of_draw(self._turn, count, self._seed)
             self._turn += 1
             if not retired_P[place]:
                 return place
-
-    def _place_of_turn(self) -> int:
-        count = len(self._problems)
-        if self._easy_first_P is None:
-            return place_of_draw(self._turn, count, self._seed)
-        return int(self._easy_first_P[self._turn * count // max(self._draws, 1) % count])
 
     def at(self, turn: int) -> None:
         """Goes to a turn, where the turns before it need not be known."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rl.algorithms.tokens import PerToken, Tokens
+from rl.algorithms.tokens import PerToken, Tokens, ignoring
 
 
 def token(*, log_clamp: float = 0.0) -> PerToken:
@@ -76,8 +76,7 @@ def on_policy() -> PerToken:
         own_BT = jnp.where(tokens.mask_BT, tokens.logprobs_BT, 0.0)
         return jnp.exp(own_BT - jax.lax.stop_gradient(own_BT))
 
-    setattr(ratio, "ignores_sampler", True)  # noqa: B010
-    return ratio
+    return ignoring(ratio)
 
 
 def clamped(log_ratio_BT: Array, most: float) -> Array:

@@ -13,7 +13,7 @@ from jax import Array
 
 from errors import UserError
 from rl.algorithms.ratios import clamped
-from rl.algorithms.tokens import Tokens
+from rl.algorithms.tokens import Tokens, ignoring
 
 BOUNDS = ("relative", "absolute")
 
@@ -296,12 +296,6 @@ def covariance_penalty(*, coefficient: float = 1.0) -> Surrogate:
         return _never_cut(ratio_BT * tokens.advantages_BT - penalty_BT)
 
     return surrogate
-
-
-def ignoring(function: Callable) -> Callable:
-    """Notes on a surrogate, or a ratio, that it does not see how likely the sampler was."""
-    setattr(function, "ignores_sampler", True)  # noqa: B010
-    return function
 
 
 def _bounds(low: float, high: float, bounds: str) -> tuple[float, float]:

@@ -68,6 +68,12 @@ def needs_of(function: object) -> frozenset[str]:
     return getattr(function, "needs", frozenset())
 
 
+def ignoring(function: Callable) -> Callable:
+    """Notes on a ratio or a surrogate that it does not see how likely the sampler was."""
+    function.ignores_sampler = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
 NEEDS = {
     "group": "several completions of each prompt",
     "reference": "a model as large as the policy, and a forward pass of it over a step's tokens",

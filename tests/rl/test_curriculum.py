@@ -65,6 +65,11 @@ def test_easy_problems_come_first_over_the_planned_draws():
     hardness = [HARD[place] for place in drawn(curriculum(order="easy_first"), 12)]
     assert hardness == sorted(hardness) and set(hardness) == {1, 2, 3}
     assert len(drawn(curriculum(order="easy_first", draws=2), 7)) == 7
+    few = curriculum(order="easy_first", draws=2, retire_at=0.9)  # which come by two of six
+    come_by = drawn(few, 2)
+    for place in come_by:
+        few.note(place, [True] * 4)
+    assert set(drawn(few, 2)).isdisjoint(come_by)
     with pytest.raises(UserError, match=r"no problem of 'task:arithmetic' is harder than another"):
         curriculum([Problem("a", "b"), Problem("c", "d")], order="easy_first")
 
