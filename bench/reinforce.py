@@ -18,13 +18,11 @@ from data.tokenizer import Tokenizer
 from experiment.command_line import command
 from experiment.schema import Config
 from model.sharding import make_mesh
-from model.transformer import boxed_shapes
 from rl.algorithms.spec import get_algorithm
 from rl.engine import Engine
 from rl.learner import Learner
 from rl.pay import Rewards
 from rl.trajectory import batch_of
-from train.optimizer import make_optimizer
 from train.setup import Setup
 from train.state import fresh_state
 
@@ -37,8 +35,6 @@ class Steps:
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config = config
-        optimizer = make_optimizer(config.train, boxed_shapes(config.model)["params"])
-        self.state = fresh_state(config.model, optimizer, mesh, jax.random.key(0))
         self.sample_seconds: list[float] = []
         self.update_seconds: list[float] = []
         reinforce, sampling = config.reinforce, config.sampling
@@ -56,8 +52,8 @@ class Steps:
             group_size=reinforce.group_size,
         )
         setup = Setup(config.model, Tokenizer.__new__(Tokenizer), mesh)  # nothing is written
-        given = setup, config.train, sampling, reinforce, self.algorithm, optimizer
-        self._learn = Learner(*given, critic=None, seed=0)
+        self._learn = Learner(setup, config.train, sampling, reinforce, self.algorithm, seed=0)
+        self.state = fresh_state(config.model, self._learn.optimizer, mesh, jax.random.key(0))
 
     def take(self, repeat: int):
         """Samples, updates, and returns the metrics. Calls before number 0 are not recorded."""

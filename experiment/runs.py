@@ -17,7 +17,7 @@ from errors import UserError
 from experiment.branch import branch_of
 from experiment.run_record import record_start
 from experiment.schema import Config
-from experiment.setup import run_variables, set_up
+from experiment.setup import run_variables, sampler_setup, set_up, split_devices
 from experiment.solving import print_solved, solve
 from experiment.summary import phase_summary, write_summary
 from experiment.workdir import command_of, open_workdir
@@ -74,11 +74,13 @@ def reinforce(config: Config, workdir: Path) -> bool:
         "reinforce.prompts_per_step": config.reinforce.prompts_per_step,
         f"{UPDATE} / train.microbatches": config.train.microbatch_rows(update_rows(config), UPDATE),
     }
+    learning, sampling = split_devices(config.reinforce)
     with open_workdir(workdir, config, "reinforce"):
-        setup = set_up(config, workdir, rows, trains=True)
+        setup = set_up(config, workdir, rows, trains=True, devices=learning)
         record_start(workdir, setup.model)
         finished = train_policy(
             setup,
+            sampler_setup(setup, config.reinforce, sampling),
             config.train,
             config.sampling,
             config.reinforce,

@@ -25,24 +25,33 @@ from experiment.schema import Config
 from experiment.workdir import recorded_config
 from model.config import ModelConfig
 from model.sharding import batch_shards, make_mesh, mesh_axes
+from rl.config import ReinforceConfig
 from train.progress import timed_line
 from train.restore import load_variables
 from train.setup import Setup
 from train.state import count_parameters
 
 
-def set_up(config: Config, workdir: Path, rows: Mapping[str, int], *, trains: bool) -> Setup:
+def set_up(
+    config: Config,
+    workdir: Path,
+    rows: Mapping[str, int],
+    *,
+    trains: bool,
+    devices: list | None = None,
+) -> Setup:
     """Makes the mesh, finds or trains the tokenizer, and prints what is about to run.
 
     Args:
       rows: numbers of rows that must divide over the devices, by what they are a number of.
       trains: whether the run trains, so that the summary names data and schedule.
+      devices: of the mesh; None for all.
 
     Raises:
       UserError: the rows do not divide, or there is no such tokenizer or checkpoint.
     """
     compile_cache()
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     for what, count in rows.items():
         if count % batch_shards(mesh):
             raise UserError(
@@ -63,6 +72,43 @@ def set_up(config: Config, workdir: Path, rows: Mapping[str, int], *, trains: bo
         print(f'data.chat_template = "r1": {tags} are characters in this tokenizer', flush=True)
     print_summary(config, *count_parameters(model), mesh, trains=trains)
     return Setup(model, tokenizer, mesh)
+
+
+def split_devices(config: ReinforceConfig) -> tuple[list, list]:
+    """Returns the devices that learn, and those that sample: all of them both, or some apart.
+
+    Raises UserError where none would be left to learn, or there are several processes.
+    """
+    devices, apart = jax.devices(), config.sampler_devices
+    if not apart:
+        return devices, devices
+    if jax.process_count() > 1:
+        raise UserError(
+            f"reinforce.sampler_devices = {apart}: not with {jax.process_count()} processes, whose "
+            "threads may meet in another order; use 0, where all devices take turns"
+        )
+    if apart >= len(devices):
+        raise UserError(
+            f"reinforce.sampler_devices = {apart}: leaves none of {len(devices)} device(s) to "
+            f"learn (for a dry run: --pretend_devices={2 * apart})"
+        )
+    return devices[:-apart], devices[-apart:]
+
+
+def sampler_setup(setup: Setup, config: ReinforceConfig, devices: list) -> Setup:
+    """Returns what samples for a run: on devices of its own, or the run's setup itself.
+
+    Raises UserError where `reinforce.sampler_mesh` does not fit the devices.
+    """
+    if not config.sampler_devices:
+        return setup
+    try:
+        mesh = make_mesh(config.sampler_mesh, devices)
+    except UserError as failure:
+        raise UserError(f"reinforce.sampler_{failure}") from failure
+    if jax.process_index() == 0:
+        print(f"{'sampler':<12}{_mesh_line(mesh)}", flush=True)
+    return dataclasses.replace(setup, mesh=mesh)
 
 
 def compile_cache() -> None:

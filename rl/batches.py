@@ -1,5 +1,6 @@
 """From a step's completions to the rows that its updates learn from."""
 
+import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 
@@ -8,12 +9,53 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.sharding import batch_sharding
+from model.sharding import batch_sharding, batch_shards
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.generate import Completion
 from rl.packing import packed_rows
 from rl.trajectory import Trajectory, batch_of
 from train.setup import Setup, to_host
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the completions of a step become rows that it learns from.
+
+    Attributes:
+      setup: of the mesh that learns.
+      made: the records that there are of this model.
+      kept: those that the trainer does again.
+      parts: into how many the rows of a step are cut, for updates and their microbatches.
+    """
+
+    setup: Setup
+    sampling: SamplingConfig
+    reinforce: ReinforceConfig
+    made: frozenset[str]
+    kept: frozenset[str]
+    parts: int
+
+    @property
+    def most(self) -> int:
+        """The rows of a step, if no two trajectories share one; fewer trajectories leave some."""
+        return self.reinforce.prompts_per_step * self.reinforce.group_size
+
+    def __call__(self, completions: Sequence[Completion], step: int) -> dict[str, Array]:
+        """Returns the batch of a step, on the devices: what is learnt from, with its age."""
+        setup, reinforce = self.setup, self.reinforce
+        trajectories = [completion.trajectory for completion in completions]
+        multiple = self.parts * batch_shards(setup.mesh) if reinforce.packing else None
+        given = trajectories, setup, self.sampling, self.kept
+        batch = learnt_from(
+            rows(*given, most=self.most, multiple=multiple), completions, reinforce.truncated
+        )
+        if reinforce.in_parts or reinforce.lag:
+            batch = with_ages(batch, step, reinforce.most_stale)
+        return setup.whole_on_devices(batch)
+
+    def recorded(self, trajectories: Sequence[Trajectory], most: int) -> dict[str, np.ndarray]:
+        """Returns `most` rows of trajectories with all that is recorded of them, on the host."""
+        return rows(trajectories, self.setup, self.sampling, self.made, most=most)
 
 
 def rows(

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 
 from data.python_files import is_attribute
 from errors import FieldChecks
+from model.mesh import MeshConfig
 from rl.rewards import check_weights
 from rl.voting import TIES
 
@@ -102,6 +103,10 @@ class ReinforceConfig:
     # A step learns from what the policy of so many steps before it has sampled (rl/ahead.py); the
     # algorithm should correct for that (docs/reinforce.md).
     lag: int = 0
+    # Devices, the last ones, that sample and do nothing else, while the others, by the section
+    # `mesh`, learn; 0 has all of them take turns. Both work at once where lag is at least 1.
+    sampler_devices: int = 0
+    sampler_mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # how they are divided
     # Tokens that a policy of more steps before has sampled are not learnt from; -1 learns from all.
     most_stale: int = -1
     # How unfinished completions go on after an update: "read_again" by the new policy | "kept" from
@@ -198,7 +203,7 @@ class ReinforceConfig:
             "prompts_in_flight",
             f"must be 0 or at least reinforce.prompts_per_step = {self.prompts_per_step}",
         )
-        check.not_negative("rollout_tokens", "lag")
+        check.not_negative("rollout_tokens", "lag", "sampler_devices")
         check.at_most(1_000, "lag")
         check.that(self.most_stale >= -1, "most_stale", "must be -1 (any) or not negative")
         check.that(

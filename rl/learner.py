@@ -11,6 +11,7 @@ from jax import Array
 from optax import ScaleByScheduleState
 
 from kernels.device import compiler_options
+from model.transformer import boxed_shapes
 from rl.algorithms.row import Algorithm
 from rl.batches import minibatches
 from rl.compared import compared_logprobs, jit_score, left_policy
@@ -21,6 +22,7 @@ from rl.reference import Reference
 from rl.signals import jit_step_signals, jit_update_signals
 from train.config import TrainConfig
 from train.objective import Batch
+from train.optimizer import make_optimizer
 from train.setup import Setup
 from train.state import StateWithCritic, TrainState, abstract_state, state_shardings
 from train.step import Step, jit_step, make_step
@@ -32,9 +34,11 @@ class Learner:
     Args:
       train: the section `train`, of which `per_update` makes the optimizer's.
       algorithm: a row of the table with its options.
+      seed: of the order of rows in minibatches, and of lots that are drawn.
+
+    Attributes:
       optimizer: of the policy.
       critic: of the algorithm; None where it has none.
-      seed: of the order of rows in minibatches, and of lots that are drawn.
     """
 
     def __init__(
@@ -44,12 +48,13 @@ class Learner:
         sampling: SamplingConfig,
         reinforce: ReinforceConfig,
         algorithm: Algorithm,
-        optimizer: optax.GradientTransformation,
-        critic: Critic | None,
         seed: int,
     ):
         self._setup, self._reinforce, self._algorithm = setup, reinforce, algorithm
-        self._critic, self._seed = critic, seed
+        self._seed = seed
+        scheduled = per_update(train, reinforce.epochs * reinforce.minibatches)
+        self.optimizer = make_optimizer(scheduled, boxed_shapes(setup.model)["params"])
+        self.critic = Critic(setup, scheduled, reinforce) if "values" in algorithm.needs else None
         scored = setup, train.stage, sampling.temperature
         parts = reinforce.minibatches * train.microbatches
         self._score = jit_score(*scored, parts)
@@ -57,11 +62,10 @@ class Learner:
         self._score_update = jit_score(*scored, train.microbatches, entropy=True)
         self._step_signals = jit_step_signals(setup, algorithm)
         self._update_signals = jit_update_signals(setup, algorithm)
-        updates = reinforce.epochs * reinforce.minibatches
         self._step = jit_policy_step(
-            setup, per_update(train, updates), algorithm, optimizer, sampling.temperature
+            setup, scheduled, algorithm, self.optimizer, sampling.temperature
         )
-        self._reset = jit_reset(setup, optimizer)
+        self._reset = jit_reset(setup, self.optimizer)
 
     def __call__(
         self,
@@ -98,8 +102,8 @@ class Learner:
             part = left_policy(part) if number else part
             part = part | self._singled_out(state, part, step, number)
             values = {}
-            if self._critic is not None and critic_state is not None:
-                critic_state, values = self._critic.update(critic_state, part)
+            if self.critic is not None and critic_state is not None:
+                critic_state, values = self.critic.update(critic_state, part)
             state, of_policy = self._step(state, part)
             measured.append(of_policy | values)
         return StateWithCritic.of(state, critic_state) if critic_state else state, measured
@@ -125,9 +129,9 @@ class Learner:
         )
         if "entropy" in needs:
             _, compared["old_entropy"] = self._score_entropy(state.variables, batch)
-        if self._critic is not None:
+        if self.critic is not None:
             assert critic_state is not None
-            compared["old_values"] = self._critic.score(critic_state.variables, batch)
+            compared["old_values"] = self.critic.score(critic_state.variables, batch)
         return compared
 
     def _singled_out(self, state: TrainState, batch: Batch, step: int, number: int) -> Batch:

@@ -24,7 +24,7 @@ from model.record import (
     selecting_layers,
 )
 from rl.coding import CodedSets, largest_code
-from rl.config import SamplingConfig
+from rl.config import ReinforceConfig, SamplingConfig
 from rl.slots import Sampled
 
 RECORDS = (*CHOICES, "support")
@@ -193,3 +193,18 @@ def check_fits(
         )
     if jax.process_index() == 0:
         print(f"{'records':<12}at most {size}, {gib:.3g} GiB a step", flush=True)
+
+
+def records_made(model: ModelConfig, stage: str) -> frozenset[str]:
+    """Returns which of "routes" and "selected" the model's layers choose."""
+    selects = stage == "sparse" and selecting_layers(model)
+    return frozenset(["routes"] * bool(routing_layers(model)) + ["selected"] * bool(selects))
+
+
+def kept_records(
+    made: Collection[str], sampling: SamplingConfig, config: ReinforceConfig
+) -> frozenset[str]:
+    """Returns which of `RECORDS` the trainer does again as the sampler did."""
+    keeps = {"routes": config.keep_routing, "selected": config.keep_selection}
+    support = config.keep_sampling_mask and sampling.restricts
+    return frozenset([name for name in made if keeps[name]] + ["support"] * support)

@@ -9,6 +9,7 @@ so many steps; `reference/` then has one for each checkpoint that the run may go
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from errors import UserError
 from files import write_json
 from rl.config import ReinforceConfig
 from rl.critic import Critic
+from train.config import TrainConfig
 from train.restore import load_variables, restored_or_new
 from train.setup import Setup
 from train.state import StateWithCritic, TrainState, abstract_state, fresh_state, state_from
@@ -73,10 +75,10 @@ def begun(
     workdir: Path,
     cursor: Cursor | None,
     critic: Critic | None,
+    train: TrainConfig,
     reinforce: ReinforceConfig,
     *,
     needs_reference: bool,
-    references: int,
     init_from: str,
     seed: int,
 ) -> Iterator[tuple[TrainState, Reference | None]]:
@@ -87,9 +89,9 @@ def begun(
 
     Args:
       critic: of the algorithm; None where it has none.
+      train: says how many checkpoints there are; each of them has its own reference.
       reinforce: `reference`, `reference_every` and `critic_from`.
       needs_reference: whether the algorithm compares with one.
-      references: how many of the newest stay.
 
     Raises:
       UserError: a checkpoint does not fit the model, or the reference is gone.
@@ -102,7 +104,8 @@ def begun(
         state = restored_or_new(setup, optimizer, checkpoints, init_from=init_from, seed=seed)
         yield _with_critic(setup, state, critic, reinforce), None
         return
-    with Checkpoints(workdir / "reference", keep=references) as kept:
+    most = references_kept(train, reinforce.reference_every)
+    with Checkpoints(workdir / "reference", keep=most) as kept:
         origin_path = reinforce.reference or init_from
         if kept.latest() is None and resumes:
             _keep_of_older_run(setup, kept, workdir, origin_path, seed)
@@ -124,6 +127,13 @@ def begun(
         number = first + done // every * every if every else first
         kept.delete_after(number)  # of a run that died after its last checkpoint
         yield state, Reference(kept, _restored(setup, kept, number), every, first)
+
+
+def references_kept(train: TrainConfig, every: int) -> int:
+    """Returns how many references a run keeps, so that each of its checkpoints has its own."""
+    if not every:
+        return 1
+    return math.ceil((train.max_to_keep + 1) * train.save_every / every) + 2
 
 
 def _resumed(

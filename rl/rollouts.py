@@ -62,6 +62,10 @@ class Taken(NamedTuple):
     left_out: list[Group]
 
 
+class Stopped(Exception):
+    """A step that is sampled is not wanted any more."""
+
+
 class Rollouts:
     """The groups that are in flight. It is the cursor of a run: its state goes into checkpoints.
 
@@ -94,6 +98,7 @@ class Rollouts:
         self._in_engine: set[int] = set()
         self._places: dict[int, int] = {}  # number of a group in flight -> place of its problem
         self._paid: dict[int, Group] = {}  # groups in flight that are complete
+        self._stopped = False
 
     def take(self, step: int, variables: dict) -> Taken:
         """Samples, and returns the groups that a step learns from.
@@ -109,6 +114,8 @@ class Rollouts:
         sampled, left_out = engine.counts.sampled, []
         with self._sampling(variables, step - 1):
             while engine.busy and self._goes_on(engine.counts.sampled - sampled):
+                if self._stopped:
+                    raise Stopped
                 for trajectory in engine.step():
                     self._in_flight[trajectory.group][trajectory.sample] = trajectory
                 left_out += self._replaced(len(left_out))
@@ -211,6 +218,10 @@ class Rollouts:
                 prompt = self._generate.prompt(self._problem(number), keys_G2, number)
                 self._generate.engine.submit(prompt, self._in_flight[number])
         self._in_engine.update(new)
+
+    def stop(self) -> None:
+        """Lets a `take` that another thread is in raise `Stopped`."""
+        self._stopped = True
 
     def settle(self) -> None:
         """Takes what is unfinished out of the engine, so that it is read again when it goes on.

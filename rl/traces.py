@@ -4,6 +4,7 @@ A line is a trajectory (rl/trajectory_file.py) with its step, problem and reward
 parts, each with what it is (`rl.spans.parts_of`): {"part": "thought", "text": "<think>..."}.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from data.tasks.problem import Problem
 from files import AppendedFile, write_text
-from rl.generate import Completion
 from rl.halting import Text
+from rl.rollouts import Group
 from rl.spans import parts_of
 from rl.trajectory_file import as_record
 
@@ -42,32 +42,26 @@ class Traces:
             write_text(path, "".join(f"{line.decode()}\n" for line in kept))
         self._file = AppendedFile(path)
 
-    def write(
-        self,
-        step: int,
-        problems: Sequence[Problem],
-        completions: Sequence[Completion],
-        rewards: Sequence[float],
-    ) -> None:
-        """Adds the first completions of a step, with what each earns.
-
-        Args:
-          problems: P of them.
-          completions: P * G, of which number p * G + g is of problem p.
-          rewards: of the completions.
-        """
+    def write(self, step: int, groups: Sequence[Group]) -> None:
+        """Adds the first completions of the groups of a step, with what each earns."""
         if self._file is None:
             return
-        group_size = len(completions) // len(problems)
-        kept = len(completions) if self._completions == -1 else self._completions
-        for place, completion in enumerate(completions[:kept]):
-            problem, trajectory = problems[place // group_size], completion.trajectory
+        completions = (
+            (group.problem, completion, float(total))
+            for group in groups
+            for completion, total in zip(
+                group.completions, group.rewards.total_PG.ravel(), strict=True
+            )
+        )
+        kept = None if self._completions == -1 else self._completions
+        for problem, completion, total in itertools.islice(completions, kept):
+            trajectory = completion.trajectory
             record = {
                 "step": step,
                 "prompt": problem.question,
                 "completion": completion.text,
                 "answer": problem.answer,
-                "reward": round(float(rewards[place]), 6),
+                "reward": round(total, 6),
                 "parts": [
                     {"part": part, "text": self._decode(trajectory.tokens_T[start:end])}
                     for part, start, end in parts_of(trajectory)

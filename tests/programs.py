@@ -103,7 +103,7 @@ def runs_share_programs():
         ),
     )
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("rl.loop", "train.loop"):
+        for place in ("rl.learner", "train.loop"):
             patch.setattr(f"{place}.make_optimizer", optimizer_of)
         for place in ("rl.reference", "train.restore"):
             patch.setattr(f"{place}.fresh_state", copy_of_first)
@@ -112,7 +112,7 @@ def runs_share_programs():
         patch.setattr("rl.learner.jit_score", once(jit_score, by_setup_and_options))
         for make in (jit_step_signals, jit_update_signals, jit_reset):
             patch.setattr(f"rl.learner.{make.__name__}", once(make, by_setup))
-        patch.setattr("rl.loop.Critic", once(Critic, of_critic))
+        patch.setattr("rl.learner.Critic", once(Critic, of_critic))
         patch.setattr("rl.loop.Agreement", once(Agreement, by_setup))
         patch.setattr("rl.canary.jit_mean_gap", once(jit_mean_gap, by_setup))
         patch.setattr("train.loop.language_objective", once(language_objective))

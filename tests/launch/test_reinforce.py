@@ -59,7 +59,7 @@ def in_a_place_with_rewards(tmp_path, monkeypatch):
 def on_devices(count: int, monkeypatch) -> None:
     """Makes every run see so many devices. One compiles in half the time of eight."""
     devices = jax.devices()[:count]
-    monkeypatch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, devices))
+    monkeypatch.setattr(setup, "make_mesh", lambda mesh, _=None: make_mesh(mesh, devices))
 
 
 def run_of(*rewards: str, **changes: Any) -> Config:

@@ -13,7 +13,6 @@ import pytest
 from data.tasks.problem import Problem
 from errors import UserError
 from model.record import CHOICES
-from rl.ahead import Ahead
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.curriculum import Curriculum
 from rl.engine import Engine
@@ -250,14 +249,13 @@ def test_what_is_not_saved_begins_anew():
 
 
 def test_metrics_tell_of_parts_alone():
-    one = dataclasses.replace(trajectory([1], [2, 3, 4]), versions_T=np.asarray([-1, 1, 3, 3]))
-    completions = [Completion(one, "")]
-    taken = Taken([Group(PROBLEMS[0], completions, pay(PROBLEMS[0], completions))], [])
-    assert Ahead(rollouts(), 0).metrics(5, taken) == {}
-    found = Ahead(rollouts(**PARTS), 0).metrics(5, taken)
-    assert found["groups"] == 1 and found["unfinished"] == 0
-    assert found["sampler/staleness_mean"] == pytest.approx(5 / 3)
-    assert found["sampler/staleness_max"] == 3
+    taken = Taken([Group(PROBLEMS[0], [], pay(PROBLEMS[0], tokens_of_one()))], [])
+    assert rollouts().metrics(taken) == {}
+    assert rollouts(**PARTS).metrics(taken) == {"groups": 1, "unfinished": 0}
+
+
+def tokens_of_one() -> list[Completion]:
+    return [Completion(trajectory([1], [2, 3, 4]), "")]
 
 
 def differs(group: Group) -> bool:
@@ -326,30 +324,6 @@ def test_replacing_and_a_curriculum_resume_to_the_bit():
     gone._problems = PROBLEMS[:1]
     with pytest.raises(UserError, match="the run has completions of it to learn from"):
         gone.set_state(state)
-
-
-@pytest.mark.heavy
-def test_a_lag_is_that_of_the_policy_and_of_nothing_else():
-    """Each step's groups are those of its number, by the policy of two steps before; a run that
-    goes on from its state has them too.
-    """
-    own = Ahead(rollouts(lag=2), 2)
-    taken = [own.take(step, variables_of(step)) for step in (1, 2, 3)]
-    state = json.loads(json.dumps(own.get_state()))
-    taken += [own.take(step, variables_of(step)) for step in (4, 5, 6)]
-    again = Ahead(rollouts(lag=2), 2)
-    again.set_state(state)
-    resumed = [again.take(step, variables_of(step)) for step in (4, 5, 6)]
-    for step, each in enumerate(taken, start=1):
-        assert numbers_of(each.groups) == [2 * step - 2, 2 * step - 1]
-        assert all(set(t.versions_T[t.sampled_T]) == {max(step - 3, 0)}
-                   for t in tokens_of(each.groups))  # fmt: skip
-    for one, other in zip(taken[3:], resumed, strict=True):
-        for each, its in zip(tokens_of(one.groups), tokens_of(other.groups), strict=True):
-            assert_same(each, its)
-    found = own.metrics(6, taken[5])
-    assert found["sampler/staleness_mean"] == found["sampler/staleness_max"] == 2
-    assert [found[f"sampler/staleness_share_{age}"] for age in range(3)] == [0, 0, 1]
 
 
 def test_bounds_that_cannot_be_are_one_line():

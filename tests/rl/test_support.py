@@ -11,9 +11,8 @@ from rl.compared import compared_logprobs
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.engine import Engine
 from rl.halting import StopSequences
-from rl.loop import kept_records
 from rl.objective import logprobs_at_tokens
-from rl.records import support_words
+from rl.records import kept_records, support_words
 from rl.trajectory import Role, Trajectory, batch_of
 from tests import tiny
 from tests.rl.test_draw import brute_force

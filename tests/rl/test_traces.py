@@ -3,10 +3,14 @@
 import dataclasses
 import json
 
+import numpy as np
+
 from data.tasks.problem import Problem
 from data.tokenizer_training import bytes_tokenizer
 from report.results import read_run
 from rl.generate import Completion
+from rl.pay import Rewards
+from rl.rollouts import Group
 from rl.spans import spans_of
 from rl.traces import Traces
 from rl.trajectory_file import read_trajectories
@@ -14,6 +18,10 @@ from tests.trajectories import completion, trajectory
 
 PROBLEMS = [Problem("What is 1 + 1?", "2"), Problem("What is 1 + 2?", "3")]
 TOKENIZER = bytes_tokenizer()
+
+
+def paid_by(name: str, totals: list[float]) -> Rewards:
+    return Rewards((name,), np.ones(1, np.float32), np.asarray([[totals]], np.float32))
 
 
 def steps(workdir) -> list[int]:
@@ -24,9 +32,14 @@ def steps(workdir) -> list[int]:
 def write(workdir, resume_step: int, *numbers: int, kept: int = 2) -> None:
     """Two completions of each problem, in each step."""
     completions = [completion(text) for text in ("a\n", "b", "c", "d")]
+    paid = paid_by("x", [1.0, 0.1]), paid_by("x", [0.0, 0.5])
+    groups = [
+        Group(PROBLEMS[0], completions[:2], paid[0]),
+        Group(PROBLEMS[1], completions[2:], paid[1]),
+    ]
     with Traces(workdir, kept, TOKENIZER, resume_step) as traces:
         for step in numbers:
-            traces.write(step, PROBLEMS, completions, [1.0, 0.1, 0.0, 0.5])
+            traces.write(step, groups)
 
 
 def test_the_first_completions_of_a_step_are_kept(tmp_path):
@@ -45,7 +58,7 @@ def test_a_line_has_the_tokens_and_what_they_are_for(tmp_path):
     made = trajectory(TOKENIZER.encode(prompt), TOKENIZER.encode(text))
     made = dataclasses.replace(made, spans=spans_of(made, TOKENIZER))
     with Traces(tmp_path, 2, TOKENIZER, 0) as traces:
-        traces.write(1, PROBLEMS[:1], [Completion(made, text)], [1.0])
+        traces.write(1, [Group(PROBLEMS[0], [Completion(made, text)], paid_by("x", [1.0]))])
     ((found, more),) = read_trajectories(tmp_path / "traces.jsonl")
     assert found.tokens_T.tolist() == made.tokens_T.tolist() and found.spans == made.spans
     assert more["completion"] == text and more["prompt"] == PROBLEMS[0].question
