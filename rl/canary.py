@@ -42,7 +42,7 @@ class Canary:
       prompt: ids, at most sampling.max_prompt_tokens.
       stage: "dense" or "sparse" attention, of the trainer.
       sampling: the engine's.
-      tolerance: in nats; -1 takes that of the type of computation.
+      tolerance: in nats; -1 takes that of the coarser type of computation, of the two.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class Canary:
     ):
         self._setup, self._engine = setup, engine
         self._prompt = Prompt(prompt, keys_of(0, [0], 1)[0], min(TOKENS, sampling.max_new_tokens))
-        self._tolerance = TOLERANCE[setup.model.dtype] if tolerance == -1 else tolerance
+        self._dtype = max({setup.model.dtype, sampling.dtype} - {""}, key=TOLERANCE.__getitem__)
+        self._tolerance = TOLERANCE[self._dtype] if tolerance == -1 else tolerance
         self._score = jit_mean_gap(setup, stage, sampling.temperature)
 
     def check(self, step: int, variables: dict) -> float:
@@ -75,7 +76,7 @@ class Canary:
             raise UserError(
                 f"step {step}: sampler and trainer do not have the same policy: their log-probs "
                 f"after the canary prompt are {gap:.3g} nats apart, and rounding in "
-                f"{self._setup.model.dtype} explains {self._tolerance:.3g}; go on from the last "
+                f"{self._dtype} explains {self._tolerance:.3g}; go on from the last "
                 "checkpoint, or raise reinforce.canary_tolerance if the model is known to round so"
             )
         return gap

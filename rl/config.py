@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 
 from data.python_files import is_attribute
 from errors import FieldChecks
+from model.config import DTYPES
 from model.mesh import MeshConfig
 from rl.rewards import check_weights
 from rl.voting import TIES
@@ -52,6 +53,9 @@ class SamplingConfig:
     # The host's memory in GiB that the records of a step may take: experts, selected keys and ids
     # drawn from, where they are recorded for the trainer to do the same again.
     record_gib: float = 64.0
+    # Of the computation while sampling: "" for model.dtype | "float32" | "bfloat16". In a coarser
+    # one than the trainer's, log-probs differ: an algorithm should correct for that.
+    dtype: str = ""
     attention: str = "sparse"  # "sparse" | "dense"
     # Below 1, each new token attends to the fewest of its keys that by estimate hold this share of
     # its attention (Twilight, arXiv 2502.02770): by the indexer's softmax over what it selected, or
@@ -69,6 +73,7 @@ class SamplingConfig:
         check.not_negative("drafts")
         check.at_most(16, "drafts")
         check.one_of("draft_acceptance", DRAFT_ACCEPTANCES)
+        check.one_of("dtype", ("", *DTYPES))
         roomy = 0 < self.cache_gib < math.inf
         check.that(roomy, "cache_gib", "must be positive")
         check.that(self.record_gib > 0, "record_gib", "must be positive")
@@ -178,9 +183,10 @@ class ReinforceConfig:
     # sampler's (a forward pass more over so many); 0 for none. What is compared is recorded.
     agreement_rows: int = 8
     # Nats that the log-probs of sampler and trainer may be apart, on average over a few tokens
-    # after a canary prompt, when a step has updated; more stops the run. -1 takes what rounding
-    # explains in model.dtype (rl/canary.py), 0 checks nothing. It is not checked where sampling
-    # reads a share of attention, nor where there are choices of which nothing is recorded.
+    # after a canary prompt, before a step samples; more stops the run. -1 takes what rounding
+    # explains in the coarser of model.dtype and sampling.dtype (rl/canary.py), 0 checks nothing. It
+    # is not checked where sampling reads a share of attention, nor where there are choices of which
+    # nothing is recorded.
     canary_tolerance: float = -1.0
     # Completions of a step that is logged which are kept in traces.jsonl, token by token: the first
     # ones; -1 for all.
@@ -247,7 +253,9 @@ class ReinforceConfig:
         check.not_negative("agreement_rows")
         tolerable = self.canary_tolerance == -1 or 0 <= self.canary_tolerance < math.inf
         check.that(
-            tolerable, "canary_tolerance", "must be -1 (by model.dtype), 0 (off) or positive"
+            tolerable,
+            "canary_tolerance",
+            "must be -1 (by the type of computation), 0 (off) or positive",
         )
 
     def check_algorithm(self, needs: Collection[str]) -> None:

@@ -67,10 +67,11 @@ class Generator:
         record: Collection[str] = (),
     ):
         self._setup, self.sampling, self.template = setup, sampling, template
-        rows = slots_that_fit(setup.model, setup.mesh, sampling, completions)
-        check_fits(setup.model, sampling, record, completions)
+        model = dataclasses.replace(setup.model, dtype=sampling.dtype or setup.model.dtype)
+        rows = slots_that_fit(model, setup.mesh, sampling, completions)
+        check_fits(model, sampling, record, completions)
         self.engine = Engine(
-            setup.model,
+            model,
             setup.mesh,
             sampling,
             rows=rows,

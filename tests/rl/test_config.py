@@ -8,24 +8,28 @@ import pytest
 
 from configs import base
 from errors import UserError
+from experiment import schema
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 
 SECTIONS = {"reinforce": ReinforceConfig, "sampling": SamplingConfig, "evaluate": EvaluateConfig}
 
 
 def build(section: str, **changes):
-    return SECTIONS[section](**{**base.get_config()[section].to_dict(), **changes})
+    values = {**base.get_config()[section].to_dict(), **changes}
+    return schema.build(SECTIONS[section], values, f"config.{section}")
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_schema_is_the_dataclass_with_its_defaults(section):
     """The same fields and types; and the defaults are valid."""
-    schema = base.get_config()[section].to_dict()
+    defaults = base.get_config()[section].to_dict()
     types = {field.name: field.type for field in dataclasses.fields(SECTIONS[section])}
+    sections = {name: kind for name, kind in types.items() if dataclasses.is_dataclass(kind)}
     types |= {name: dict for name, kind in types.items() if kind == Mapping[str, float]}
+    types |= dict.fromkeys(sections, dict)
     types |= {name: tuple for name, kind in types.items() if typing.get_origin(kind) is tuple}
-    assert types == {name: type(value) for name, value in schema.items()}
-    assert dataclasses.asdict(SECTIONS[section]()) == schema
+    assert types == {name: type(value) for name, value in defaults.items()}
+    assert dataclasses.asdict(SECTIONS[section]()) == defaults
     assert build(section) == SECTIONS[section]()
 
 

@@ -17,11 +17,12 @@ from model.record import CHOICES, routing_layers, selecting_layers
 from model.sharding import make_mesh
 from rl.agreement import Agreement, jaccard
 from rl.algorithms.spec import get_algorithm
-from rl.canary import TOKENS, Canary
+from rl.canary import TOKENS, TOLERANCE, Canary
 from rl.compared import compared_logprobs, left_policy
 from rl.config import SamplingConfig
 from rl.draw import draw
 from rl.engine import Engine
+from rl.generate import Generator
 from rl.objective import forward_logprobs, policy_objective
 from rl.trajectory import batch_of
 from tests import tiny
@@ -217,3 +218,15 @@ def test_a_canary_stops_a_sampler_with_other_weights(monkeypatch):
     with pytest.raises(UserError, match=r"step 3: sampler and trainer do not have the same policy"):
         bird.check(3, moved)
     assert own.compilations == compiled and own.counts.sampled == 3 * TOKENS
+
+
+@pytest.mark.heavy
+def test_a_sampler_in_bfloat16_has_the_tolerance_of_bfloat16():
+    """The trainer stays in float32; the gap between them is that of rounding, and it is there."""
+    sampling = SamplingConfig(
+        max_prompt_tokens=WIDTH, max_new_tokens=NEW, attention="sparse", dtype="bfloat16"
+    )
+    generate = Generator(SETUP, sampling, "think", completions=4, group_size=1, record=CHOICES)
+    prompt = np.random.default_rng(0).integers(20, tiny.VOCAB, 30).tolist()
+    bird = Canary(SETUP, generate.engine, prompt, stage="sparse", sampling=sampling)
+    assert 1e-5 < bird.check(1, tiny.variables(CONFIG)) < TOLERANCE["bfloat16"]
