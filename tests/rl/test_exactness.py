@@ -226,7 +226,9 @@ def test_a_sampler_in_bfloat16_has_the_tolerance_of_bfloat16():
     sampling = SamplingConfig(
         max_prompt_tokens=WIDTH, max_new_tokens=NEW, attention="sparse", dtype="bfloat16"
     )
-    generate = Generator(SETUP, sampling, "think", completions=4, group_size=1, record=CHOICES)
+    config = dataclasses.replace(CONFIG, vocab_size=SETUP.tokenizer.vocab_size)
+    setup = dataclasses.replace(SETUP, model=config)
+    generate = Generator(setup, sampling, "think", completions=4, group_size=1, record=CHOICES)
     prompt = np.random.default_rng(0).integers(20, tiny.VOCAB, 30).tolist()
-    bird = Canary(SETUP, generate.engine, prompt, stage="sparse", sampling=sampling)
-    assert 1e-5 < bird.check(1, tiny.variables(CONFIG)) < TOLERANCE["bfloat16"]
+    bird = Canary(setup, generate.engine, prompt, stage="sparse", sampling=sampling)
+    assert 1e-5 < bird.check(1, tiny.variables(config)) < TOLERANCE["bfloat16"]
