@@ -180,7 +180,9 @@ def gain_of(algorithm: Algorithm, tokens: Tokens) -> tuple[Array, Gain]:
     has_correction = getattr(algorithm.surrogate, "has_correction", False)
     if has_correction and tokens.correction_BT is not None:
         tokens = dataclasses.replace(tokens, correction_BT=factors_of(options, tokens))
-    gain = algorithm.surrogate(tokens, ratio_BT)
+    bounded = options.delta and not getattr(algorithm.surrogate, "has_delta", False)
+    seen_BT = jnp.minimum(ratio_BT, options.delta) if bounded else ratio_BT
+    gain = algorithm.surrogate(tokens, seen_BT)
     if options.dual_clip:
         least_BT = options.dual_clip * tokens.advantages_BT
         lifted_BT = (tokens.advantages_BT < 0) & (gain.gain_BT < least_BT)

@@ -23,6 +23,8 @@ class Options:
       entropy_mean: it is a mean as the "row"'s loss is, or over all tokens: "token".
       entropy_of: it is that of "all" tokens, or of those that a selection has "kept".
       dual_clip: where A < 0 the gain is at least dual_clip * A (arXiv 1912.09729).
+      delta: the ratio that a surrogate sees is at most this, which bounds the loss where A < 0
+        (INTELLECT-2, arXiv 2505.07291, section 3.4, which has it above 1 + high).
       correction: each token is weighted by pi_old / pi_sampler, one of
         rl/algorithms/corrections.py; its bounds are correction_low and correction_high, and with
         correction_mean_one the weights of a step have mean 1.
@@ -45,6 +47,7 @@ class Options:
     entropy_mean: str = "row"
     entropy_of: str = "all"
     dual_clip: float = 0.0
+    delta: float = 0.0
     correction: str = ""
     correction_low: float = 0.0
     correction_high: float = 2.0
@@ -78,8 +81,10 @@ class Options:
                 continue
             if not math.isfinite(value) or (value < 0 and field.name != "entropy"):
                 raise UserError(f"{field.name} = {value}: must be 0 or positive, and finite")
-        if self.dual_clip and self.dual_clip <= 1:
-            raise UserError(f"dual_clip = {self.dual_clip}: must be above 1, or 0 for none")
+        for name in ("dual_clip", "delta"):
+            if 0 < getattr(self, name) <= 1:
+                value = getattr(self, name)
+                raise UserError(f"{name} = {value}: must be above 1, or 0 for none")
         if self.kl_in == "reward" and self.kl_estimator.startswith("unbiased") and self.kl:
             raise UserError(
                 f"kl_in = reward: {self.kl_estimator} is for the loss, where its gradient counts; "

@@ -116,6 +116,9 @@ def built(
             built_columns[column] = function(**options) if function else None
     fields = [field.name for field in dataclasses.fields(Options)]
     extra = Options(**{option: values[option] for option in fields if option in values})
+    functions = built_columns["surrogate"], built_columns["ratio"]
+    if extra.delta and any(getattr(each, "ignores_sampler", False) for each in functions):
+        raise UserError(f"delta = {extra.delta}: {name} has no ratio that it could bound")
     corrected = extra.correction or extra.rejection
     if corrected and loop.setdefault("old_logprobs", "trainer") == "sampler":
         raise UserError(

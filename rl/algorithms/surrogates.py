@@ -48,11 +48,9 @@ def clipped(
     Args:
       low, high: the bounds of the ratio.
       bounds: they are "relative" to 1, as above | "absolute": clip(r, low, high).
-      delta: r is at most this where it is not clipped, which bounds the loss where A < 0
-        (INTELLECT-2, arXiv 2505.07291, section 3.4: above 1 + high); 0 is none.
+      delta: of any row, see rl/algorithms/options.py; here the clip is that of the whole ratio.
     """
     least, most = _bounds(low, high, bounds)
-    _require(delta >= 0, "delta must be 0 or positive")
 
     def surrogate(tokens: Tokens, ratio_BT: Array) -> Gain:
         A_BT = tokens.advantages_BT
@@ -60,6 +58,7 @@ def clipped(
         gain_BT = jnp.minimum(bounded_BT * A_BT, jnp.clip(ratio_BT, least, most) * A_BT)
         return Gain(gain_BT, (A_BT < 0) & (ratio_BT < least), (A_BT > 0) & (ratio_BT > most))
 
+    surrogate.has_delta = True  # pyright: ignore[reportFunctionMemberAccess]
     return surrogate
 
 
