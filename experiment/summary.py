@@ -14,6 +14,14 @@ from experiment.schema import Config
 from files import read_json, write_json
 from train.metrics import read_metrics
 
+# What summary.json has of reinforcement -> the metric it is the mean of.
+_SUMMARISED = {
+    "reward": "reward",
+    "completion_length": "completions/mean_length",
+    "entropy": "entropy",
+    "logp_difference_max": "sampling/sampling_logp_difference/max",
+}
+
 
 def write_summary(workdir: Path, numbers: Mapping[str, Any]) -> None:
     """Writes summary.json, on process 0 alone. Raises UserError if it cannot be written."""
@@ -88,10 +96,11 @@ def _rewards(trained: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Returns means over the first and the last tenth of the steps."""
     tenth = max(len(trained) // 10, 1)
     numbers = {}
-    for name in ("reward", "completion_length", "entropy", "sampler/logprob_gap_max"):
+    for name, metric in _SUMMARISED.items():
         for when, lines in (("first", trained[:tenth]), ("last", trained[-tenth:])):
-            mean = sum(line[name] for line in lines) / tenth
-            numbers[f"{name.removeprefix('sampler/')}_{when}"] = mean
+            found = [line[metric] for line in lines if metric in line]
+            if found:
+                numbers[f"{name}_{when}"] = sum(found) / len(found)
     return numbers
 
 

@@ -3,6 +3,7 @@
 A chart whose data are missing is left out, and so is a section without charts.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,12 +86,11 @@ def overlaid_sections(runs: Sequence[Run], colors: Sequence[str]) -> list[Sectio
 def rewards(phases: PhaseMetrics) -> Panel | None:
     """Draws the total reward, and each reward by its name."""
     metrics = {name for lines in phases.values() for line in lines for name in line}
-    named = sorted(
-        name for name in metrics if name.endswith("_reward") and not name.startswith("validation_")
-    )
+    found = (re.fullmatch(r"rewards/(.+)/mean", name) for name in metrics)
+    named = sorted((match[1], match[0]) for match in found if match)
     curves = [
-        Curve(name, name.removesuffix("_reward"), PALETTE[place % len(PALETTE)])
-        for place, name in enumerate(named, 1)
+        Curve(metric, name, PALETTE[place % len(PALETTE)])
+        for place, (name, metric) in enumerate(named, 1)
     ]
     return curves_panel(phases, REWARD._replace(curves=(*REWARD.curves, *curves)))
 

@@ -175,11 +175,12 @@ def text_phases(phases: PhaseMetrics) -> PhaseMetrics:
 
 
 def in_order(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns lines of metrics by step; of a step that stands twice, the later line counts."""
+    """Returns lines of metrics by step; what a step has twice counts as the later line has it."""
     by_step: dict[tuple[float, bool], dict[str, Any]] = {}
     for line in lines:
         is_validation = not any(name in line for name in ("loss", "lm", "reward"))
-        by_step[line["step"], is_validation] = line
+        before = by_step.get((line["step"], is_validation), {})
+        by_step[line["step"], is_validation] = before | line
     return [by_step[key] for key in sorted(by_step)]
 
 

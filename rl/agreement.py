@@ -128,7 +128,7 @@ class Agreement:
         return jax.jit(in_parts, compiler_options=options, out_shardings=replicated(mesh))
 
     def metrics(self, found: Mapping[str, Mean]) -> dict[str, np.ndarray]:
-        """Returns "sampler/routes_jaccard" and "sampler/selected_jaccard", means over all layers.
+        """Returns "sampling/routes_jaccard" and "sampling/selected_jaccard", means over all layers.
 
         With them go those of each layer, "..._LAYER". What had no choice in any row is left out.
         """
@@ -140,7 +140,7 @@ class Agreement:
         for name, mean in jax.device_get(found).items():
             if not mean.weight.all():
                 continue
-            metrics[f"sampler/{name}_jaccard"] = Mean(mean.total.sum(), mean.weight.sum()).value
+            metrics[f"sampling/{name}_jaccard"] = Mean(mean.total.sum(), mean.weight.sum()).value
             for layer, value in zip(layers[name], mean.value, strict=True):
-                metrics[f"sampler/{name}_jaccard_{layer}"] = value
+                metrics[f"sampling/{name}_jaccard_{layer}"] = value
         return metrics

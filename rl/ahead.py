@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from checkpoints.cursors import Place
+from rl.clock import Parts
 from rl.sampler import Sampled, Sampler
 from rl.weights import Weights
 
@@ -39,9 +40,17 @@ class Ahead:
     Args:
       weights: brings the policy to the devices of the sampler; None where these are the trainer's,
         and sampling and learning take turns.
+      parts: what "wait_prev_gen" is measured by, the wait for devices that sample beside.
     """
 
-    def __init__(self, sampler: Sampler, lag: int, weights: Weights | None = None):
+    def __init__(
+        self,
+        sampler: Sampler,
+        lag: int,
+        weights: Weights | None = None,
+        parts: Parts | None = None,
+    ):
+        self._parts = parts or Parts()
         self._sampler, self._lag, self._weights = sampler, lag, weights
         self._executor: Executor = ThreadPoolExecutor(1, "sampler") if weights else Inline()
         self._waiting: collections.deque[Future[Done]] = collections.deque()
@@ -69,7 +78,9 @@ class Ahead:
         while len(self._waiting) <= self._lag:
             job = functools.partial(self._take, step, arrived)
             self._waiting.append(self._executor.submit(job))
-        sampled, self._before = self._waiting[0].result()
+        waits = self._parts("wait_prev_gen") if self._weights else contextlib.nullcontext()
+        with waits:
+            sampled, self._before = self._waiting[0].result()
         self._waiting.popleft()
         return sampled
 
@@ -148,19 +159,19 @@ class Ahead:
     def metrics(self, step: int, sampled: Sampled) -> dict[str, float]:
         """Returns by how many steps the policies of a step's tokens are older than its own.
 
-        "sampler/staleness_mean", "sampler/staleness_max", and the share of tokens of each age,
-        "sampler/staleness_share_N".
+        "sampling/staleness/mean", "sampling/staleness/max", and the share of tokens of each age,
+        "sampling/staleness/share_N".
         """
         trajectories = [completion.trajectory for completion in sampled.completions]
         ages_N = np.concatenate(
             [step - 1 - each.versions_T[each.sampled_T] for each in trajectories]
         )
         found = {
-            "sampler/staleness_mean": float(np.mean(ages_N)),
-            "sampler/staleness_max": float(np.max(ages_N)),
+            "sampling/staleness/mean": float(np.mean(ages_N)),
+            "sampling/staleness/max": float(np.max(ages_N)),
         }
         for age in range(self._lag + 1) if self._lag else ():
-            found[f"sampler/staleness_share_{age}"] = float(np.mean(ages_N == age))
+            found[f"sampling/staleness/share_{age}"] = float(np.mean(ages_N == age))
         return found
 
 

@@ -10,6 +10,7 @@ from jax import Array
 
 from kernels.device import compiler_options
 from model.record import CHOICES
+from rl.clock import Parts
 from rl.objective import logprobs_at_tokens, scores_at_tokens
 from train.objective import Batch, split_microbatches
 from train.setup import Setup
@@ -56,6 +57,7 @@ def compared_logprobs(
     old_logprobs: str,
     updates: int,
     needs: Collection[str] = (),
+    parts: Parts | None = None,
 ) -> Batch:
     """Returns what the loss compares the policy's log-probs with, [B, T] each.
 
@@ -67,15 +69,19 @@ def compared_logprobs(
 
     Args:
       needs: of an algorithm.
+      parts: what the parts "old_log_prob" and "ref" are measured by.
     """
+    parts = parts or Parts()
     compared = {"old_logprobs": batch["sampler_logprobs"]}
     if old_logprobs == "trainer":
         compared["on_policy"] = batch["mask"][:, 0] | True
         if updates > 1 or "old" in needs:
-            compared["old_logprobs"] = score_fn(variables, batch)
+            with parts("old_log_prob"):
+                compared["old_logprobs"] = parts.until(score_fn(variables, batch))
     if reference is not None:
         own = {name: x for name, x in batch.items() if name not in CHOICES}
-        compared["reference_logprobs"] = score_fn(reference, own)
+        with parts("ref"):
+            compared["reference_logprobs"] = parts.until(score_fn(reference, own))
     return compared
 
 

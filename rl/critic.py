@@ -158,22 +158,22 @@ def value_objective(model: ModelConfig, train: TrainConfig, clip: float) -> Obje
         old_BT = predicted(batch, "old_values")
         loss_BT, clipped_BT = value_loss(values_BT, old_BT, returns_BT, clip)
         by_name = {
-            "value": loss_BT,
-            "value_clip_fraction": clipped_BT,
-            "mean": values_BT,
-            "returns": returns_BT,
+            "vf_loss": loss_BT,
+            "vf_clipfrac": clipped_BT,
+            "vpred_mean": values_BT,
+            "returns/mean": returns_BT,
             "returns_squared": jnp.square(returns_BT),
             "error_squared": jnp.square(values_BT - returns_BT),
         }
         terms = {name: jnp.sum(jnp.where(mask_BT, x_BT, 0.0)) for name, x_BT in by_name.items()}
         terms |= layer_totals(model, train.stage, output.stats)
-        return Totals(terms, output.stats.router.counts_E, maxima={})
+        return Totals(terms, output.stats.router.counts_E, maxima={}, minima={})
 
     terms = [
         *layer_terms(model, train, mtp_depth=0),
-        Term("value", token_count, coefficient=1.0),
+        Term("vf_loss", token_count, coefficient=1.0),
     ]
-    names = ("value_clip_fraction", "mean", "returns", "returns_squared", "error_squared")
+    names = ("vf_clipfrac", "vpred_mean", "returns/mean", "returns_squared", "error_squared")
     terms += [Term(name, token_count) for name in names]
     return Objective(tuple(terms), totals, signal=lambda batch: jnp.any(batch["mask"]))
 
@@ -191,12 +191,12 @@ def value_loss(
 
 
 def explained(values: dict[str, Array]) -> dict[str, Array]:
-    """Returns metrics with "explained_variance" in place of the squares that it is made of.
+    """Returns metrics with "vf_explained_var" in place of the squares that it is made of.
 
     It is 1 - mean (V - R)^2 / var R: 1 for a critic that knows, 0 for one that says the mean.
     """
     values = dict(values)
-    variance = values.pop("returns_squared") - jnp.square(values["returns"])
+    variance = values.pop("returns_squared") - jnp.square(values["returns/mean"])
     error = values.pop("error_squared")
     share = jnp.where(variance > 1e-12, 1 - error / jnp.maximum(variance, 1e-12), 0.0)
-    return values | {"explained_variance": share}
+    return values | {"vf_explained_var": share}

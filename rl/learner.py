@@ -14,6 +14,7 @@ from kernels.device import compiler_options
 from model.transformer import boxed_shapes
 from rl.algorithms.row import Algorithm
 from rl.batches import minibatches
+from rl.clock import Parts
 from rl.compared import compared_logprobs, jit_score, left_policy
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.critic import Critic
@@ -35,6 +36,8 @@ class Learner:
       train: the section `train`, of which `per_update` makes the optimizer's.
       algorithm: a row of the table with its options.
       seed: of the order of rows in minibatches, and of lots that are drawn.
+      parts: what is measured: "old_log_prob", "ref" and "values", which are scored; "adv", the
+        signals; "update_actor" and "update_critic".
 
     Attributes:
       optimizer: of the policy.
@@ -49,16 +52,18 @@ class Learner:
         reinforce: ReinforceConfig,
         algorithm: Algorithm,
         seed: int,
+        parts: Parts | None = None,
     ):
+        self._parts = parts or Parts()
         self._setup, self._reinforce, self._algorithm = setup, reinforce, algorithm
         self._seed = seed
         scheduled = per_update(train, reinforce.epochs * reinforce.minibatches)
         self.optimizer = make_optimizer(scheduled, boxed_shapes(setup.model)["params"])
         self.critic = Critic(setup, scheduled, reinforce) if "values" in algorithm.needs else None
         scored = setup, train.stage, sampling.temperature
-        parts = reinforce.minibatches * train.microbatches
-        self._score = jit_score(*scored, parts)
-        self._score_entropy = jit_score(*scored, parts, entropy=True)
+        count = reinforce.minibatches * train.microbatches
+        self._score = jit_score(*scored, count)
+        self._score_entropy = jit_score(*scored, count, entropy=True)
         self._score_update = jit_score(*scored, train.microbatches, entropy=True)
         self._step_signals = jit_step_signals(setup, algorithm)
         self._update_signals = jit_update_signals(setup, algorithm)
@@ -90,22 +95,27 @@ class Learner:
         if isinstance(state, StateWithCritic):
             state, critic_state = state.policy, state.critic
         batch = batch | self._compared(state, critic_state, reference, batch)
-        batch |= self._step_signals(batch, paid)
-        if step <= reinforce.critic_warmup_steps:
-            batch["advantages"] = jnp.zeros_like(batch["advantages"])
+        with self._parts("adv"):
+            batch |= self._parts.until(self._step_signals(batch, paid))
+            if step <= reinforce.critic_warmup_steps:
+                batch["advantages"] = jnp.zeros_like(batch["advantages"])
         every = reinforce.reset_optimizer_every
         if every and (step - 1) % every == 0:
             state = self._reset(state)
         measured = []
-        parts = minibatches(self._setup, batch, reinforce, seed=self._seed, step=step)
-        for number, part in enumerate(parts):
-            part = left_policy(part) if number else part
-            part = part | self._singled_out(state, part, step, number)
-            values = {}
-            if self.critic is not None and critic_state is not None:
-                critic_state, values = self.critic.update(critic_state, part)
-            state, of_policy = self._step(state, part)
-            measured.append(of_policy | values)
+        with self._parts("update_actor"):
+            cut = minibatches(self._setup, batch, reinforce, seed=self._seed, step=step)
+            for number, part in enumerate(cut):
+                part = left_policy(part) if number else part
+                part = part | self._singled_out(state, part, step, number)
+                values = {}
+                if self.critic is not None and critic_state is not None:
+                    with self._parts("update_critic"):
+                        updated = self.critic.update(critic_state, part)
+                        critic_state, values = self._parts.until(updated)
+                # Each update is waited for: the critic's next one would have its seconds.
+                state, of_policy = self._parts.until(self._step(state, part))
+                measured.append(of_policy | values)
         return StateWithCritic.of(state, critic_state) if critic_state else state, measured
 
     def _compared(
@@ -126,12 +136,17 @@ class Learner:
             reinforce.old_logprobs,
             updates,
             needs,
+            self._parts,
         )
         if "entropy" in needs:
-            _, compared["old_entropy"] = self._score_entropy(state.variables, batch)
+            with self._parts("old_log_prob"):
+                scored = self._parts.until(self._score_entropy(state.variables, batch))
+                _, compared["old_entropy"] = scored
         if self.critic is not None:
             assert critic_state is not None
-            compared["old_values"] = self.critic.score(critic_state.variables, batch)
+            with self._parts("values"):
+                scored = self._parts.until(self.critic.score(critic_state.variables, batch))
+                compared["old_values"] = scored
         return compared
 
     def _singled_out(self, state: TrainState, batch: Batch, step: int, number: int) -> Batch:

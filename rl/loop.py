@@ -5,7 +5,6 @@ rl/sampler.py says how they are sampled, rl/learner.py how they are learnt from.
 """
 
 import dataclasses
-import time
 from pathlib import Path
 
 import jax
@@ -16,9 +15,10 @@ from rl.ahead import Ahead
 from rl.algorithms.row import Algorithm
 from rl.algorithms.spec import get_algorithm
 from rl.batches import Layout
+from rl.clock import Parts
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.learner import Learner
-from rl.measure import observe, over_updates, timed
+from rl.measure import as_arrays, observe, over_updates, speeds
 from rl.records import kept_records, records_made
 from rl.reference import begun
 from rl.sampler import Sampler
@@ -74,17 +74,18 @@ def train_policy(
     updates = reinforce.epochs * reinforce.minibatches
     made = records_made(setup.model, train.stage)
     kept = kept_records(made, sampling, reinforce)
-    parts = reinforce.minibatches * train.microbatches
-    layout = Layout(setup, sampling, reinforce, made, kept, parts)
+    cuts = reinforce.minibatches * train.microbatches
+    layout = Layout(setup, sampling, reinforce, made, kept, cuts)
     agreement = Agreement(setup, train.stage, reinforce.agreement_rows)
-    learn = Learner(setup, train, sampling, reinforce, algorithm, seed)
+    parts = Parts()
+    learn = Learner(setup, train, sampling, reinforce, algorithm, seed, parts)
     sections = train, sampling, reinforce, evaluate
     sampler = Sampler(sampler_setup, *sections, algorithm, template=template, seed=seed)
     weights = None
     if sampler_setup is not setup:
         checked = reinforce.canary_tolerance != 0
         weights = Weights(setup.model, sampler_setup.mesh, checked=checked)
-    ahead = Ahead(sampler, reinforce.lag, weights)
+    ahead = Ahead(sampler, reinforce.lag, weights, parts)
     cursor = ahead if reinforce.remembers else None
     with (
         jax.set_mesh(setup.mesh),
@@ -119,34 +120,41 @@ def train_policy(
                 progress.note(f"goes on from step {done}")
             progress.note("the first step compiles the sampler and the update")
             for step in range(done + 1, train.steps + 1):
-                started = time.monotonic()
+                parts.begin()
                 sampled = ahead.take(step, state.variables)
-                some = agreement.some([each.trajectory for each in sampled.completions])
-                agreed = agreement(
-                    state.variables, layout.recorded(some, agreement.most(layout.most))
-                )
-                batch = layout(sampled.completions, step)
+                trajectories = [each.trajectory for each in sampled.completions]
+                with parts("agreement"):
+                    some = agreement.some(trajectories)
+                    recorded = layout.recorded(some, agreement.most(layout.most))
+                    agreed = agreement.metrics(agreement(state.variables, recorded))
+                with parts("rows"):
+                    batch = parts.until(layout(sampled.completions, step))
                 paid = sampled.rewards.arrays(layout.most, sampled.greedy_P)
-                sampled_at = time.monotonic()
                 state, measured = learn(state, reference, batch, paid, step)
                 newest.is_at(step, state, ahead.place() if cursor else None)
                 if reference:
                     reference.after(step, state.variables)
-                observed = observe([*sampled.groups, *sampled.left_out], sampled.counts)
-                observed |= sampled.metrics | agreement.metrics(agreed)
+                values = over_updates(measured) | sampled.metrics | agreed
+                values |= observe([*sampled.groups, *sampled.left_out], sampled.counts)
                 if reinforce.in_parts or reinforce.lag:
-                    observed |= ahead.metrics(step, sampled)
-                values = timed(over_updates(measured) | observed, started, sampled_at)
-                log.record(step, values, int(observed["tokens"]))
+                    values |= ahead.metrics(step, sampled)
+                values |= parts.collect()
+                learnt = reinforce.epochs * sum(len(each.tokens_T) for each in trajectories)
+                values |= speeds(values, sampled.counts.sampled, learnt)
+                log.record(step, as_arrays(values), int(values["tokens"]))
                 if Due(train).log(step):
                     traces.write(step, sampled.groups)
                 if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
-                    log.validation(step, ahead.validation(step, state.variables))
+                    with parts("testing"):
+                        found = ahead.validation(step, state.variables)
+                    log.validation(step, found | parts.collect("testing"))
                 checkpoints.check()
                 stopping = interrupt.stop_requested(step)
                 if Due(train).save(step) or stopping:
-                    ahead.settle()
-                    checkpoints.save(step, state, cursor)
+                    with parts("save_checkpoint"):
+                        ahead.settle()
+                        checkpoints.save(step, state, cursor)
+                    metrics.write(step, parts.collect("save_checkpoint"))
                 if stopping:
                     break
         return int(state.step) >= train.steps * updates

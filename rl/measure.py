@@ -1,11 +1,12 @@
-"""The metrics of a step of reinforcement, under the names that metrics.jsonl has."""
+"""The metrics of a step of reinforcement, under the names that metrics.jsonl has.
 
-import time
+docs/metrics.md lists them all.
+"""
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -13,39 +14,43 @@ from rl.pay import Rewards
 from rl.request import Counts
 from rl.rewards import metric_name
 from rl.rollouts import Group
+from rl.token_metrics import FRESH_SHARE, IMPORTANCE, LOGP_DIFFERENCE, SQUARES
+
+Values = dict[str, np.ndarray]
+
+# Between trainer and sampler, before anything is learnt.
+_OF_FIRST = (f"{LOGP_DIFFERENCE}/", f"{IMPORTANCE}/", "rollout_corr/", FRESH_SHARE)
+_OF_LAST = ("learning_rate", "skipped", "skipped_in_row")
 
 
-def over_updates(measured: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """Returns the metrics of a rollout from those of its updates: means over them.
+def over_updates(measured: Sequence[Mapping[str, Array]]) -> Values:
+    """Returns the metrics of a step from those of its updates: means over them, on the host.
 
-    The gap between the log-probs of trainer and sampler is that of the first update, when both have
-    the same parameters. Counters and the learning rate are those after the last; of ratios the
-    largest counts. "effective_sample_size" is that of the importance weights, as a share of the
-    tokens: (mean r)^2 / mean r^2.
+    What compares the trainer with the sampler is that of the first update, before which nothing has
+    been learnt. Counters and the learning rate are those after the last; of what is an extreme, the
+    most extreme counts.
+
+    The difference of log-probs is left out where no token of the first update was sampled with the
+    weights that the step began with.
     """
-    means = {
-        name: jnp.mean(jnp.stack([values[name] for values in measured]), axis=0)
-        for name in measured[0]
-    }
-    if len(measured) == 1:
-        means = dict(measured[0])
-    before = {name: measured[0][name] for name in means if name.startswith("sampler/")}
-    last = ("learning_rate", "skipped", "skipped_in_row")
-    after = {
-        name: measured[-1][name]
-        for name in means
-        if name.rpartition("/")[2] in last and not name.startswith("sampler/")
-    }
-    largest = {
-        name: jnp.max(jnp.stack([values[name] for values in measured]))
-        for name in ("ratio_max",)
-        if name in means
-    }
-    means |= before | after | largest
-    if "ratio_squared" in means:
-        square = means.pop("ratio_squared")
-        means["effective_sample_size"] = jnp.square(means["ratio"]) / jnp.maximum(square, 1e-30)
-    return means
+    updates = jax.device_get(list(measured))
+    values = {}
+    for name in updates[0]:
+        found = np.stack([np.asarray(update[name], np.float32) for update in updates])
+        if name.startswith(_OF_FIRST):
+            values[name] = found[0]
+        elif name.rpartition("/")[2] in _OF_LAST:
+            values[name] = np.asarray(updates[-1][name])
+        elif name.endswith(("/max", "/min")):
+            values[name] = found.max(axis=0) if name.endswith("/max") else found.min(axis=0)
+        else:
+            values[name] = found.mean(axis=0)
+    for mean, size in SQUARES.items():
+        if size in values:
+            values[size] = np.square(values[mean]) / np.maximum(values[size], 1e-30)
+    if not values.pop(FRESH_SHARE, 1):
+        values = {name: x for name, x in values.items() if not name.startswith(LOGP_DIFFERENCE)}
+    return values
 
 
 def observe(groups: Sequence[Group], counts: Counts) -> dict[str, float | np.number]:
@@ -55,31 +60,58 @@ def observe(groups: Sequence[Group], counts: Counts) -> dict[str, float | np.num
     """
     drafts = {}
     if counts.drafted:
-        drafts["sampler/drafts_accepted"] = counts.accepted / counts.drafted
-        drafts["sampler/tokens_per_pass"] = (counts.passes + counts.accepted) / counts.passes
+        drafts["sampling/drafts_accepted"] = counts.accepted / counts.drafted
+        drafts["sampling/tokens_per_pass"] = (counts.passes + counts.accepted) / counts.passes
     completions = [each for group in groups for each in group.completions]
     rewards = Rewards.joined([group.rewards for group in groups])
+    by_name = {}
+    for name, paid_PG in zip(rewards.names, rewards.paid_MPG, strict=True):
+        by_name[f"{metric_name(name)}/mean"] = paid_PG.mean()
+        by_name[f"{metric_name(name)}/std"] = spread(paid_PG)
     lengths_B = np.asarray([completion.length for completion in completions])
+    truncated_B = np.asarray([completion.truncated for completion in completions])
     return {
         "reward": rewards.total_PG.mean(),
-        **{metric_name(name): mean for name, mean in rewards.means().items()},
-        "completion_length": lengths_B.mean(),
-        "truncated": np.mean([completion.truncated for completion in completions]),
-        "zero_variance_groups": np.mean(np.ptp(rewards.total_PG, axis=1) == 0),
+        "reward_std": spread(rewards.total_PG),
+        "frac_reward_zero_std": np.mean(np.ptp(rewards.total_PG, axis=1) == 0),
+        **by_name,
+        **of_lengths("length", lengths_B),
+        **of_lengths("terminated_length", lengths_B[~truncated_B]),
+        "completions/clipped_ratio": truncated_B.mean(),
         "tokens": lengths_B.sum(),
         **drafts,
     }
 
 
-def timed(values: Mapping[str, Any], started: float, sampled: float) -> dict[str, Array]:
-    """Waits for the values of a step, and adds how long sampling and updating took, in seconds.
+def of_lengths(what: str, lengths_B: np.ndarray) -> dict[str, float | np.number]:
+    """Returns "completions/mean_WHAT", and the least and largest: 0 where there is none."""
+    found = lengths_B if len(lengths_B) else np.zeros(1)
+    extremes = {"min": found.min(), "mean": found.mean(), "max": found.max()}
+    return {f"completions/{name}_{what}": value for name, value in extremes.items()}
+
+
+def spread(paid: np.ndarray) -> float:
+    """Returns the standard deviation over all completions of a step, by n - 1; 0 of one alone."""
+    return float(np.std(paid, ddof=1)) if paid.size > 1 else 0.0
+
+
+def speeds(seconds: Mapping[str, Any], sampled: int, learnt: int) -> dict[str, float]:
+    """Returns tokens a second of both sides.
 
     Args:
-      started, sampled: `time.monotonic()` at the beginning of the step and when it had sampled.
+      seconds: of `rl.clock.Parts.collect`, among others.
+      sampled: tokens that were sampled meanwhile.
+      learnt: tokens that updates went over, those of the prompts among them, each as often as it
+        has epochs.
     """
-    arrays = {name: jnp.asarray(value) for name, value in values.items()}
-    jax.block_until_ready(arrays)
-    return arrays | {
-        "sample_seconds": jnp.asarray(sampled - started),
-        "update_seconds": jnp.asarray(time.monotonic() - sampled),
-    }
+    sides = (("gen", sampled, ("gen",)), ("update", learnt, ("update_actor", "update_critic")))
+    found = {}
+    for side, tokens, parts in sides:
+        spent = sum(seconds.get(f"timing_s/{part}", 0.0) for part in parts)
+        found[f"perf/{side}_tokens_per_s"] = tokens / spent if spent else 0.0
+    return found
+
+
+def as_arrays(values: Mapping[str, float | np.number | np.ndarray]) -> Values:
+    """Returns the metrics of a step as arrays, which `train.monitor.StepLog` takes."""
+    return {name: np.asarray(value) for name, value in values.items()}

@@ -10,8 +10,7 @@ itself, see `old_of`; and stale, bool [B, T]: tokens that weights of an earlier 
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -28,42 +27,9 @@ from rl.algorithms.row import Algorithm
 from rl.algorithms.sequences import Sequences
 from rl.algorithms.surrogates import Gain
 from rl.algorithms.tokens import Tokens
+from rl.token_metrics import LOGP_DIFFERENCE, Measured, mean_names, token_totals
 from train.config import TrainConfig
 from train.objective import Batch, Objective, Term, Totals, layer_terms, layer_totals
-
-
-class Measured(NamedTuple):
-    """What the metrics of a token are made of: the token, its ratio and its gain, [B, T] each."""
-
-    tokens: Tokens
-    ratio_BT: Array
-    gain: Gain
-
-
-def kl_to_old(measured: Measured) -> Array:
-    """Estimates KL(old | policy) by exp(d) - 1 - d, d = log policy - log old (k3), [B, T]."""
-    log_ratio_BT = measured.tokens.log_ratio_BT
-    return jnp.exp(log_ratio_BT) - 1 - log_ratio_BT
-
-
-def logprob_gap(tokens: Tokens) -> Array:
-    """Returns |log policy - log sampler|, [B, T]: before an update, what two programs differ by."""
-    return jnp.abs(tokens.logprobs_BT - tokens.sampler_BT)
-
-
-TOKEN_METRICS: dict[str, Callable[[Measured], Array]] = {
-    "entropy": lambda measured: measured.tokens.entropy_BT,
-    "clip_fraction": lambda measured: measured.gain.low_BT | measured.gain.high_BT,
-    "clip_fraction_low": lambda measured: measured.gain.low_BT,
-    "clip_fraction_high": lambda measured: measured.gain.high_BT,
-    "ratio": lambda measured: measured.ratio_BT,
-    "ratio_squared": lambda measured: jnp.square(measured.ratio_BT),
-    "kl_to_old": kl_to_old,
-}
-"""Metrics that are means over sampled tokens, by the name they are reported under."""
-MEAN_GAP, LARGEST_GAP = "sampler/logprob_gap_mean", "sampler/logprob_gap_max"
-"""Those of the difference from the sampler's log-probs, where it sampled with the same weights."""
-LARGEST_RATIO = "ratio_max"
 
 
 def policy_objective(
@@ -71,8 +37,8 @@ def policy_objective(
 ) -> Objective:
     """Builds the objective of an algorithm.
 
-    Its terms are the layers' (balance, the indexer's KL), those of `policy_terms`, and
-    `TOKEN_METRICS`.
+    Its terms are the layers' (balance, the indexer's KL), those of `policy_terms`, and the
+    metrics of rl/token_metrics.py.
 
     Args:
       temperature: of sampling, so that the policy is what was sampled from.
@@ -85,21 +51,20 @@ def policy_objective(
         )
         tokens = tokens_of(batch, logprobs_BT, entropy_BT)
         terms, measured = policy_totals(algorithm, tokens, batch)
-        for name, metric in TOKEN_METRICS.items():
-            terms[name] = jnp.sum(jnp.where(tokens.mask_BT, metric(measured), 0.0))
         terms |= layer_totals(config, train.stage, output.stats)
-        gap_BT = jnp.where(fresh(batch), logprob_gap(tokens), 0.0)
-        terms[MEAN_GAP] = jnp.sum(gap_BT)
-        largest = jnp.max(jnp.where(tokens.mask_BT, measured.ratio_BT, 0.0))
-        maxima = {LARGEST_GAP: jnp.max(gap_BT), LARGEST_RATIO: largest}
-        return Totals(terms, output.stats.router.counts_E, maxima)
+        sums, maxima, minima = token_totals(measured, fresh(batch), names)
+        return Totals(terms | sums, output.stats.router.counts_E, maxima, minima)
 
-    fresh_count = Term(MEAN_GAP, lambda batch: jnp.sum(fresh(batch), dtype=jnp.float32))
+    names = mean_names(algorithm)
+
+    def fresh_count(batch: Batch) -> Array:
+        return jnp.sum(fresh(batch), dtype=jnp.float32)
+
     terms = (
         *layer_terms(config, train, mtp_depth=0),
         *policy_terms(algorithm),
-        *(Term(name, token_count) for name in TOKEN_METRICS),
-        fresh_count,
+        *(Term(name, token_count) for name in names),
+        Term(f"{LOGP_DIFFERENCE}/mean", fresh_count),
     )
     return Objective(terms, totals, signal=has_signal)
 
@@ -107,16 +72,16 @@ def policy_objective(
 def policy_terms(algorithm: Algorithm) -> list[Term]:
     """Lists what an algorithm minimises; the totals are those of `policy_totals`.
 
-    These are "policy" and, where it has them, "kl" and "entropy_bonus".
+    These are "policy_loss" and, where it has them, "kl_loss" and "entropy_bonus".
     """
     options = algorithm.options
 
     def weight(batch: Batch) -> Array:
         return algorithm.aggregate.weight(sequences_of(batch))
 
-    terms = [Term("policy", weight, coefficient=1.0)]
+    terms = [Term("policy_loss", weight, coefficient=1.0)]
     if options.kl_in_loss:
-        terms.append(Term("kl", weight, options.kl))
+        terms.append(Term("kl_loss", weight, options.kl))
     if options.entropy:
         mean = weight if options.entropy_mean == "row" else functools.partial(entropies, options)
         terms.append(Term("entropy_bonus", mean, -options.entropy))
@@ -130,14 +95,14 @@ def policy_totals(
     options, sequences = algorithm.options, tokens.sequences
     total = functools.partial(algorithm.aggregate.total, sequences=sequences)
     ratio_BT, gain = gain_of(algorithm, tokens)
-    terms = {"policy": -total(gain.gain_BT * weights_of(algorithm, tokens, batch))}
+    terms = {"policy_loss": -total(gain.gain_BT * weights_of(algorithm, tokens, batch))}
     if options.kl_in_loss:
         assert tokens.reference_BT is not None
         kl_ratio_BT = kl_ratio_of(options, tokens, ratio_BT)
         estimator = bounded(
             ESTIMATORS[options.kl_estimator], options.kl_log_clamp, options.kl_clamp
         )
-        terms["kl"] = total(estimator(tokens.logprobs_BT, tokens.reference_BT, kl_ratio_BT))
+        terms["kl_loss"] = total(estimator(tokens.logprobs_BT, tokens.reference_BT, kl_ratio_BT))
     if options.entropy:
         counted_BT = entropy_mask(options, batch)
         entropy_BT = jnp.where(counted_BT, tokens.entropy_BT, 0.0)

@@ -168,13 +168,22 @@ class ReasoningEvaluation:
 
     def validation(self, variables: dict) -> dict[str, float]:
         """Returns the figures of an evaluation in the midst of a run, for its metrics."""
-        summary = self._summary(self._sampled(variables, shown=False))
-        passes = {f"validation_pass_at_{row['k']}": row["mean"] for row in summary["pass_at_k"]}
-        return passes | {
-            f"validation_{name}": value
-            for name, value in summary.items()
-            if name.endswith("reward") or name in ("completion_length", "truncated")
+        tally = self._sampled(variables, shown=False)
+        summary = self._summary(tally)
+        passes = {f"pass_at_{row['k']}": row["mean"] for row in summary["pass_at_k"]}
+        by_name = {
+            f"{metric_name(name)}/mean": float(np.mean(paid))
+            for name, paid in tally.paid.items()
+            if name != "total"
         }
+        found = {
+            **passes,
+            "reward": summary["reward"],
+            **by_name,
+            "completions/mean_length": summary["completion_length"],
+            "completions/clipped_ratio": summary["truncated"],
+        }
+        return {f"validation_{name}": value for name, value in found.items()}
 
     def _summary(self, tally: Tally) -> dict:
         evaluate = self._evaluate
@@ -189,7 +198,7 @@ class ReasoningEvaluation:
             "samples": evaluate.samples,
             "format": means["format"],
             "reward": means.pop("total"),
-            **{metric_name(name): mean for name, mean in means.items()},
+            **{f"{name.rpartition(':')[2]}_reward": mean for name, mean in means.items()},
             "completion_length": float(np.mean(tally.lengths)),
             "truncated": float(np.mean(tally.truncated)),
         }

@@ -17,6 +17,7 @@ from checkpoints.cursors import Place
 from data.tasks.problem import Problem
 from rl.algorithms.row import Algorithm
 from rl.canary import Canary
+from rl.clock import Parts
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.curriculum import Curriculum
 from rl.generate import Completion, Generator
@@ -38,7 +39,8 @@ class Sampled(NamedTuple):
     greedy_P: what the greedy completion of each group's problem earns in all, float32 [P]; None
       where the algorithm compares with none.
     counts: what the engine did meanwhile.
-    metrics: what there is to say of it beside its completions, by name.
+    metrics: what there is to say of it beside its completions, by name, with the seconds of its
+      parts.
     seconds: that it took.
     """
 
@@ -83,7 +85,7 @@ class Sampler:
         template: str,
         seed: int,
     ):
-        self.setup = setup
+        self.setup, self._parts = setup, Parts()
         problems = problems_to_train(
             reinforce.task, sampling, setup.tokenizer, template, seed
         ).problems
@@ -107,7 +109,10 @@ class Sampler:
         options, longest = algorithm.options, sampling.max_new_tokens
 
         def pay(problem: Problem, completions: Sequence[Completion]) -> Rewards:
-            return reward(completions, [problem], weights, reinforce.truncated, options, longest)
+            with self._parts("reward"):
+                return reward(
+                    completions, [problem], weights, reinforce.truncated, options, longest
+                )
 
         self._pay = pay
         self._rollouts = Rollouts(
@@ -143,14 +148,19 @@ class Sampler:
         Raises UserError where the canary finds that sampler and trainer do not agree.
         """
         started, metrics = time.monotonic(), {}
+        self._parts.collect()  # what a run that goes on pays anew is of no step
         with jax.set_mesh(self.setup.mesh):
             if self._canary:
-                metrics["sampler/canary_gap"] = self._canary.check(step, variables)
+                with self._parts("canary"):
+                    metrics["sampling/canary_gap"] = self._canary.check(step, variables)
             before = dataclasses.replace(self._generate.engine.counts)
-            taken = self._rollouts.take(step, variables)
-            counts = self._generate.engine.counts.since(before)
-            greedy_P = self._greedy_rewards(taken.groups, variables) if self._greedy else None
-        metrics |= self._rollouts.metrics(taken)
+            with self._parts("gen"):
+                taken = self._rollouts.take(step, variables)
+            counts, greedy_P = self._generate.engine.counts.since(before), None
+            if self._greedy:
+                with self._parts("gen_max"):
+                    greedy_P = self._greedy_rewards(taken.groups, variables)
+        metrics |= self._rollouts.metrics(taken) | self._parts.collect()
         return Sampled(*taken, greedy_P, counts, metrics, time.monotonic() - started)
 
     def _greedy_rewards(self, groups: Sequence[Group], variables: dict) -> np.ndarray:

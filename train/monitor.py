@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
 from jax import Array
 
 from errors import UserError
@@ -11,7 +12,7 @@ from train.metrics import Metrics
 from train.progress import Progress
 
 # Metrics that the progress line shows, where the step has them.
-ON_PROGRESS_LINE = ("reward", "lm", "indexer_kl", "completion_length", "entropy")
+ON_PROGRESS_LINE = ("reward", "lm", "indexer_kl", "completions/mean_length", "entropy")
 OF_VALIDATION = ("validation_lm", "validation_pass_at_1")
 
 
@@ -45,13 +46,13 @@ class StepLog:
     metrics: Metrics
     progress: Progress
 
-    def record(self, step: int, values: Mapping[str, Array], tokens: int) -> None:
+    def record(self, step: int, values: Mapping[str, Array | np.ndarray], tokens: int) -> None:
         """Shows and writes what a step measured.
 
         Args:
           step: steps done.
-          values: the metrics of `train.step.make_step`, on the device. Arrays that are not scalars
-            are written after the last step only.
+          values: the metrics of `train.step.make_step`, on the device or the host. Arrays that are
+            not scalars are written after the last step only.
           tokens: tokens that the step processed.
 
         Raises:

@@ -12,7 +12,7 @@ every RL loss (`rl/objective.py`).
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +35,31 @@ class Totals(NamedTuple):
 
     terms: the total of each term, a float32 scalar.
     counts_LE: tokens per expert and layer, MTP modules last.
-    maxima: quantities of which the step reports the largest; none is negative.
+    maxima, minima: quantities of which the step reports the largest, or the least.
     """
 
     terms: dict[str, Array]
     counts_LE: Array
     maxima: dict[str, Array]
+    minima: dict[str, Array]
 
     def __add__(self, other: "Totals") -> "Totals":
         terms = {name: total + other.terms[name] for name, total in self.terms.items()}
         maxima = jax.tree.map(jnp.maximum, self.maxima, other.maxima)
-        return Totals(terms, self.counts_LE + other.counts_LE, maxima)
+        minima = jax.tree.map(jnp.minimum, self.minima, other.minima)
+        return Totals(terms, self.counts_LE + other.counts_LE, maxima, minima)
+
+    def before_any(self) -> "Totals":
+        """Returns the totals, of the same shapes, to which those of a first microbatch are added.
+
+        The leaves may be arrays or `jax.ShapeDtypeStruct`s.
+        """
+
+        def filled(value: float, leaves: Any) -> Any:
+            return jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), leaves)
+
+        terms, counts_LE = filled(0, self.terms), filled(0, self.counts_LE)
+        return Totals(terms, counts_LE, filled(-jnp.inf, self.maxima), filled(jnp.inf, self.minima))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +139,7 @@ def language_objective(config: ModelConfig, train: TrainConfig) -> Objective:
         for k, hidden_BTD in zip(depths, output.mtp_hidden, strict=True):
             terms[f"mtp_{k}"] = predicted(hidden_BTD, batch, ahead=k + 1)
         terms |= layer_totals(config, train.stage, output.stats)
-        return Totals(terms, output.stats.router.counts_E, maxima={})
+        return Totals(terms, output.stats.router.counts_E, maxima={}, minima={})
 
     terms = (
         *layer_terms(config, train, mtp_depth),

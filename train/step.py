@@ -55,7 +55,7 @@ def make_step(
                 state, params, router, opt_state, finite=jnp.isfinite(norm), signal=signal
             )
         metrics = {name: mean.value for name, mean in means.items()} | totals.maxima
-        metrics |= {
+        metrics |= totals.minima | {
             "loss": objective.loss(means),
             "grad_norm": norm,
             # The optimizer's own count: it does not see skipped steps.
@@ -109,9 +109,8 @@ def loss_and_gradient(
 
     batches = split_microbatches(batch, microbatches)
     shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], batches))
-    # Maxima start at 0 too: none of them is negative.
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (gradients, totals), _ = jax.lax.scan(accumulate, zeros, batches)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0])
+    (gradients, totals), _ = jax.lax.scan(accumulate, (zeros, shapes[1].before_any()), batches)
     return gradients, means_of(totals, weights), totals
 
 

@@ -51,8 +51,8 @@ def check_weights(weights: Mapping[str, float], field: str = "reinforce.rewards"
 
 
 def metric_name(name: str) -> str:
-    """Returns what metrics call a reward: answer_reward, or brevity_reward of FILE.py:brevity."""
-    return f"{name.rpartition(':')[2]}_reward"
+    """Returns what metrics call a reward: rewards/answer, or rewards/brevity of FILE.py:brevity."""
+    return f"rewards/{name.rpartition(':')[2]}"
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from experiment import setup
 from experiment.schema import Config
 from launch import algorithms, pretrain, reinforce
 from model.sharding import make_mesh
+from tests.launch.documented_metrics import check_documented
 from tests.launch.test_reinforce import DENSE, in_a_place_with_rewards, lines, run_of  # noqa: F401
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
 from train.restore import load_variables
@@ -70,11 +71,13 @@ def test_ppo_with_its_critic(monkeypatch, tmp_path):
     """The critic learns while the policy waits, and beside it; an export has nothing of it."""
     config = run_of("length", train__steps=4, **PPO)
     found = whole_and_in_parts(config, monkeypatch)
+    check_documented("whole", "critic")
     assert [line["skipped"] for line in found] == [2, 2, 2, 2], "the first step's, of the policy"
     assert all(line["critic/grad_norm"] > 0 for line in found)
     assert all(line["critic/learning_rate"] == pytest.approx(0.02, rel=0.9) for line in found)
-    assert found[-1]["critic/value"] < found[0]["critic/value"]
-    assert abs(found[0]["critic/mean"]) < abs(found[-1]["critic/mean"]), "it begins at 0"
+    assert found[-1]["critic/vf_loss"] < found[0]["critic/vf_loss"]
+    means = [abs(line["critic/vpred_mean"]) for line in found]
+    assert means[0] < means[-1], "it begins at 0"
     state = everything("whole")
     assert int(state["step"]) == int(state["critic"]["step"]) == 8
     trunk, policy = state["critic"]["params"], state["params"]
@@ -84,7 +87,7 @@ def test_ppo_with_its_critic(monkeypatch, tmp_path):
     again = run_of("length", train__steps=1, **PPO | {"reinforce__critic_from": "whole"})
     assert reinforce.run(again, Path("again"))
     (line,) = lines("again")
-    assert abs(line["critic/mean"]) > abs(found[0]["critic/mean"])
+    assert abs(line["critic/vpred_mean"]) > means[0]
     without = run_of("length", train__steps=1, **DENSE | {"reinforce__algorithm": "grpo"})
     assert reinforce.run(without, Path("without"))
     with pytest.raises(UserError, match=r"reinforce.critic_from = 'without': .* is not there"):
@@ -107,6 +110,7 @@ def test_greedy_baselines_a_selection_and_a_reference_that_moves(monkeypatch):
     """One completion of a prompt: the greedy one is what it is compared with."""
     config = run_of("length", train__steps=4, **ALL_AT_ONCE)
     found = whole_and_in_parts(config, monkeypatch, at=3)
+    check_documented("whole", "greedy", "entropy", "reference")
     assert all(line["grad_norm"] > 0 and np.isfinite(line["entropy_bonus"]) for line in found)
     kept = sorted(int(path.name) for path in Path("whole/reference").iterdir())
     assert kept == [0, 2, 4]
@@ -156,7 +160,7 @@ def test_a_student_comes_nearer_to_its_teacher():
     assert reinforce.run(config, Path("run"))
     found = lines("run")
     assert found[-1]["kl"] < 0.8 * found[0]["kl"]
-    assert all(line["zero_variance_groups"] == 1 and line["skipped"] == 0 for line in found)
+    assert all(line["frac_reward_zero_std"] == 1 and line["skipped"] == 0 for line in found)
     record = json.loads(Path("run/reference.json").read_text())
     assert record == {"source": "teacher/checkpoints/20", "step": 20}
 
@@ -165,6 +169,7 @@ def test_entropies_and_corrections_of_old_log_probs():
     spec = "gtpo_entropy?success=0.5&correction=token_truncate&correction_high=1.5&off_policy=0.5"
     config = run_of("length", train__steps=2, reinforce__algorithm=spec, reinforce__minibatches=2)
     assert reinforce.run(config, Path("run"))
+    check_documented("run", "scored")
     assert all(line["grad_norm"] > 0 for line in lines("run"))
 
 
@@ -177,10 +182,11 @@ def test_sampling_on_and_an_order_by_pass_rates(monkeypatch):
     changes |= {"reinforce__lag": 1, "reinforce__most_stale": 1}
     changes |= {"evaluate__reward": "own.py:length", "evaluate__success": 0.5}
     found = whole_and_in_parts(run_of("length", train__steps=4, **changes), monkeypatch)
+    check_documented("whole", "zero_variance", "order", "lag")
     assert any(line["left_out"] > 0 for line in found)
     assert all(line["groups"] == 8 for line in found)
-    assert [line["sampler/staleness_share_1"] for line in found] == [0, 1, 1, 1]
-    assert found[0]["ratio"] == pytest.approx(1, abs=1e-5) != found[-1]["ratio"]
+    assert [line["sampling/staleness/share_1"] for line in found] == [0, 1, 1, 1]
+    assert found[0]["ratio/mean"] == pytest.approx(1, abs=1e-5) != found[-1]["ratio/mean"]
     assert found[-1]["curriculum/tried"] > 8 and found[-1]["curriculum/retired"] > 0
 
 

@@ -12,6 +12,7 @@ from errors import UserError
 from experiment.schema import Config
 from launch import reinforce
 from rl.rollouts import Rollouts
+from tests.launch.documented_metrics import check_documented
 from tests.launch.test_reinforce import (
     in_a_place_with_rewards,  # noqa: F401
     lines,
@@ -58,14 +59,15 @@ def test_a_resumed_run_is_the_one_that_never_stopped(unfinished, monkeypatch):
     chex.assert_trees_all_equal(
         final_variables(config, Path("parts")), final_variables(config, Path("whole"))
     )
+    check_documented("whole", "parts")
     counted = Counter(each["group"] for each in traces("whole"))
     assert set(counted.values()) == {2}
     found = lines("whole")
     assert {line["groups"] for line in found} > {4} and min(line["groups"] for line in found) >= 1
-    assert max(line["sampler/staleness_max"] for line in found) >= 1
+    assert max(line["sampling/staleness/max"] for line in found) >= 1
     assert any(len(set(each["versions"]) - {-1}) > 1 for each in traces("whole"))
     # Of tokens that the step's own policy sampled, which with the older ones' cache is another.
-    largest = max(line["sampler/logprob_gap_max"] for line in found)
+    largest = max(line["sampling/sampling_logp_difference/max"] for line in found)
     assert 0 < largest < 1e-4 if unfinished == "read_again" else largest > 1e-3
 
 
@@ -107,4 +109,4 @@ def test_steps_of_few_groups_are_divided_over_eight_devices(monkeypatch):
     assert reinforce.run(config, Path("run"))
     assert min(line["groups"] for line in lines("run")) * 2 < 8
     # Later ones have completions whose experts an older policy chose.
-    assert lines("run")[0]["sampler/routes_jaccard"] == 1
+    assert lines("run")[0]["sampling/routes_jaccard"] == 1

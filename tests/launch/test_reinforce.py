@@ -25,6 +25,7 @@ from model.transformer import boxed_shapes
 from rl import batches
 from rl.learner import per_update
 from rl.rewards import get_reward
+from tests.launch.documented_metrics import check_documented
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
 from train.optimizer import make_optimizer
 from train.state import abstract_state
@@ -72,10 +73,15 @@ def run_of(*rewards: str, **changes: Any) -> Config:
 
 def lines(workdir: str, kind: str = "loss") -> list[dict]:
     written = map(json.loads, Path(workdir, "metrics.jsonl").read_text().splitlines())
-    own = ("time", "tokens_per_s", "sample_seconds", "update_seconds")
-    return [{k: v for k, v in line.items() if k not in own} for line in written if kind in line]
+    clocked = re.compile("time|step_time|tokens_per_s|timing_s/.+|perf/.+")
+    return [
+        {k: v for k, v in line.items() if not clocked.fullmatch(k)}
+        for line in written
+        if kind in line
+    ]
 
 
+GAP = "sampling/sampling_logp_difference"
 KL = {"reinforce__algorithm": "grpo", "reinforce__kl_weight": 0.5}
 
 
@@ -110,6 +116,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_reference_agai
     pretrain.run(tiny(train__steps=1, train__eval_batches=0, **DENSE), Path("run"))
     config = run_of("length", init_from="run", train__steps=1, **KL)
     reinforce.run(config, Path("whole"))
+    check_documented("whole", "reference", "kl in the loss")
     shutil.copytree("whole/reference", "killed/reference")
     shutil.copy("whole/reference.json", "killed/reference.json")
     pretrain.run(tiny(train__steps=2, train__eval_batches=0, **DENSE), Path("run"))
@@ -177,7 +184,7 @@ def test_a_step_without_a_signal_changes_its_counters_alone(kl_weight):
             jax.tree.leaves(moved.variables), jax.tree.leaves(last.variables), strict=True
         )
     )
-    assert [line["zero_variance_groups"] for line in lines("run")] == [1, 1, 1]
+    assert [line["frac_reward_zero_std"] for line in lines("run")] == [1, 1, 1]
 
 
 def test_the_gap_is_measured_before_the_first_of_several_updates():
@@ -186,8 +193,8 @@ def test_the_gap_is_measured_before_the_first_of_several_updates():
     config = run_of("length", train__steps=1, **changes | {"train__learning_rate": 0.3})
     reinforce.run(config, Path("run"))
     (line,) = lines("run")
-    assert line["sampler/logprob_gap_max"] < 1e-4 and line["sampler/logprob_gap_mean"] < 1e-5
-    assert 0 < line["clip_fraction"] < 1 and line["kl_to_old"] > 1e-3
+    assert line[f"{GAP}/max"] < 1e-4 and line[f"{GAP}/mean"] < 1e-5
+    assert 0 < line["clip_ratio/region_mean"] < 1 and line["ppo_kl"] > 1e-3
 
 
 def test_scoring_is_cut_and_packed_as_the_step_is(monkeypatch):
@@ -209,7 +216,7 @@ def test_scoring_is_cut_and_packed_as_the_step_is(monkeypatch):
     for whole, cut in zip(lines("one"), lines("cut"), strict=True):
         assert cut["kl"] == pytest.approx(whole["kl"], rel=1e-3, abs=1e-6)
         assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
-        assert cut["reward"] == whole["reward"] and cut["sampler/logprob_gap_max"] < 1e-4
+        assert cut["reward"] == whole["reward"] and cut[f"{GAP}/max"] < 1e-4
 
 
 def test_a_prompt_that_does_not_fit_is_said_before_the_first_step_and_may_be_mended():
@@ -261,11 +268,12 @@ def test_held_out_problems_are_evaluated_in_between():
     changes = {"evaluate__problems": 8, "evaluate__samples": 2, "evaluate__reward": "own.py:length"}
     config = run_of("length", train__steps=5, train__eval_every=2, **changes)
     reinforce.run(config, Path("run"))
+    check_documented("run", "evaluation")
     found = lines("run", "validation_pass_at_1")
     assert [line["step"] for line in found] == [2, 4, 5]
     for line in found:
         assert 0 <= line["validation_pass_at_1"] <= line["validation_pass_at_2"] <= 1
-        assert line["validation_pass_at_1"] < line["validation_length_reward"] < 1
+        assert line["validation_pass_at_1"] < line["validation_rewards/length/mean"] < 1
     assert not lines(str(Path("run")), "validation_lm")
 
 
@@ -314,8 +322,8 @@ def test_policies_are_compared_over_what_was_drawn_from(capsys):
     changes = {"sampling__top_p": 0.7, "sampling__top_k": 50, "train__steps": 1}
     changes |= {"train__eval_every": 1, "evaluate__problems": 4, "evaluate__samples": 2}
     assert reinforce.run(run_of("length", **changes, **KL), Path("run"))
-    (line,) = lines("run", "ratio")
-    assert line["ratio"] == pytest.approx(1, abs=1e-5) and abs(line["kl"]) < 1e-6
+    (line,) = lines("run", "ratio/mean")
+    assert line["ratio/mean"] == pytest.approx(1, abs=1e-5) and abs(line["kl"]) < 1e-6
     out = capsys.readouterr().out
     assert re.search(r"sampling +\d+ slots of .* MiB, [\d,]+ B a token;", out)
     assert re.search(r"records +at most \d+ B a token on the host \(routes \d+, support \d+\)", out)

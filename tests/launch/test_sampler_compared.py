@@ -9,6 +9,7 @@ import pytest
 from errors import UserError
 from launch import reinforce
 from rl.engine import Engine
+from tests.launch.documented_metrics import check_documented
 from tests.launch.test_reinforce import (
     in_a_place_with_rewards,  # noqa: F401, a fixture that every test has
     lines,
@@ -26,17 +27,21 @@ def test_sampler_and_trainer_are_compared_in_every_step():
     changes |= {"reinforce__keep_selection": False, "reinforce__old_logprobs": "trainer"}
     config = run_of("length", **changes)
     reinforce.run(config, Path("run"))
+    check_documented("run", "sparse", "keys compared")
     for line in lines("run"):
-        compared = {name: value for name, value in line.items() if name.startswith("sampler/")}
+        compared = {name: value for name, value in line.items() if name.startswith("sampling/")}
         assert compared.keys() == {
-            *(f"sampler/{name}" for name in ("logprob_gap_mean", "logprob_gap_max", "canary_gap")),
-            *(f"sampler/selected_jaccard{layer}" for layer in ("", "_0", "_1")),
-            *(f"sampler/routes_jaccard{layer}" for layer in ("", "_1")),
+            *(f"sampling/sampling_logp_difference/{name}" for name in ("mean", "max")),
+            *(f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max")),
+            "sampling/canary_gap",
+            *(f"sampling/selected_jaccard{layer}" for layer in ("", "_0", "_1")),
+            *(f"sampling/routes_jaccard{layer}" for layer in ("", "_1")),
         }
-        assert compared["sampler/canary_gap"] < 1e-5
+        assert compared["sampling/canary_gap"] < 1e-5
         jaccards = [value for name, value in compared.items() if "jaccard" in name]
         assert min(jaccards) > 0.99 and max(jaccards) <= 1
-        assert line["ratio"] == 1 and line["clip_fraction"] == 0 and line["kl_to_old"] == 0
+        assert line["ratio/mean"] == 1 and line["ppo_kl"] == 0
+        assert line["clip_ratio/region_mean"] == 0
         assert line["indexer_grad_norm"] > 0, "by default it learns"
 
 

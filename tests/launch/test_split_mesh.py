@@ -16,6 +16,7 @@ from launch import reinforce
 from model.sharding import make_mesh
 from rl.learner import Learner
 from rl.sampler import Sampler
+from tests.launch.documented_metrics import check_documented
 from tests.launch.test_reinforce import (
     in_a_place_with_rewards,  # noqa: F401, a fixture that every test has
     lines,
@@ -90,8 +91,9 @@ def test_four_devices_sample_while_four_learn(sees, monkeypatch):
     assert reinforce.run(config, Path("parts"))
     assert lines("parts") == lines("whole")
     chex.assert_trees_all_equal(*(final_variables(config, Path(n)) for n in ("parts", "whole")))
-    assert [line["sampler/staleness_max"] for line in lines("whole")] == [0, 1, 2, 2, 2]
-    assert max(line["sampler/canary_gap"] for line in lines("whole")) < 1e-4
+    assert [line["sampling/staleness/max"] for line in lines("whole")] == [0, 1, 2, 2, 2]
+    check_documented("whole", "split", "lag", "experts compared")
+    assert max(line["sampling/canary_gap"] for line in lines("whole")) < 1e-4
 
 
 def test_a_sampler_that_fails_costs_no_step(sees, monkeypatch):

@@ -128,7 +128,7 @@ def test_values_under_the_pointer_are_the_measured_ones(quickstart, page):
     charts = dict(zip(shown(page), re.findall(r"<svg.*?</svg>", page, re.DOTALL), strict=True))
     (hover,) = parsed(charts["Completion length"]).charts
     measured = {
-        line["step"]: line["completion_length"]
+        line["step"]: line["completions/mean_length"]
         for line in map(
             json.loads, (quickstart / "reinforce/metrics.jsonl").read_text().splitlines()
         )

@@ -82,16 +82,16 @@ def write_quickstart(workdir: Path) -> None:
         solved = 0.2 + 0.55 / (1 + math.exp(6 - 12 * done)) + random.gauss(0, 0.04)
         return {
             "reward": solved + 0.09,
-            "answer_reward": solved,
-            "format_reward": 0.09,
-            "completion_length": 34 - 10 * done + random.gauss(0, 1),
+            "rewards/answer/mean": solved,
+            "rewards/format/mean": 0.09,
+            "completions/mean_length": 34 - 10 * done + random.gauss(0, 1),
             "entropy": 0.3 + 0.5 * math.exp(-3 * done),
-            "clip_fraction": 0.01 + 0.02 * random.random(),
+            "clip_ratio/region_mean": 0.01 + 0.02 * random.random(),
             "kl": math.nan,
-            "zero_variance_groups": 0.2 + 0.4 * done,
+            "frac_reward_zero_std": 0.2 + 0.4 * done,
             "indexer_grad_norm": 0.2 - 0.1 * done,
-            "sampler/logprob_gap_max": 2e-5 * (1 + random.random()),
-            "sampler/logprob_gap_mean": 4e-7 * (1 + random.random()),
+            "sampling/sampling_logp_difference/max": 2e-5 * (1 + random.random()),
+            "sampling/sampling_logp_difference/mean": 4e-7 * (1 + random.random()),
         }
 
     recall = {

@@ -14,6 +14,7 @@ from errors import UserError
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from rl.ahead import Ahead
+from rl.clock import Parts
 from rl.sampler import Sampled, Sampler
 from rl.weights import Weights, fingerprint
 from tests import tiny
@@ -28,6 +29,7 @@ class OfRollouts(Sampler):
         self._rollouts = rollouts(**changes)
         self._generate = self._rollouts._generate
         self._canary = self._greedy = None
+        self._parts = Parts()
         self.setup = SimpleNamespace(mesh=MESH)  # pyright: ignore
         self.fails_at, self.waits_at = fails_at, waits_at
         self.began, self.may_end = threading.Event(), threading.Event()
@@ -83,16 +85,16 @@ def test_a_lag_is_that_of_the_policy_and_of_nothing_else():
         resumed = taken(again, 4, 6)
     assert_equal(resumed, in_turn(2)[3:])
     assert [each.counts for each in resumed] == [each.counts for each in in_turn(2)[3:]]
-    assert found["sampler/staleness_mean"] == found["sampler/staleness_max"] == 2
-    assert [found[f"sampler/staleness_share_{age}"] for age in range(3)] == [0, 0, 1]
+    assert found["sampling/staleness/mean"] == found["sampling/staleness/max"] == 2
+    assert [found[f"sampling/staleness/share_{age}"] for age in range(3)] == [0, 0, 1]
 
 
 @pytest.mark.heavy
 def test_a_step_of_parts_has_tokens_of_several_ages():
     with Ahead(OfRollouts(**PARTS), 0) as own:
         found = [own.metrics(step, own.take(step, variables_of(step))) for step in range(1, 7)]
-    assert {each["sampler/staleness_max"] for each in found} >= {0, 1}
-    assert all(each["sampler/staleness_mean"] <= each["sampler/staleness_max"] for each in found)
+    assert {each["sampling/staleness/max"] for each in found} >= {0, 1}
+    assert all(each["sampling/staleness/mean"] <= each["sampling/staleness/max"] for each in found)
 
 
 @pytest.mark.heavy

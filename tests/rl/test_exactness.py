@@ -76,7 +76,7 @@ def test_choices_are_alike_with_the_weights_that_sampled_and_not_with_others():
     names = [f"selected_jaccard_{layer}" for layer in layers]
     names += [f"routes_jaccard_{layer}" for layer in routing_layers(CONFIG)]
     assert same == {
-        f"sampler/{name}": 1.0 for name in (*names, "selected_jaccard", "routes_jaccard")
+        f"sampling/{name}": 1.0 for name in (*names, "selected_jaccard", "routes_jaccard")
     }
     off = jax.tree.map(lambda x: x * 1.5, tiny.variables(CONFIG))
     others = agreement().metrics(agreement()(off, batch))
@@ -93,9 +93,9 @@ def test_choices_are_alike_with_the_weights_that_sampled_and_not_with_others():
     found = agreement().metrics(agreement()(tiny.variables(CONFIG), changed))
     share = choice_BT[row].sum() / choice_BT.sum()
     expected = 1 - share / topk
-    assert found[f"sampler/selected_jaccard_{layers[1]}"] == pytest.approx(expected, abs=1e-6)
+    assert found[f"sampling/selected_jaccard_{layers[1]}"] == pytest.approx(expected, abs=1e-6)
     for layer in (layers[0], layers[2]):
-        assert found[f"sampler/selected_jaccard_{layer}"] == 1
+        assert found[f"sampling/selected_jaccard_{layer}"] == 1
 
 
 @pytest.mark.mesh
@@ -111,11 +111,11 @@ def test_rows_over_eight_devices_are_compared_alike():
     with jax.set_mesh(mesh):
         found = compare(tiny.variables(CONFIG), batch | {"routes": routes_BLTK})
         metrics = compare.metrics(found)
-    changed, kept = (f"sampler/routes_jaccard_{layer}" for layer in routing_layers(CONFIG))
+    changed, kept = (f"sampling/routes_jaccard_{layer}" for layer in routing_layers(CONFIG))
     # One expert of two in common, of three in all.
     share = read_T.sum() / (routes_BLTK[:, 0, :, 0] >= 0).sum()
     assert metrics[changed] == pytest.approx(1 - share * 2 / 3, abs=1e-6)
-    assert metrics[kept] == metrics["sampler/selected_jaccard"] == 1
+    assert metrics[kept] == metrics["sampling/selected_jaccard"] == 1
 
 
 @pytest.mark.heavy
@@ -124,7 +124,7 @@ def test_what_has_no_choice_is_left_out():
     batch = recorded_rows()
     early = {"positions": np.minimum(batch["positions"], CONFIG.indexer.topk - 1)}
     found = agreement().metrics(agreement()(tiny.variables(CONFIG), batch | early))
-    assert "sampler/routes_jaccard_1" in found
+    assert "sampling/routes_jaccard_1" in found
     assert not any("selected" in name for name in found)
     unrecorded = {name: x for name, x in batch.items() if name not in ("routes", "selected")}
     assert agreement()(tiny.variables(CONFIG), unrecorded) == {}
@@ -163,9 +163,10 @@ def updates_of(dtype: str, microbatches: int):
 def test_the_first_ratio_is_one_to_the_bit(dtype, microbatches):
     """Whatever another program made of the old log-probs, which the next update compares with."""
     first, second = updates_of(dtype, microbatches)
-    assert first["ratio"] == 1.0 and first["clip_fraction"] == 0.0 and first["kl_to_old"] == 0.0
+    assert first["ratio/mean"] == 1.0 and first["ppo_kl"] == 0.0
+    assert first["clip_ratio/region_mean"] == 0.0
     assert first["grad_norm"] > 0, "a ratio of 1 has a gradient"
-    assert second["ratio"] != 1.0 and second["kl_to_old"] > 0
+    assert second["ratio/mean"] != 1.0 and second["ppo_kl"] > 0
 
 
 def test_log_probs_and_the_head_are_float32_whatever_the_model_computes_in():

@@ -18,7 +18,7 @@ from rl.batches import learnt_from, minibatches, rows, with_ages
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.learner import per_update
 from rl.loop import corrects
-from rl.measure import observe, over_updates
+from rl.measure import observe, over_updates, speeds
 from rl.pay import OVERLONG, Rewards, overlong_penalty
 from rl.pay import reward as paid_reward
 from rl.problems import problem_of_draw
@@ -186,41 +186,70 @@ def test_what_is_observed_of_completions():
     completions = [completion("", length=2), completion("", length=3, cut=True)]
     rewards = rewards_of(**{"answer": [[1.0, 0.0]], "my.py:brevity": [[0.25, 0.5]]})
     groups = [Group(PROBLEMS[0], completions, rewards)]
-    assert "sampler/tokens_per_pass" not in observe(groups, Counts(passes=9))
+    assert "sampling/tokens_per_pass" not in observe(groups, Counts(passes=9))
     counts = Counts(passes=10, drafted=20, accepted=5)
     observed = observe(groups, counts)
-    assert observed["sampler/drafts_accepted"] == 0.25
-    assert observed["sampler/tokens_per_pass"] == 1.5
-    assert observed["reward"] == 0.875 and observed["answer_reward"] == 0.5
-    assert observed["brevity_reward"] == 0.375
-    assert observed["truncated"] == 0.5 and observed["tokens"] == 5
-    assert observed["completion_length"] == 2.5 and observed["zero_variance_groups"] == 0
+    assert observed.pop("reward_std") == pytest.approx(0.75 / np.sqrt(2)), "TRL's, by n - 1"
+    assert observed.pop("rewards/answer/std") == pytest.approx(1 / np.sqrt(2))
+    assert observed.pop("rewards/brevity/std") == pytest.approx(0.25 / np.sqrt(2))
+    assert observed == {
+        "sampling/drafts_accepted": 0.25, "sampling/tokens_per_pass": 1.5,
+        "reward": 0.875, "rewards/answer/mean": 0.5, "rewards/brevity/mean": 0.375,
+        "frac_reward_zero_std": 0, "tokens": 5, "completions/clipped_ratio": 0.5,
+        "completions/min_length": 2, "completions/mean_length": 2.5, "completions/max_length": 3,
+        "completions/min_terminated_length": 2, "completions/mean_terminated_length": 2,
+        "completions/max_terminated_length": 2,
+    }  # fmt: skip
 
 
-def test_metrics_of_a_rollout_are_means_over_its_updates():
-    """But for the gap, which is that before the first, for counters, and for the largest ratio."""
+def test_what_is_observed_where_no_completion_ends_and_of_a_single_one():
+    cut = [Group(PROBLEMS[0], [completion("", length=3, cut=True)], rewards_of(answer=[[1.0]]))]
+    observed = observe(cut, Counts())
+    assert observed["completions/mean_terminated_length"] == 0, "as TRL has it"
+    assert observed["reward_std"] == 0 and observed["frac_reward_zero_std"] == 1
+
+
+def test_metrics_of_a_step_are_means_over_its_updates():
+    """But for what compares with the sampler, counters, and extremes.
+
+    An effective sample size is that of weights 1, 1 and 0.8, 2 over both updates.
+    """
+    gap, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+    size = "rollout_corr/rollout_is_eff_sample_size"
     measured = [
-        {"clip_fraction": 0.0, "sampler/logprob_gap_max": 1e-6, "grad_norm": 1.0,
-         "sampler/logprob_gap_mean": 1e-7, "skipped": 0, "skipped_in_row": 0,
-         "learning_rate": 0.1, "expert_load": [0.0, 2.0], "critic/learning_rate": 1.0,
-         "ratio": 1.0, "ratio_squared": 1.0, "ratio_max": 1.0},
-        {"clip_fraction": 0.5, "sampler/logprob_gap_max": 3.0, "grad_norm": 2.0,
-         "sampler/logprob_gap_mean": 1.0, "skipped": 1, "skipped_in_row": 1,
-         "learning_rate": 0.2, "expert_load": [1.0, 1.0], "critic/learning_rate": 2.0,
-         "ratio": 1.4, "ratio_squared": 2.2, "ratio_max": 5.0},
+        {"clip_ratio/low_mean": 0.0, f"{gap}/max": 1e-6, f"{gap}/mean": 1e-7, "grad_norm": 1.0,
+         f"{ratio}/min": 0.5, f"{ratio}/mean": 1.5, size: 2.5, "fresh_share": 0.5,
+         "skipped": 0, "skipped_in_row": 0, "learning_rate": 0.1, "expert_load": [0.0, 2.0],
+         "critic/learning_rate": 1.0, "ratio/mean": 1.0, "ratio/effective_sample_size": 1.0,
+         "ratio/max": 1.0, "ratio/min": 1.0},
+        {"clip_ratio/low_mean": 0.5, f"{gap}/max": 3.0, f"{gap}/mean": 1.0, "grad_norm": 2.0,
+         f"{ratio}/min": 0.1, f"{ratio}/mean": 9.0, size: 99.0, "fresh_share": 0.0,
+         "skipped": 1, "skipped_in_row": 1, "learning_rate": 0.2, "expert_load": [1.0, 1.0],
+         "critic/learning_rate": 2.0, "ratio/mean": 1.4, "ratio/effective_sample_size": 2.32,
+         "ratio/max": 2.0, "ratio/min": 0.8},
     ]  # fmt: skip
-    found = over_updates(
-        [{name: jnp.asarray(value) for name, value in values.items()} for values in measured]
-    )
+    updates = [{name: jnp.asarray(value) for name, value in each.items()} for each in measured]
+    found = over_updates(updates)
     expected = {
-        "clip_fraction": 0.25, "sampler/logprob_gap_max": 1e-6, "grad_norm": 1.5,
-        "sampler/logprob_gap_mean": 1e-7, "skipped": 1, "skipped_in_row": 1, "learning_rate": 0.2,
-        "critic/learning_rate": 2.0, "ratio": 1.2, "ratio_max": 5.0,
-        "effective_sample_size": 1.2**2 / 1.6,
+        "clip_ratio/low_mean": 0.25, f"{gap}/max": 1e-6, f"{gap}/mean": 1e-7, "grad_norm": 1.5,
+        f"{ratio}/min": 0.5, f"{ratio}/mean": 1.5, size: 1.5**2 / 2.5,
+        "skipped": 1, "skipped_in_row": 1, "learning_rate": 0.2, "critic/learning_rate": 2.0,
+        "ratio/mean": 1.2, "ratio/effective_sample_size": 4.8**2 / 4 / 6.64,
+        "ratio/max": 2.0, "ratio/min": 0.8,
     }  # fmt: skip
     load = found.pop("expert_load")
     assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
     np.testing.assert_allclose(load, [0.5, 1.5])
+    of_old_weights = over_updates(updates[::-1]).keys()
+    assert found.keys() - of_old_weights == {f"{gap}/max", f"{gap}/mean"}, "nothing is fresh"
+
+
+def test_tokens_a_second_of_both_sides():
+    """The critic's seconds are of the updates; a part that did not run took none."""
+    seconds = {"timing_s/gen": 2.0, "timing_s/update_actor": 3.0, "timing_s/reward": 9.0}
+    found = speeds(seconds | {"timing_s/update_critic": 1.0}, sampled=10, learnt=100)
+    assert found == {"perf/gen_tokens_per_s": 5.0, "perf/update_tokens_per_s": 25.0}
+    assert speeds({}, sampled=0, learnt=7)["perf/update_tokens_per_s"] == 0
 
 
 def test_the_schedule_counts_updates_where_the_config_counts_steps():

@@ -81,6 +81,7 @@ def compiled(algorithm: str, microbatches: int):
             "gradients": gradients,
             "means": means,
             "maxima": totals.maxima,
+            "minima": totals.minima,
             "counts": totals.counts_LE,
         }
 
@@ -121,7 +122,7 @@ def test_the_gradient_over_supports_does_not_depend_on_microbatches():
     whole = gradient("grpo", batch | support)
     tiny.assert_close(gradient("grpo", batch | support, 4), whole, **ROUNDING)
     own = gradient("grpo", batch)
-    assert abs(own["means"]["ratio"].total - whole["means"]["ratio"].total) > 1
+    assert abs(own["means"]["ratio/mean"].total - whole["means"]["ratio/mean"].total) > 1
     tiny.assert_close(own["means"]["entropy"], whole["means"]["entropy"], rtol=1e-6)
 
 
@@ -182,16 +183,49 @@ def test_equations(algorithm):
         clipped += np.where(advantage > 0, ratio > 1.2, ratio < 0.8).sum()
     found = gradient(algorithm, batch)
     assert clipped > 3
-    expected = {"policy": policy, "clip_fraction": clipped} | (
-        {"kl": kl} if algorithm == "grpo" else {}
+    expected = {"policy_loss": policy, "clip_ratio/region_mean": clipped} | (
+        {"kl_loss": kl} if algorithm == "grpo" else {}
     )
     for name, value in expected.items():
         assert float(found["means"][name].total) == pytest.approx(value, rel=1e-4)
-    assert float(found["means"]["policy"].weight) == 4
+    assert float(found["means"]["policy_loss"].weight) == 4
     assert float(found["means"]["entropy"].weight) == mask_BT.sum()
-    assert float(found["maxima"]["sampler/logprob_gap_max"]) == pytest.approx(
+    assert float(found["maxima"]["sampling/sampling_logp_difference/max"]) == pytest.approx(
         np.abs(logprobs_BT - old_BT).max(), rel=1e-4
     )
+
+
+def test_token_metrics():
+    """Those of TRL and verl from the trainer's own log-probs, in float64; the sampler's log-probs
+    are the old ones here, and the row is one of token ratios.
+    """
+    batch = rollout()
+    where = np.asarray(batch["mask"])
+    logprobs_N, old_N, reference_N = (
+        np.asarray(x, np.float64)[where]
+        for x in (score(batch), batch["old_logprobs"], batch["reference_logprobs"])
+    )
+    log_N, to_reference_N = logprobs_N - old_N, reference_N - logprobs_N
+    ratio_N, importance = np.exp(log_N), "sampling/importance_sampling_ratio"
+    expected = {
+        "ratio/mean": ratio_N.mean(),
+        "ratio/effective_sample_size": (ratio_N**2).mean(),
+        f"{importance}/mean": ratio_N.mean(),
+        "rollout_corr/rollout_is_eff_sample_size": (ratio_N**2).mean(),
+        "rollout_corr/kl": -log_N.mean(),
+        "rollout_corr/k3_kl": (ratio_N - 1 - log_N).mean(),
+        "ppo_kl": (ratio_N - 1 - log_N).mean(),
+        "kl": (np.exp(to_reference_N) - 1 - to_reference_N).mean(),
+        "sampling/sampling_logp_difference/mean": np.abs(log_N).mean(),
+        "fresh_share": 1.0,
+    }
+    found = gradient("grpo", batch)
+    for name, value in expected.items():
+        assert float(found["means"][name].value) == pytest.approx(value, rel=1e-4), name
+    for name in ("ratio", importance):
+        assert float(found["minima"][f"{name}/min"]) == pytest.approx(ratio_N.min(), rel=1e-4)
+        assert float(found["maxima"][f"{name}/max"]) == pytest.approx(ratio_N.max(), rel=1e-4)
+    assert "kl" not in gradient("dr_grpo", batch)["means"], "nothing to compare with"
 
 
 def test_the_prompt_has_no_say_in_the_loss():

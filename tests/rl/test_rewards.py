@@ -199,7 +199,7 @@ def test_a_function_of_ones_own_is_a_reward_and_keeps_its_fractions(own):
     assert by_name == {"answer": 0.0, f"{own}:brevity": pytest.approx(0.3), f"{own}:knows": 1.0}
     assert total == pytest.approx(2.15)
     assert [metric_name(name) for name in weights] == [
-        "answer_reward", "brevity_reward", "knows_reward",
+        "rewards/answer", "rewards/brevity", "rewards/knows",
     ]  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def test_a_file_that_is_wrong_is_one_line(tmp_path, monkeypatch, text, name, mes
         ({"own.py": 1.0}, "no reward 'own.py' (there are answer, format"),
         ({"own.txt:f": 1.0}, "no reward 'own.txt:f'"),
         ({"answer": math.nan}, "the weight of 'answer' = nan: must be finite"),
-        ({"a.py:f": 1.0, "b.py:f": 1.0}, "two rewards would be 'f_reward' in the metrics"),
+        ({"a.py:f": 1.0, "b.py:f": 1.0}, "two rewards would be 'rewards/f' in the metrics"),
     ],
 )
 def test_wrong_weights_name_the_field(weights, message):

@@ -29,7 +29,8 @@ def totals(variables, batch):
         "square": jnp.sum(batch["weight"] * error_B**2),
         "bias": jnp.sum(batch["weight"] * error_B),
     }
-    return Totals(terms, jnp.zeros((3, 4), jnp.int32), {"worst": jnp.max(jnp.abs(error_B))})
+    maxima, minima = {"below_0": jnp.max(error_B - 5)}, {"above_0": jnp.min(error_B + 5)}
+    return Totals(terms, jnp.zeros((3, 4), jnp.int32), maxima, minima)
 
 
 def weight(batch):
@@ -63,7 +64,8 @@ def test_metrics_are_over_the_global_batch(microbatches):
         "square": 14 / 6,
         "bias": -8 / 6,
         "loss": 28 / 6,
-        "worst": 2.0,
+        "below_0": -4.0,
+        "above_0": 3.0,
         "grad_norm": 4 * 8 / 6,
         "learning_rate": 0.5e-2,
         "skipped": 0,
