@@ -18,6 +18,7 @@ from train.metrics import read_metrics
 _SUMMARISED = {
     "reward": "reward",
     "completion_length": "completions/mean_length",
+    "unsolved_length": "completions/mean_unsolved_length",
     "entropy": "entropy",
     "logp_difference_max": "sampling/sampling_logp_difference/max",
 }
@@ -35,7 +36,7 @@ def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]
     memory_gib is the most that any of the run's processes had of a device, or of the machine where
     devices do not tell.
     loss is the language model's, in nats per token. Reinforcement learning has its reward, length,
-    entropy and log-prob gap, over the first and last tenth of the steps.
+    entropy and log-prob gap, over the first and last tenth of the steps, and its last evaluation.
 
     Args:
       phase: "pretrain", "finetune" or "reinforce", as metrics.jsonl has it under "stage".
@@ -50,8 +51,7 @@ def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]
     if speeds:
         numbers["tokens_per_s"] = speeds[len(speeds) // 2]
     if phase == "reinforce":
-        return numbers | _rewards(trained)
-    validated = [line for line in lines if "validation_lm" in line][-1:]
+        return numbers | _rewards(trained) | _validated(lines)
     return (
         numbers
         | {
@@ -59,13 +59,19 @@ def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]
             "loss_last": trained[-1]["lm"],
             "tokens": trained[-1]["step"] * config.data.batch_size * config.data.seq_len,
         }
-        | {
-            name: value
-            for line in validated
-            for name, value in line.items()
-            if name.startswith("validation_")
-        }
+        | _validated(lines)
     )
+
+
+def _validated(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the figures of the last evaluation in the midst of a phase, if there is one."""
+    evaluations = [line for line in lines if any(name.startswith("validation_") for name in line)]
+    return {
+        name: value
+        for line in evaluations[-1:]
+        for name, value in line.items()
+        if name.startswith("validation_")
+    }
 
 
 def peak_memory_gib() -> float:

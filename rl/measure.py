@@ -3,7 +3,7 @@
 docs/metrics.md lists them all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +88,27 @@ def of_lengths(what: str, lengths_B: np.ndarray) -> dict[str, float | np.number]
     found = lengths_B if len(lengths_B) else np.zeros(1)
     extremes = {"min": found.min(), "mean": found.mean(), "max": found.max()}
     return {f"completions/{name}_{what}": value for name, value in extremes.items()}
+
+
+def lengths_by_outcome(
+    groups: Sequence[Group], solves: Callable[[Rewards], np.ndarray]
+) -> dict[str, float]:
+    """Returns "completions/mean_solved_length" and "completions/mean_unsolved_length".
+
+    They are of the completions that solve their problem and of the others; without any it is left
+    out.
+
+    Args:
+      solves: rewards of a group -> which of its completions do, bool [G].
+    """
+    lengths_B = np.asarray([each.length for group in groups for each in group.completions])
+    solved_B = np.concatenate([solves(group.rewards) for group in groups])
+    parts = {"solved": lengths_B[solved_B], "unsolved": lengths_B[~solved_B]}
+    return {
+        f"completions/mean_{name}_length": float(part.mean())
+        for name, part in parts.items()
+        if len(part)
+    }
 
 
 def spread(paid: np.ndarray) -> float:

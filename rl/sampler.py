@@ -21,6 +21,7 @@ from rl.clock import Parts
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.curriculum import Curriculum
 from rl.generate import Completion, Generator
+from rl.measure import lengths_by_outcome
 from rl.pay import Rewards, paid_weights, reward, solved
 from rl.problems import problems_to_train, prompt_of
 from rl.reasoning import ReasoningEvaluation
@@ -114,14 +115,15 @@ class Sampler:
                     completions, [problem], weights, reinforce.truncated, options, longest
                 )
 
-        self._pay = pay
+        self._pay, self._judged = pay, evaluate.reward in weights
+        self._solves = functools.partial(solved, evaluate=evaluate)
         self._rollouts = Rollouts(
             self._generate,
             problems,
             Curriculum(problems, reinforce, train.steps * reinforce.prompts_per_step, seed),
             reinforce,
             pay,
-            functools.partial(solved, evaluate=evaluate),
+            self._solves,
             self._key,
         )
         self._canary = None
@@ -161,6 +163,8 @@ class Sampler:
                 with self._parts("gen_max"):
                     greedy_P = self._greedy_rewards(taken.groups, variables)
         metrics |= self._rollouts.metrics(taken) | self._parts.collect()
+        if self._judged:
+            metrics |= lengths_by_outcome([*taken.groups, *taken.left_out], self._solves)
         return Sampled(*taken, greedy_P, counts, metrics, time.monotonic() - started)
 
     def _greedy_rewards(self, groups: Sequence[Group], variables: dict) -> np.ndarray:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from errors import UserError
 from experiment.sweep.runs import SweepRun
+from experiment.sweep.seeds import Seeds, over_seeds
 from files import write_json, write_text
 
 COLUMNS_SHOWN = 8  # unless they are named; results.csv has them all
@@ -38,11 +39,13 @@ def write_table(
     finished = [run for run in runs if run.exit_code() == 0]
     common = [name for name in found if all(name in results[run.name] for run in finished)]
     shown = list(columns) or common[:COLUMNS_SHOWN]
+    seeds = over_seeds(runs, results)
     _write_csv(workdir / "results.csv", runs, results, found)
-    _write_json(workdir / "results.json", question, runs, results, shown)
+    _write_json(workdir / "results.json", question, runs, results, shown, seeds)
     # The question is not rich's title, which wraps at the width of the table.
     print(f"\n{question or 'sweep'}", flush=True)
     _print_table(runs, results, shown)
+    _print_means(seeds, shown)
     hidden = 0 if columns else len(common) - len(shown)
     more = f" ({hidden} more columns there; choose with --show=NAME)" if hidden else ""
     print(f"{workdir / 'results.csv'}{more}", flush=True)
@@ -79,9 +82,17 @@ def _write_csv(
 
 
 def _write_json(
-    path: Path, question: str, runs: Sequence[SweepRun], results: Results, columns: Sequence[str]
+    path: Path,
+    question: str,
+    runs: Sequence[SweepRun],
+    results: Results,
+    columns: Sequence[str],
+    seeds: Sequence[Seeds],
 ) -> None:
-    """Writes what the report shows: the question, the columns, and a record for each run."""
+    """Writes what the report shows: the question, the columns, and a record for each run.
+
+    With them goes what runs of several seeds come to.
+    """
     records = [
         {
             "name": run.name,
@@ -91,7 +102,18 @@ def _write_json(
         }
         for run in runs
     ]
-    write_json(path, {"question": question, "columns": list(columns), "runs": records})
+    means = [
+        {
+            "changes": group.changes,
+            "seeds": group.count,
+            "results": {name: found._asdict() for name, found in group.results.items()},
+        }
+        for group in seeds
+    ]
+    write_json(
+        path,
+        {"question": question, "columns": list(columns), "runs": records, "over_seeds": means},
+    )
 
 
 def _write_report(workdir: Path) -> None:
@@ -113,10 +135,29 @@ def _print_table(runs: Sequence[SweepRun], results: Results, columns: Sequence[s
         values = [f"{numbers[name]:.5g}" if name in numbers else "-" for name in columns]
         changes = [str(run.changes.get(field, "")) for field in changed]
         table.add_row(*changes, *values, str(run.exit_code()))
+    _console().print(table)
+
+
+def _print_means(seeds: Sequence[Seeds], columns: Sequence[str]) -> None:
+    """Prints a row for runs that differ in their seed alone: means, with 95 % intervals."""
+    if not seeds:
+        return
+    changed = _unique(field for group in seeds for field in group.changes)
+    table = Table(*changed, *columns, "seeds", box=box.SIMPLE_HEAD)
+    for group in seeds:
+        found = [group.results.get(name) for name in columns]
+        values = [f"{x.mean:.4g} ({x.low:.4g} to {x.high:.4g})" if x else "-" for x in found]
+        changes = [str(group.changes.get(field, "")) for field in changed]
+        table.add_row(*changes, *values, str(group.count))
+    print("means over seeds, with 95 % intervals by Student's t", flush=True)
+    _console().print(table)
+
+
+def _console() -> Console:
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=4_000)  # a file has no edge to wrap at
-    console.print(table)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, width=4_000)  # a file has no edge to wrap at
 
 
 def _unique(names: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from errors import UserError
 from experiment.config_files import ConfigSource
 from experiment.sweep import processes
 from experiment.sweep.runs import SweepRun, plan_runs, run_name
+from experiment.sweep.seeds import OverSeeds
 from launch import COMMANDS, sweep
 
 pytestmark = pytest.mark.command
@@ -95,6 +96,20 @@ def test_runs_all_and_tables_the_results(place, capsys):
     page = (place / "runs/report.html").read_text()
     assert "Which rate is best?" in page and "<td>4.999</td>" in page
     assert "wrote runs/report.html" in out
+
+
+def test_runs_of_several_seeds_come_to_a_mean_and_an_interval(place, capsys):
+    """By hand: 1, 2 and 6 have a mean of 3 and a standard deviation of 2.646."""
+    found = OverSeeds.of([1.0, 2.0, 6.0])
+    assert found.mean == 3 and found.high - 3 == pytest.approx(4.3027 * 2.6458 / 3**0.5, rel=1e-4)
+    assert found.low == pytest.approx(6 - found.high)
+    seeds = CONFIG.replace('add({"train.learning_rate": rate})', 'add({"seed": rate})')
+    go(write(place, (3, 4), seeds.replace("rate})", "rate, 'train.warmup_steps': 9})")))
+    out = capsys.readouterr().out
+    assert "means over seeds" in out and "7 (7 to 7)" in out
+    (means,) = json.loads((place / "runs/results.json").read_text())["over_seeds"]
+    assert means["changes"] == {"train.warmup_steps": 9} and means["seeds"] == 2
+    assert means["results"]["steps"] == {"mean": 7, "low": 7, "high": 7}
 
 
 def test_show_chooses_the_columns(place, capsys):

@@ -18,7 +18,7 @@ from rl.batches import learnt_from, minibatches, rows, with_ages
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.learner import per_update
 from rl.loop import corrects
-from rl.measure import observe, over_updates, speeds
+from rl.measure import lengths_by_outcome, observe, over_updates, speeds
 from rl.pay import OVERLONG, Rewards, overlong_penalty
 from rl.pay import reward as paid_reward
 from rl.problems import problem_of_draw
@@ -258,3 +258,19 @@ def test_the_schedule_counts_updates_where_the_config_counts_steps():
     assert (scaled.steps, scaled.warmup_steps, scaled.constant_steps) == (40, 8, 12)
     assert scaled.cosine_steps == -1 and scaled.mtp_weight == 0
     assert per_update(dataclasses.replace(train, cosine_steps=5), 4).cosine_steps == 20
+
+
+def test_lengths_of_what_solves_and_of_what_does_not():
+    completions = [completion("", length=length) for length in (2, 4, 9, 5)]
+    groups = [
+        Group(PROBLEMS[0], completions[:2], rewards_of(answer=[[1, 1]])),
+        Group(PROBLEMS[1], completions[2:], rewards_of(answer=[[0, 1]])),
+    ]
+
+    def solves(rewards: Rewards) -> np.ndarray:
+        return rewards.total_PG.ravel() == 1
+
+    found = lengths_by_outcome(groups, solves)
+    assert found["completions/mean_solved_length"] == pytest.approx((2 + 4 + 5) / 3)
+    assert found["completions/mean_unsolved_length"] == 9
+    assert len(lengths_by_outcome(groups[:1], solves)) == 1, "there are no others"
