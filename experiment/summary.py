@@ -36,7 +36,8 @@ def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]
     memory_gib is the most that any of the run's processes had of a device, or of the machine where
     devices do not tell.
     loss is the language model's, in nats per token. Reinforcement learning has its reward, length,
-    entropy and log-prob gap, over the first and last tenth of the steps, and its last evaluation.
+    entropy and log-prob gap, over the first and last tenth of the steps, its last evaluation,
+    and the tokens that were sampled in the steps that were logged.
 
     Args:
       phase: "pretrain", "finetune" or "reinforce", as metrics.jsonl has it under "stage".
@@ -101,13 +102,13 @@ def _recorded_memory(workdir: Path, phase: str) -> float:
 def _rewards(trained: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Returns means over the first and the last tenth of the steps."""
     tenth = max(len(trained) // 10, 1)
-    numbers = {}
+    numbers: dict[str, float] = {}
     for name, metric in _SUMMARISED.items():
         for when, lines in (("first", trained[:tenth]), ("last", trained[-tenth:])):
             found = [line[metric] for line in lines if metric in line]
             if found:
                 numbers[f"{name}_{when}"] = sum(found) / len(found)
-    return numbers
+    return numbers | {"sampled_tokens": sum(line.get("tokens", 0) for line in trained)}
 
 
 def quickstart_summary(
