@@ -28,6 +28,7 @@ from rl.rewards import get_rewards
 from train.evaluate import held_out_loss, indexer_recall, infilling
 from train.loop import train_language_model
 from train.setup import Setup
+from train.trackers import check_installed
 
 # What an update of reinforcement learns from at once, in the words of fields.
 UPDATE = "reinforce.prompts_per_step * group_size / minibatches"
@@ -49,6 +50,7 @@ def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bo
     rows = {"data.batch_size / train.microbatches": microbatch_rows}
     with open_workdir(workdir, config, phase):
         setup = set_up(config, workdir, rows, trains=True)
+        check_installed(config.train.sinks)
         record_start(workdir, setup.model)
         finished = train_language_model(
             setup,
@@ -77,6 +79,7 @@ def reinforce(config: Config, workdir: Path) -> bool:
     learning, sampling = split_devices(config.reinforce)
     with open_workdir(workdir, config, "reinforce"):
         setup = set_up(config, workdir, rows, trains=True, devices=learning)
+        check_installed(config.train.sinks)
         record_start(workdir, setup.model)
         finished = train_policy(
             setup,

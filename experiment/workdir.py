@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "train.save_every",
     "train.max_to_keep",
     "train.microbatches",
+    "train.sinks",
     "sampling.max_prompt_tokens",
     "sampling.filter_overlong_prompts",
     "reinforce.trace_completions",

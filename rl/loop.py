@@ -108,7 +108,7 @@ def train_policy(
     ):
         done = int(state.step) // updates
         with (
-            Metrics(workdir, "reinforce", resume_step=done) as metrics,
+            Metrics(workdir, "reinforce", resume_step=done, sinks=train.sinks) as metrics,
             Traces(
                 workdir, reinforce.trace_completions, setup.tokenizer, resume_step=done
             ) as traces,

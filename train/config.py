@@ -5,6 +5,7 @@ import re
 
 from errors import FieldChecks
 from model.config import STAGES
+from train.trackers import TRACKERS
 
 OPTIMIZERS = ("adamw", "muon")
 LAYER_LOSSES = ("sum", "mean")
@@ -49,6 +50,9 @@ class TrainConfig:
     eval_batches: int = 8  # of held-out text
     save_every: int = 500  # steps; the last step is always saved
     max_to_keep: int = 2  # checkpoints
+    # Trackers that get what metrics.jsonl and TensorBoard get: "wandb", "trackio", "mlflow",
+    # each a package to install. docs/metrics.md has their environment variables.
+    sinks: tuple[str, ...] = ()
     max_skipped: int = 10  # steps in a row without finite gradients before the run stops
 
     def __post_init__(self):
@@ -63,6 +67,10 @@ class TrainConfig:
         check.that(self.cosine_steps >= -1, "cosine_steps", rule)
         check.one_of("optimizer", OPTIMIZERS)
         check.one_of("layer_losses", LAYER_LOSSES)
+        for name in self.sinks:
+            known = f"must be a tuple of {', '.join(TRACKERS)}, such as ('wandb', 'mlflow')"
+            check.that(name in TRACKERS, "sinks", known)
+        check.that(len(set(self.sinks)) == len(self.sinks), "sinks", "has one of them twice")
         check.positive("learning_rate")
         check.that(0 <= self.final_ratio <= 1, "final_ratio", "must be between 0 and 1")
         for name in ("beta1", "beta2"):

@@ -96,7 +96,7 @@ def train_language_model(
         tokens = data.batch_size * data.seq_len
         due = Due(train)
         with (
-            Metrics(workdir, phase, resume_step=done) as metrics,
+            Metrics(workdir, phase, resume_step=done, sinks=train.sinks) as metrics,
             Progress(train.steps, workdir.resolve().name) as progress,
             SavedOnError(checkpoints) as newest,
         ):

@@ -1,9 +1,12 @@
-"""Writes and reads a run's metrics: `metrics.jsonl`, one line a step, and TensorBoard's scalars."""
+"""Writes and reads a run's metrics: `metrics.jsonl`, one line a step, and TensorBoard's scalars.
+
+Trackers get what metrics.jsonl has (train/sinks.py).
+"""
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from errors import UserError
 from files import AppendedFile, write_text
 from train.events import EventFile
 from train.metric_names import by_present_names
+from train.sinks import Sink
 
 
 class Metrics:
@@ -28,12 +32,19 @@ class Metrics:
       resume_step: the step the run goes on from, 0 when it starts afresh. Later lines of this phase
         come from a run that died after its last checkpoint, and are dropped; from 0, all of
         them. None keeps every line.
+      sinks: trackers that get the scalars too, `train.sinks`.
 
     Raises:
-      UserError: the workdir cannot be written to.
+      UserError: the workdir cannot be written to, or a tracker cannot begin.
     """
 
-    def __init__(self, workdir: Path, phase: str, resume_step: int | None = None):
+    def __init__(
+        self,
+        workdir: Path,
+        phase: str,
+        resume_step: int | None = None,
+        sinks: Sequence[str] = (),
+    ):
         self.path = Path(workdir) / "metrics.jsonl"
         self.phase = phase
         self._file = None
@@ -44,6 +55,15 @@ class Metrics:
         self._file = AppendedFile(self.path)
         first_step = None if resume_step is None else resume_step + 1
         self._events = EventFile(self.path.parent / "tensorboard", phase, first_step)
+        lines = _read_lines(self.path) if sinks else []
+        written = [line for line in lines if line.get("stage") == phase]
+        self._sinks: list[Sink] = []
+        try:
+            for name in sinks:
+                self._sinks.append(Sink(name, self.path.parent, phase, written))
+        except UserError:
+            self.close(failed=True)
+            raise
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds a line `{"step", "stage", "time", ...}`, time in seconds since 1970.
@@ -67,18 +87,27 @@ class Metrics:
             if isinstance(value, int | float)
         }
         self._events.scalars(int(step), scalars)
+        for sink in self._sinks:
+            sink.put(line)
 
-    def close(self) -> None:
-        """Closes both files."""
-        if self._file is not None:
-            self._file.close()
-            self._events.close()
+    def close(self, *, failed: bool = False) -> None:
+        """Closes both files, and the sinks.
+
+        Args:
+          failed: whether an error ended the run, which trackers are told.
+        """
+        if self._file is None:
+            return
+        self._file.close()
+        self._events.close()
+        for sink in self._sinks:
+            sink.close(failed=failed)
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self.close(failed=kind is not None)
 
     def _drop_lines_after(self, step: int | None) -> None:
         """Rewrites the file without this phase's lines after `step`.

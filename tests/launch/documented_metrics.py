@@ -19,7 +19,7 @@ def table() -> dict[str, str]:
     """Returns each metric of reinforcement -> when it is written."""
     cells = [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for line in PAGE.read_text().splitlines()
+        for line in PAGE.read_text().partition("## Pretraining")[0].splitlines()
         if line.startswith("| `")
     ]
     assert all(len(row) == 6 for row in cells)
