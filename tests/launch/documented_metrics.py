@@ -8,10 +8,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 PLACEHOLDERS = {"NAME": r"[^/]+", "LAYER": r"\d+", "N": r"\d+", "K": r"\d+"}
 # What every run of the tests' tiny model in stage "dense" has beside the rows without a condition.
 TINY = frozenset({"experts", "experts compared", "canary"})
+JUDGED = "evaluate.reward among the rewards"
 CONDITIONS = TINY | {
     *("drafts", "zero_variance", "parts", "order", "kl in the loss", "entropy", "reference"),
     *("sparse", "lag", "keys compared", "critic", "greedy", "scored", "evaluation"),
-    "split",
+    *("split", JUDGED),
 }
 
 

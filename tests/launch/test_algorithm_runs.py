@@ -19,7 +19,7 @@ from experiment import setup
 from experiment.schema import Config
 from launch import algorithms, pretrain, reinforce
 from model.sharding import make_mesh
-from tests.launch.documented_metrics import check_documented
+from tests.launch.documented_metrics import JUDGED, check_documented
 from tests.launch.test_reinforce import DENSE, in_a_place_with_rewards, lines, run_of  # noqa: F401
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
 from train.restore import load_variables
@@ -182,7 +182,7 @@ def test_sampling_on_and_an_order_by_pass_rates(monkeypatch):
     changes |= {"reinforce__lag": 1, "reinforce__most_stale": 1}
     changes |= {"evaluate__reward": "own.py:length", "evaluate__success": 0.5}
     found = whole_and_in_parts(run_of("length", train__steps=4, **changes), monkeypatch)
-    check_documented("whole", "zero_variance", "order", "lag")
+    check_documented("whole", "zero_variance", "order", "lag", JUDGED)
     assert any(line["left_out"] > 0 for line in found)
     assert all(line["groups"] == 8 for line in found)
     assert [line["sampling/staleness/share_1"] for line in found] == [0, 1, 1, 1]

@@ -25,7 +25,7 @@ from model.transformer import boxed_shapes
 from rl import batches
 from rl.learner import per_update
 from rl.rewards import get_reward
-from tests.launch.documented_metrics import check_documented
+from tests.launch.documented_metrics import JUDGED, check_documented
 from tests.launch.test_training_commands import final_variables, stopped_at, tiny
 from train.optimizer import make_optimizer
 from train.state import abstract_state
@@ -268,7 +268,7 @@ def test_held_out_problems_are_evaluated_in_between():
     changes = {"evaluate__problems": 8, "evaluate__samples": 2, "evaluate__reward": "own.py:length"}
     config = run_of("length", train__steps=5, train__eval_every=2, **changes)
     reinforce.run(config, Path("run"))
-    check_documented("run", "evaluation")
+    check_documented("run", "evaluation", JUDGED)
     found = lines("run", "validation_pass_at_1")
     assert [line["step"] for line in found] == [2, 4, 5]
     for line in found:
