@@ -15,6 +15,7 @@ import pytest
 from files import write_json
 from tests.train import tracker_doubles as doubles
 from tests.train.tracker_doubles import FAKES, Stored
+from train.config import SINKS
 from train.metrics import Metrics, read_metrics
 from train.trackers import TRACKERS
 
@@ -140,7 +141,7 @@ def test_the_doubles_are_like_the_packages():
             "set_terminated",
         )],
     }  # fmt: skip
-    assert pairs.keys() == TRACKERS.keys()
+    assert pairs.keys() == TRACKERS.keys() == set(SINKS)
     for package, functions in pairs.items():
         try:
             found = importlib.import_module(package)
