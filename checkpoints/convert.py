@@ -5,6 +5,7 @@ can be stopped, and go on from there when they are called again.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,52 @@ def source_of_run(
     )
 
 
+def source_of_policy(
+    variables: dict[str, Any],
+    workdir: Path,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    chat_template: str | None,
+    context: int,
+    name: str,
+) -> ExportSource:
+    """Returns variables {"params", "router"} of a run as the source of a Hugging Face checkpoint.
+
+    They are copied to the host leaf by leaf, as they are asked for, and stay there with the source.
+
+    Args:
+      workdir: the run's, which has what else its checkpoint came with.
+      model: the run's model, with its vocabulary filled in.
+      tokenizer, chat_template, context, name: as in `ExportSource`.
+    """
+    leaves = by_path(variables)
+
+    @functools.cache
+    def on_host(leaf: str) -> np.ndarray:
+        return np.asarray(leaves[leaf])
+
+    def rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+        parts = tensor.slices_of(start, stop)
+        return tensor.encode([on_host(part.leaf)[part.index] for part in parts])
+
+    record = workdir / HF_RECORD
+    return ExportSource(
+        model=model,
+        rows=rows,
+        dtypes=recorded_dtypes(workdir),
+        record=record if record.exists() else None,
+        name=name,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        context=context,
+    )
+
+
+def check_exports(source: ExportSource, dtype: str) -> None:
+    """Raises UserError if no architecture can express the model; see `export_checkpoint`."""
+    _planned(source, dtype)
+
+
 def export_checkpoint(
     source: ExportSource, directory: Path, dtype: str, track: Track = iter
 ) -> int:
@@ -192,12 +239,7 @@ def export_checkpoint(
       UserError: the directory cannot be written or has another checkpoint, or no architecture can
         express the model.
     """
-    written = _written_tensors(source)
-    dtypes = {tensor.name: _export_dtype(tensor.name, source.dtypes, dtype) for tensor in written}
-    projections = {str(dtypes[name]) for name in dtypes if name.endswith("proj.weight")}
-    config = config_for(source.model, source.record, source.dtypes, dtypes, projections)
-    if source.context:
-        config.setdefault("max_position_embeddings", source.context)
+    written, dtypes, config = _planned(source, dtype)
     plan = [(tensor.name, dtypes[tensor.name], tensor.shape) for tensor in written]
     described = f"{source.name}, {dtype or 'the types it had'}"
     with TensorWriter(directory, plan, described, SHARD_BYTES) as writer:
@@ -210,6 +252,19 @@ def export_checkpoint(
                 )
     write_other_files(directory, source.record, source.tokenizer, source.chat_template, config)
     return len(written)
+
+
+def _planned(
+    source: ExportSource, dtype: str
+) -> tuple[list[Tensor], dict[str, np.dtype], dict[str, Any]]:
+    """Returns the tensors that an export has, the type of each by its name, and its config.json."""
+    written = _written_tensors(source)
+    dtypes = {tensor.name: _export_dtype(tensor.name, source.dtypes, dtype) for tensor in written}
+    projections = {str(dtypes[name]) for name in dtypes if name.endswith("proj.weight")}
+    config = config_for(source.model, source.record, source.dtypes, dtypes, projections)
+    if source.context:
+        config.setdefault("max_position_embeddings", source.context)
+    return written, dtypes, config
 
 
 def _written_tensors(source: ExportSource) -> list[Tensor]:

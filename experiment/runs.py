@@ -25,6 +25,7 @@ from files import write_json, write_text
 from rl.infill import infill_samples
 from rl.loop import train_policy
 from rl.rewards import get_rewards
+from rl.servers.checks import check_fields
 from train.evaluate import held_out_loss, indexer_recall, infilling
 from train.loop import train_language_model
 from train.setup import Setup
@@ -150,6 +151,8 @@ def check_reinforce(config: Config) -> None:
             "after a rejected draft; use 'coupled', or neither reinforce.prompts_in_flight nor "
             "reinforce.rollout_tokens"
         )
+    if sampling.server:
+        check_fields(sampling, config.reinforce)
     train.microbatch_rows(update_rows(config), UPDATE)
     if train.eval_every and not config.evaluate.problems:
         raise UserError(

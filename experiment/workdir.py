@@ -26,9 +26,9 @@ from model.mesh import MESH_AXES
 from rl.config import EvaluateConfig
 
 # The fields that may differ when a run goes on: how long, what it logs and saves, how it is
-# evaluated, how long prompts may be, and what it runs on. The devices, the microbatches and what is
-# kept for the backward pass change no equation, only rounding. More steps do stretch the cosine
-# where train.cosine_steps = -1 takes what is left.
+# evaluated, how long prompts may be, and what it runs on, a server that samples included. The
+# devices, the microbatches and what is kept for the backward pass change no equation, only
+# rounding. More steps do stretch the cosine where train.cosine_steps = -1 takes what is left.
 MAY_CHANGE = (
     "data.bad_records",
     "train.steps",
@@ -41,6 +41,12 @@ MAY_CHANGE = (
     "train.sinks",
     "sampling.max_prompt_tokens",
     "sampling.filter_overlong_prompts",
+    "sampling.server",
+    "sampling.server_api",
+    "sampling.server_weights",
+    "sampling.server_timeout",
+    "sampling.server_retries",
+    "sampling.server_seeds",
     "reinforce.trace_completions",
     *(f"evaluate.{field.name}" for field in dataclasses.fields(EvaluateConfig)),
     "model.remat",

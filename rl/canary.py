@@ -15,13 +15,16 @@ from errors import UserError
 from kernels.device import compiler_options
 from model.sharding import batch_shards, replicated
 from rl.config import SamplingConfig
-from rl.engine import Engine
+from rl.engines import AnyEngine
 from rl.objective import logprobs_at_tokens
 from rl.request import Prompt, keys_of
 from rl.trajectory import batch_of
 from train.setup import Setup
 
 TOKENS = 3  # sampled: the first after the pass over the prompt, the others after cached steps
+# By an engine outside, whose experts and keys the trainer cannot take for its own: a tie that the
+# two break differently moves a token by more than rounding, and the mean of more tokens by less.
+TOKENS_OUTSIDE = 32
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """Mean of |difference of log-probs|, in nats, that rounding explains: by the type of computation.
 
@@ -29,6 +32,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 most 2e-6 in float32 and 0.04 in bfloat16, and twice that with weights twice as wide. The bounds are
 several times more, for larger models, which round more often. In bfloat16 it is thus a coarse net:
 weights of one update before, at a small learning rate, are within.
+
+An engine outside has the bound of bfloat16 unless sampling.dtype says what it computes in.
 """
 
 
@@ -48,7 +53,7 @@ class Canary:
     def __init__(
         self,
         setup: Setup,
-        engine: Engine,
+        engine: AnyEngine,
         prompt: Sequence[int],
         *,
         stage: str,
@@ -56,8 +61,10 @@ class Canary:
         tolerance: float = -1.0,
     ):
         self._setup, self._engine = setup, engine
-        self._prompt = Prompt(prompt, keys_of(0, [0], 1)[0], min(TOKENS, sampling.max_new_tokens))
-        self._dtype = max({setup.model.dtype, sampling.dtype} - {""}, key=TOLERANCE.__getitem__)
+        tokens = TOKENS_OUTSIDE if engine.outside else TOKENS
+        self._prompt = Prompt(prompt, keys_of(0, [0], 1)[0], min(tokens, sampling.max_new_tokens))
+        computes = sampling.dtype or ("bfloat16" if engine.outside else setup.model.dtype)
+        self._dtype = max(setup.model.dtype, computes, key=TOLERANCE.__getitem__)
         self._tolerance = TOLERANCE[self._dtype] if tolerance == -1 else tolerance
         self._score = jit_mean_gap(setup, stage, sampling.temperature)
 

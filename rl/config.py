@@ -6,6 +6,7 @@ Each field is written once, here, with its default and meaning.
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
+from urllib.parse import urlsplit
 
 from data.python_files import is_attribute
 from errors import FieldChecks
@@ -15,6 +16,7 @@ from rl.rewards import check_weights
 from rl.voting import TIES
 
 ATTENTIONS = ("sparse", "dense")
+SERVER_APIS = ("vllm", "sglang")
 DRAFT_ACCEPTANCES = ("coupled", "rejection")
 OLD_LOGPROBS = ("sampler", "trainer")
 INDEXERS = ("trained", "frozen")
@@ -62,6 +64,21 @@ class SamplingConfig:
     # without an indexer by 4-bit keys. Samples are then not quite the model's own: docs/decode.md
     # says what that means for reinforcement.
     attention_top_p: float = 1.0
+    # The URL of a server that samples in launch.reinforce in place of this process, such as
+    # "http://host:8000", and which it is: "vllm" | "sglang" (docs/reinforce.md, "Another engine
+    # samples"). "" for none.
+    server: str = ""
+    server_api: str = "vllm"
+    # The directory in which it is given the policy's weights, in sampling.dtype; the server sees it
+    # by the same path. "" is served/ in the workdir.
+    server_weights: str = ""
+    # Seconds that an answer may take: a whole completion, or the loading of weights. And how often
+    # what fails is asked again, after 1, 2, 4, ... and at most 60 seconds: 10 make five minutes.
+    server_timeout: float = 600.0
+    server_retries: int = 10
+    # Whether each completion is asked for with a seed of its own, that of its problem's place and
+    # its number. vLLM draws with seeds row by row, and on a CPU dies of them.
+    server_seeds: bool = True
 
     def __post_init__(self):
         check = FieldChecks(self, "sampling")
@@ -80,6 +97,11 @@ class SamplingConfig:
         share = 0 < self.attention_top_p <= 1
         check.that(share, "attention_top_p", "must be in (0, 1]; 1 reads every selected key")
         check.one_of("attention", ATTENTIONS)
+        check.that(not self.server or _is_url(self.server), "server", "must be 'http://HOST:PORT'")
+        check.one_of("server_api", SERVER_APIS)
+        patient = 0 < self.server_timeout < math.inf
+        check.that(patient, "server_timeout", "must be positive")
+        check.not_negative("server_retries")
 
     @property
     def restricts(self) -> bool:
@@ -347,3 +369,12 @@ class EvaluateConfig:
             check.that(getattr(self, name) >= 0, name, "must be 0 (none) or positive")
         check.at_most(1_000_000, "text_batches", "problems", "infill_documents", "bootstrap")
         check.at_most(100_000, "samples")
+
+
+def _is_url(text: str) -> bool:
+    """Returns whether a text is the URL of a server."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False

@@ -87,7 +87,7 @@ class Engine:
         self._recurrent = "delta" in model.layer_types or model.canon_kernel_size > 0
         self.counts = Counts()
         self._work = Work.none(self.rows)
-        self._version = 0
+        self._version, self.outside = 0, False
         self._recorder = Recorder(model, self.capacity, frozenset(record))
         self._variables = self._weights = None
         self._programs = Programs(

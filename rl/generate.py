@@ -16,9 +16,12 @@ from model.config import ModelConfig
 from model.sharding import batch_shards
 from rl.config import SamplingConfig
 from rl.engine import Engine
+from rl.engines import AnyEngine
 from rl.problems import prompt_of
 from rl.records import check_fits
 from rl.request import Prompt, keys_of
+from rl.servers.engine import ServerEngine
+from rl.servers.server import Server
 from rl.slots import empty_slots
 from rl.spans import spans_of
 from rl.trajectory import LENGTH, Trajectory
@@ -52,6 +55,7 @@ class Generator:
       completions: how many are asked for at a time, in all; the engine has no more slots.
       group_size: how many of them are of one problem, most of the time.
       record: which of `rl.records.RECORDS` completions have, unless it is asked for none.
+      server: that samples in place of this process, which then has no slots and no records.
 
     Raises UserError if a slot, or the records of so many completions, take more than is allowed.
     """
@@ -65,8 +69,16 @@ class Generator:
         completions: int,
         group_size: int,
         record: Collection[str] = (),
+        server: Server | None = None,
     ):
         self._setup, self.sampling, self.template = setup, sampling, template
+        self._opening = opening(setup.tokenizer, template)
+        self.engine: AnyEngine
+        if server is not None:
+            requests = min(completions, sampling.slots)
+            vocab_size = setup.model.vocab_size
+            self.engine = ServerEngine(server, sampling, vocab_size, requests=requests)
+            return
         model = dataclasses.replace(setup.model, dtype=sampling.dtype or setup.model.dtype)
         rows = slots_that_fit(model, setup.mesh, sampling, completions)
         check_fits(model, sampling, record, completions)
@@ -79,7 +91,6 @@ class Generator:
             pad=setup.tokenizer.pad,
             record=record,
         )
-        self._opening = opening(setup.tokenizer, template)
 
     def groups(
         self,

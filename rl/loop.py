@@ -22,6 +22,7 @@ from rl.measure import as_arrays, observe, over_updates, speeds
 from rl.records import kept_records, records_made
 from rl.reference import begun
 from rl.sampler import Sampler
+from rl.servers.connect import connect
 from rl.traces import Traces
 from rl.weights import Weights
 from train.config import TrainConfig
@@ -80,7 +81,11 @@ def train_policy(
     parts = Parts()
     learn = Learner(setup, train, sampling, reinforce, algorithm, seed, parts)
     sections = train, sampling, reinforce, evaluate
-    sampler = Sampler(sampler_setup, *sections, algorithm, template=template, seed=seed)
+    corrected = corrects(algorithm, reinforce)
+    server = connect(setup, sampling, reinforce, workdir, template, corrects=corrected)
+    sampler = Sampler(
+        sampler_setup, *sections, algorithm, template=template, seed=seed, server=server
+    )
     weights = None
     if sampler_setup is not setup:
         checked = reinforce.canary_tolerance != 0

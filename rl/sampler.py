@@ -28,6 +28,7 @@ from rl.reasoning import ReasoningEvaluation
 from rl.records import kept_records, records_made
 from rl.request import Counts
 from rl.rollouts import Group, Rollouts
+from rl.servers.server import Server
 from train.config import TrainConfig
 from train.setup import Setup
 
@@ -69,6 +70,7 @@ class Sampler:
     Args:
       setup: of the mesh that samples.
       template: how prompts are written, `data.chat_template`.
+      server: that samples in place of this process, if one does.
 
     Raises:
       UserError: the task or a prompt does not fit, or no slot fits the memory allowed.
@@ -85,6 +87,7 @@ class Sampler:
         *,
         template: str,
         seed: int,
+        server: Server | None = None,
     ):
         self.setup, self._parts = setup, Parts()
         problems = problems_to_train(
@@ -101,10 +104,11 @@ class Sampler:
             completions=reinforce.in_flight * reinforce.group_size,
             group_size=reinforce.group_size,
             record=recorded,
+            server=server,
         )
         self._greedy = None
         if "greedy" in algorithm.needs:
-            self._greedy = _greedy(setup, sampling, template, reinforce.prompts_per_step)
+            self._greedy = _greedy(setup, sampling, template, reinforce.prompts_per_step, server)
         self._key = jax.random.fold_in(jax.random.key(seed), 1)
         weights = paid_weights(reinforce, evaluate)
         options, longest = algorithm.options, sampling.max_new_tokens
@@ -127,7 +131,11 @@ class Sampler:
             self._key,
         )
         self._canary = None
-        if reinforce.canary_tolerance and sampling.attention_top_p == 1 and made <= recorded:
+        if (
+            reinforce.canary_tolerance
+            and sampling.attention_top_p == 1
+            and (server or made <= recorded)
+        ):
             self._canary = Canary(
                 setup,
                 self._generate.engine,
@@ -222,7 +230,9 @@ class Sampler:
         )
 
 
-def _greedy(setup: Setup, sampling: SamplingConfig, template: str, prompts: int) -> Generator:
+def _greedy(
+    setup: Setup, sampling: SamplingConfig, template: str, prompts: int, server: Server | None
+) -> Generator:
     """Returns what makes the greedy completion of each prompt of a step."""
     greedy = dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
-    return Generator(setup, greedy, template, completions=prompts, group_size=1)
+    return Generator(setup, greedy, template, completions=prompts, group_size=1, server=server)
