@@ -5,8 +5,8 @@ one at the beginning: weights take so long to arrive (PipelineRL, arXiv 2509.191
 2510.13786, section 3, has k = 8). Which policy samples what depends on no clock, so such a run is
 repeated, and resumed, to the bit.
 
-Where the sampler has devices of its own it works in a thread of its own, while the trainer learns
-from what was sampled before. Nothing else changes: a step has the groups that it would have had.
+Where the sampler has devices of its own, or is a server, it works in a thread of its own, while the
+trainer learns from what was sampled before. Nothing else changes: a step has the groups that it would have had.
 """
 
 import collections
@@ -38,8 +38,8 @@ class Ahead:
     Use it as a context: at its end nothing is being sampled.
 
     Args:
-      weights: brings the policy to the devices of the sampler; None where these are the trainer's,
-        and sampling and learning take turns.
+      weights: brings the policy to the devices of the sampler, or keeps a copy for a server; None
+        where sampling and learning take turns on the same devices.
       parts: what "wait_prev_gen" is measured by, the wait for devices that sample beside.
     """
 

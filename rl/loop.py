@@ -87,7 +87,7 @@ def train_policy(
         sampler_setup, *sections, algorithm, template=template, seed=seed, server=server
     )
     weights = None
-    if sampler_setup is not setup:
+    if sampler_setup is not setup or (server and reinforce.lag):  # who samples has time of its own
         checked = reinforce.canary_tolerance != 0
         weights = Weights(setup.model, sampler_setup.mesh, checked=checked)
     ahead = Ahead(sampler, reinforce.lag, weights, parts)

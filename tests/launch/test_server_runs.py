@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from launch import reinforce
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from rl.rewards import get_reward
+from rl.sampler import Sampler
 from rl.servers import server as server_module
 from tests.launch.test_bring_a_checkpoint import configured
 from tests.launch.test_reinforce import lines, on_devices
@@ -106,6 +108,25 @@ def test_a_server_that_dies_costs_nothing(served):
     chex.assert_trees_all_equal(
         final_variables(config, Path("parts")), final_variables(config, Path("whole"))
     )
+
+
+def test_a_server_samples_while_the_trainer_learns(served, monkeypatch):
+    """With a lag, in a thread of its own; what it samples is what it would have in the trainer's."""
+    threads, take = set(), Sampler.take
+
+    def noted(sampler, *args):
+        threads.add(threading.current_thread().name)
+        return take(sampler, *args)
+
+    monkeypatch.setattr(Sampler, "take", noted)
+    changes = {"reinforce__lag": 1, "reinforce__algorithm": "cispo", "train__steps": 4}
+    assert reinforce.run(run_of(served, **changes), Path("apart"))
+    assert {name.rpartition("_")[0] for name in threads} == {"sampler"}
+    with monkeypatch.context() as patch:
+        patch.setattr("rl.loop.Weights", lambda *args, **options: None)
+        assert reinforce.run(run_of(served, **changes), Path("in_turns"))
+    assert lines("apart") == lines("in_turns")
+    assert [line["sampling/staleness/max"] for line in lines("apart")] == [0, 1, 1, 1]
 
 
 def test_completions_in_parts(served):
