@@ -6,7 +6,8 @@ one at the beginning: weights take so long to arrive (PipelineRL, arXiv 2509.191
 repeated, and resumed, to the bit.
 
 Where the sampler has devices of its own, or is a server, it works in a thread of its own, while the
-trainer learns from what was sampled before. Nothing else changes: a step has the groups that it would have had.
+trainer learns from what was sampled before. Nothing else changes: a step has the groups that it
+would have had.
 """
 
 import collections

@@ -111,7 +111,7 @@ def test_a_server_that_dies_costs_nothing(served):
 
 
 def test_a_server_samples_while_the_trainer_learns(served, monkeypatch):
-    """With a lag, in a thread of its own; what it samples is what it would have in the trainer's."""
+    """With a lag, in a thread of its own; it samples what it would have in the trainer's."""
     threads, take = set(), Sampler.take
 
     def noted(sampler, *args):

@@ -28,7 +28,7 @@ class OfRollouts(Sampler):
     def __init__(self, fails_at: int = 0, waits_at: int = 0, **changes):
         self._rollouts = rollouts(**changes)
         self._generate = self._rollouts._generate
-        self._canary = self._greedy = None
+        self._canary, self._greedy, self._judged = None, None, False
         self._parts = Parts()
         self.setup = SimpleNamespace(mesh=MESH)  # pyright: ignore
         self.fails_at, self.waits_at = fails_at, waits_at
