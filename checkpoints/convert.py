@@ -27,7 +27,8 @@ from checkpoints.hf.metadata import (
 from checkpoints.hf.safetensors_writer import SHARD_BYTES, TensorWriter
 from checkpoints.hf.tensors import experts_are_fused, tensors
 from checkpoints.locations import HF_RECORD, run_directory
-from checkpoints.streamed import StreamedReader, StreamedWriter
+from checkpoints.lora import open_run
+from checkpoints.streamed import StreamedWriter
 from checkpoints.trees import by_path
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import has_tokenizer, load_tokenizer
@@ -148,6 +149,8 @@ def source_of_run(
 ) -> ExportSource:
     """Returns the newest checkpoint of a run as the source of a Hugging Face checkpoint.
 
+    Adapters are added to what they adapt.
+
     Args:
       path: a workdir, its directory of checkpoints, or one checkpoint in it.
       model: the run's model, with its vocabulary filled in.
@@ -156,7 +159,7 @@ def source_of_run(
     Raises:
       UserError: no checkpoint there.
     """
-    reader, workdir = StreamedReader(path), run_directory(path)
+    reader, workdir = open_run(path), run_directory(path)
 
     def rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
         parts = tensor.slices_of(start, stop)

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from checkpoints.locations import hf_directory, run_directory
+from checkpoints.lora import RECORD as LORA_RECORD
 from data.tokenizer_files import TOKENIZER_FILES
 from errors import UserError
 from experiment.lock import locked
@@ -110,7 +111,7 @@ def open_workdir(workdir: Path, config: Config, command: str) -> Iterator[None]:
         except UserError:
             metrics = workdir / "metrics.jsonl"
             if new and not (metrics.exists() and metrics.stat().st_size):
-                for name in ("config.json", *TOKENIZER_FILES):
+                for name in ("config.json", LORA_RECORD, *TOKENIZER_FILES):
                     (workdir / name).unlink(missing_ok=True)
             raise
 

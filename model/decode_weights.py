@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.device import platform
+from model.adapters import merged
 from model.config import ModelConfig
 from model.experts import table
 from model.sharding import is_named
@@ -57,21 +58,22 @@ def decode_weights(
 ) -> DecodeWeights:
     """Prepares the weights that `read` takes.
 
-    They are cast to the compute type, except those declared with `keep_float32`: a step then reads
-    half the bytes in bfloat16. With few rows every expert sees every token, in one matmul over all
-    experts (model/experts/table.py). On one CPU their weights are laid out for that matmul here,
-    once; XLA would do it anew in every step.
+    Adapters (model/adapters.py) are added to what they adapt. All is cast to the compute type but
+    what is declared with `keep_float32`: a step then reads half the bytes in bfloat16. With few
+    rows every expert sees every token, in one matmul over all experts (model/experts/table.py). On
+    one CPU their weights are laid out for that matmul here, once; XLA would do it anew in every
+    step.
 
     Args:
       config: the model.
-      variables: {"params", "router"}.
+      variables: {"params", "router"}, and adapters where there are any.
       rows: how many tokens a step reads, over all rows.
       drafts: how many of the MTP modules draft.
     """
     variables = jax.tree.map(
         lambda box, leaf: leaf if box.use.keep_float32 else leaf.astype(config.dtype),
         boxed_shapes(config),
-        variables,
+        merged(variables),
         is_leaf=is_named,
     )
     # Side by side, experts cannot be divided over devices.

@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "head_dim": None,
     "query_rank": None,
     "latent_rank": None,
+    "lora_rank": None,
     "ffn": "tensor",
     "experts": "expert",
     "stacked": None,  # separate matrices in one parameter

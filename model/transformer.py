@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from model.adapters import COLLECTION
 from model.attention.reference import IndexerStats
 from model.cache import LayerCache
 from model.config import ModelConfig
@@ -159,7 +160,7 @@ def scanned_stack(config: ModelConfig, stack: LayerStack, name: str) -> nn.Modul
     broadcast: Any = (nn.broadcast,)  # flax declares that axes are numbers
     periods = nn.scan(
         Period,
-        variable_axes={"params": 0, "router": 0, "record": 0, "replay": 0},
+        variable_axes={"params": 0, "router": 0, "record": 0, "replay": 0, COLLECTION: 0},
         split_rngs={"params": True},
         in_axes=broadcast,
         length=stack.repeats,

@@ -60,9 +60,18 @@ class Critic:
       train: the section `train`, its steps counted in updates, which the critic learns by, but for
         its learning rate.
       reinforce: `critic_learning_rate`, `value_clip`, and how a step is cut.
+
+    Raises:
+      UserError: the policy learns by adapters.
     """
 
     def __init__(self, setup: Setup, train: TrainConfig, reinforce: ReinforceConfig):
+        if train.lora:
+            raise UserError(
+                f"train.lora = {train.lora}: reinforce.algorithm = {reinforce.algorithm!r} has a "
+                "critic, a whole model that learns with moments of its own; use an algorithm "
+                "without one, such as grpo, or train.lora = 0"
+            )
         self._setup = setup
         rate = reinforce.critic_learning_rate or 10 * train.learning_rate
         self._train = dataclasses.replace(train, learning_rate=rate, mtp_weight=0.0, trainable=".*")

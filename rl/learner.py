@@ -11,7 +11,6 @@ from jax import Array
 from optax import ScaleByScheduleState
 
 from kernels.device import compiler_options
-from model.transformer import boxed_shapes
 from rl.algorithms.row import Algorithm
 from rl.batches import minibatches
 from rl.clock import Parts
@@ -21,11 +20,13 @@ from rl.critic import Critic
 from rl.objective import policy_objective
 from rl.reference import Reference
 from rl.signals import jit_step_signals, jit_update_signals
+from train.base import abstract_learnt, abstract_run_state
 from train.config import TrainConfig
+from train.lora import learnt_shapes
 from train.objective import Batch
 from train.optimizer import make_optimizer
 from train.setup import Setup
-from train.state import StateWithCritic, TrainState, abstract_state, state_shardings
+from train.state import StateWithCritic, TrainState, state_shardings
 from train.step import Step, jit_step, make_step
 
 
@@ -40,6 +41,7 @@ class Learner:
         signals; "update_actor" and "update_critic".
 
     Attributes:
+      setup: with the adapters that learn, where train.lora asks for them.
       optimizer: of the policy.
       critic: of the algorithm; None where it has none.
     """
@@ -55,10 +57,11 @@ class Learner:
         parts: Parts | None = None,
     ):
         self._parts = parts or Parts()
-        self._setup, self._reinforce, self._algorithm = setup, reinforce, algorithm
-        self._seed = seed
+        self._reinforce, self._algorithm, self._seed = reinforce, algorithm, seed
         scheduled = per_update(train, reinforce.epochs * reinforce.minibatches)
-        self.optimizer = make_optimizer(scheduled, boxed_shapes(setup.model)["params"])
+        setup = self.setup = setup.learning(scheduled)
+        learnt = learnt_shapes(setup.model, setup.lora)
+        self.optimizer = make_optimizer(scheduled, learnt["params"])
         self.critic = Critic(setup, scheduled, reinforce) if "values" in algorithm.needs else None
         scored = setup, train.stage, sampling.temperature
         count = reinforce.minibatches * train.microbatches
@@ -101,10 +104,10 @@ class Learner:
                 batch["advantages"] = jnp.zeros_like(batch["advantages"])
         every = reinforce.reset_optimizer_every
         if every and (step - 1) % every == 0:
-            state = self._reset(state)
+            state = state.with_learnt(self._reset(state.learnt))
         measured = []
         with self._parts("update_actor"):
-            cut = minibatches(self._setup, batch, reinforce, seed=self._seed, step=step)
+            cut = minibatches(self.setup, batch, reinforce, seed=self._seed, step=step)
             for number, part in enumerate(cut):
                 part = left_policy(part) if number else part
                 part = part | self._singled_out(state, part, step, number)
@@ -186,13 +189,13 @@ def jit_policy_step(
     objective = policy_objective(setup.model, train, algorithm, temperature)
     return jit_step(
         make_step(setup.model, train, objective, optimizer),
-        abstract_state(setup.model, optimizer, setup.mesh),
+        abstract_run_state(setup.model, setup.lora, optimizer, setup.mesh),
         setup.mesh,
     )
 
 
 def jit_reset(setup: Setup, optimizer: optax.GradientTransformation):
-    """Returns the jitted state -> state whose optimizer has no moments yet.
+    """Returns the jitted state -> state whose optimizer has no moments yet; the state is donated.
 
     Its place in the schedule of the learning rate stays.
     """
@@ -210,6 +213,6 @@ def jit_reset(setup: Setup, optimizer: optax.GradientTransformation):
         )
         return dataclasses.replace(state, opt_state=kept)
 
-    shardings = state_shardings(abstract_state(setup.model, optimizer, setup.mesh))
+    shardings = state_shardings(abstract_learnt(setup.model, setup.lora, optimizer, setup.mesh))
     options = compiler_options(setup.mesh)
     return jax.jit(reset, donate_argnums=0, out_shardings=shardings, compiler_options=options)

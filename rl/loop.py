@@ -89,7 +89,8 @@ def train_policy(
     weights = None
     if sampler_setup is not setup or (server and reinforce.lag):  # who samples has time of its own
         checked = reinforce.canary_tolerance != 0
-        weights = Weights(setup.model, sampler_setup.mesh, checked=checked)
+        mesh, lora = sampler_setup.mesh, learn.setup.lora
+        weights = Weights(setup.model, mesh, checked=checked, lora=lora)
     ahead = Ahead(sampler, reinforce.lag, weights, parts)
     cursor = ahead if reinforce.remembers else None
     with (
@@ -98,7 +99,7 @@ def train_policy(
         Interrupt() as interrupt,
         ahead,
         begun(
-            setup,
+            learn.setup,
             learn.optimizer,
             checkpoints,
             workdir,
@@ -136,7 +137,7 @@ def train_policy(
                     batch = parts.until(layout(sampled.completions, step))
                 paid = sampled.rewards.arrays(layout.most, sampled.greedy_P)
                 state, measured = learn(state, reference, batch, paid, step)
-                newest.is_at(step, state, ahead.place() if cursor else None)
+                newest.is_at(step, state.learnt, ahead.place() if cursor else None)
                 if reference:
                     reference.after(step, state.variables)
                 values = over_updates(measured) | sampled.metrics | agreed
@@ -158,7 +159,7 @@ def train_policy(
                 if Due(train).save(step) or stopping:
                     with parts("save_checkpoint"):
                         ahead.settle()
-                        checkpoints.save(step, state, cursor)
+                        checkpoints.save(step, state.learnt, cursor)
                     metrics.write(step, parts.collect("save_checkpoint"))
                 if stopping:
                     break

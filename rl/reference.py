@@ -5,6 +5,9 @@ The workdir keeps its parameters in `reference/` and where they come from in `re
 that a run that goes on compares with the same ones, to the bit, whatever became of the run or the
 file that they were read from. With `reinforce.reference_every` it becomes the policy as it is every
 so many steps; `reference/` then has one for each checkpoint that the run may go on from.
+
+Where adapters learn (train.lora), the reference is their base: the same arrays, in memory and on
+disk, until `reinforce.reference_every` makes it another.
 """
 
 import contextlib
@@ -12,36 +15,23 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from checkpoints.cursors import Cursor
-from checkpoints.locations import hf_directory
-from checkpoints.restore import open_checkpoint
 from checkpoints.training import Checkpoints
 from errors import UserError
 from files import write_json
+from model.adapters import merged
 from rl.config import ReinforceConfig
 from rl.critic import Critic
+from train.base import Origin
 from train.config import TrainConfig
-from train.restore import load_variables, restored_or_new
+from train.restore import restored_or_new, starting_point
 from train.setup import Setup
-from train.state import StateWithCritic, TrainState, abstract_state, fresh_state, state_from
-
-
-class Origin(NamedTuple):
-    """Where parameters come from.
-
-    Attributes:
-      path: a checkpoint of a run, or `hf:DIR`; "" for parameters drawn from the run's seed.
-      step: of the run that the checkpoint is of, else 0.
-    """
-
-    path: str
-    step: int
+from train.state import StateOverBase, StateWithCritic, TrainState, abstract_state, state_from
 
 
 class Reference:
@@ -51,19 +41,19 @@ class Reference:
       variables: of the reference, on the mesh; None where nothing asks for one.
 
     Args:
-      kept: `reference/` of the workdir.
+      kept: `reference/` of the workdir; None where the reference is the base of adapters.
       every: steps after which it becomes the policy as it is; 0 keeps it.
       first: the number under which the first one is kept.
     """
 
-    def __init__(self, kept: Checkpoints, variables: dict, every: int, first: int):
+    def __init__(self, kept: Checkpoints | None, variables: dict, every: int, first: int):
         self.variables: dict | None = variables
         self._kept, self._every, self._first = kept, every, first
 
     def after(self, step: int, variables: dict) -> None:
         """Becomes the policy's variables, where that is due after `step`."""
-        if self._every and step % self._every == 0:
-            self.variables = jax.tree.map(jnp.copy, variables)
+        if self._kept is not None and self._every and step % self._every == 0:
+            self.variables = jax.tree.map(jnp.copy, merged(variables))
             self._kept.save(self._first + step, self.variables)
 
 
@@ -96,35 +86,47 @@ def begun(
     Raises:
       UserError: a checkpoint does not fit the model, or the reference is gone.
     """
-    resumes = checkpoints.latest() is not None
+    resumes, every = checkpoints.latest() is not None, reinforce.reference_every
+
+    def policy() -> TrainState:
+        """Returns the state of the run's newest checkpoint, or a new one."""
+        if resumes and critic is not None:
+            return _resumed(setup, optimizer, checkpoints, cursor, critic)
+        state = restored_or_new(
+            setup, optimizer, checkpoints, cursor, init_from=init_from, seed=seed
+        )
+        return _with_critic(setup, state, critic, reinforce)
+
     if not needs_reference:
-        if resumes:
-            yield _resumed(setup, optimizer, checkpoints, cursor, critic), None
-            return
-        state = restored_or_new(setup, optimizer, checkpoints, init_from=init_from, seed=seed)
-        yield _with_critic(setup, state, critic, reinforce), None
+        yield policy(), None
         return
-    most = references_kept(train, reinforce.reference_every)
+    most = references_kept(train, every)
+    if setup.lora is not None and not reinforce.reference:
+        state = policy()
+        assert isinstance(state, StateOverBase)
+        if not every:
+            yield state, Reference(None, state.base, 0, 0)
+            return
+        with Checkpoints(workdir / "reference", keep=most) as kept:
+            number = _last_due(state, reinforce)
+            kept.delete_after(number)
+            variables = _restored(setup, kept, number) if number else state.base
+            yield state, Reference(kept, variables, every, 0)
+        return
     with Checkpoints(workdir / "reference", keep=most) as kept:
         origin_path = reinforce.reference or init_from
         if kept.latest() is None and resumes:
             _keep_of_older_run(setup, kept, workdir, origin_path, seed)
         elif kept.latest() is None:
-            origin = origin_of(origin_path)
-            _keep(kept, workdir, origin, _first_variables(setup, origin.path, seed))
+            _keep(kept, workdir, *starting_point(setup, origin_path, seed))
         first = _first_number(workdir, kept)
-        if resumes:
-            state = _resumed(setup, optimizer, checkpoints, cursor, critic)
-        elif reinforce.reference:
-            state = restored_or_new(setup, optimizer, checkpoints, init_from=init_from, seed=seed)
-            state = _with_critic(setup, state, critic, reinforce)
+        if resumes or reinforce.reference:
+            state = policy()
         else:
             variables = _restored(setup, kept, first)
             state = state_from(variables, setup.model, optimizer, setup.mesh)
             state = _with_critic(setup, state, critic, reinforce)
-        every = reinforce.reference_every
-        done = int(state.step) // (reinforce.epochs * reinforce.minibatches)
-        number = first + done // every * every if every else first
+        number = first + _last_due(state, reinforce)
         kept.delete_after(number)  # of a run that died after its last checkpoint
         yield state, Reference(kept, _restored(setup, kept, number), every, first)
 
@@ -136,18 +138,23 @@ def references_kept(train: TrainConfig, every: int) -> int:
     return math.ceil((train.max_to_keep + 1) * train.save_every / every) + 2
 
 
+def _last_due(state: TrainState, reinforce: ReinforceConfig) -> int:
+    """Returns the last step after which the reference has become the policy; 0 for none."""
+    every = reinforce.reference_every
+    done = int(state.step) // (reinforce.epochs * reinforce.minibatches)
+    return done // every * every if every else 0
+
+
 def _resumed(
     setup: Setup,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     cursor: Cursor | None,
-    critic: Critic | None,
+    critic: Critic,
 ) -> TrainState:
     """Reads the run's newest checkpoint, that of its critic too, and moves the cursor."""
-    abstract = abstract_state(setup.model, optimizer, setup.mesh)
-    if critic is not None:
-        abstract = StateWithCritic.of(abstract, critic.abstract)
-    return checkpoints.restore(abstract, cursor)
+    policy = abstract_state(setup.model, optimizer, setup.mesh)
+    return checkpoints.restore(StateWithCritic.of(policy, critic.abstract), cursor)
 
 
 def _with_critic(
@@ -167,25 +174,6 @@ def _first_number(workdir: Path, kept: Checkpoints) -> int:
     if record.exists():
         return int(json.loads(record.read_text())["step"])
     return kept.latest() or 0
-
-
-def origin_of(init_from: str) -> Origin:
-    """Returns the checkpoint that is the newest of `init_from` at this moment.
-
-    Raises UserError if there is none.
-    """
-    if not init_from or hf_directory(init_from):
-        return Origin(init_from, 0)
-    with open_checkpoint(Path(init_from)) as (_, directory, step):
-        return Origin(str(directory / str(step)), step)
-
-
-def _first_variables(setup: Setup, path: str, seed: int) -> dict:
-    """Returns the variables that a run without a checkpoint starts from."""
-    if path:
-        return load_variables(setup.model, setup.mesh, path)
-    key = jax.random.key(seed)
-    return fresh_state(setup.model, optax.identity(), setup.mesh, key).variables
 
 
 def _keep(kept: Checkpoints, workdir: Path, origin: Origin, variables: dict) -> None:
@@ -211,10 +199,10 @@ def _keep_of_older_run(
             f"{kept.directory}: the parameters of the reference are gone, which the divergence of "
             "this run is measured from; restore the directory, or begin in another --workdir"
         )
-    origin = origin_of(init_from)
+    origin, variables = starting_point(setup, init_from, seed)
     if origin.path and jax.process_index() == 0:
         print(f"reference   none kept when this run began; from now on {origin.path}", flush=True)
-    _keep(kept, workdir, origin, _first_variables(setup, origin.path, seed))
+    _keep(kept, workdir, origin, variables)
 
 
 def _restored(setup: Setup, kept: Checkpoints, number: int) -> dict:

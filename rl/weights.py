@@ -11,7 +11,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from errors import UserError
+from model.adapters import COLLECTION
 from model.config import ModelConfig
+from train.base import abstract_learnt
+from train.lora import Lora
 from train.state import abstract_state, state_shardings
 
 
@@ -21,12 +24,17 @@ class Weights:
     Args:
       mesh: of the sampler.
       checked: whether what arrives is compared with what was sent, to the bit.
+      lora: the adapters that learn, whose base is copied once; None where there are none.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, *, checked: bool):
-        self._mesh, self._checked = mesh, checked
+    def __init__(self, model: ModelConfig, mesh: Mesh, *, checked: bool, lora: Lora | None = None):
+        self._mesh, self._checked, self._lora = mesh, checked, lora
+        self._base: tuple[dict, dict] | None = None  # there and here
         abstract = abstract_state(model, optax.identity(), mesh)
         self._shardings = state_shardings(abstract.variables)
+        if lora is not None:
+            adapters = abstract_learnt(model, lora, optax.identity(), mesh).params
+            self._shardings |= {COLLECTION: state_shardings(adapters)}
         self._fingerprint = jax.jit(fingerprint)
 
     @property
@@ -44,8 +52,15 @@ class Weights:
           A function that returns them when they are there, on the mesh of the sampler. It raises
           UserError where they are not what was sent.
         """
-        sent = self._fingerprint(variables) if self._checked else None
-        copies = jax.device_put(variables, self._shardings, may_alias=False)
+        moving, base = dict(variables), self._base
+        if base is not None and base[0] is variables["params"]:
+            del moving["params"]
+        sent = self._fingerprint(moving) if self._checked else None
+        where = {name: self._shardings[name] for name in moving}
+        copies = jax.device_put(moving, where, may_alias=False)
+        if self._lora is not None and "params" in moving:
+            base = self._base = variables["params"], copies["params"]
+        frozen = {} if base is None else {"params": base[1]}
 
         def arrived() -> dict:
             if sent is not None:
@@ -57,7 +72,7 @@ class Weights:
                         "trainer; go on from the last checkpoint, and report the devices' driver "
                         "if it happens again"
                     )
-            return copies
+            return copies | frozen
 
         return arrived
 

@@ -105,8 +105,7 @@ def runs_share_programs():
     with pytest.MonkeyPatch.context() as patch:
         for place in ("rl.learner", "train.loop"):
             patch.setattr(f"{place}.make_optimizer", optimizer_of)
-        for place in ("rl.reference", "train.restore"):
-            patch.setattr(f"{place}.fresh_state", copy_of_first)
+        patch.setattr("train.restore.fresh_state", copy_of_first)
         patch.setattr("rl.loop.get_algorithm", once(get_algorithm))
         patch.setattr("rl.learner.jit_policy_step", once(jit_policy_step, by_setup))
         patch.setattr("rl.learner.jit_score", once(jit_score, by_setup_and_options))

@@ -1,6 +1,7 @@
 """The section `train` of a config. Each field is written once, here, with default and meaning."""
 
 import dataclasses
+import math
 import re
 
 from errors import FieldChecks
@@ -9,6 +10,7 @@ from model.config import STAGES
 OPTIMIZERS = ("adamw", "muon")
 LAYER_LOSSES = ("sum", "mean")
 SINKS = ("wandb", "trackio", "mlflow")  # the classes of train/trackers.py, which brings jax
+LORA_SCALES = ("rank", "sqrt_rank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,16 @@ class TrainConfig:
     # Regular expression over parameter paths; the rest is frozen. Stage "warmup" also freezes all
     # but the indexer.
     trainable: str = ".*"
+    # LoRA (arXiv 2106.09685, docs/lora.md): the rank of the adapters, which then learn alone; 0 is
+    # none, and all parameters learn. Their learning rate is about ten times that of all parameters.
+    lora: int = 0
+    lora_alpha: float = 32.0  # what they add is multiplied by alpha / rank
+    # "rank" | "sqrt_rank": by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+    lora_scale: str = "rank"
+    # Which matrices have one: "attention" | "ffn" | "experts" | "shared_experts" | "router" |
+    # "indexer" | "mtp", or how paths of parameters end: "query_up", "moe/down".
+    lora_modules: tuple[str, ...] = ("attention", "ffn", "experts", "shared_experts")
+    lora_from: str = ""  # a directory in peft's format, whose adapters a new run begins with
     mtp_weight: float = 0.3  # lambda of arXiv 2412.19437, eq. 25; with 0 the MTP modules do not run
     balance_weight: float = 1e-4  # alpha of the sequence-wise balance loss, eq. 17
     router_bias_rate: float = 1e-3  # gamma: how far a step moves the router bias
@@ -71,6 +83,13 @@ class TrainConfig:
             known = f"must be a tuple of {', '.join(SINKS)}, such as ('wandb', 'mlflow')"
             check.that(name in SINKS, "sinks", known)
         check.that(len(set(self.sinks)) == len(self.sinks), "sinks", "has one of them twice")
+        check.not_negative("lora")
+        check.that(0 < self.lora_alpha < math.inf, "lora_alpha", "must be positive")
+        check.one_of("lora_scale", LORA_SCALES)
+        rule = "names nothing to adapt; with train.lora = 0 there are no adapters"
+        check.that(not self.lora or bool(self.lora_modules), "lora_modules", rule)
+        rule = "begins adapters, and train.lora = 0 has none; give train.lora their rank"
+        check.that(not self.lora_from or self.lora > 0, "lora_from", rule)
         check.positive("learning_rate")
         check.that(0 <= self.final_ratio <= 1, "final_ratio", "must be between 0 and 1")
         for name in ("beta1", "beta2"):

@@ -15,10 +15,11 @@ import optax
 from checkpoints.cursors import Place
 from checkpoints.training import Checkpoints
 from data.config import DataConfig
-from model.transformer import boxed_shapes
+from train.base import abstract_run_state
 from train.config import TrainConfig
 from train.evaluate import validation_means, was_evaluated
 from train.interrupt import Interrupt
+from train.lora import learnt_shapes
 from train.metrics import Metrics
 from train.monitor import Due, StepLog
 from train.objective import language_objective
@@ -27,7 +28,6 @@ from train.progress import Progress, timed_line
 from train.rescue import SavedOnError
 from train.restore import Branch, restored_or_new
 from train.setup import Setup, open_batches
-from train.state import abstract_state
 from train.step import Step, abstract_batch, jit_evaluation, jit_step, make_step
 
 
@@ -63,9 +63,10 @@ def train_language_model(
       UserError: the data or a checkpoint does not fit, or gradients stay without finite values.
         After the first step this and every other error saves the steps done.
     """
+    setup = setup.learning(train)
     stream = open_batches(setup, data, "train", seed=seed, chat=chat)
     objective = language_objective(setup.model, train)
-    optimizer = make_optimizer(train, boxed_shapes(setup.model)["params"])
+    optimizer = make_optimizer(train, learnt_shapes(setup.model, setup.lora)["params"])
     with (
         jax.set_mesh(setup.mesh),
         Checkpoints(workdir / "checkpoints", train.max_to_keep) as checkpoints,
@@ -124,7 +125,7 @@ def train_language_model(
                         log.record(*unread, tokens)
                     raise
                 state, values = step_fn(state, batch)
-                newest.is_at(step, state, Place.of(stream))
+                newest.is_at(step, state.learnt, Place.of(stream))
                 for bad_record in stream.news():
                     print(f"skipped {bad_record}", file=sys.stderr, flush=True)
                 if unread:
@@ -137,7 +138,7 @@ def train_language_model(
                 checkpoints.check()
                 stopping = interrupt.stop_requested(step)
                 if due.save(step) or stopping:
-                    checkpoints.save(step, state, stream)
+                    checkpoints.save(step, state.learnt, stream)
                 if stopping:
                     break
             if unread:
@@ -153,6 +154,6 @@ def compiled_step(
     The state comes in, and goes out, as `abstract_state` lays it out.
     """
     with jax.set_mesh(setup.mesh):  # a thread does not inherit the mesh
-        state = abstract_state(setup.model, optimizer, setup.mesh)
+        state = abstract_run_state(setup.model, setup.lora, optimizer, setup.mesh)
         batch = abstract_batch(data.batch_size, data.seq_len, setup.mesh)
         return jit_step(step, state, setup.mesh).lower(state, batch).compile()

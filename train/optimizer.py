@@ -107,7 +107,7 @@ def trainable(config: TrainConfig, params: Any) -> dict:
     pattern = re.compile(config.trainable)
 
     def learns(path: Any, _: Any) -> bool:
-        name = path_of(path)
+        name = path_of(path[:-1] if config.lora else path)
         if is_indexer(name):
             reached = config.stage != "dense" and config.indexer_weight > 0
         else:

@@ -19,6 +19,8 @@ from data.stream import BatchStream
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.sharding import batch_sharding
+from train.config import TrainConfig
+from train.lora import Lora, lora_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +31,20 @@ class Setup:
       model: its vocabulary is filled in, so it is never 0.
       tokenizer: the tokenizer of the run's working directory.
       mesh: the devices, by the axes of model/sharding.py.
+      lora: the adapters that learn in place of the parameters; None where all of these do.
     """
 
     model: ModelConfig
     tokenizer: Tokenizer
     mesh: Mesh
+    lora: Lora | None = None
+
+    def learning(self, train: TrainConfig) -> "Setup":
+        """Returns the setup of a run that learns as the section `train` says.
+
+        Raises UserError as `lora_of` does.
+        """
+        return dataclasses.replace(self, lora=lora_of(self.model, train))
 
     def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
         """Makes the global batch of which this process has the rows `batch`.

@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from kernels.device import compiler_options
+from model.adapters import COLLECTION, scaled
 from model.config import ModelConfig
 from model.sharding import is_named, replicated, shardings
 from model.transformer import boxed_shapes, init
@@ -43,7 +44,20 @@ class TrainState:
     @property
     def variables(self) -> dict:
         """The collections of variables that the model is applied with."""
-        return {"params": self.params, "router": self.router}
+        return self.variables_with(self.params)
+
+    def variables_with(self, params: dict) -> dict:
+        """Returns `variables` with these in place of the parameters that learn."""
+        return {"params": params, "router": self.router}
+
+    @property
+    def learnt(self) -> "TrainState":
+        """What changes from step to step: what a step donates and a checkpoint saves."""
+        return self
+
+    def with_learnt(self, learnt: "TrainState") -> "TrainState":
+        """Returns the state with another `learnt`."""
+        return learnt
 
 
 @flax.struct.dataclass
@@ -65,6 +79,40 @@ class StateWithCritic(TrainState):
     def of(cls, policy: TrainState, critic: TrainState) -> "StateWithCritic":
         """Returns the state of both."""
         return cls(**vars(policy), critic=critic)
+
+
+@flax.struct.dataclass
+class StateOverBase(TrainState):
+    """The state of a run whose parameters are frozen, and adapters over them learn (train/lora.py).
+
+    params: the adapters, {"a", "b"} in place of each adapted matrix, unscaled.
+    base: {"params", "router"} that the run started from. No step donates or changes them, and no
+      checkpoint has them: the workdir keeps them once (train/base.py).
+    scale: what the product of an adapter's factors is multiplied by.
+    """
+
+    base: dict
+    scale: float = flax.struct.field(pytree_node=False)
+
+    def variables_with(self, params: dict) -> dict:
+        """Returns the base with these adapters, as model/adapters.py has them."""
+        added = {COLLECTION: scaled(params, self.scale)}
+        return {"params": self.base["params"], "router": self.router} | added
+
+    @property
+    def learnt(self) -> TrainState:
+        """The state but for the base."""
+        fields = (field.name for field in dataclasses.fields(TrainState))
+        return TrainState(**{name: getattr(self, name) for name in fields})
+
+    def with_learnt(self, learnt: TrainState) -> "StateOverBase":
+        """Returns the state with another `learnt`, over the same base."""
+        return StateOverBase.of(learnt, self.base, self.scale)
+
+    @classmethod
+    def of(cls, learnt: TrainState, base: dict, scale: float) -> "StateOverBase":
+        """Returns the state of adapters over a base."""
+        return cls(**vars(learnt), base=base, scale=scale)
 
 
 def first_state(variables: dict, optimizer: optax.GradientTransformation) -> TrainState:

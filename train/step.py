@@ -1,6 +1,9 @@
 """One optimizer step, for any objective."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from train.config import TrainConfig
 from train.mean import Mean
 from train.objective import Batch, Objective, Totals, means_of, split_microbatches
 from train.optimizer import is_indexer, path_of, schedule, trainable
-from train.state import TrainState, state_shardings
+from train.state import StateOverBase, TrainState, state_shardings
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
@@ -95,7 +98,7 @@ def loss_and_gradient(
         params = jax.tree.map(
             lambda leaf, learns: leaf if learns else jax.lax.stop_gradient(leaf), params, mask
         )
-        totals = objective.totals({"params": params, "router": state.router}, microbatch)
+        totals = objective.totals(state.variables_with(params), microbatch)
         return objective.loss(means_of(totals, weights)), totals
 
     gradient = jax.grad(loss, has_aux=True)
@@ -134,9 +137,13 @@ def next_state(
         (params, router, opt_state),
         (state.params, state.router, state.opt_state),
     )
-    return TrainState(
-        state.step + 1,
-        *taken,
+    params, router, opt_state = taken
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        router=router,
+        opt_state=opt_state,
         skipped=state.skipped + ~takes,
         # A step without signal is no sign that the gradients are finite again.
         skipped_in_row=jnp.where(takes, 0, state.skipped_in_row + ~finite),
@@ -167,17 +174,57 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDty
     }
 
 
-def jit_step(step: Step, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+def jit_step(step: Step, state: TrainState, mesh: Mesh) -> Any:
     """Jits a step, to be run or only compiled.
 
-    The state is donated, and the next one is laid out as `state`, an abstract one, is.
+    The state is donated, but for what is frozen in it, and the next one is laid out as `state`, an
+    abstract one, is.
+
+    Returns:
+      A `jax.stages.Wrapped`, or a `StepOverBase`.
     """
-    return jax.jit(
-        step,
+    jitted = functools.partial(
+        jax.jit,
         donate_argnums=0,
-        out_shardings=(state_shardings(state), replicated(mesh)),
+        out_shardings=(state_shardings(state.learnt), replicated(mesh)),
         compiler_options=compiler_options(mesh),
     )
+    if not isinstance(state, StateOverBase):
+        return jitted(step)
+    scale = state.scale
+
+    def learn(learnt: TrainState, base: dict, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        new, metrics = step(StateOverBase.of(learnt, base, scale), batch)
+        return new.learnt, metrics
+
+    return StepOverBase(jitted(learn))
+
+
+class StepOverBase:
+    """A step of adapters: (state, batch) -> (state, metrics), the base left as it is.
+
+    The program takes the base as an argument of its own, which is not donated: who else holds these
+    arrays, as the reference of reinforcement, goes on to do so.
+
+    Args:
+      program: (learnt, base, batch) -> (learnt, metrics), jitted, lowered or compiled.
+    """
+
+    def __init__(self, program: Any):
+        self.program = program
+
+    def __call__(self, state: StateOverBase, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """Takes a step; the state but for its base is donated."""
+        learnt, metrics = self.program(state.learnt, state.base, batch)
+        return state.with_learnt(learnt), metrics
+
+    def lower(self, state: StateOverBase, batch: Batch) -> "StepOverBase":
+        """Lowers the program for abstract arguments."""
+        return StepOverBase(self.program.lower(state.learnt, state.base, batch))
+
+    def compile(self) -> "StepOverBase":
+        """Compiles the program once it is lowered."""
+        return StepOverBase(self.program.compile())
 
 
 def jit_evaluation(objective: Objective, mesh: Mesh) -> Callable[[dict, Batch], dict[str, Mean]]:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from model.adapters import COLLECTION, adapted
 from model.sharding import ParameterUse, named
 
 
@@ -21,7 +22,7 @@ def parameter(
     keep_float32: bool = False,
     input_axes: int = 1,
 ) -> Array:
-    """Declares a float32 parameter of a module and returns its value.
+    """Declares a float32 parameter of a module and returns its value, its adapter added.
 
     Args:
       name: its name in the collection "params". With the module's path it is the name in
@@ -30,7 +31,10 @@ def parameter(
       per_channel, keep_float32, input_axes: see `model.sharding.ParameterUse`.
     """
     use = ParameterUse(per_channel, keep_float32, input_axes)
-    return cast(Array, module.param(name, named(init, axes, use), shape, jnp.float32))
+    value = cast(Array, module.param(name, named(init, axes, use), shape, jnp.float32))
+    if not module.has_variable(COLLECTION, name):
+        return value
+    return adapted(value, module.get_variable(COLLECTION, name))
 
 
 def replayed(module: nn.Module, name: str) -> Array | None:

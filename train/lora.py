@@ -1,0 +1,143 @@
+"""Which matrices of a model have adapters (LoRA, arXiv 2106.09685), and how these begin.
+
+    W + (alpha / r) A B      A is drawn as the authors' code and peft draw it, B begins at 0
+
+so that a run begins as its base, to the bit. model/adapters.py is how a model reads them,
+train/base.py what a run keeps of its base.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from errors import UserError
+from model.adapters import adapter_boxes
+from model.config import ModelConfig
+from model.sharding import Named, is_named
+from model.transformer import boxed_shapes
+from train.config import TrainConfig
+from train.optimizer import is_hidden_matrix, path_of, trainable
+
+# Says of a matrix, by the names of its path and its box, whether it belongs to a group.
+MODULES: dict[str, Callable[[list[str], Named], bool]] = {
+    "attention": lambda names, _: "attention" in names and "indexer" not in names,
+    "ffn": lambda names, _: names[-2] == "ffn",
+    "experts": lambda _, box: "experts" in box.names,
+    "shared_experts": lambda names, _: names[-2] == "shared" or names[-1] == "shared_gate",
+    "router": lambda names, _: names[-2:] == ["moe", "router"],
+    "indexer": lambda names, _: "indexer" in names,
+    "mtp": lambda names, _: names[-1] == "merge",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The adapters of a run.
+
+    Attributes:
+      rank: of each.
+      scale: what the product of their factors is multiplied by.
+      matrices: the paths of the adapted matrices, in the order of the model's parameters.
+    """
+
+    rank: int
+    scale: float
+    matrices: tuple[str, ...]
+
+    def boxes(self, model: ModelConfig) -> dict[str, Any]:
+        """Returns the shapes of {"params": adapters, "router"} in their boxes.
+
+        Raises:
+          UserError: the model has no such matrix.
+        """
+        boxed = boxed_shapes(model)
+        found = _boxes_by_path(boxed["params"])
+        tree: dict[str, Any] = {}
+        for path in self.matrices:
+            if path not in found:
+                raise UserError(
+                    f"{path}: has an adapter, and this config's model has no such matrix"
+                )
+            *parents, name = path.split("/")
+            place = tree
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[name] = adapter_boxes(found[path], self.rank)
+        return {"params": tree, "router": boxed["router"]}
+
+    def first(self, model: ModelConfig, key: Array) -> dict[str, Any]:
+        """Draws adapters: A uniform within +- 1 / sqrt(inputs), B at 0."""
+        leaves, structure = jax.tree_util.tree_flatten_with_path(
+            self.boxes(model)["params"], is_leaf=is_named
+        )
+
+        def draw(path: Any, box: Named, key: Array) -> Array:
+            shape = box.value.shape
+            if path[-1].key == "b":
+                return jnp.zeros(shape, jnp.float32)
+            bound = math.prod(shape[axis] for axis in box.matrix_axes[0]) ** -0.5
+            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+        keys = jax.random.split(key, len(leaves))
+        drawn = [draw(path, box, one) for (path, box), one in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(structure, drawn)
+
+
+def lora_of(model: ModelConfig, train: TrainConfig) -> Lora | None:
+    """Returns the adapters that the section `train` asks for; None where it asks for none.
+
+    A matrix that would not learn without them, by stage or by `train.trainable`, has none.
+
+    Raises:
+      UserError: a name in `train.lora_modules` is none of the model's, or nothing is left to adapt.
+    """
+    if not train.lora:
+        return None
+    params = boxed_shapes(model)["params"]
+    matrices = {path: box for path, box in _boxes_by_path(params).items() if is_hidden_matrix(box)}
+    wanted = set()
+    for module in train.lora_modules:
+        found = {path for path, box in matrices.items() if _is_of(module, path, box)}
+        if not found and module not in MODULES:
+            ends = sorted({path.rsplit("/", 1)[-1] for path in matrices})
+            raise UserError(
+                f"train.lora_modules = {train.lora_modules}: the model has no {module!r}; there "
+                f"are {', '.join(MODULES)}, and matrices {', '.join(ends)}"
+            )
+        wanted |= found
+    learns = trainable(dataclasses.replace(train, lora=0), nn.meta.unbox(params))
+    learning = {path_of(path) for path, on in jax.tree_util.tree_leaves_with_path(learns) if on}
+    chosen = tuple(path for path in matrices if path in wanted & learning)
+    if not chosen:
+        raise UserError(
+            f"train.lora_modules = {train.lora_modules}: nothing of it learns in this model in "
+            f"stage {train.stage!r}, where train.trainable = {train.trainable!r}; name more"
+        )
+    return Lora(train.lora, scale_of(train.lora, train.lora_alpha, train.lora_scale), chosen)
+
+
+def scale_of(rank: int, alpha: float, kind: str) -> float:
+    """Returns alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732, eq. 4)."""
+    return alpha / (math.sqrt(rank) if kind == "sqrt_rank" else rank)
+
+
+def learnt_shapes(model: ModelConfig, lora: Lora | None) -> dict[str, Any]:
+    """Returns the shapes in boxes of {"params": what learns, "router"}."""
+    return boxed_shapes(model) if lora is None else lora.boxes(model)
+
+
+def _is_of(module: str, path: str, box: Named) -> bool:
+    if module in MODULES:
+        return MODULES[module](path.split("/"), box)
+    return f"/{path}".endswith(f"/{module}")
+
+
+def _boxes_by_path(params: Any) -> dict[str, Named]:
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_named)
+    return {path_of(path): box for path, box in leaves}
