@@ -5,6 +5,7 @@ from pathlib import Path
 from errors import UserError
 
 HF_PREFIX = "hf:"  # the beginning of the name of a Hugging Face checkpoint
+PEFT_PREFIX = "peft:"  # of a directory with adapters in peft's format
 # The part of a workdir with what a Hugging Face checkpoint has besides tensors, see hf/metadata.py.
 HF_RECORD = "hf"
 

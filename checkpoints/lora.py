@@ -65,6 +65,22 @@ def recorded_lora(path: str | Path) -> LoraRecord | None:
         ) from error
 
 
+def adapters_of(path: Path, record: LoraRecord) -> dict[str, dict[str, np.ndarray]]:
+    """Reads the adapters of a run's newest checkpoint, unscaled, by the path of their matrix.
+
+    Args:
+      path: a workdir, its directory of checkpoints, or one checkpoint in it.
+
+    Raises:
+      UserError: no checkpoint there.
+    """
+    reader = StreamedReader(path)
+    return {
+        matrix: {name: reader.read(f"params/{matrix}/{name}") for name in ("a", "b")}
+        for matrix in record.matrices
+    }
+
+
 def open_run(path: Path) -> "StreamedReader | MergedReader":
     """Opens the newest checkpoint of a run to read slices of its parameters, adapters added.
 

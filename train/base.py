@@ -21,7 +21,7 @@ from checkpoints.training import Checkpoints
 from errors import UserError
 from model.adapters import COLLECTION, merged, scaled
 from model.config import ModelConfig
-from train.lora import Lora, learnt_shapes
+from train.lora import Lora, begun_as, learnt_shapes
 from train.setup import Setup
 from train.state import StateOverBase, TrainState, abstract_state
 
@@ -120,10 +120,17 @@ def merged_variables(model: ModelConfig, mesh: Mesh, path: str | Path, record: L
 
 
 def first_adapters(setup: Setup, lora: Lora, base: dict, seed: int) -> dict:
-    """Returns {"params": new adapters, "router": a copy of the base's}, on the mesh."""
+    """Returns {"params": new adapters, "router": a copy of the base's}, on the mesh.
+
+    Raises UserError where `train.lora_from` cannot be read.
+    """
+    given = lora.read(setup.model)
     where = abstract_learnt(setup.model, lora, optax.identity(), setup.mesh).variables
     shardings = jax.tree.map(lambda leaf: leaf.sharding, where["params"])
     key = jax.random.fold_in(jax.random.key(seed), 2)
     with jax.set_mesh(setup.mesh):
-        draw = jax.jit(lambda key: lora.first(setup.model, key), out_shardings=shardings)
-        return {"params": draw(key), "router": jax.tree.map(jnp.copy, base["router"])}
+        first = jax.jit(
+            lambda key, given: begun_as(lora.first(setup.model, key), given),
+            out_shardings=shardings,
+        )
+        return {"params": first(key, given), "router": jax.tree.map(jnp.copy, base["router"])}

@@ -2,20 +2,23 @@
 
     W + (alpha / r) A B      A is drawn as the authors' code and peft draw it, B begins at 0
 
-so that a run begins as its base, to the bit. model/adapters.py is how a model reads them,
-train/base.py what a run keeps of its base.
+so that a run begins as its base, to the bit; or both are read from peft's format. How a model reads
+them is in model/adapters.py, and what a run keeps of its base in train/base.py.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from checkpoints.hf.peft import read_adapters
 from errors import UserError
 from model.adapters import adapter_boxes
 from model.config import ModelConfig
@@ -44,11 +47,13 @@ class Lora:
       rank: of each.
       scale: what the product of their factors is multiplied by.
       matrices: the paths of the adapted matrices, in the order of the model's parameters.
+      begins_as: a directory in peft's format, whose adapters a new run begins with; "" for none.
     """
 
     rank: int
     scale: float
     matrices: tuple[str, ...]
+    begins_as: str = dataclasses.field(default="", compare=False)
 
     def boxes(self, model: ModelConfig) -> dict[str, Any]:
         """Returns the shapes of {"params": adapters, "router"} in their boxes.
@@ -88,6 +93,38 @@ class Lora:
         drawn = [draw(path, box, one) for (path, box), one in zip(leaves, keys, strict=True)]
         return jax.tree.unflatten(structure, drawn)
 
+    def read(self, model: ModelConfig) -> dict[str, dict[str, np.ndarray]]:
+        """Reads the adapters that a new run begins with; {} where it has none.
+
+        Raises UserError as `read_adapters` does.
+        """
+        if not self.begins_as:
+            return {}
+        directory = Path(self.begins_as)
+        return read_adapters(directory, model, self.matrices, self.rank, self.scale)
+
+
+def begun_as(drawn: dict[str, Any], given: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
+    """Returns drawn adapters with those that were read in their place.
+
+    Args:
+      given: what `Lora.read` returns. Where a factor is not known, A stays as it was drawn, so that
+        it can learn.
+    """
+
+    def put(adapter: Mapping[str, Array], read: Mapping[str, Array]) -> dict[str, Array]:
+        *stacked, rank = known = read["known"].shape
+        inputs = (1,) * (adapter["a"].ndim - len(known))
+        knows = read["known"].reshape(*stacked, *inputs, rank)
+        return {"a": jnp.where(knows, read["a"], adapter["a"]), "b": read["b"]}
+
+    def within(tree: Mapping[str, Any], path: str) -> dict[str, Any]:
+        if path in given:
+            return put(tree, given[path])
+        return {name: within(inner, f"{path}/{name}".lstrip("/")) for name, inner in tree.items()}
+
+    return within(drawn, "") if given else drawn
+
 
 def lora_of(model: ModelConfig, train: TrainConfig) -> Lora | None:
     """Returns the adapters that the section `train` asks for; None where it asks for none.
@@ -119,7 +156,8 @@ def lora_of(model: ModelConfig, train: TrainConfig) -> Lora | None:
             f"train.lora_modules = {train.lora_modules}: nothing of it learns in this model in "
             f"stage {train.stage!r}, where train.trainable = {train.trainable!r}; name more"
         )
-    return Lora(train.lora, scale_of(train.lora, train.lora_alpha, train.lora_scale), chosen)
+    scale = scale_of(train.lora, train.lora_alpha, train.lora_scale)
+    return Lora(train.lora, scale, chosen, train.lora_from)
 
 
 def scale_of(rank: int, alpha: float, kind: str) -> float:

@@ -66,6 +66,7 @@ class TensorWriter:
       source: where the values come from. Each file notes its hash (a path is nobody else's
         business), so that shards of one source are not taken for another's.
       shard_bytes: bytes of tensors in one file; a larger tensor has a file of its own.
+      single: the name of the file where there is one.
 
     Raises:
       UserError: the directory or the index cannot be written, or the directory has safetensors
@@ -79,10 +80,11 @@ class TensorWriter:
         plan: Sequence[tuple[str, Any, tuple[int, ...]]],
         source: str,
         shard_bytes: int = SHARD_BYTES,
+        single: str = SINGLE,
     ):
         self.directory = directory
         planned = [_Planned(name, np.dtype(dtype), tuple(shape)) for name, dtype, shape in plan]
-        self._shards = _plan_shards(directory, planned, source, shard_bytes)
+        self._shards = _plan_shards(directory, planned, source, shard_bytes, single)
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
@@ -169,7 +171,7 @@ class TensorWriter:
 
 
 def _plan_shards(
-    directory: Path, plan: Sequence[_Planned], source: str, shard_bytes: int
+    directory: Path, plan: Sequence[_Planned], source: str, shard_bytes: int, single: str
 ) -> list[_Shard]:
     """Returns shards with the tensors in order, as many in each as there is room for."""
     groups: list[list[_Planned]] = []
@@ -181,7 +183,7 @@ def _plan_shards(
         groups[-1].append(tensor)
         room -= tensor.bytes
     if len(groups) == 1:
-        return [_plan_shard(directory / SINGLE, groups[0], source)]
+        return [_plan_shard(directory / single, groups[0], source)]
     return [
         _plan_shard(directory / f"model-{i:05}-of-{len(groups):05}.safetensors", group, source)
         for i, group in enumerate(groups, 1)
