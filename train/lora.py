@@ -118,9 +118,11 @@ def begun_as(drawn: dict[str, Any], given: Mapping[str, Mapping[str, Array]]) ->
         knows = read["known"].reshape(*stacked, *inputs, rank)
         return {"a": jnp.where(knows, read["a"], adapter["a"]), "b": read["b"]}
 
-    def within(tree: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def within(tree: Any, path: str) -> Any:
         if path in given:
             return put(tree, given[path])
+        if not isinstance(tree, Mapping):
+            return tree
         return {name: within(inner, f"{path}/{name}".lstrip("/")) for name, inner in tree.items()}
 
     return within(drawn, "") if given else drawn
@@ -148,7 +150,8 @@ def lora_of(model: ModelConfig, train: TrainConfig) -> Lora | None:
                 f"are {', '.join(MODULES)}, and matrices {', '.join(ends)}"
             )
         wanted |= found
-    learns = trainable(dataclasses.replace(train, lora=0), nn.meta.unbox(params))
+    plain = dataclasses.replace(train, lora=0, lora_from="")
+    learns = trainable(plain, nn.meta.unbox(params))
     learning = {path_of(path) for path, on in jax.tree_util.tree_leaves_with_path(learns) if on}
     chosen = tuple(path for path in matrices if path in wanted & learning)
     if not chosen:
