@@ -8,29 +8,32 @@ import functools
 import importlib.util
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.sharding import Mesh
 
 from data.config import DataConfig, TokenizerConfig
 from errors import UserError
+from model.adapters import COLLECTION
 from model.config import ModelConfig
 from model.decode_weights import decode_weights
 from model.sharding import batch_sharding, batch_shards, mesh_axes
-from model.transformer import boxed_shapes
 from plan.flops import rollout_formula, train_formula
 from rl.advance import advance
 from rl.algorithms.spec import get_algorithm
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.slots import IDS, Rules, Sampled, empty_slots, place, read_prompts
+from train.base import abstract_run_state
 from train.config import TrainConfig
+from train.lora import learnt_shapes, lora_of
 from train.objective import language_objective, trained_mtp
 from train.optimizer import make_optimizer
-from train.state import TrainState, abstract_state
-from train.step import abstract_batch, jit_step, make_step
+from train.state import StateOverBase, TrainState
+from train.step import StepOverBase, abstract_batch, jit_step, make_step
 
 
 class Program(NamedTuple):
@@ -82,17 +85,19 @@ def train_program(model: ModelConfig, train: TrainConfig, data: DataConfig, mesh
     """
     rows = train.microbatch_rows(data.batch_size, "data.batch_size")
     _require_divisible("data.batch_size / train.microbatches", rows, mesh)
-    optimizer = make_optimizer(train, boxed_shapes(model)["params"])
-    state = abstract_state(model, optimizer, mesh)
+    state, optimizer = _learning(model, train, mesh)
     objective = language_objective(model, train)
     step = jit_step(make_step(model, train, objective, optimizer), state, mesh)
     batch = abstract_batch(data.batch_size, data.seq_len, mesh)
     with_trained_mtp = dataclasses.replace(
         model, num_nextn_predict_layers=trained_mtp(model, train)
     )
+    jitted, arguments = step, (state, batch)
+    if isinstance(step, StepOverBase) and isinstance(state, StateOverBase):
+        jitted, arguments = step.program, (state.learnt, state.base, batch)
     return Program(
-        jitted=step,
-        arguments=(state, batch),
+        jitted=cast(jax.stages.Wrapped, jitted),
+        arguments=arguments,
         argument_bytes=_state_bytes(state) | {"batch": _bytes_per_device(batch)},
         waiting_bytes={},
         trip_count=1,
@@ -118,7 +123,7 @@ def rollout_program(
     group, devices = reinforce.group_size, batch_shards(mesh)
     prompts = min(reinforce.prompts_per_step, max(sampling.slots // group, 1) * devices)
     _require_divisible("reinforce.prompts_per_step", reinforce.prompts_per_step, mesh)
-    state = abstract_state(model, make_optimizer(train, boxed_shapes(model)["params"]), mesh)
+    state, _ = _learning(model, train, mesh)
     tokens, lengths, keys = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for shape, dtype in (
@@ -132,17 +137,34 @@ def rollout_program(
     algorithm = get_algorithm(
         reinforce.algorithm, max_completion=sampling.max_new_tokens, kl_weight=reinforce.kl_weight
     )
-    if "reference" in algorithm.needs:
+    # With adapters it is the base itself.
+    if "reference" in algorithm.needs and not train.lora:
         waiting_bytes["reference policy (waiting)"] = argument_bytes["parameters"]
     argument_bytes["batch"] = _bytes_per_device((tokens, lengths, keys))
     return Program(
         jitted=jax.jit(functools.partial(_full_slots, model, sampling, devices)),
-        arguments=(state.variables, tokens, lengths, keys),
+        arguments=(_variables(state), tokens, lengths, keys),
         argument_bytes=argument_bytes,
         waiting_bytes=waiting_bytes,
         trip_count=sampling.max_new_tokens,
         formula_flops=rollout_formula(model, sampling, prompts, group),
     )
+
+
+def _learning(
+    model: ModelConfig, train: TrainConfig, mesh: Mesh
+) -> tuple[TrainState, optax.GradientTransformation]:
+    """Returns the abstract state of a run, with the base where it learns by adapters."""
+    lora = lora_of(model, train)
+    optimizer = make_optimizer(train, learnt_shapes(model, lora)["params"])
+    return abstract_run_state(model, lora, optimizer, mesh), optimizer
+
+
+def _variables(state: TrainState) -> dict:
+    """Returns the abstract variables of a state; scaled adapters have the shapes of unscaled."""
+    if isinstance(state, StateOverBase):
+        return state.base | {"router": state.router, COLLECTION: state.params}
+    return state.variables
 
 
 def _full_slots(
@@ -188,8 +210,9 @@ def _require_divisible(field: str, rows: int, mesh: Mesh) -> None:
 
 
 def _state_bytes(state: TrainState) -> dict[str, int]:
+    base = state.base if isinstance(state, StateOverBase) else ()
     return {
-        "parameters": _bytes_per_device((state.params, state.router)),
+        "parameters": _bytes_per_device((state.params, state.router, base)),
         "moments": _bytes_per_device(state.opt_state),
     }
 

@@ -11,7 +11,12 @@ from experiment.schema import parse
 from model.sharding import make_mesh
 from plan.account import memory_in_refusal
 from plan.flops import program_flops
-from plan.programs import absent_devices, train_program, with_planned_vocab_size
+from plan.programs import (
+    absent_devices,
+    rollout_program,
+    train_program,
+    with_planned_vocab_size,
+)
 from plan.topology import topology_devices
 from tests.plan.small_config import SMALL, make_config, needs_libtpu
 from train.state import count_parameters
@@ -96,3 +101,21 @@ def test_plans_tokamax_s_grouped_matmul():
             return program_flops(program.jitted.trace(*program.arguments).jaxpr).grouped
 
     assert grouped("tokamax") == grouped("megablox") * 12 / 9
+
+
+def test_adapters_have_moments_and_their_base_has_none():
+    """And the reference that waits while a policy samples is the base itself."""
+    rl = ("reinforce.algorithm=grpo", "reinforce.kl_weight=0.01", "train.stage=dense")
+    plain, lora = (make_config(*SMALL, *rl, f"train.lora={rank}") for rank in (0, 2))
+    mesh = make_mesh(plain.mesh, jax.devices()[:4])
+    sizes = [
+        train_program(one.model, one.train, one.data, mesh).argument_bytes for one in (plain, lora)
+    ]
+    assert sizes[0]["moments"] > 8 * sizes[1]["moments"] > 0
+    assert sizes[0]["parameters"] < sizes[1]["parameters"] < 1.5 * sizes[0]["parameters"]
+    waiting = [
+        rollout_program(one.model, one.train, one.sampling, one.reinforce, mesh).waiting_bytes
+        for one in (plain, lora)
+    ]
+    name = "reference policy (waiting)"
+    assert waiting[0][name] == sizes[0]["parameters"] and name not in waiting[1]
