@@ -53,7 +53,7 @@ def in_a_place_with_a_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(REWARD)
     devices = jax.devices()[:1]
-    monkeypatch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, devices))
+    monkeypatch.setattr(setup, "make_mesh", lambda mesh, _: make_mesh(mesh, devices))
 
 
 def config_of(init_from: str = "", **changes: Any) -> Config:
@@ -81,7 +81,11 @@ def test_stopped_and_resumed_is_bit_identical_though_the_source_goes_on(kind, st
     longer = tiny(**NO_MTP, train__stage="dense", train__steps=2, train__eval_batches=0)
     assert pretrain.run(longer, Path("start"))
     assert run(config, Path("parts"))
-    assert losses(Path("parts")) == losses(Path("whole"))
+    parts, whole = (
+        [(step, loss) for step, loss in losses(Path(name)) if loss is not None]
+        for name in ("parts", "whole")
+    )
+    assert parts == whole and len(whole) == 4
     chex.assert_trees_all_equal(
         final_variables(config, Path("parts")), final_variables(config, Path("whole"))
     )
@@ -89,7 +93,7 @@ def test_stopped_and_resumed_is_bit_identical_though_the_source_goes_on(kind, st
     assert record["source"] == "start/checkpoints/1" and not Path("whole/reference").exists()
     if kind == "reinforce":
         lines = map(json.loads, Path("whole/metrics.jsonl").read_text().splitlines())
-        kl = [line["kl"] for line in lines]
+        kl = [line["kl"] for line in lines if "kl" in line]
         assert kl[-1] > kl[0] > 0, f"the policy leaves its base: {kl}"
 
 

@@ -45,8 +45,8 @@ class OfRollouts(Sampler):
         return super().take(step, variables)
 
 
-def weights(**changes) -> Weights:
-    return Weights(MODEL, MESH, **{"checked": True} | changes)
+def weights(*, checked: bool = True) -> Weights:
+    return Weights(MODEL, MESH, checked=checked)
 
 
 def taken(own: Ahead, first: int, last: int) -> list[Sampled]:
