@@ -13,6 +13,7 @@ from rl.perplexity import Written
 from rl.problem_outcomes import Outcome
 
 PROBLEMS, SAMPLES, EVALUATION = "problems.jsonl", "samples.jsonl", "evaluation.json"
+THINKING = "thinking.jsonl"
 
 
 def read_outcomes(workdir: Path) -> list[Outcome]:
@@ -23,7 +24,7 @@ def read_outcomes(workdir: Path) -> list[Outcome]:
         says how to make it.
     """
     outcomes = []
-    for number, record in _lines(workdir, PROBLEMS):
+    for number, record in read_lines(workdir, PROBLEMS):
         try:
             outcomes.append(Outcome.from_record(record))
         except (KeyError, TypeError, ValueError) as error:
@@ -38,7 +39,7 @@ def read_written(workdir: Path, outcomes: list[Outcome]) -> list[Written]:
     """
     prompts = {each.id: each.prompt_tokens for each in outcomes}
     temperature, written = outcomes[0].temperature, []
-    for _, record in _lines(workdir, SAMPLES):
+    for _, record in read_lines(workdir, SAMPLES):
         try:
             if record["id"] in prompts and record["temperature"] == temperature:
                 prompt = prompts[record["id"]]
@@ -68,7 +69,7 @@ def evaluated_model(origin: str) -> str:
     )
 
 
-def _lines(workdir: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_lines(workdir: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields each line of a file of an evaluation with its number; raises UserError without any."""
     path = workdir / name
     try:

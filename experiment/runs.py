@@ -15,6 +15,7 @@ import jax
 from data.shuffled_texts import infillable_sources
 from errors import UserError
 from experiment.branch import branch_of
+from experiment.pass_rates import known_pass_rates
 from experiment.run_record import record_start
 from experiment.schema import Config
 from experiment.setup import run_variables, sampler_setup, set_up, split_devices
@@ -93,6 +94,7 @@ def reinforce(config: Config, workdir: Path) -> bool:
             template=config.data.chat_template,
             init_from=config.init_from,
             seed=config.seed,
+            pass_rates=known_pass_rates(workdir, config.reinforce, config.evaluate),
         )
         summarise(config, workdir, "reinforce")
         return finished
@@ -159,6 +161,11 @@ def check_reinforce(config: Config) -> None:
             f"train.eval_every = {train.eval_every}: evaluates held-out problems, and "
             "evaluate.problems = 0 leaves none; set one of them"
         )
+    if train.eval_every and config.evaluate.split != "validation":
+        raise UserError(
+            f"evaluate.split = {config.evaluate.split!r}: train.eval_every = {train.eval_every} "
+            "evaluates held-out problems; use 'validation', and launch.evaluate for the others"
+        )
 
 
 def update_rows(config: Config) -> int:
@@ -170,6 +177,7 @@ def update_rows(config: Config) -> int:
 def evaluate(config: Config, workdir: Path) -> dict:
     """Evaluates a run: held-out loss, pass@k of problems, infilling, and the indexer's recall.
 
+    The problems are held out, or with evaluate.split = "train" those that reinforcement trains on.
     Writes evaluation.json, samples.jsonl with every prompt, completion and reward, problems.jsonl
     with a problem a line, and infills.jsonl with a few gaps that the model fills. A number of 0 in
     the section `evaluate` leaves that part out.

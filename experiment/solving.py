@@ -41,7 +41,7 @@ class Solved(NamedTuple):
 
 
 def solve(config: Config, setup: Setup, variables: dict) -> Solved:
-    """Evaluates held-out problems at each temperature, and with each length of thought.
+    """Evaluates problems at each temperature, and with each length of thought.
 
     The figures of the first temperature stand by themselves; with several, "temperatures" has those
     of each. The temperature is a constant of the compiled program that samples, so another one
@@ -73,7 +73,13 @@ def solve(config: Config, setup: Setup, variables: dict) -> Solved:
     if evaluate.thinking:
         sampling = dataclasses.replace(config.sampling, temperature=temperatures[0])
         problems = problems_to_evaluate(
-            config.reinforce.task, evaluate.problems, sampling, setup.tokenizer, template
+            config.reinforce.task,
+            evaluate.problems,
+            sampling,
+            setup.tokenizer,
+            template,
+            evaluate.split,
+            config.seed,
         )
         key = jax.random.fold_in(jax.random.key(config.seed), 2)  # as ReasoningEvaluation has
         result["thinking"], files["thinking.jsonl"] = accuracy_by_thinking(
@@ -101,7 +107,8 @@ def _evaluated(
 
 def print_solved(result: Mapping[str, Any]) -> None:
     """Prints what evaluation.json has of problems, a line a figure, with 95 % intervals."""
-    print(f"{result['problems']:,} held-out problems, {result['samples']:,} completions of each")
+    which = {"train": "training problems", "validation": "held-out problems"}[result["split"]]
+    print(f"{result['problems']:,} {which}, {result['samples']:,} completions of each")
     if result.get("left_out"):
         print(f"{result['left_out']:,} problems left out, longer than sampling.max_prompt_tokens")
     for grid in result.get("temperatures") or [result]:

@@ -56,6 +56,12 @@ def same_problems(
 ) -> tuple[list[Outcome], list[Outcome]]:
     """Returns both runs' outcomes in one order. Raises UserError where the problems are others."""
     there, here = _by_id(of_b), _by_id(of_a)
+    splits = [some[0].split for some in (of_a, of_b)]
+    if splits[0] != splits[1]:
+        raise UserError(
+            f"--compare={a},{b}: one has training problems and the other held-out ones "
+            f"({splits[0]}, {splits[1]}); evaluate both with the same evaluate.split"
+        )
     alone = [key for key in here if key not in there]
     if alone or len(here) != len(there):
         missing = len(alone) or len(there) - len(here)
@@ -79,6 +85,7 @@ def _by_id(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], Outcome]:
 def _described(workdir: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
         "workdir": str(workdir),
+        "split": outcomes[0].split,
         "temperature": outcomes[0].temperature,
         "samples": len(outcomes[0].correct),
     }
@@ -190,6 +197,7 @@ def perplexity_under(
     b_N = perplexities(scorer, of_b)
     result: dict[str, Any] = {"model": origin, "of_b": distribution(of_b, b_N, resamples)}
     result["of_b"] |= {"workdir": str(workdir), "temperature": outcomes[0].temperature}
+    result["of_b"]["split"] = outcomes[0].split
     if of_a:
         a_N = perplexities(scorer, of_a)
         a, b = log_by_problem(of_a, a_N), log_by_problem(of_b, b_N)
@@ -228,7 +236,8 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         one = result[name]
         sampled = f"{one['samples']:,} completions at temperature {one['temperature']:g}"
         print(f"{name} = {one['workdir']}: {sampled}")
-    print(f"{result['problems']:,} problems; b - a, paired by problem")
+    which = "training" if result["a"]["split"] == "train" else "held-out"
+    print(f"{result['problems']:,} {which} problems; b - a, paired by problem")
     for row in result["differences"]:
         print(f"{row['measure']}@{row['k']:<4} {_paired(row)}")
     print(f"mean@n    {_paired(result['mean_at_n'])}")

@@ -54,6 +54,8 @@ MAY_CHANGE = (
     *(f"mesh.{axis}" for axis in MESH_AXES),
 )
 
+PASS_RATES = "pass_rates.json"  # what experiment/pass_rates.py keeps of an evaluation
+
 # Orbax and the libraries below it read these as patterns, in parts of a path too.
 PATTERN = "*?[]\\"
 
@@ -111,7 +113,7 @@ def open_workdir(workdir: Path, config: Config, command: str) -> Iterator[None]:
         except UserError:
             metrics = workdir / "metrics.jsonl"
             if new and not (metrics.exists() and metrics.stat().st_size):
-                for name in ("config.json", LORA_RECORD, *TOKENIZER_FILES):
+                for name in ("config.json", LORA_RECORD, PASS_RATES, *TOKENIZER_FILES):
                     (workdir / name).unlink(missing_ok=True)
             raise
 

@@ -17,6 +17,12 @@ problem a line) to the workdir. Several temperatures, and forced lengths of thou
     python -m launch.evaluate --workdir=runs/rl --config.evaluate.temperatures="(0.6, 1.0)" \
         --config.evaluate.samples=256 --config.evaluate.thinking="(16, 32, 64)"
 
+The problems that launch.reinforce trains on, for reinforce.pass_rates_from (docs/reinforce.md):
+
+    python -m launch.evaluate --workdir=runs/hot --config=configs/reinforce.py \
+        --config.init_from=runs/chat --config.evaluate.split=train \
+        --config.evaluate.problems=1_000_000 --config.evaluate.thinking="(1,)"
+
 Two evaluated runs, of which the first is the base: paired differences, where pass@k crosses and the
 sampling-efficiency gap, in comparison.json beside the first, or in --workdir; and how likely the
 base finds what another run wrote, in perplexity.json:

@@ -1,6 +1,7 @@
-"""Charts of held-out problems: votes, difficulty, temperatures, thinking, and one run over another.
+"""Charts of problems: votes, difficulty, temperatures, thinking, and one run over another.
 
-Each is made from what launch.evaluate wrote, and left out where that is not there.
+Each is made from what launch.evaluate wrote, and left out where that is not there. Held-out
+problems, and those that a run trains on, have charts of their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 
 from report.curves import Panel
 from report.lenient import mapping, number
+from report.results import HELD_OUT, TRAINING, problems_of
 from report.scaling import scaling_panels
 from report.svg import PALETTE, Look, Series, interval_chart, line_chart
 
@@ -18,24 +20,43 @@ BOUNDS = ("mean", "low", "high")
 
 def held_out_panels(measured: Mapping[str, Mapping[str, Any]]) -> list[Panel]:
     """Returns the charts of what was measured; `measured` is that of `report.results.Run`."""
-    evaluation, comparison = (mapping(measured.get(n)) for n in ("evaluation", "comparison"))
+    return [
+        *_panels_of(measured, HELD_OUT),
+        *scaling_panels(mapping(measured.get("scaling"))),
+    ]
+
+
+def training_panels(measured: Mapping[str, Mapping[str, Any]]) -> list[Panel]:
+    """Returns the charts of what was measured on problems that a run trains on."""
+    return _panels_of(measured, TRAINING)
+
+
+def _panels_of(measured: Mapping[str, Mapping[str, Any]], which: str) -> list[Panel]:
+    """Returns the charts of the files that are of these problems."""
+    evaluation, comparison, perplexity = (
+        found if problems_of(found) == which else {}
+        for found in (mapping(measured.get(n)) for n in ("evaluation", "comparison", "perplexity"))
+    )
     found = [
-        votes(evaluation),
-        temperatures(evaluation),
+        votes(evaluation, which),
+        temperatures(evaluation, which),
         difficulties(evaluation.get("by_difficulty"), "pass@1", "Solved by difficulty", "share"),
         thinking(evaluation),
         differences(comparison),
         difficulties(
             comparison.get("by_pass_rate"), "", "Gain by how often the base solves it", "gain"
         ),
-        perplexities(mapping(measured.get("perplexity"))),
-        *scaling_panels(mapping(measured.get("scaling"))),
+        perplexities(perplexity),
     ]
     return [panel for panel in found if panel]
 
 
-def votes(evaluation: Mapping[str, Any]) -> Panel | None:
-    """Draws pass@k and cons@k of one evaluation."""
+def votes(evaluation: Mapping[str, Any], which: str) -> Panel | None:
+    """Draws pass@k and cons@k of one evaluation.
+
+    Args:
+      which: problems it is of, in words.
+    """
     series = [
         one
         for name, table, color in (
@@ -47,14 +68,14 @@ def votes(evaluation: Mapping[str, Any]) -> Panel | None:
     if len(series) < 2:
         return None
     caption = (
-        "Share of held-out problems that one of k completions solves (pass), and that their "
+        f"Share of {which} that one of k completions solves (pass), and that their "
         "majority answer solves (cons); bands are 95 % intervals"
     )
     return _k_panel("One of k, and the vote of k", series, caption)
 
 
-def temperatures(evaluation: Mapping[str, Any]) -> Panel | None:
-    """Draws pass@k at each of several temperatures."""
+def temperatures(evaluation: Mapping[str, Any], which: str) -> Panel | None:
+    """Draws pass@k at each of several temperatures, of problems that `which` says in words."""
     grids = evaluation.get("temperatures")
     series = []
     for place, grid in enumerate(map(mapping, grids if isinstance(grids, list) else [])):
@@ -63,7 +84,7 @@ def temperatures(evaluation: Mapping[str, Any]) -> Panel | None:
         series += [one] if one else []
     if not series:
         return None
-    caption = "Share of held-out problems that one of k completions solves, by temperature"
+    caption = f"Share of {which} that one of k completions solves, by temperature"
     return _k_panel("pass@k by temperature", series, caption)
 
 

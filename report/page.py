@@ -12,9 +12,9 @@ from errors import shortened
 from report.comparison import Comparison
 from report.curves import Panel
 from report.escape import escape, plain
-from report.lenient import number
+from report.lenient import mapping, number
 from report.panels import Section, overlaid_sections, sections
-from report.results import Origin, Run, Summary
+from report.results import Origin, Run, Summary, problems_of
 from report.stages import Stage, stages_of
 from report.story import duration, recorded, story
 from report.svg import COLORS, PALETTE
@@ -36,7 +36,7 @@ def run_page(run: Run) -> str:
         _numbers_html(run.summary),
         *map(_section_html, sections(run)),
         infills_html(run.infills),
-        samples_html(run.samples),
+        samples_html(run.samples, problems_of(mapping(run.measured.get("evaluation")))),
         traces_html(run.traces),
         _notes_html(run.notes),
     ]

@@ -24,7 +24,7 @@ from report.curves import (
     overlaid_panel,
     phases_with,
 )
-from report.held_out import held_out_panels
+from report.held_out import held_out_panels, training_panels
 from report.lenient import mapping, matrix, number
 from report.results import PhaseMetrics, Run, Summary, text_phases
 from report.svg import PALETTE, Look, Series, heat_map, interval_chart, line_chart
@@ -62,6 +62,7 @@ def sections(run: Run) -> list[Section]:
             *(curves_panel(reinforce, chart) for chart in REINFORCE),
         ],
         "Held-out problems": held_out_panels(run.measured),
+        "Problems that it trains on": training_panels(run.measured),
         "How the training ran": [curves_panel(run.phases, chart) for chart in OPTIMIZATION],
     }
     shown = [

@@ -12,7 +12,8 @@ from errors import UserError
 from report.lenient import mapping, number, read_object, read_records
 from train.metric_names import by_present_names
 
-# What is measured on held-out problems -> the file that has it.
+HELD_OUT, TRAINING = "held-out problems", "problems that it trains on"
+# What is measured on problems -> the file that has it.
 FILES = {
     "evaluation": "evaluation.json",
     "comparison": "comparison.json",
@@ -148,7 +149,7 @@ def read_run(
 
 
 def measured_in(directories: Sequence[Path], notes: list[str]) -> dict[str, Summary]:
-    """Returns what was measured on held-out problems: each file of the first place that has it."""
+    """Returns what was measured on problems: each file of the first place that has it."""
     return {
         name: next(filter(None, (read_object(place / file, notes) for place in directories)), {})
         for name, file in FILES.items()
@@ -222,8 +223,17 @@ def _odd_values(phase: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def problems_of(found: Mapping[str, Any]) -> str:
+    """Returns which problems an evaluation, a comparison or perplexities are of, in words."""
+    parts = (found, mapping(found.get("a")), mapping(found.get("of_b")))
+    return TRAINING if any(part.get("split") == "train" for part in parts) else HELD_OUT
+
+
 def _with_evaluation(summary: Summary, evaluation: Mapping[str, Any]) -> Summary:
-    """Returns a summary with what launch.evaluate measured in the same workdir."""
+    """Returns a summary with what launch.evaluate measured in the same workdir.
+
+    What it measured on problems to train on is a part of its own, "training_problems".
+    """
     if not evaluation:
         return summary
     pretrain = {
@@ -242,6 +252,7 @@ def _with_evaluation(summary: Summary, evaluation: Mapping[str, Any]) -> Summary
     last = mapping(votes[-1] if isinstance(votes, list) and votes else None)
     mean = mapping(evaluation.get("mean_at_n"))
     policy |= {"cons@n": last.get("mean"), "mean@n": mean.get("mean")} if last or mean else {}
-    parts = {"pretrain": pretrain, "reinforce": policy, "indexer": indexer}
+    which = "training_problems" if problems_of(evaluation) == TRAINING else "reinforce"
+    parts = {"pretrain": pretrain, which: policy, "indexer": indexer}
     added = {name: {**mapping(summary.get(name)), **part} for name, part in parts.items() if part}
     return {**summary, **added}

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from report.escape import plain
 from report.lenient import mapping, number
-from report.results import Summary
+from report.results import HELD_OUT, TRAINING, Summary
 
 Row = tuple[str, str]  # name, value
 
@@ -40,7 +40,10 @@ def number_groups(summary: Summary) -> list[tuple[str, list[Row]]]:
     groups = {
         "Pretraining": _pretraining(mapping(summary.get("pretrain"))),
         "Sparse attention": _sparse_attention(mapping(summary.get("indexer"))),
-        "Reinforcement learning": _reinforcement(mapping(summary.get("reinforce"))),
+        "Reinforcement learning": _reinforcement(mapping(summary.get("reinforce")), HELD_OUT),
+        "Problems that it trains on": _reinforcement(
+            mapping(summary.get("training_problems")), TRAINING
+        ),
         "Run": _run(summary),
     }
     shown = [(title, [row for row in rows if row]) for title, rows in groups.items()]
@@ -88,14 +91,18 @@ def _sparse_attention(numbers: Mapping[str, Any]) -> list[Row | None]:
     ]
 
 
-def _reinforcement(numbers: Mapping[str, Any]) -> list[Row | None]:
-    """Returns the rows of reinforcement learning: pass@1 and pass@8 before and after."""
+def _reinforcement(numbers: Mapping[str, Any], which: str) -> list[Row | None]:
+    """Returns the rows of reinforcement learning: pass@1 and pass@8 before and after.
+
+    Args:
+      which: problems they are of, in words.
+    """
 
     def before_and_after(metric: str) -> Row | None:
         keys = (f"{metric}_before", f"{metric}_after")
         return _row(f"{metric}, before → after", "{:.1%} → {:.1%}", numbers, *keys)
 
-    measured = "{} held-out problems × {} samples"
+    measured = f"{{}} {which} × {{}} samples"
     algorithm = numbers.get("algorithm")
     return [
         ("algorithm", algorithm) if isinstance(algorithm, str) else None,

@@ -7,7 +7,7 @@ import numpy as np
 
 from report.escape import escape
 from report.lenient import mapping, number
-from report.results import Sample
+from report.results import HELD_OUT, Sample
 
 SHOWN_PROBLEMS = 6  # whose completions are shown
 SHOWN_STEPS = 6  # of training, whose completions are shown
@@ -25,10 +25,11 @@ PARTS = {
 }
 
 
-def samples_html(samples: Mapping[str, Sequence[Sample]]) -> str:
-    """Shows the completions of the first held-out problems, which nobody picked, side by side.
+def samples_html(samples: Mapping[str, Sequence[Sample]], which: str = HELD_OUT) -> str:
+    """Shows the completions of the first problems, which nobody picked, side by side.
 
     Args:
+      which: problems they are, in words.
       samples: "before", "after" or "" -> the first completion of each problem.
     """
     by_prompt = {
@@ -46,7 +47,9 @@ def samples_html(samples: Mapping[str, Sequence[Sample]]) -> str:
         {when: found[prompt] for when, found in by_prompt.items() if prompt in found}
         for prompt in prompts[:SHOWN_PROBLEMS]
     ]
-    first = f"The first {len(shown)} held-out problems" if len(shown) > 1 else "A held-out problem"
+    first = (
+        f"The first {len(shown)} of the {which}" if len(shown) > 1 else f"The first of the {which}"
+    )
     note = f'<p class="note">{first}, not chosen. {LEGEND}</p>'
     return f"<section><h2>What it writes</h2>{note}{''.join(map(_problem_html, shown))}</section>"
 

@@ -24,6 +24,8 @@ TRUNCATED = ("reward", "no_reward", "mask")
 UNFINISHED = ("read_again", "kept")
 ORDERS = ("shuffled", "easy_first", "unsolved")
 ZERO_VARIANCE = ("kept", "dropped", "replaced")
+GUESSED = ("kept", "left_out")
+SPLITS = ("validation", "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +141,26 @@ class ReinforceConfig:
     # How unfinished completions go on after an update: "read_again" by the new policy | "kept" from
     # the cache that older ones made of what they have, which costs that memory during the update.
     unfinished: str = "read_again"
-    # Whose turn is when: "shuffled" | "easy_first", by the number of operations, over the steps of
-    # the run | "unsolved", in proportion to 1 - pass rate (rl/curriculum.py). Of completions that
-    # solve a problem see evaluate.reward and evaluate.success.
+    # Whose turn is when: "shuffled" | "easy_first", by measured pass rate, else by the number of
+    # operations, over the steps of the run | "unsolved", in proportion to 1 - pass rate
+    # (rl/curriculum.py). Of completions that solve a problem see evaluate.reward and
+    # evaluate.success.
     order: str = "shuffled"
     # A problem is not drawn again once its completions have solved it so often: 0.9 is ScaleRL's
     # no-positive-resampling (arXiv 2510.13786); 0 never.
     retire_at: float = 0.0
+    # The workdir of an evaluation of the training problems (evaluate.split = "train"), by this
+    # model or another, whose tries `order` and `retire_at` count before the run's own; "" for none.
+    # What it says is copied into the run's workdir at its first start.
+    pass_rates_from: str = ""
+    # Problems whose pass rate there is lower or higher are left out (Kimi k1.5, arXiv 2501.12599,
+    # section 2.1); 0 and 1 leave none out. What was not measured stays.
+    min_pass_rate: float = 0.0
+    max_pass_rate: float = 1.0
+    # Problems that the evaluation solves with the least of evaluate.thinking, which is to be no
+    # thought, in one of so many attempts: "kept" | "left_out", as easy to hack (the same section).
+    guessed: str = "kept"
+    guess_attempts: int = 8
     # Groups whose completions all earn the same: "kept" | "dropped", they do not count in the mean
     # of the loss | "replaced", a step samples on until it has `prompts_per_step` others (dynamic
     # sampling: DAPO, arXiv 2503.14476, eq. 11).
@@ -243,6 +258,7 @@ class ReinforceConfig:
         check.one_of("order", ORDERS)
         check.one_of("zero_variance", ZERO_VARIANCE)
         check.that(0 <= self.retire_at <= 1, "retire_at", "must be between 0 (never) and 1")
+        self._check_measured(check)
         check.positive("resample_limit")
         paid = not self.variance_reward or self.variance_reward in self.rewards
         check.that(paid, "variance_reward", f"is none of reinforce.rewards: {list(self.rewards)}")
@@ -279,6 +295,19 @@ class ReinforceConfig:
             "canary_tolerance",
             "must be -1 (by the type of computation), 0 (off) or positive",
         )
+
+    def _check_measured(self, check: FieldChecks) -> None:
+        """Checks what leaves problems out by an evaluation of them."""
+        check.that(0 <= self.min_pass_rate <= 1, "min_pass_rate", "must be between 0 and 1")
+        within = self.min_pass_rate <= self.max_pass_rate <= 1
+        rule = f"must be between reinforce.min_pass_rate = {self.min_pass_rate} and 1"
+        check.that(within, "max_pass_rate", rule)
+        check.one_of("guessed", GUESSED)
+        check.positive("guess_attempts")
+        unused = {"min_pass_rate": 0, "max_pass_rate": 1, "guessed": "kept"}
+        for name, value in unused.items():
+            known = self.pass_rates_from or getattr(self, name) == value
+            check.that(bool(known), name, "needs reinforce.pass_rates_from, an evaluation of them")
 
     def check_algorithm(self, needs: Collection[str]) -> None:
         """Checks what only some algorithms have, by what this one needs.
@@ -325,7 +354,10 @@ class EvaluateConfig:
     # Batches of held-out documents of data.sources, for their loss; 0 for none. A run of
     # launch.reinforce has none: it learns from no text.
     text_batches: int = 8
-    problems: int = 128  # held out, or as many as there are; 0 for none
+    problems: int = 128  # or as many as there are: 1_000_000 asks for all; 0 for none
+    # Which problems launch.evaluate has: "validation", held out | "train", those that a run of
+    # launch.reinforce with this config draws, for reinforce.pass_rates_from.
+    split: str = "validation"
     samples: int = 8  # completions of a problem; pass@k and cons@k for k up to this
     ks: tuple[int, ...] = ()  # k of pass@k and cons@k; () for 1, 2, 4, ... and `samples`
     # Temperatures that launch.evaluate has problems at, one after the other, each with a sampler of
@@ -361,6 +393,7 @@ class EvaluateConfig:
         different = len(set(self.temperatures)) == len(self.temperatures)
         check.that(different, "temperatures", "must differ from one another")
         check.one_of("consensus_ties", TIES)
+        check.one_of("split", SPLITS)
         check.that(all(x > 0 for x in self.thinking), "thinking", "must be positive, each of them")
         check.not_negative("thinking_waits")
         check.at_most(100, "thinking_waits")

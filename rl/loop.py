@@ -19,6 +19,7 @@ from rl.clock import Parts
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.learner import Learner
 from rl.measure import as_arrays, observe, over_updates, speeds
+from rl.pass_rates import PassRates
 from rl.records import kept_records, records_made
 from rl.reference import begun
 from rl.sampler import Sampler
@@ -46,6 +47,7 @@ def train_policy(
     template: str,
     init_from: str,
     seed: int,
+    pass_rates: PassRates | None = None,
 ) -> bool:
     """Trains until `train.steps` rollouts are learnt from or the process is asked to stop.
 
@@ -58,6 +60,7 @@ def train_policy(
         turns on all of them.
       template: `data.chat_template`.
       init_from: where a new run's parameters come from; "" draws them.
+      pass_rates: tries of the problems before the run, `reinforce.pass_rates_from`.
 
     Returns:
       Whether all steps are done.
@@ -84,7 +87,13 @@ def train_policy(
     corrected = corrects(algorithm, reinforce)
     server = connect(setup, sampling, reinforce, workdir, template, corrects=corrected)
     sampler = Sampler(
-        sampler_setup, *sections, algorithm, template=template, seed=seed, server=server
+        sampler_setup,
+        *sections,
+        algorithm,
+        template=template,
+        seed=seed,
+        server=server,
+        pass_rates=pass_rates,
     )
     weights = None
     if sampler_setup is not setup or (server and reinforce.lag):  # who samples has time of its own

@@ -38,6 +38,7 @@ class Outcome:
       answers: each different answer, as the first that gave it wrote it.
       lengths: sampled tokens of each.
       truncated: 0 or 1, whether each was cut before its stop token.
+      split: "validation" of a problem that is held out, or "train".
     """
 
     id: str
@@ -52,6 +53,7 @@ class Outcome:
     answers: Sequence[str]
     lengths: Sequence[int]
     truncated: Sequence[int]
+    split: str = "validation"
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class Outcome:
         rewards: Sequence[float],
         success: float,
         temperature: float,
+        split: str = "validation",
     ) -> "Outcome":
         """Returns what became of a problem, given what each completion earns."""
         classes, answers = answer_classes([completion.text for completion in completions])
@@ -78,6 +81,7 @@ class Outcome:
             answers=answers,
             lengths=[completion.length for completion in completions],
             truncated=[int(completion.truncated) for completion in completions],
+            split=split,
         )
 
     def as_record(self) -> dict[str, Any]:
@@ -102,12 +106,16 @@ class Outcome:
             "cut": sum(self.truncated),
         }
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        first = ("id", "question", "answer", "temperature", "difficulty")
+        first = ("id", "question", "answer", "split", "temperature", "difficulty")
         return {name: fields.pop(name) for name in first} | table | fields
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Outcome":
-        """Returns the outcome of a line. Raises KeyError or ValueError for one that is none."""
+        """Returns the outcome of a line. Raises KeyError or ValueError for one that is none.
+
+        A line from before there were splits is of a problem that is held out.
+        """
+        record = {"split": "validation", **record}
         found = cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})
         per_completion = (found.rewards, found.classes, found.lengths, found.truncated)
         if not found.correct or any(len(one) != len(found.correct) for one in per_completion):

@@ -43,14 +43,27 @@ def problems_to_train(
 
 
 def problems_to_evaluate(
-    task: str, count: int, sampling: SamplingConfig, tokenizer: Tokenizer, template: str
+    task: str,
+    count: int,
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer,
+    template: str,
+    split: str = "validation",
+    seed: int = 0,
 ) -> ProblemSet:
-    """Returns at most `count` held-out problems, the same in every run.
+    """Returns at most `count` problems of a split, "validation" or "train".
+
+    The held-out ones are the same in every run; those to train on are the first that a run with
+    this seed has.
 
     Raises UserError as `that_fit` does, or if the task is wrong.
     """
-    found = draw_problems(task, "validation", count, seed=0)
-    return that_fit(found, sampling, tokenizer, template, "validation")
+    if split == "validation":
+        found = draw_problems(task, "validation", count, seed=0)
+        return that_fit(found, sampling, tokenizer, template, "validation")
+    found = training_problems(task, GENERATED, seed)
+    fitting = that_fit(found, sampling, tokenizer, template, "train")
+    return ProblemSet(fitting.problems[:count], fitting.left_out)
 
 
 def that_fit(

@@ -1,4 +1,4 @@
-"""Measures how many held-out problems the policy solves: completions, rewards and pass@k."""
+"""Measures how many problems the policy solves: completions, rewards and pass@k."""
 
 import contextlib
 import dataclasses
@@ -43,6 +43,7 @@ class Tally:
       weights: reward name -> its weight in the total.
       counted: the reward that pass@k counts, and `success`, the least of it that is a success.
       temperature: that completions are sampled at.
+      split: of the problems.
       solved_PG: for each of G completions of P problems, whether it is a success.
       paid: reward name -> what each completion earns, "total" among them.
       lengths: tokens of each completion.
@@ -56,6 +57,7 @@ class Tally:
     counted: str = "answer"
     success: float = 1.0
     temperature: float = 1.0
+    split: str = "validation"
     solved_PG: list[list[bool]] = dataclasses.field(default_factory=list)
     paid: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     lengths: list[int] = dataclasses.field(default_factory=list)
@@ -90,23 +92,24 @@ class Tally:
         self.truncated.extend(completion.truncated for completion in completions)
         counted = [parts[self.counted] for _, parts in paid]
         self.outcomes.append(
-            Outcome.of(problem, completions, counted, self.success, self.temperature)
+            Outcome.of(problem, completions, counted, self.success, self.temperature, self.split)
         )
 
 
 class ReasoningEvaluation:
-    """An evaluation on held-out problems, to be made of any variables.
+    """An evaluation on the problems of a split, to be made of any variables.
 
     Its problems, prompts and sampling keys are the same each time. What a problem's n-th completion
     is drawn with depends on the problem's number and n alone, on one device and on many.
 
     Args:
-      evaluate: how many problems and completions, and what counts as a success.
+      evaluate: which problems and how many, how many completions, and what counts as a success.
       reinforce: the task and its rewards.
       generate: samples the completions.
+      seed: of the keys, and of the problems to train on.
 
     Raises:
-      UserError: the task has no held-out problem, or a prompt is too long.
+      UserError: the task has no such problem, or a prompt is too long.
     """
 
     def __init__(
@@ -124,6 +127,8 @@ class ReasoningEvaluation:
             generate.sampling,
             setup.tokenizer,
             generate.template,
+            evaluate.split,
+            seed,
         )
         self._key = jax.random.fold_in(jax.random.key(seed), 2)
 
@@ -142,7 +147,12 @@ class ReasoningEvaluation:
         evaluate, problems = self._evaluate, self.problems
         numbers, temperature = range(len(problems)), self._generate.sampling.temperature
         tally = Tally(
-            evaluate.samples, self._weights, evaluate.reward, evaluate.success, temperature
+            evaluate.samples,
+            self._weights,
+            evaluate.reward,
+            evaluate.success,
+            temperature,
+            evaluate.split,
         )
         bar = Progress(len(problems), "evaluate") if shown else contextlib.nullcontext()
         ended: dict[int, list[Completion]] = {}
@@ -193,6 +203,7 @@ class ReasoningEvaluation:
         return {
             "pass_at_k": rows_of(table),
             "success": {"reward": evaluate.reward, "least": evaluate.success},
+            "split": evaluate.split,
             "problems": len(self.problems),
             "left_out": self.left_out,
             "samples": evaluate.samples,

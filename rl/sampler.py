@@ -22,6 +22,7 @@ from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.curriculum import Curriculum
 from rl.generate import Completion, Generator
 from rl.measure import lengths_by_outcome
+from rl.pass_rates import PassRates, problems_within
 from rl.pay import Rewards, paid_weights, reward, solved
 from rl.problems import problems_to_train, prompt_of
 from rl.reasoning import ReasoningEvaluation
@@ -71,6 +72,7 @@ class Sampler:
       setup: of the mesh that samples.
       template: how prompts are written, `data.chat_template`.
       server: that samples in place of this process, if one does.
+      pass_rates: tries of the problems before the run.
 
     Raises:
       UserError: the task or a prompt does not fit, or no slot fits the memory allowed.
@@ -88,11 +90,12 @@ class Sampler:
         template: str,
         seed: int,
         server: Server | None = None,
+        pass_rates: PassRates | None = None,
     ):
         self.setup, self._parts = setup, Parts()
-        problems = problems_to_train(
-            reinforce.task, sampling, setup.tokenizer, template, seed
-        ).problems
+        found = problems_to_train(reinforce.task, sampling, setup.tokenizer, template, seed)
+        problems = problems_within(found.problems, pass_rates, reinforce)
+        draws = train.steps * reinforce.prompts_per_step
         made = records_made(setup.model, train.stage)
         recorded = kept_records(made, sampling, reinforce)
         if reinforce.agreement_rows:
@@ -124,7 +127,7 @@ class Sampler:
         self._rollouts = Rollouts(
             self._generate,
             problems,
-            Curriculum(problems, reinforce, train.steps * reinforce.prompts_per_step, seed),
+            Curriculum(problems, reinforce, draws, seed, pass_rates),
             reinforce,
             pay,
             self._solves,

@@ -67,7 +67,7 @@ def place(tmp_path_factory) -> Path:
 
 def on_one_device(patch) -> None:
     """One compiles in half the time of eight."""
-    patch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+    patch.setattr(setup, "make_mesh", lambda mesh, _=None: make_mesh(mesh, jax.devices()[:1]))
     patch.setattr("experiment.open_model.make_mesh", lambda m: make_mesh(m, jax.devices()[:1]))
 
 
