@@ -35,11 +35,17 @@ def read_outcomes(workdir: Path) -> list[Outcome]:
 def read_written(workdir: Path, outcomes: list[Outcome]) -> list[Written]:
     """Returns the completions of these problems as ids, in order.
 
-    Raises UserError where there are none, or they were kept as text alone.
+    Raises UserError where there are none, they were kept as text alone, or a phrase was put into
+    one, which it did not sample.
     """
     prompts = {each.id: each.prompt_tokens for each in outcomes}
     temperature, written = outcomes[0].temperature, []
     for _, record in read_lines(workdir, SAMPLES):
+        if record.get("interrupted"):
+            raise UserError(
+                f"{workdir / SAMPLES}: thoughts were cut by a phrase that nothing sampled; "
+                "evaluate with --config.sampling.thinking=0"
+            )
         try:
             if record["id"] in prompts and record["temperature"] == temperature:
                 prompt = prompts[record["id"]]

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import jax
 
 from experiment.schema import Config
+from rl.budgets import check_thinks
 from rl.config import SamplingConfig
 from rl.generate import Generator
 from rl.problems import problems_to_evaluate
 from rl.reasoning import Evaluated, ReasoningEvaluation
-from rl.thinking import accuracy_by_thinking, check_thinks
+from rl.thinking import accuracy_by_thinking
 from train.setup import Setup
 
 # Figures of each temperature.
@@ -51,7 +52,9 @@ def solve(config: Config, setup: Setup, variables: dict) -> Solved:
     """
     evaluate, template = config.evaluate, config.data.chat_template
     if evaluate.thinking:  # before anything is sampled
-        check_thinks(setup.tokenizer, template, evaluate.thinking)
+        check_thinks(
+            setup.tokenizer, template, f"evaluate.thinking = {evaluate.thinking}", "leave it empty"
+        )
     temperatures = list(evaluate.temperatures) or [config.sampling.temperature]
     found: dict[float, Evaluated] = {}
     for temperature in temperatures:

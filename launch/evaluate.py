@@ -21,7 +21,8 @@ The problems that launch.reinforce trains on, for reinforce.pass_rates_from (doc
 
     python -m launch.evaluate --workdir=runs/hot --config=configs/reinforce.py \
         --config.init_from=runs/chat --config.evaluate.split=train \
-        --config.evaluate.problems=1_000_000 --config.evaluate.thinking="(1,)"
+        --config.evaluate.problems=1_000_000 --config.evaluate.thinking="(1,)" \
+        --config.evaluate.samples=10 --config.evaluate.text_batches=0
 
 Two evaluated runs, of which the first is the base: paired differences, where pass@k crosses and the
 sampling-efficiency gap, in comparison.json beside the first, or in --workdir; and how likely the

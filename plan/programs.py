@@ -135,7 +135,7 @@ def rollout_program(
     argument_bytes = _state_bytes(state)
     waiting_bytes = {"moments (waiting)": argument_bytes.pop("moments")}
     algorithm = get_algorithm(
-        reinforce.algorithm, max_completion=sampling.max_new_tokens, kl_weight=reinforce.kl_weight
+        reinforce.algorithm, max_completion=sampling.most_sampled, kl_weight=reinforce.kl_weight
     )
     # With adapters it is the base itself.
     if "reference" in algorithm.needs and not train.lora:

@@ -42,6 +42,11 @@ class SamplingConfig:
     # it one such prompt is an error before the first step.
     filter_overlong_prompts: bool = False
     max_new_tokens: int = 64
+    # Tokens of thought after which a completion of a problem is told to answer, by a phrase that is
+    # read and never learnt from, and tokens that its answer may then have (forced interruption:
+    # ScaleRL, arXiv 2510.13786). All three are within max_new_tokens. 0 lets it think as it likes.
+    thinking: int = 0
+    thinking_answer_tokens: int = 64
     # Sequences that a device samples at a time, at most, and the memory in GiB that they may take
     # on it; the others wait for their turn.
     slots: int = 256
@@ -89,7 +94,8 @@ class SamplingConfig:
         check.that(self.top_k >= 0, "top_k", "must be 0 (all) or positive")
         check.that(0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         check.positive("max_prompt_tokens", "max_new_tokens", "slots")
-        check.not_negative("drafts")
+        check.positive("thinking_answer_tokens")
+        check.not_negative("drafts", "thinking")
         check.at_most(16, "drafts")
         check.one_of("draft_acceptance", DRAFT_ACCEPTANCES)
         check.one_of("dtype", ("", *DTYPES))
@@ -104,6 +110,13 @@ class SamplingConfig:
         patient = 0 < self.server_timeout < math.inf
         check.that(patient, "server_timeout", "must be positive")
         check.not_negative("server_retries")
+
+    @property
+    def most_sampled(self) -> int:
+        """The most tokens that a completion of a problem may sample."""
+        if not self.thinking:
+            return self.max_new_tokens
+        return min(self.thinking + self.thinking_answer_tokens, self.max_new_tokens)
 
     @property
     def restricts(self) -> bool:

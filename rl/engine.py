@@ -169,7 +169,7 @@ class Engine:
 
         Args:
           begun: what some of its completions have already, by their number: those that have not
-            ended (`take_out`) go on, the others are done. Of a prompt without `reply`.
+            ended (`take_out`) go on, the others are done. A prompt with `reply` has `resumes` too.
 
         Raises UserError for a prompt that no slot can hold, or that asks for what cannot be.
         """

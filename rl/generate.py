@@ -14,6 +14,7 @@ from data.tokenizer import Tokenizer
 from errors import UserError
 from model.config import ModelConfig
 from model.sharding import batch_shards
+from rl.budgets import sampling_budget
 from rl.config import SamplingConfig
 from rl.engine import Engine
 from rl.engines import AnyEngine
@@ -24,7 +25,7 @@ from rl.servers.engine import ServerEngine
 from rl.servers.server import Server
 from rl.slots import empty_slots
 from rl.spans import spans_of
-from rl.trajectory import LENGTH, Trajectory
+from rl.trajectory import LENGTH, Role, Trajectory
 from train.setup import Setup
 
 
@@ -39,6 +40,11 @@ class Completion:
     def truncated(self) -> bool:
         """Whether it was cut before its stop token."""
         return self.trajectory.ended == LENGTH
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether something was put into its mouth: its thought was cut (`sampling.thinking`)."""
+        return bool(np.any(self.trajectory.roles_T == Role.INJECTED))
 
     @property
     def length(self) -> int:
@@ -57,7 +63,8 @@ class Generator:
       record: which of `rl.records.RECORDS` completions have, unless it is asked for none.
       server: that samples in place of this process, which then has no slots and no records.
 
-    Raises UserError if a slot, or the records of so many completions, take more than is allowed.
+    Raises UserError if a slot, or the records of so many completions, take more than is allowed, or
+    `sampling.thinking` does not fit.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class Generator:
         server: Server | None = None,
     ):
         self._setup, self.sampling, self.template = setup, sampling, template
+        self._budget = sampling_budget(setup.tokenizer, template, sampling)
         self._opening = opening(setup.tokenizer, template)
         self.engine: AnyEngine
         if server is not None:
@@ -137,6 +145,8 @@ class Generator:
         """
         tokenizer = self._setup.tokenizer
         ids = prompt_of(problem, tokenizer, self.template)
+        if self._budget:
+            return self._budget.prompt(ids, keys_G2, group)
         return Prompt(ids, keys_G2, self.sampling.max_new_tokens, tokenizer.stops, group=group)
 
     def completion(self, trajectory: Trajectory) -> Completion:

@@ -8,7 +8,7 @@ import numpy as np
 
 from errors import UserError
 from rl.engine import MOST_STEPS
-from rl.request import Prompt, Turn
+from rl.request import Prompt, Resumed, Turn
 from rl.trajectory import LENGTH, Role, Trajectory
 
 
@@ -110,7 +110,7 @@ class ThinkingBudget:
         """Returns a prompt whose completions keep to this budget."""
         return Prompt(
             tokens, keys_G2, self.most_tokens, self.stops, group=group, reply=self.reply,
-            halts=self._halts,
+            halts=self._halts, resumes=self.resumes,
         )  # fmt: skip
 
     def reply(self, trajectory: Trajectory) -> Turn | None:
@@ -138,6 +138,32 @@ class ThinkingBudget:
             halts=self._halts,
             take_back=len(ids) - kept,
         )
+
+    def resumes(self, trajectory: Trajectory) -> Resumed:
+        """Returns how a completion goes on that has not ended: its thought, or its answer."""
+        ids = trajectory.completion.tolist()
+        injected = trajectory.roles_T[len(trajectory.roles_T) - len(ids) :] == Role.INJECTED
+        begins = int(np.max(np.flatnonzero(injected), initial=-1)) + 1
+        if self.end in self._decode(ids):
+            in_turn = len(ids) - max(begins, self.end_of_thought(ids))
+            turn = self._turn("")
+            return Resumed(
+                dataclasses.replace(turn, max_new_tokens=self.answer_tokens - in_turn), in_turn
+            )
+        left = self.most_tokens - int(np.sum(~injected))
+        turn = dataclasses.replace(self._turn(""), max_new_tokens=left, halts=self._halts)
+        return Resumed(turn, len(ids) - begins)
+
+    def end_of_thought(self, ids: Sequence[int]) -> int:
+        """Returns how many ids there are up to the first end of a thought; all of them without."""
+        low, high = 0, len(ids)
+        if self.end not in self._decode(ids):
+            return high
+        while low < high:
+            middle = (low + high) // 2
+            found = self.end in self._decode(ids[:middle])
+            low, high = (low, middle) if found else (middle + 1, high)
+        return low
 
     def _turn(self, text: str) -> Turn:
         ids = self.tokenizer.encode(text) if text else []

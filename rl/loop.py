@@ -69,7 +69,7 @@ def train_policy(
       UserError: the task, a prompt or a checkpoint does not fit, or gradients are never finite.
     """
     algorithm = get_algorithm(
-        reinforce.algorithm, max_completion=sampling.max_new_tokens, kl_weight=reinforce.kl_weight
+        reinforce.algorithm, max_completion=sampling.most_sampled, kl_weight=reinforce.kl_weight
     )
     reinforce = dataclasses.replace(reinforce, **algorithm.loop)
     check_algorithm(algorithm, reinforce)

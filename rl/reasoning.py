@@ -85,6 +85,7 @@ class Tally:
                 "rewards": parts,
                 "temperature": self.temperature,
                 "tokens": completion.trajectory.completion.tolist(),
+                "interrupted": completion.interrupted,
             }
             for completion, (_, parts) in zip(completions, paid, strict=True)
         )

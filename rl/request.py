@@ -42,6 +42,19 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Resumed:
+    """Where a completion is that goes on from what it has.
+
+    Attributes:
+      turn: how it goes on from there; nothing is read for it.
+      in_turn: how many of its last tokens were sampled since the prompt or the last turn.
+    """
+
+    turn: Turn
+    in_turn: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     """A prompt, and what is to be sampled after it.
 
@@ -58,6 +71,8 @@ class Prompt:
         beyond is dropped.
       allowed: asked, with the ids sampled since then, which ids may follow, bool [V]. While a row
         with it is live the engine samples one token at a time, so it is never late.
+      resumes: asked where a completion with something already is, which goes on in an engine; None
+        is in the turn of the prompt.
     """
 
     tokens: Sequence[int]
@@ -69,6 +84,7 @@ class Prompt:
     reply: Callable[[Trajectory], Turn | None] | None = None
     halts: Halts | None = None
     allowed: Callable[[np.ndarray], np.ndarray] | None = None
+    resumes: Callable[[Trajectory], Resumed] | None = None
 
 
 def check_prompt(prompt: Prompt, sampling: SamplingConfig) -> None:
@@ -148,12 +164,16 @@ class Row:
 
     @classmethod
     def resume(cls, prompt: Prompt, begun: Trajectory) -> "Row":
-        """Returns a completion that goes on from what it has; the prompt gives it no turns."""
+        """Returns a completion that goes on from what it has."""
         row, start = cls.begin(prompt, begun.sample), len(prompt.tokens)
         if len(begun.tokens_T) > start:
             fields = {name: getattr(begun, f"{name}_T")[start:] for name in PER_TOKEN}
             support = begun.support_T and begun.support_T.between(start, len(begun.tokens_T))
             row.add(Part(**fields, support=support))
+            if prompt.resumes:
+                resumed = prompt.resumes(begun)
+                row.turn(resumed.turn)
+                row.in_turn = resumed.in_turn
         return row
 
     @property

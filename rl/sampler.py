@@ -114,7 +114,7 @@ class Sampler:
             self._greedy = _greedy(setup, sampling, template, reinforce.prompts_per_step, server)
         self._key = jax.random.fold_in(jax.random.key(seed), 1)
         weights = paid_weights(reinforce, evaluate)
-        options, longest = algorithm.options, sampling.max_new_tokens
+        options, longest = algorithm.options, sampling.most_sampled
 
         def pay(problem: Problem, completions: Sequence[Completion]) -> Rewards:
             with self._parts("reward"):
@@ -176,6 +176,11 @@ class Sampler:
         metrics |= self._rollouts.metrics(taken) | self._parts.collect()
         if self._judged:
             metrics |= lengths_by_outcome([*taken.groups, *taken.left_out], self._solves)
+        if self._generate.sampling.thinking:
+            sampled = [x for group in (*taken.groups, *taken.left_out) for x in group.completions]
+            metrics["completions/interrupted_ratio"] = float(
+                np.mean([completion.interrupted for completion in sampled])
+            )
         return Sampled(*taken, greedy_P, counts, metrics, time.monotonic() - started)
 
     def _greedy_rewards(self, groups: Sequence[Group], variables: dict) -> np.ndarray:

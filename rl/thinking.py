@@ -6,14 +6,12 @@ answers. One that ends sooner is told to wait, as often as is asked for, and the
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jax import Array
 
-from data.tokenizer import Tokenizer
-from errors import UserError
+from rl.budgets import budget_of, check_thinks, most_tokens
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.evaluate import bootstrap
 from rl.generate import Completion, Generator
@@ -24,41 +22,6 @@ from rl.request import Prompt, keys_of
 from rl.rewards import total_reward
 from rl.trajectory import Role, Trajectory
 from train.setup import Setup
-
-THINKS = ("think", "r1")  # templates of ours, in which completions begin with a thought
-END = "</think>"
-
-
-@dataclasses.dataclass(frozen=True)
-class MarkedText:
-    """Reads and writes texts in which the marks of a thought are what the model knows them as.
-
-    A tokenizer's own `encode` makes characters of every mark, as of what a user says.
-    """
-
-    tokenizer: Tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, its special tokens as such."""
-        return self.tokenizer.encode_rendered(text)
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Returns the text of ids."""
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-def check_thinks(tokenizer: Tokenizer, template: str, thinking: Sequence[int]) -> None:
-    """Raises UserError for thinking lengths where the chat template writes no thought.
-
-    A checkpoint's own template does where it, or a special token beside it, names `</think>`.
-    """
-    source = tokenizer.chat_template.source if tokenizer.chat_template else ""
-    own = END in source or tokenizer.special_token_id(END) is not None
-    if template not in THINKS and not (template == "checkpoint" and own):
-        raise UserError(
-            f'evaluate.thinking = {tuple(thinking)}: the chat template "{template}" of this model '
-            f"has no {END}, so there is no thought to force; leave it empty"
-        )
 
 
 def accuracy_by_thinking(
@@ -86,12 +49,12 @@ def accuracy_by_thinking(
       UserError: the template has no thought.
     """
     tokenizer, G = setup.tokenizer, evaluate.samples
-    check_thinks(tokenizer, template, evaluate.thinking)
+    check_thinks(tokenizer, template, f"evaluate.thinking = {evaluate.thinking}", "leave it empty")
     budgets = [budget_of(tokenizer, most, evaluate) for most in evaluate.thinking]
     room = max(most_tokens(budget) for budget in budgets)
     generate = Generator(
         setup,
-        dataclasses.replace(sampling, max_new_tokens=room),
+        dataclasses.replace(sampling, max_new_tokens=room, thinking=0),
         template,
         completions=len(budgets) * len(problems.problems) * G,
         group_size=G,
@@ -138,24 +101,6 @@ def accuracy_by_thinking(
     return rows, samples
 
 
-def budget_of(tokenizer: Tokenizer, most: int, evaluate: EvaluateConfig) -> ThinkingBudget:
-    """Returns the budget of so many tokens of thought."""
-    return ThinkingBudget(
-        MarkedText(tokenizer),
-        most_tokens=most,
-        answer_tokens=evaluate.thinking_answer_tokens,
-        stops=tokenizer.stops,
-        waits=evaluate.thinking_waits,
-    )
-
-
-def most_tokens(budget: ThinkingBudget) -> int:
-    """Returns how many tokens a completion with a budget may have, the injected ones included."""
-    injected = len(budget.tokenizer.encode(budget.interruption))
-    injected += budget.waits * len(budget.tokenizer.encode(budget.wait))
-    return budget.most_tokens + injected + budget.answer_tokens
-
-
 def _measured(completion: Completion, budget: ThinkingBudget) -> tuple[int, int, bool, int]:
     """Returns tokens of its thought and in all, whether that was cut, and how often it waited.
 
@@ -170,17 +115,5 @@ def _measured(completion: Completion, budget: ThinkingBudget) -> tuple[int, int,
     cut_at = len(budget.tokenizer.encode(budget.interruption))
     lengths = [int(np.argmin(np.append(injected[first:], False))) for first in begins]
     cut = bool(lengths) and lengths[-1] == cut_at
-    end = int(begins[-1]) if cut else _end_of_thought(ids, budget)
+    end = int(begins[-1]) if cut else budget.end_of_thought(ids)
     return int(sampled_T[:end].sum()), completion.length, cut, len(lengths) - cut
-
-
-def _end_of_thought(ids: Sequence[int], budget: ThinkingBudget) -> int:
-    """Returns how many ids there are up to the first end of a thought; all where there is none."""
-    low, high = 0, len(ids)
-    if budget.end not in budget.tokenizer.decode(ids, skip_special_tokens=False):
-        return high
-    while low < high:
-        middle = (low + high) // 2
-        text = budget.tokenizer.decode(ids[:middle], skip_special_tokens=False)
-        low, high = (low, middle) if budget.end in text else (middle + 1, high)
-    return low

@@ -44,7 +44,7 @@ def get_algorithm(spec: str, *, max_completion: int, kl_weight: float = -1.0) ->
 
     Args:
       spec: see above. In a value, %26 is an ampersand and %25 a per cent.
-      max_completion: tokens of the longest completion (sampling.max_new_tokens).
+      max_completion: tokens that the longest completion samples (sampling.most_sampled).
       kl_weight: coefficient of the divergence; -1 keeps the algorithm's own.
 
     Raises:

@@ -12,7 +12,7 @@ JUDGED = "evaluate.reward among the rewards"
 CONDITIONS = TINY | {
     *("drafts", "zero_variance", "parts", "order", "kl in the loss", "entropy", "reference"),
     *("sparse", "lag", "keys compared", "critic", "greedy", "scored", "evaluation"),
-    *("split", JUDGED),
+    *("split", "thinking", JUDGED),
 }
 
 

@@ -204,6 +204,14 @@ def test_samples_without_ids_say_how_to_make_them(place, tmp_path):
         evaluate.run(run_of(), tmp_path, perplexity_under="rl")
 
 
+def test_what_was_put_into_a_mouth_has_no_perplexity(place, tmp_path):
+    cut = [line | {"interrupted": n == 3} for n, line in enumerate(lines("rl/samples.jsonl"))]
+    shutil.copy(place / "rl" / "problems.jsonl", tmp_path)
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cut))
+    with pytest.raises(UserError, match=r"evaluate with --config.sampling.thinking=0"):
+        evaluate.run(run_of(), tmp_path, perplexity_under="rl")
+
+
 def test_compute_is_counted_in_tokens_and_flops():
     """Two FLOPs a parameter to sample a token, six to learn from it."""
     steps = np.array([1, 3])

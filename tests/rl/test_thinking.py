@@ -1,5 +1,6 @@
 """Thoughts that are forced to a length: what is measured of them, and where there are none."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,17 +10,11 @@ import pytest
 
 from data.tokenizer_training import bytes_tokenizer
 from errors import UserError
+from rl.budgets import MarkedText, budget_of, check_thinks, most_tokens, sampling_budget
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
 from rl.generate import Completion
 from rl.problems import problems_to_evaluate
-from rl.thinking import (
-    MarkedText,
-    _measured,
-    accuracy_by_thinking,
-    budget_of,
-    check_thinks,
-    most_tokens,
-)
+from rl.thinking import _measured, accuracy_by_thinking
 from rl.trajectory import Role, Trajectory
 from tests import tiny
 from tests.rl.test_engine import MESH
@@ -45,13 +40,13 @@ def test_a_template_without_a_thought_is_one_line(template, source):
         chat_template=SimpleNamespace(source=source), special_token_id=lambda text: None
     )
     with pytest.raises(UserError, match=r"evaluate.thinking = \(8,\): the chat template"):
-        check_thinks(cast(Any, own), template, [8])
+        check_thinks(cast(Any, own), template, "evaluate.thinking = (8,)", "leave it empty")
     thinks = SimpleNamespace(
         chat_template=SimpleNamespace(source="<think> ... </think>"),
         special_token_id=lambda text: None,
     )
-    check_thinks(cast(Any, thinks), "checkpoint", [8])
-    check_thinks(TOKENIZER, "think", [8])
+    check_thinks(cast(Any, thinks), "checkpoint", "", "")
+    check_thinks(TOKENIZER, "think", "", "")
 
 
 def completed(*parts: tuple[str, Role]) -> Completion:
@@ -108,3 +103,19 @@ def test_every_budget_is_kept_in_one_engine():
     cut = [line for line in samples if "time is up" in line["completion"]]
     assert len(cut) > len(samples) / 2
     assert most_tokens(budget_of(TOKENIZER, 12, EVALUATE)) > 12 + 6
+
+
+def test_a_budget_of_rollouts_fits_or_is_one_line():
+    sampling = SamplingConfig(max_new_tokens=90, thinking=20, thinking_answer_tokens=12)
+    budget = sampling_budget(TOKENIZER, "think", sampling)
+    assert budget is not None and most_tokens(budget) == 90 and sampling.most_sampled == 32
+    assert sampling_budget(TOKENIZER, "think", SamplingConfig()) is None
+    assert SamplingConfig().most_sampled == SamplingConfig().max_new_tokens
+    short = dataclasses.replace(sampling, max_new_tokens=89)
+    with pytest.raises(UserError, match=r"max_new_tokens = 89: sampling.thinking = 20, .* take 90"):
+        sampling_budget(TOKENIZER, "think", short)
+    own = SimpleNamespace(chat_template=None, special_token_id=lambda text: None)
+    with pytest.raises(
+        UserError, match=r"^sampling.thinking = 20: the chat template .* set it to 0"
+    ):
+        sampling_budget(cast(Any, own), "checkpoint", sampling)
