@@ -120,6 +120,7 @@ def test_a_server_samples_while_the_trainer_learns(served, monkeypatch):
 
     monkeypatch.setattr(Sampler, "take", noted)
     changes = {"reinforce__lag": 1, "reinforce__algorithm": "cispo", "train__steps": 4}
+    changes |= {"train__lora": 2}  # the server has the whole model, with what the adapters add
     assert reinforce.run(run_of(served, **changes), Path("apart"))
     assert {name.rpartition("_")[0] for name in threads} == {"sampler"}
     with monkeypatch.context() as patch:
