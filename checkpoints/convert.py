@@ -32,6 +32,7 @@ from checkpoints.streamed import StreamedWriter
 from checkpoints.trees import by_path
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import has_tokenizer, load_tokenizer
+from model.adapters import COLLECTION, adapted
 from model.config import ModelConfig
 from model.transformer import boxed_shapes
 
@@ -190,6 +191,7 @@ def source_of_policy(
     """Returns variables {"params", "router"} of a run as the source of a Hugging Face checkpoint.
 
     They are copied to the host leaf by leaf, as they are asked for, and stay there with the source.
+    Adapters are added to what they adapt.
 
     Args:
       workdir: the run's, which has what else its checkpoint came with.
@@ -200,7 +202,10 @@ def source_of_policy(
 
     @functools.cache
     def on_host(leaf: str) -> np.ndarray:
-        return np.asarray(leaves[leaf])
+        factors = {name: f"{COLLECTION}/{leaf.removeprefix('params/')}/{name}" for name in "ab"}
+        if factors["a"] not in leaves:
+            return np.asarray(leaves[leaf])
+        return np.asarray(adapted(leaves[leaf], {n: leaves[path] for n, path in factors.items()}))
 
     def rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
         parts = tensor.slices_of(start, stop)

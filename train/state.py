@@ -4,6 +4,7 @@ It is what a checkpoint saves and what a step maps to the next.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -93,6 +94,11 @@ class StateOverBase(TrainState):
 
     base: dict
     scale: float = flax.struct.field(pytree_node=False)
+
+    @functools.cached_property
+    def variables(self) -> dict:
+        """The base with the adapters; the same arrays however often it is asked for."""
+        return self.variables_with(self.params)
 
     def variables_with(self, params: dict) -> dict:
         """Returns the base with these adapters, as model/adapters.py has them."""

@@ -12,11 +12,14 @@ import numpy as np
 import optax
 import pytest
 
+from checkpoints.convert import source_of_policy
+from checkpoints.hf.tensors import tensors
 from checkpoints.lora import open_run, recorded_lora
 from checkpoints.streamed import StreamedReader
 from checkpoints.training import Checkpoints
 from data.tokenizer_training import bytes_tokenizer
 from errors import UserError
+from model.adapters import merged
 from model.mesh import MeshConfig
 from model.sharding import make_mesh
 from tests import tiny
@@ -128,6 +131,30 @@ def test_checkpoints_have_adapters_and_no_base():
     record = recorded_lora("run")
     assert record is not None
     assert own == {f"params/{path}/{factor}" for path in record.matrices for factor in "ab"}
+
+
+def test_variables_are_exported_as_the_sum(tmp_path):
+    """As a server of another process gets them in the middle of a run; and a state has the same
+    arrays whenever it is asked, by which such a server knows what it has.
+    """
+    state = learnt(state_of("run"))
+    assert all(
+        one is other
+        for one, other in zip(
+            jax.tree.leaves(state.variables), jax.tree.leaves(state.variables), strict=True
+        )
+    )
+    plain = merged(state.variables)
+    sources = [
+        source_of_policy(variables, tmp_path, CONFIG, bytes_tokenizer(), "", 8, "here")
+        for variables in (state.variables, plain, state.base)
+    ]
+    moved = 0
+    for tensor in tensors(CONFIG):
+        found, expected, before = (one.rows(tensor, 0, tensor.shape[0]) for one in sources)
+        np.testing.assert_array_equal(found, expected)
+        moved += bool(np.any(found != before))
+    assert moved > 20
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoints", "run/checkpoints/5"])
