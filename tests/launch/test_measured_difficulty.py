@@ -15,7 +15,7 @@ from experiment.two_runs import compare
 from launch import evaluate, reinforce
 from rl.problems import problems_to_train
 from rl.rewards import get_reward
-from tests.launch.documented_metrics import check_documented
+from tests.launch.documented_metrics import JUDGED, check_documented
 from tests.launch.test_evaluate_problems import on_one_device
 from tests.launch.test_reinforce import lines, run_of
 from tests.launch.test_training_commands import final_variables, stopped_at
@@ -148,7 +148,7 @@ def test_a_run_leaves_out_what_was_measured_so_and_goes_on_without_the_evaluatio
     assert said.startswith("pass rates  12 of 12 problems in hot; left out ")
     assert said.endswith(f"; {len(kept)} to train on")
     assert "guessed in 8 attempts, thinking 1 token" in said
-    check_documented("whole", "order")
+    check_documented("whole", "order", JUDGED)
     first = lines("whole")[0]
     assert first["curriculum/tried"] == len(kept), "measured before the first step"
     with monkeypatch.context() as patch:

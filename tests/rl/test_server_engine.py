@@ -5,6 +5,7 @@ that completions and log-probs must be the same to the bit.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from checkpoints.hf.safetensors import TensorFiles
 from errors import UserError
 from rl.canary import TOKENS_OUTSIDE, Canary
 from rl.generate import Generator
-from rl.halting import StopSequences
+from rl.halting import StopSequences, ThinkingBudget
 from rl.request import Prompt, Row, Turn
 from rl.servers.engine import seed_of
 from rl.trajectory import UNFINISHED, Role, Trajectory
@@ -110,6 +111,33 @@ def test_turns_and_halts(serve, served_setup, policy, tmp_path):
     assert_same(sampled(engine, prompts), expected, atol=1e-5)
     assert expected[9, 0].completion.tolist()[-2:] == list(pair)
     assert any(each.roles_T.tolist().count(Role.TOOL) == 4 for each in expected.values())
+
+
+class Letters:
+    """A text that has a letter for each id."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 256 for letter in text]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(chr(256 + each) for each in ids)
+
+
+def test_thoughts_are_cut(serve, served_setup, policy, tmp_path):
+    """As by the own engine: some end by themselves, and what was sampled beyond is dropped."""
+    greedy = dataclasses.replace(SAMPLING, temperature=0.0)
+    own = own_engine(greedy)
+    own.load(policy)
+    plain = sampled(own, prompts_of(3, stops=()))
+    end = Letters().decode(plain[1, 0].completion[2:3].tolist())
+    budget = ThinkingBudget(Letters(), 6, 4, (), end=end, interruption=Letters().decode([80]) + end)
+    prompts = [budget.prompt(p.tokens, p.keys_G2, group=p.group) for p in prompts_of(3)]
+    expected = sampled(own, prompts)
+    cut = {bool((each.roles_T == Role.INJECTED).any()) for each in expected.values()}
+    assert cut == {True, False}
+    engine = engine_of(connected(serve(), served_setup, tmp_path), greedy)
+    engine.load(policy)
+    assert_same(sampled(engine, prompts), expected, atol=1e-5)
 
 
 LONG = dataclasses.replace(SAMPLING, max_new_tokens=60, temperature=0.0)
