@@ -8,7 +8,6 @@ import jax
 from checkpoints.convert import source_of_policy
 from data.chat import jinja_of
 from errors import UserError
-from model.adapters import merged
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.servers.api import API
 from rl.servers.checks import check_fields, check_logprobs, check_model, check_tokenizer
@@ -81,5 +80,4 @@ def _source(
     variables: dict, name: str, *, setup: Setup, workdir: Path, template: str, context: int
 ):
     chat = jinja_of(template)
-    variables = merged(variables) if variables else {}  # with its adapters, if it has any
     return source_of_policy(variables, workdir, setup.model, setup.tokenizer, chat, context, name)
