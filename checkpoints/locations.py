@@ -8,6 +8,7 @@ HF_PREFIX = "hf:"  # the beginning of the name of a Hugging Face checkpoint
 PEFT_PREFIX = "peft:"  # of a directory with adapters in peft's format
 # The part of a workdir with what a Hugging Face checkpoint has besides tensors, see hf/metadata.py.
 HF_RECORD = "hf"
+LORA_RECORD = "lora.json"  # what a run with adapters says of them, see lora.py
 
 
 def hf_directory(path: str | Path) -> Path | None:

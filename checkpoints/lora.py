@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from checkpoints.locations import run_directory
+from checkpoints.locations import LORA_RECORD, run_directory
 from checkpoints.streamed import StreamedReader
 from errors import UserError
 from files import read_json, write_json
 
-RECORD = "lora.json"
 BASE = "base"
 
 
@@ -39,7 +38,7 @@ class LoraRecord:
 
     def write(self, workdir: Path) -> None:
         """Writes the record into a workdir. Raises UserError where that cannot be."""
-        write_json(workdir / RECORD, dataclasses.asdict(self), durable=True)
+        write_json(workdir / LORA_RECORD, dataclasses.asdict(self), durable=True)
 
 
 def recorded_lora(path: str | Path) -> LoraRecord | None:
@@ -51,7 +50,7 @@ def recorded_lora(path: str | Path) -> LoraRecord | None:
     Raises:
       UserError: the record is damaged.
     """
-    record = run_directory(path) / RECORD
+    record = run_directory(path) / LORA_RECORD
     if not record.exists():
         return None
     found: dict[str, Any] = read_json(record)

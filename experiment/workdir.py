@@ -15,8 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from checkpoints.locations import hf_directory, run_directory
-from checkpoints.lora import RECORD as LORA_RECORD
+from checkpoints.locations import LORA_RECORD, hf_directory, run_directory
 from data.tokenizer_files import TOKENIZER_FILES
 from errors import UserError
 from experiment.lock import locked

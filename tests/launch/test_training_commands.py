@@ -59,9 +59,10 @@ def final_variables(config: Config, workdir: Path) -> dict:
 
 
 def losses(workdir: Path) -> list:
+    """The loss of each line, None where it has an evaluation's; without what saving took."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [
-        (line["step"], line.get("loss"))
-        for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        (line["step"], line.get("loss")) for line in lines if "timing_s/save_checkpoint" not in line
     ]
 
 

@@ -122,6 +122,7 @@ class Lengths:
 
     def __init__(self, rows: int = 3, record: tuple[str, ...] = ()):
         sampling = SamplingConfig(max_prompt_tokens=WIDTH, max_new_tokens=NEW, attention="sparse")
+        self.sampling = sampling
         self.engine = Engine(MODEL, MESH, sampling, rows=rows, steps=3, record=record)
 
     def prompt(self, problem: Problem, keys_G2: np.ndarray, group: int) -> Prompt:
