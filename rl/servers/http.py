@@ -130,7 +130,7 @@ class Request:
             path = self._address.path(self._path)
             connection.request(self._method, path, body=sent, headers=headers)
             response, parts = connection.getresponse(), []
-            while True:
+            while not response.isclosed():  # as Python 3.13 has it behind the last byte
                 # The timeout of a socket is that of each wait; an answer may come in many parts.
                 opened.settimeout(max(end - time.monotonic(), 1e-3))
                 if not (part := response.read1(CHUNK)):
