@@ -162,21 +162,8 @@ def source_of_run(
     """
     reader, workdir = open_run(path), run_directory(path)
 
-    def rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
-        parts = tensor.slices_of(start, stop)
-        return tensor.encode([reader.read(part.leaf, part.index) for part in parts])
-
-    record = workdir / HF_RECORD
-    return ExportSource(
-        model=model,
-        rows=rows,
-        dtypes=recorded_dtypes(workdir),
-        record=record if record.exists() else None,
-        name=str(reader.checkpoint.resolve()),
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        context=context,
-    )
+    name = str(reader.checkpoint.resolve())
+    return _source(reader.read, workdir, model, tokenizer, chat_template, context, name)
 
 
 def source_of_policy(
@@ -207,9 +194,30 @@ def source_of_policy(
             return np.asarray(leaves[leaf])
         return np.asarray(adapted(leaves[leaf], {n: leaves[path] for n, path in factors.items()}))
 
+    def read(leaf: str, index: Any) -> np.ndarray:
+        return on_host(leaf)[index]
+
+    return _source(read, workdir, model, tokenizer, chat_template, context, name)
+
+
+def _source(
+    read: Callable[[str, Any], np.ndarray],
+    workdir: Path,
+    model: ModelConfig,
+    tokenizer: Tokenizer | None,
+    chat_template: str | None,
+    context: int,
+    name: str,
+) -> ExportSource:
+    """Returns what exports read of a run.
+
+    Args:
+      read: (path of a leaf, index) -> that part of it.
+    """
+
     def rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
         parts = tensor.slices_of(start, stop)
-        return tensor.encode([on_host(part.leaf)[part.index] for part in parts])
+        return tensor.encode([read(part.leaf, part.index) for part in parts])
 
     record = workdir / HF_RECORD
     return ExportSource(

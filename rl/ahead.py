@@ -74,13 +74,12 @@ class Ahead:
 
         Raises what the sampler raised.
         """
-        self._bound_copies()
-        arrived = self._weights.sent(variables, step) if self._weights else lambda: variables
-        while len(self._waiting) <= self._lag:
-            job = functools.partial(self._take, step, arrived)
-            self._waiting.append(self._executor.submit(job))
-        waits = self._parts("wait_prev_gen") if self._weights else contextlib.nullcontext()
-        with waits:
+        with self._parts("wait_prev_gen") if self._weights else contextlib.nullcontext():
+            self._bound_copies()
+            arrived = self._weights.sent(variables, step) if self._weights else lambda: variables
+            while len(self._waiting) <= self._lag:
+                job = functools.partial(self._take, step, arrived)
+                self._waiting.append(self._executor.submit(job))
             sampled, self._before = self._waiting[0].result()
         self._waiting.popleft()
         return sampled

@@ -6,7 +6,6 @@ go through engines on one mesh, and so by one thread at a time: rl/ahead.py says
 
 import dataclasses
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +43,6 @@ class Sampled(NamedTuple):
     counts: what the engine did meanwhile.
     metrics: what there is to say of it beside its completions, by name, with the seconds of its
       parts.
-    seconds: that it took.
     """
 
     groups: list[Group]
@@ -52,7 +50,6 @@ class Sampled(NamedTuple):
     greedy_P: np.ndarray | None
     counts: Counts
     metrics: dict[str, float]
-    seconds: float
 
     @property
     def completions(self) -> list[Completion]:
@@ -160,7 +157,7 @@ class Sampler:
 
         Raises UserError where the canary finds that sampler and trainer do not agree.
         """
-        started, metrics = time.monotonic(), {}
+        metrics = {}
         self._parts.collect()  # what a run that goes on pays anew is of no step
         with jax.set_mesh(self.setup.mesh):
             if self._canary:
@@ -181,7 +178,7 @@ class Sampler:
             metrics["completions/interrupted_ratio"] = float(
                 np.mean([completion.interrupted for completion in sampled])
             )
-        return Sampled(*taken, greedy_P, counts, metrics, time.monotonic() - started)
+        return Sampled(*taken, greedy_P, counts, metrics)
 
     def _greedy_rewards(self, groups: Sequence[Group], variables: dict) -> np.ndarray:
         assert self._greedy is not None
@@ -222,7 +219,6 @@ class Sampler:
             "greedy": greedy,
             "counts": vars(sampled.counts),
             "metrics": sampled.metrics,
-            "seconds": sampled.seconds,
         }
 
     def unpacked(self, packed: Mapping[str, Any]) -> Sampled:
@@ -234,7 +230,6 @@ class Sampler:
             None if greedy is None else np.asarray(greedy, np.float32),
             Counts(**packed["counts"]),
             packed["metrics"],
-            packed["seconds"],
         )
 
 
