@@ -1,7 +1,8 @@
 """Faults are put into the kernels, and the properties that their tests look at show each of them.
 
 The faults are found in the kernels as they are: every wait for a copy, every first write to memory
-that a kernel adds to, and wrong functions and constants in place of the right ones.
+that a kernel adds to, and wrong functions and constants in place of the right ones. They test the
+tests, so the long ones wait for `make test-all`.
 """
 
 import jax
@@ -81,6 +82,7 @@ FIRST_WRITES = {
 WAITS = {"its gradients": (3, 512), "the indexer's loss": (4, 384), "decoding": (2, None)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_memory_used_before_it_is_written_is_seen(monkeypatch, name):
     """NaN is in it, and in the results or in a comparison that they depend on."""
@@ -103,6 +105,7 @@ def test_sums_over_groups_of_heads_that_begin_with_unwritten_memory_are_seen(mon
     assert any(np.any(np.isnan(x)) for x in loss(STRICT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAITS)
 def test_a_copy_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog, name):
     (compute, module, kernel), (count, tokens) = KERNELS[name], WAITS[name]

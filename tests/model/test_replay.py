@@ -93,20 +93,20 @@ def test_what_another_model_chose_is_the_same_in_every_form(form):
 
 def test_tokens_without_a_record_choose_for_themselves():
     variables, batch = tiny.variables(CONFIG), tiny.batch_of()
-    _, routes, _ = record(CONFIG, others(variables), batch)
+    _, routes, selected = record(CONFIG, variables, batch)
     own, _ = replayed(CONFIG, variables, batch)
-    found, _ = replayed(CONFIG, variables, batch, jnp.full_like(routes, -1))
+    found, _ = replayed(CONFIG, variables, batch, jnp.full_like(routes, -1), selected)
     tiny.assert_close(found, own, atol=1e-6)
 
 
 def test_queries_without_a_record_attend_to_the_latest_keys():
     """Those with no more keys than are selected attend to all, as ever: nothing needs recording."""
     variables, batch = tiny.variables(CONFIG), tiny.batch_of()
-    _, _, selected = record(CONFIG, variables, batch)
+    _, routes, selected = record(CONFIG, variables, batch)
     few_BT = batch["positions"] < CONFIG.indexer.topk
     forgotten = jnp.where(few_BT[:, None, :, None], -1, selected)
     for form in ("chunks", "gathered", "tiles"):
-        found, _ = replayed(FORMS[form], variables, batch, None, forgotten)
+        found, _ = replayed(FORMS[form], variables, batch, routes, forgotten)
         expected, _ = replayed(FORMS[form], variables, batch)
         tiny.assert_close(found, expected, atol=2e-5)
 

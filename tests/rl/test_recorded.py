@@ -23,6 +23,7 @@ from tests.rl.test_turns import NEW, WIDTH, conversation, prompts_of
 CONFIG = MODELS["mla"]
 
 logprobs_at_tokens = jax.jit(logprobs_at_tokens, static_argnums=(0, 1, 2))
+recorded_forward = jax.jit(recorded_forward, static_argnums=(0, 5))
 
 
 @functools.cache
@@ -47,17 +48,18 @@ def test_the_record_is_what_a_forward_pass_chooses():
     """Prompts, turns and sampled tokens, of rows that were rewound; with this seed no choice is so
     close that another order of sums turns it. The last token was not read where the row ended.
     """
-    for each in conversations().values():
-        batch = jax.tree.map(jnp.asarray, batch_of([each], len(each.tokens_T), pad=0))
-        inputs = batch["tokens"], batch["positions"], batch["segments"]
-        _, found = recorded_forward(CONFIG, tiny.variables(CONFIG), *inputs, "sparse")
+    trajectories = list(conversations().values())
+    batch = jax.tree.map(jnp.asarray, batch_of(trajectories, WIDTH + NEW, pad=0))
+    inputs = batch["tokens"], batch["positions"], batch["segments"]
+    _, found = recorded_forward(CONFIG, tiny.variables(CONFIG), *inputs, "sparse")
+    for row, each in enumerate(trajectories):
         read = len(each.tokens_T) - int(each.roles_T[-1] == Role.MODEL)
         assert each.routes_TLK is not None and each.selected_TL is not None
         for recorded, layers, expected in (
             (experts_of(each.routes_TLK), routing_layers(CONFIG), found.routes_BLTK),
             (each.selected_TL.lists(), selecting_layers(CONFIG), found.selected_BLTk),
         ):
-            expected_TLK = np.moveaxis(np.asarray(expected[0]), 0, 1)[:, layers]
+            expected_TLK = np.moveaxis(np.asarray(expected[row]), 0, 1)[:, layers]
             np.testing.assert_array_equal(recorded[: read - 1], expected_TLK[: read - 1])
             assert (recorded[read:] == -1).all()
 
