@@ -8,12 +8,11 @@ options too, is one value of a config, which a sweep can list.
 import dataclasses
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
-from urllib.parse import unquote
 
+from data.options import option_value, split_options, unknown
 from data.python_files import errors_in, is_attribute, load_attribute
 from errors import UserError
 from rl.algorithms.aggregations import AGGREGATIONS
@@ -36,8 +35,6 @@ FUNCTIONS: dict[str, Mapping[str, Callable]] = {
 }
 """The functions that a column may have, by the names that options give them."""
 
-_WORDS = {"true": True, "1": True, "false": False, "0": False}
-
 
 def get_algorithm(spec: str, *, max_completion: int, kl_weight: float = -1.0) -> Algorithm:
     """Returns the algorithm that a string names.
@@ -53,7 +50,7 @@ def get_algorithm(spec: str, *, max_completion: int, kl_weight: float = -1.0) ->
     name, _, query = spec.partition("?")
     row = get_row(name)
     try:
-        algorithm = built(name, row, _values(query), max_completion, kl_weight)
+        algorithm = built(name, row, split_options(query), max_completion, kl_weight)
     except UserError as error:
         raise UserError(f"reinforce.algorithm = {spec!r}: {error}") from error
     return algorithm
@@ -100,9 +97,9 @@ def built(
         if option in COLUMNS:
             continue
         if option not in known:
-            raise UserError(_unknown(option, known))
+            raise UserError(unknown(option, known))
         target = loop if option in row.loop else values
-        target[option] = _value(option, text, known[option])
+        target[option] = option_value(option, text, known[option])
     if kl_weight != -1:
         values["kl"] = kl_weight
     if not values.get("divisor"):
@@ -137,40 +134,10 @@ def known_options(columns: Mapping[str, Callable | None]) -> dict[str, type]:
     return found | {field.name: type(field.default) for field in dataclasses.fields(Options)}
 
 
-def _values(query: str) -> dict[str, str]:
-    """Splits the part behind the question mark. Raises UserError if an option comes twice."""
-    found: dict[str, str] = {}
-    for pair in filter(None, query.split("&")):
-        option, equals, text = pair.partition("=")
-        if not equals:
-            raise UserError(f"{pair!r} has no value; write {option}=VALUE")
-        if option in found:
-            raise UserError(f"{option} is given twice")
-        found[option] = unquote(text)
-    return found
-
-
 def _function(column: str, name: str) -> Callable | None:
     """Returns the function of a column that a name stands for; "none" is no selection."""
     if column == "selection" and name == "none":
         return None
     if name not in FUNCTIONS[column]:
-        raise UserError(f"{column} = {name!r}: {_unknown(name, FUNCTIONS[column], 'function')}")
+        raise UserError(f"{column} = {name!r}: {unknown(name, FUNCTIONS[column], 'function')}")
     return FUNCTIONS[column][name]
-
-
-def _unknown(name: str, known: Mapping[str, Any], kind: str = "option") -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    return f"no {kind} {name!r}; {hint}"
-
-
-def _value(option: str, text: str, kind: type) -> Any:
-    """Returns the value that a text stands for. Raises UserError if it is of another type."""
-    try:
-        value = _WORDS[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{option} = {text[:60]}: is not of type {kind.__name__}") from error
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{option} = {text[:60]}: must be finite")
-    return value
