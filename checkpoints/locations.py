@@ -9,6 +9,7 @@ PEFT_PREFIX = "peft:"  # of a directory with adapters in peft's format
 # The part of a workdir with what a Hugging Face checkpoint has besides tensors, see hf/metadata.py.
 HF_RECORD = "hf"
 LORA_RECORD = "lora.json"  # what a run with adapters says of them, see lora.py
+REFERENCE_RECORD = "reference.json"  # where a run's reference comes from, see train/reference.py
 
 
 def hf_directory(path: str | Path) -> Path | None:

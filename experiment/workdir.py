@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from checkpoints.locations import LORA_RECORD, hf_directory, run_directory
+from checkpoints.locations import LORA_RECORD, REFERENCE_RECORD, hf_directory, run_directory
 from data.tokenizer_files import TOKENIZER_FILES
 from errors import UserError
 from experiment.lock import locked
@@ -112,7 +112,8 @@ def open_workdir(workdir: Path, config: Config, command: str) -> Iterator[None]:
         except UserError:
             metrics = workdir / "metrics.jsonl"
             if new and not (metrics.exists() and metrics.stat().st_size):
-                for name in ("config.json", LORA_RECORD, PASS_RATES, *TOKENIZER_FILES):
+                records = LORA_RECORD, REFERENCE_RECORD, PASS_RATES
+                for name in ("config.json", *records, *TOKENIZER_FILES):
                     (workdir / name).unlink(missing_ok=True)
             raise
 

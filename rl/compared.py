@@ -2,37 +2,17 @@
 
 import functools
 from collections.abc import Callable, Collection
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from kernels.device import compiler_options
 from model.record import CHOICES
 from rl.clock import Parts
 from rl.objective import logprobs_at_tokens, scores_at_tokens
-from train.objective import Batch, split_microbatches
+from train.objective import Batch
+from train.scoring import in_parts
 from train.setup import Setup
-
-
-def in_parts(score: Callable[[dict, Batch], Any], parts: int) -> Callable[[dict, Batch], Any]:
-    """Makes a function of a batch compute it in so many parts, one after the other.
-
-    So scoring takes no more memory than a microbatch of an update.
-
-    Args:
-      score: (variables, batch) -> arrays [B, T].
-    """
-
-    def scored(variables: dict, batch: Batch) -> Any:
-        if parts == 1:
-            return score(variables, batch)
-        found = jax.lax.map(functools.partial(score, variables), split_microbatches(batch, parts))
-        # Part p has the rows p, p + parts, ...
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch["mask"].shape), found)
-
-    return scored
 
 
 def jit_score(
@@ -41,7 +21,7 @@ def jit_score(
     """Returns the jitted (variables, batch) -> log-probs [B, T] of the tokens of the mask.
 
     Args:
-      parts: see `in_parts`.
+      parts: see `train.scoring.in_parts`.
       entropy: returns log-probs and entropies of the distributions they are of.
     """
     of_batch = scores_at_tokens if entropy else logprobs_at_tokens

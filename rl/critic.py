@@ -23,12 +23,11 @@ from model.config import ModelConfig
 from model.record import replay
 from model.sharding import Named, ParameterUse
 from model.transformer import Output, Transformer, boxed_shapes
-from rl.compared import in_parts
 from rl.config import ReinforceConfig
-from rl.objective import predicted
 from train.config import TrainConfig
 from train.objective import Batch, Objective, Term, Totals, layer_terms, layer_totals
 from train.optimizer import make_optimizer
+from train.scoring import in_parts, predicted
 from train.setup import Setup
 from train.state import TrainState, abstract_state, state_from
 from train.step import Step, jit_step, make_step

@@ -10,17 +10,12 @@ itself, see `old_of`; and stale, bool [B, T]: tokens that weights of an earlier 
 
 import dataclasses
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from model.config import ModelConfig
-from model.heads import token_logprobs
-from model.record import replay
-from model.segments import shift_left
-from model.transformer import Output, Transformer
 from rl.algorithms.divergences import ESTIMATORS, bounded
 from rl.algorithms.options import Options
 from rl.algorithms.row import Algorithm
@@ -30,6 +25,7 @@ from rl.algorithms.tokens import Tokens
 from rl.token_metrics import LOGP_DIFFERENCE, Measured, mean_names, token_totals
 from train.config import TrainConfig
 from train.objective import Batch, Objective, Term, Totals, layer_terms, layer_totals
+from train.scoring import forward_logprobs, predicted
 
 
 def policy_objective(
@@ -232,14 +228,6 @@ def old_of(batch: Batch, logprobs_BT: Array) -> Array:
     return jnp.where(batch["on_policy"][:, None], jax.lax.stop_gradient(logprobs_BT), old_BT)
 
 
-def predicted(batch: Batch, name: str) -> Array:
-    """Returns an array of the batch, [B, T], moved to where its tokens are predicted.
-
-    Position t then has the value of token t + 1, and the last position has 0.
-    """
-    return shift_left(batch[name], 1)
-
-
 def sequences_of(batch: Batch) -> Sequences:
     """Returns which sequence of its row the next token belongs to, where it is learnt from."""
     return Sequences(
@@ -253,35 +241,6 @@ def fresh(batch: Batch) -> Array:
     """Returns which next tokens were sampled with the weights that the step began with, [B, T]."""
     mask_BT = predicted(batch, "mask")
     return mask_BT & ~predicted(batch, "stale") if "stale" in batch else mask_BT
-
-
-def forward_logprobs(
-    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: Batch
-) -> tuple[Array, Array, Output]:
-    """Runs the model and scores the next token at each position.
-
-    Where the batch has "routes" or "selected", tokens go to those experts and attend to those keys;
-    where it has "support", log-probs are those of the distribution over it.
-
-    Args:
-      stage: "dense" or "sparse" attention.
-      temperature: of sampling; 0 (greedy) reads as 1, as the sampler's own log-probs do.
-
-    Returns:
-      Log-probs and entropy [B, T], float32 in nats, and the output of the forward pass.
-    """
-    inputs = batch["tokens"], batch["positions"], batch["segments"]
-    given = variables | replay(config, batch.get("routes"), batch.get("selected"))
-    output = cast(Output, Transformer(config).apply(given, *inputs, stage=stage, mtp=False))
-    logprobs_BT, entropy_BT = token_logprobs(
-        config,
-        variables["params"],
-        output.hidden_BTD,
-        predicted(batch, "tokens"),
-        temperature or 1.0,
-        predicted(batch, "support") if "support" in batch else None,
-    )
-    return logprobs_BT, entropy_BT, output
 
 
 def scores_at_tokens(

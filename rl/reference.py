@@ -1,17 +1,15 @@
 """Where a run of reinforcement begins: its policy, its critic and its reference.
 
 The reference is the model that reinforcement started from, or one that the config names: a teacher.
-The workdir keeps its parameters in `reference/` and where they come from in `reference.json`, so
-that a run that goes on compares with the same ones, to the bit, whatever became of the run or the
-file that they were read from. With `reinforce.reference_every` it becomes the policy as it is every
-so many steps; `reference/` then has one for each checkpoint that the run may go on from.
+The workdir keeps it (train/reference.py). With `reinforce.reference_every` it becomes the policy as
+it is every so many steps; `reference/` then has one for each checkpoint that the run may go on
+from.
 
 Where adapters learn (train.lora), the reference is their base: the same arrays, in memory and on
 disk, until `reinforce.reference_every` makes it another.
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +20,12 @@ import optax
 
 from checkpoints.cursors import Cursor
 from checkpoints.training import Checkpoints
-from errors import UserError
-from files import write_json
 from model.adapters import merged
 from rl.config import ReinforceConfig
 from rl.critic import Critic
-from train.base import Origin
 from train.config import TrainConfig
-from train.restore import restored_or_new, starting_point
+from train.reference import DIRECTORY, keep_reference, restored_reference
+from train.restore import restored_or_new
 from train.setup import Setup
 from train.state import StateOverBase, StateWithCritic, TrainState, abstract_state, state_from
 
@@ -107,28 +103,24 @@ def begun(
         if not every:
             yield state, Reference(None, state.base, 0, 0)
             return
-        with Checkpoints(workdir / "reference", keep=most) as kept:
+        with Checkpoints(workdir / DIRECTORY, keep=most) as kept:
             number = _last_due(state, reinforce)
             kept.delete_after(number)
-            variables = _restored(setup, kept, number) if number else state.base
+            variables = restored_reference(setup, kept, number) if number else state.base
             yield state, Reference(kept, variables, every, 0)
         return
-    with Checkpoints(workdir / "reference", keep=most) as kept:
+    with Checkpoints(workdir / DIRECTORY, keep=most) as kept:
         origin_path = reinforce.reference or init_from
-        if kept.latest() is None and resumes:
-            _keep_of_older_run(setup, kept, workdir, origin_path, seed)
-        elif kept.latest() is None:
-            _keep(kept, workdir, *starting_point(setup, origin_path, seed))
-        first = _first_number(workdir, kept)
+        first = keep_reference(setup, kept, origin_path, seed, resumes=resumes)
         if resumes or reinforce.reference:
             state = policy()
         else:
-            variables = _restored(setup, kept, first)
+            variables = restored_reference(setup, kept, first)
             state = state_from(variables, setup.model, optimizer, setup.mesh)
             state = _with_critic(setup, state, critic, reinforce)
         number = first + _last_due(state, reinforce)
         kept.delete_after(number)  # of a run that died after its last checkpoint
-        yield state, Reference(kept, _restored(setup, kept, number), every, first)
+        yield state, Reference(kept, restored_reference(setup, kept, number), every, first)
 
 
 def references_kept(train: TrainConfig, every: int) -> int:
@@ -166,47 +158,3 @@ def _with_critic(
     path = reinforce.critic_from
     new = critic.from_run(path) if path else critic.from_policy(state.variables)
     return StateWithCritic.of(state, new)
-
-
-def _first_number(workdir: Path, kept: Checkpoints) -> int:
-    """Returns the number under which the first reference of a run is, or was, kept."""
-    record = workdir / "reference.json"
-    if record.exists():
-        return int(json.loads(record.read_text())["step"])
-    return kept.latest() or 0
-
-
-def _keep(kept: Checkpoints, workdir: Path, origin: Origin, variables: dict) -> None:
-    """Writes where the reference comes from, and then the reference."""
-    if jax.process_index() == 0:
-        write_json(workdir / "reference.json", {"source": origin.path, "step": origin.step})
-    kept.save(origin.step, jax.tree.map(jnp.copy, variables))
-    kept.wait()
-
-
-def _keep_of_older_run(
-    setup: Setup, kept: Checkpoints, workdir: Path, init_from: str, seed: int
-) -> None:
-    """Makes the reference of a run that began without keeping one.
-
-    Of parameters drawn from a seed it is what it was. Of another run it is the newest checkpoint of
-    that, which may have gone on since: a line says so.
-
-    Raises UserError if the run did keep one, and it is gone.
-    """
-    if (workdir / "reference.json").exists():
-        raise UserError(
-            f"{kept.directory}: the parameters of the reference are gone, which the divergence of "
-            "this run is measured from; restore the directory, or begin in another --workdir"
-        )
-    origin, variables = starting_point(setup, init_from, seed)
-    if origin.path and jax.process_index() == 0:
-        print(f"reference   none kept when this run began; from now on {origin.path}", flush=True)
-    _keep(kept, workdir, origin, variables)
-
-
-def _restored(setup: Setup, kept: Checkpoints, number: int) -> dict:
-    """Reads a reference onto the mesh."""
-    abstract = abstract_state(setup.model, optax.identity(), setup.mesh)
-    wanted = {"params": abstract.params, "router": abstract.router}
-    return kept.restore(wanted, step=number)

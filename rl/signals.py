@@ -22,8 +22,9 @@ from rl.algorithms.divergences import ESTIMATORS, bounded
 from rl.algorithms.experience import Experience
 from rl.algorithms.row import Algorithm
 from rl.algorithms.sequences import Sequences
-from rl.objective import gain_of, predicted, tokens_of
+from rl.objective import gain_of, tokens_of
 from train.objective import Batch
+from train.scoring import predicted
 from train.setup import Setup
 
 

@@ -23,11 +23,12 @@ from rl.config import SamplingConfig
 from rl.draw import draw
 from rl.engine import Engine
 from rl.generate import Generator
-from rl.objective import forward_logprobs, policy_objective
+from rl.objective import policy_objective
 from rl.trajectory import batch_of
 from tests import tiny
 from tests.rl.test_engine import MESH
 from tests.rl.test_recorded import CONFIG, NEW, WIDTH, conversations
+from train.scoring import forward_logprobs
 from train.setup import Setup
 from train.state import first_state
 from train.step import make_step
