@@ -5,7 +5,7 @@ from typing import Any
 
 from data.documents import BadRecord
 from data.file_set import FileSet
-from data.record_files import Records
+from data.record_files import WHOLE, Records
 from data.records import decode_utf8, parse_record
 from errors import UserError
 
@@ -18,9 +18,9 @@ class ArrayRecords(Records):
 
     kind = "arrayrecord"
 
-    def __init__(self, spec: str, files: FileSet, field: str):
+    def __init__(self, spec: str, files: FileSet, fields: tuple[str, ...]):
         self._readers: list[Any] = []
-        super().__init__(spec, files, field)
+        super().__init__(spec, files, fields)
 
     def _open_file(self, path: Path) -> int:
         import grain  # it brings jax, which no other source needs
@@ -31,11 +31,11 @@ class ArrayRecords(Records):
         except Exception as error:  # the reader raises whatever its C++ side throws
             raise UserError(f"{path}: not an ArrayRecord file ({error})") from error
 
-    def _read_record(self, file: int, record: int, where: str) -> tuple[object, object]:
+    def _read_record(self, file: int, record: int, where: str) -> dict[str, object]:
         try:
             content = self._readers[file][record]
         except Exception as error:  # as above: a damaged chunk
             raise BadRecord(f"{where}: cannot be read ({error})") from error
-        if self._field:
-            return parse_record(content, where, self._field)
-        return decode_utf8(content, where), None
+        if self._fields == WHOLE:
+            return {"": decode_utf8(content, where)}
+        return parse_record(content, where, self._fields)

@@ -53,7 +53,12 @@ class Template(Protocol):
         ...
 
     def encode_chat(
-        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None, omitted: Omitted
+        self,
+        messages: Messages,
+        tokenizer: Tokenizer,
+        tools: Tools | None,
+        omitted: Omitted,
+        context: int,
     ) -> tuple[list[int], list[float]]:
         """Encodes a whole conversation; returns its ids and their weights as targets."""
         ...
@@ -87,17 +92,27 @@ class TurnTemplate:
     ) -> list[int]:
         """Encodes a conversation that ends with a user. Raises UserError for any other."""
         _check_turns(messages, last_role="user")
-        return self._encode(messages, tokenizer, tools, _refuse_to_ask)[0]
+        return self._encode(messages, tokenizer, tools, _refuse_to_ask, len(messages))[0]
 
     def encode_chat(
-        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None, omitted: Omitted
+        self,
+        messages: Messages,
+        tokenizer: Tokenizer,
+        tools: Tools | None,
+        omitted: Omitted,
+        context: int,
     ) -> tuple[list[int], list[float]]:
         """Encodes a conversation that ends with the assistant. Raises UserError for any other."""
         _check_turns(messages, last_role="assistant")
-        return self._encode(messages, tokenizer, tools, omitted)
+        return self._encode(messages, tokenizer, tools, omitted, context)
 
     def _encode(
-        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None, omitted: Omitted
+        self,
+        messages: Messages,
+        tokenizer: Tokenizer,
+        tools: Tools | None,
+        omitted: Omitted,
+        context: int,
     ) -> tuple[list[int], list[float]]:
         """Returns the tokens of a conversation and their loss weights: 1 in answers, else 0."""
         if tools:
@@ -107,7 +122,7 @@ class TurnTemplate:
         for number, message in enumerate(messages, 1):
             role, content, weight = message["role"], message["content"], 0.0
             if role == "assistant":
-                weight = 0.0 if tools else 1.0
+                weight = 0.0 if tools or number <= context else 1.0
                 calls, thought = calls_of(message), thought_of(message)
                 if calls is not None:
                     omitted(_omitted_words(number, len(messages), f'"{calls}"'))
@@ -140,7 +155,12 @@ class CheckpointTemplate:
         return tokenizer.encode_rendered(text)
 
     def encode_chat(
-        self, messages: Messages, tokenizer: Tokenizer, tools: Tools | None, omitted: Omitted
+        self,
+        messages: Messages,
+        tokenizer: Tokenizer,
+        tools: Tools | None,
+        omitted: Omitted,
+        context: int,
     ) -> tuple[list[int], list[float]]:
         """Encodes the rendering; `target_tokens` says which tokens of it have weight 1.
 
@@ -152,6 +172,8 @@ class CheckpointTemplate:
         weights = [0.0] * len(encoding.ids)
         last = _last_message_with_context(messages, tools, text, omitted)
         for turn in turns:
+            if turn.message <= context:
+                continue
             targets = target_tokens(turn, encoding, tokenizer)
             message = messages[turn.message - 1]
             content = message.get("content")
@@ -295,6 +317,7 @@ def encode_chat(
     template: str,
     tools: Tools | None = None,
     omitted: Omitted = refuse_to_learn,
+    context: int = 0,
 ) -> tuple[list[int], list[float]]:
     """Encodes a whole conversation, with the weight of each id as a target.
 
@@ -308,6 +331,7 @@ def encode_chat(
       template: a name in `TEMPLATES`.
       tools: JSON schemas of the functions that the assistant may call.
       omitted: takes what the template leaves out; by default it is refused.
+      context: how many of the first messages are no targets, whoever writes them.
 
     Returns:
       (ids, weights), lists of equal length.
@@ -316,7 +340,7 @@ def encode_chat(
       UserError: the template cannot write the conversation. For "think" and "r1" the roles must
         take turns, and the last be the assistant's.
     """
-    return _template(template).encode_chat(messages, tokenizer, tools, omitted)
+    return _template(template).encode_chat(messages, tokenizer, tools, omitted, context)
 
 
 def spelled_out(template: str, tokenizer: Tokenizer) -> list[str]:

@@ -57,7 +57,8 @@ class DataConfig:
     # "parquet:GLOB#FIELD" | "arrayrecord:GLOB#FIELD" (records are JSON, or text without #FIELD) |
     # "task:NAME?min_ops=2&max_ops=4" (verifiable problems of data/tasks: the task's own parameters,
     # and count=20000, style=text|chat, direct=0.0). For chat, FIELD holds the list of messages; a
-    # field "tools" beside it goes to the checkpoint's template.
+    # field "tools" beside it goes to the checkpoint's template. "CHOSEN,REJECTED" for FIELD makes
+    # pairs, for the losses of finetune.loss (docs/preferences.md).
     sources: tuple[str, ...] = ("stdlib",)
     mixture: tuple[float, ...] = (1.0,)  # share of documents drawn from each source
     # Share of files (or records) held out, by hash. A task always holds out a tenth of itself.

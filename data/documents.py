@@ -41,12 +41,13 @@ class Document:
 
     Attributes:
       name: its file and place in it, for error messages.
-      body: text, or the messages of a conversation.
+      body: text, or the messages of a conversation; of a pair, of that which is chosen.
       begins: true unless `body` is a chunk that begins inside the document.
       ends: true unless `body` is a chunk that ends inside the document.
       tools: functions that the assistant of a conversation may call, or None.
       replaced: characters of the record that are U+FFFD here, being no characters: surrogates
         without their other half.
+      rejected: of a pair, the messages of the conversation that is not chosen; else None.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Document:
     ends: bool = True
     tools: Tools | None = None
     replaced: int = 0
+    rejected: Messages | None = None
 
 
 class Source(Protocol):

@@ -52,11 +52,11 @@ class JsonLines(Records):
 
     kind = "jsonl"
 
-    def __init__(self, spec: str, files: FileSet, field: str):
+    def __init__(self, spec: str, files: FileSet, fields: tuple[str, ...]):
         self._contents: list[Callable[[], BinaryIO]] = []
         # For each file, what returns [2, lines]: number and offset of every line that is not blank.
         self._lines: list[Callable[[], np.ndarray]] = []
-        super().__init__(spec, files, field)
+        super().__init__(spec, files, fields)
 
     def _open_file(self, path: Path) -> int:
         """Finds the lines of a file that are not blank, and returns their number."""
@@ -89,10 +89,10 @@ class JsonLines(Records):
 
         return cached(path, "decompressed 1", write)
 
-    def _read_record(self, file: int, record: int, where: str) -> tuple[object, object]:
+    def _read_record(self, file: int, record: int, where: str) -> dict[str, object]:
         with self._contents[file]() as opened:
             opened.seek(int(self._lines[file]()[1, record]))
-            return parse_record(opened.readline(), where, self._field)
+            return parse_record(opened.readline(), where, self._fields)
 
     def _record_number(self, file: int, record: int) -> int:
         return int(self._lines[file]()[0, record])

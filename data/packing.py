@@ -4,7 +4,8 @@ A batch is a dict of arrays [B, T] (docs/architecture.md):
   tokens     int32     the tokenizer's pad where there is no token
   positions  int32     0, 1, ... inside each segment; 0 for padding
   segments   int32     1, 2, ... inside a row; 0 for padding
-  weights    float32   how much predicting this token counts; 0 for padding
+  weights    float32   how much predicting this token counts; 0 for padding. Of pairs 1 and -1: a
+                       target of the chosen conversation, and of the rejected one
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from data.marks import unmarked
+from data.marks import is_rejected, unmarked
 
 # Rows that first-fit fills at the same time, at least: the more, the less padding.
 MIN_OPEN_ROWS = 32
@@ -48,7 +49,11 @@ def fit_rows(
 
 
 def to_batch(
-    packed: dict[str, np.ndarray], pad: int, *, cross_document_attention: bool
+    packed: dict[str, np.ndarray],
+    pad: int,
+    *,
+    cross_document_attention: bool = False,
+    pairs: bool = False,
 ) -> dict[str, np.ndarray]:
     """Makes a batch of rows that a packer made.
 
@@ -59,6 +64,8 @@ def to_batch(
       pad: id to write where there is no token.
       cross_document_attention: makes the tokens of a row one segment, with positions 0 .. T - 1;
         padding stays segment 0.
+      pairs: makes two segments of each sequence, that of the chosen conversation of a pair, of an
+        odd number, and that of the rejected one, of the next even number.
     """
     segments = packed["tokens_segment_ids"].astype(np.int32)
     positions = packed["tokens_positions"].astype(np.int32)
@@ -66,12 +73,23 @@ def to_batch(
     if cross_document_attention:
         segments = is_token.astype(np.int32)
         positions = np.arange(is_token.shape[1], dtype=np.int32) * segments
+    if pairs:
+        segments = np.where(is_token, 2 * segments - 1 + is_rejected(packed["tokens"]), 0)
+        positions = _positions(segments)
     return {
         "tokens": np.where(is_token, unmarked(packed["tokens"]), pad).astype(np.int32),
         "positions": positions,
         "segments": segments,
         "weights": packed.get("weights", is_token).astype(np.float32),
     }
+
+
+def _positions(segments: np.ndarray) -> np.ndarray:
+    """Returns positions from 0 in each segment, int32 [B, T]; 0 for padding."""
+    place = np.arange(segments.shape[1], dtype=np.int32)
+    begins = np.diff(segments, axis=1, prepend=-1) != 0
+    first = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    return (place - first) * (segments > 0)
 
 
 class _ConcatThenSplit(grain.IterDataset):

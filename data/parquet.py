@@ -12,6 +12,7 @@ import pyarrow.parquet
 from data.cache import cached
 from data.documents import BadRecord
 from data.file_set import FileSet, locate
+from data.pairs import PROMPT
 from data.record_files import Records
 from data.records import missing_field, without_nulls
 from data.waiting import Waiting
@@ -26,8 +27,8 @@ READ_ROWS = 256  # at a time
 READ_BYTES = 2**20  # of a column at a time
 
 
-class ParquetColumn(Records):
-    """One column of Parquet files, and the column "tools" beside conversations.
+class ParquetColumns(Records):
+    """Columns of Parquet files, and "tools" beside conversations, "prompt" beside pairs.
 
     A row group has no random access, and may be as large as its file. So the columns are written
     once, row group by row group, as a file of small blocks in the cache (Arrow's format of files,
@@ -36,14 +37,14 @@ class ParquetColumn(Records):
 
     kind = "parquet"
 
-    def __init__(self, spec: str, files: FileSet, field: str):
+    def __init__(self, spec: str, files: FileSet, fields: tuple[str, ...]):
         self._blocks: list[_Blocks] = []
-        super().__init__(spec, files, field)
+        super().__init__(spec, files, fields)
 
     def _open_file(self, path: Path) -> int:
         """Makes the blocks of the columns that are needed, and returns the number of rows."""
         with path.open("rb") as opened:
-            parquet, schema = _open(path, opened, self._field)
+            parquet, schema = _open(path, opened, self._fields)
             blocks = None
             if _decoded_bytes(parquet) <= self._memory_left:
                 batches = _small_batches(path, parquet, schema)
@@ -56,12 +57,11 @@ class ParquetColumn(Records):
         self._blocks.append(blocks)
         return len(blocks)
 
-    def _read_record(self, file: int, record: int, where: str) -> tuple[object, object]:
+    def _read_record(self, file: int, record: int, where: str) -> dict[str, object]:
         try:
-            values = self._blocks[file][record]
+            return self._blocks[file][record]
         except (ValueError, OverflowError, RecursionError) as error:  # UTF-8, dates, ...
             raise BadRecord(f"{where}: cannot be read ({error})") from error
-        return values[self._field], values.get("tools")
 
 
 class _Blocks:
@@ -131,12 +131,12 @@ def _decoded_bytes(parquet: pyarrow.parquet.ParquetFile) -> int:
 
 
 def _open(
-    path: Path, opened: BinaryIO, field: str
+    path: Path, opened: BinaryIO, fields: tuple[str, ...]
 ) -> tuple[pyarrow.parquet.ParquetFile, pyarrow.Schema]:
     """Opens a file, and returns the schema of those of its columns that are needed.
 
     Raises:
-      UserError: it is no Parquet file, or it has no column `field`, or two.
+      UserError: it is no Parquet file, or it lacks a column of `fields`, or has two.
     """
     try:
         parquet = pyarrow.parquet.ParquetFile(
@@ -148,12 +148,14 @@ def _open(
         schema = parquet.schema_arrow
     except Exception as error:  # Arrow raises many kinds for damaged files
         raise UserError(f"{path}: not a Parquet file ({error})") from error
-    if field not in schema.names:
-        raise UserError(f"{path}: {missing_field(field, schema.names)}")
-    columns = [field]
-    is_conversation = pyarrow.types.is_nested(schema.types[schema.names.index(field)])
-    if is_conversation and "tools" in schema.names and field != "tools":
+    for field in fields:
+        if field not in schema.names:
+            raise UserError(f"{path}: {missing_field(field, schema.names)}")
+    columns = [*fields, *([PROMPT] if len(fields) > 1 and PROMPT in schema.names else [])]
+    kinds = [schema.types[schema.names.index(name)] for name in columns]
+    if any(map(pyarrow.types.is_nested, kinds)) and "tools" in schema.names:
         columns.append("tools")
+    columns = list(dict.fromkeys(columns))
     for name in columns:
         if schema.names.count(name) > 1:
             raise UserError(f'{path}: has {schema.names.count(name)} columns "{name}"; rename one')

@@ -15,7 +15,8 @@ from data.config import DataConfig
 from data.documents import ReadableDocuments, Split, uniform_hash
 from data.encoding import ConversationEncoder, DocumentEncoder
 from data.packing import fit_rows, split_rows
-from data.sources import open_split
+from data.pair_encoding import PairEncoder
+from data.sources import has_pairs, open_split
 from data.stream import Batches
 from data.tokenizer import Tokenizer
 from errors import UserError
@@ -45,7 +46,8 @@ def batches(
       seed: decides the order of the documents and every random choice in them.
       chat: makes batches for fine-tuning. Whole conversations are packed ("fit"), attention never
         crosses them, one that is longer than a row is cut at the row's end, and only what the
-        assistant writes has weight.
+        assistant writes has weight. Of sources of pairs both conversations of a pair are in one
+        row, uncut (data/pair_encoding.py).
       process_index: index of this process among those that share the global batch.
       process_count: number of those processes.
       repeat: goes on without an end. Otherwise the batches are one epoch (of the source that ends
@@ -61,16 +63,22 @@ def batches(
             f"data.batch_size = {config.batch_size}: must be divisible by the {process_count} "
             "processes"
         )
+    pairs = holds_pairs(config)
+    if pairs and not chat:
+        raise UserError(
+            f"data.sources = {config.sources}: pairs, which launch.finetune learns from; to learn "
+            "from one conversation of each, name its field alone"
+        )
     rows = config.batch_size // process_count
     mixed, patience = _mixed_documents(
         config, split, seed, chat, process_index, process_count, repeat
     )
-    encode = ConversationEncoder(config, tokenizer) if chat else DocumentEncoder(config, tokenizer)
+    encoder = PairEncoder if pairs else ConversationEncoder if chat else DocumentEncoder
     # Each process draws its own numbers, since the same index is another document in each. No
     # threads here: they would only wait for each other, since encoding is Python. The prefetch
     # thread at the end keeps the training loop from waiting.
     encoded = mixed.random_map(
-        RecordEncoder(encode, skips=config.skips_bad_records),
+        RecordEncoder(encoder(config, tokenizer), skips=config.skips_bad_records),
         seed=_derive_seed(seed, f"write/{process_index}"),
     ).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
@@ -87,7 +95,20 @@ def batches(
         patience=patience,
         pad=tokenizer.pad,
         cross_document_attention=config.cross_document_attention and not chat,
+        pairs=pairs,
     )
+
+
+def holds_pairs(config: DataConfig) -> bool:
+    """Returns whether the sources hold pairs. Raises UserError if only some of them do."""
+    found = {spec: has_pairs(spec) for spec in config.sources}
+    if any(found.values()) and not all(found.values()):
+        other = next(spec for spec in found if not found[spec])
+        raise UserError(
+            f'data.sources: "{other}" has no pairs, and another source has; a run learns from one '
+            "or the other"
+        )
+    return any(found.values())
 
 
 def _mixed_documents(

@@ -5,7 +5,7 @@ Whatever a record is, the error names its file and place.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data.documents import BadRecord, Messages, Tools
@@ -15,11 +15,11 @@ from errors import shortened
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def parse_record(line: bytes, where: str, field: str) -> tuple[object, object]:
-    """Returns `field` of a JSON object, and its "tools" or None.
+def parse_record(line: bytes, where: str, fields: Sequence[str]) -> dict[str, object]:
+    """Returns a JSON object that has `fields`.
 
     Raises:
-      BadRecord: `line` is not a JSON object, or lacks the field; the error begins with `where`.
+      BadRecord: `line` is not a JSON object, or lacks a field; the error begins with `where`.
     """
     text = decode_utf8(line, where).removeprefix("\ufeff")  # a byte order mark opens some files
     try:
@@ -29,11 +29,12 @@ def parse_record(line: bytes, where: str, field: str) -> tuple[object, object]:
     if not isinstance(record, dict):
         raise BadRecord(
             f"{where}: a JSON {type(record).__name__}, not an object with a field "
-            f"{json.dumps(field)}"
+            f"{json.dumps(fields[0])}"
         )
-    if field not in record:
-        raise BadRecord(f"{where}: {missing_field(field, record)}")
-    return record[field], record.get("tools")
+    for field in fields:
+        if field not in record:
+            raise BadRecord(f"{where}: {missing_field(field, record)}")
+    return record
 
 
 def without_nulls(value: object) -> object:

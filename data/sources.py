@@ -7,14 +7,14 @@ from data.config import SOURCE_KINDS, DataConfig
 from data.documents import Source, Split, Subset, select_split
 from data.file_set import match_files, stdlib_files
 from data.json_lines import JsonLines
-from data.parquet import ParquetColumn
-from data.record_files import Records
+from data.parquet import ParquetColumns
+from data.record_files import WHOLE, Records
 from data.tasks.documents import TaskDocuments
 from data.text_files import TextFiles
 from errors import UserError
 
 RECORD_FORMATS: dict[str, type[Records]] = {
-    records.kind: records for records in (JsonLines, ParquetColumn, ArrayRecords)
+    records.kind: records for records in (JsonLines, ParquetColumns, ArrayRecords)
 }
 
 # A text file with more bytes than this for each token of a row is cut: into chunks of 8 rows at 2
@@ -28,7 +28,8 @@ def open_source(spec: str, chunk_bytes: int, *, chat: bool = False) -> Source:
 
     Args:
       spec: "stdlib", "text:GLOB", "jsonl:GLOB#FIELD", "parquet:GLOB#FIELD",
-        "arrayrecord:GLOB[#FIELD]" or "task:NAME?PARAMETERS".
+        "arrayrecord:GLOB[#FIELD]" or "task:NAME?PARAMETERS". Where FIELD is two names with a comma
+        between them, a document is a pair.
       chunk_bytes: longer text files are cut into chunks of about this many bytes, at the ends of
         lines; at least 4.
       chat: opens the problems of a task as conversations.
@@ -48,16 +49,32 @@ def open_source(spec: str, chunk_bytes: int, *, chat: bool = False) -> Source:
     elif kind == "task":
         source = TaskDocuments(spec, chat)
     else:
-        pattern, _, field = rest.partition("#")
-        if not field and kind != "arrayrecord":
+        pattern, _, _ = rest.partition("#")
+        fields = fields_of(spec)
+        if not all(fields) and (fields != WHOLE or kind != "arrayrecord"):
             raise UserError(
                 f'data.sources: "{spec}" does not say which field to read; '
-                f"write {kind}:{pattern or 'GLOB'}#FIELD"
+                f"write {kind}:{pattern or 'GLOB'}#FIELD, or #CHOSEN,REJECTED for pairs"
             )
-        source = RECORD_FORMATS[kind](spec, match_files(spec, pattern), field)
+        if len(fields) > 2 or len(set(fields)) < len(fields):
+            raise UserError(
+                f'data.sources: "{spec}" names {len(fields)} fields; write #FIELD, or '
+                "#CHOSEN,REJECTED for pairs"
+            )
+        source = RECORD_FORMATS[kind](spec, match_files(spec, pattern), fields)
     if len(source) == 0:
         raise UserError(f'data.sources: "{spec}" matches only empty files')
     return source
+
+
+def fields_of(spec: str) -> tuple[str, ...]:
+    """Returns the fields that a source string of records names; ("",) if it names none."""
+    return tuple(spec.partition("#")[2].split(","))
+
+
+def has_pairs(spec: str) -> bool:
+    """Returns whether the documents of a source string are pairs."""
+    return spec.partition(":")[0] in RECORD_FORMATS and len(fields_of(spec)) > 1
 
 
 def open_split(config: DataConfig, spec: str, split: Split, *, chat: bool = False) -> Subset:

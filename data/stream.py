@@ -67,6 +67,7 @@ class Batches(grain.IterDataset):
         patience: int,
         pad: int,
         cross_document_attention: bool,
+        pairs: bool,
     ):
         """Makes batches of `batch_rows` rows, which `rows_of` packs.
 
@@ -77,11 +78,12 @@ class Batches(grain.IterDataset):
           patience: documents in a row without a token after which there is none.
           pad: id to write where there is no token.
           cross_document_attention: makes the tokens of a row one segment.
+          pairs: takes each sequence apart, into the two conversations of a pair.
         """
         super().__init__(encoded)
         self._encoded = encoded
         self._rows_of, self._batch_rows, self._patience = rows_of, batch_rows, patience
-        self._pad, self._crossing = pad, cross_document_attention
+        self._pad, self._crossing, self._pairs = pad, cross_document_attention, pairs
 
     def __iter__(self) -> BatchStream:
         """Opens a stream: its counts are its own, so its datasets are made here."""
@@ -99,7 +101,9 @@ class Batches(grain.IterDataset):
         """Returns what `BatchStream` takes apart."""
         assert counted.iterator is not None, "the batch came from it"
         share = infilled_share(packed["tokens"])
-        batch = to_batch(packed, self._pad, cross_document_attention=self._crossing)
+        batch = to_batch(
+            packed, self._pad, cross_document_attention=self._crossing, pairs=self._pairs
+        )
         return batch, counted.iterator.counts, share
 
 
