@@ -43,8 +43,8 @@ from model.sharding import batch_sharding, make_mesh, replicated
 from rl.agreement import choices_alike
 from rl.config import SamplingConfig
 from rl.engine import Engine
-from rl.objective import logprobs_at_tokens
 from rl.trajectory import batch_of
+from train.scoring import logprobs_at_tokens
 from train.state import fresh_state
 
 ROWS, PROMPT, NEW = 16, 64, 64

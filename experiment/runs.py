@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from data.pipeline import holds_pairs
 from data.shuffled_texts import infillable_sources
 from errors import UserError
 from experiment.branch import branch_of
@@ -27,8 +28,10 @@ from rl.infill import infill_samples
 from rl.loop import train_policy
 from rl.rewards import get_rewards
 from rl.servers.checks import check_fields
-from train.evaluate import held_out_loss, indexer_recall, infilling
+from train.evaluate import held_out_loss, held_out_preferences, indexer_recall, infilling
 from train.loop import train_language_model
+from train.preferences import Preference, get_preference
+from train.reference import recorded_reference
 from train.setup import Setup
 from train.trackers import check_installed
 
@@ -42,7 +45,8 @@ def pretrain(config: Config, workdir: Path) -> bool:
 
 
 def finetune(config: Config, workdir: Path) -> bool:
-    """Trains on conversations. Returns whether all steps are done."""
+    """Trains on conversations, or on pairs. Returns whether all steps are done."""
+    check_finetune(config)
     return _train_language_model(config, workdir, "finetune", chat=True)
 
 
@@ -54,6 +58,7 @@ def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bo
         setup = set_up(config, workdir, rows, trains=True)
         check_installed(config.train.sinks)
         record_start(workdir, setup.model)
+        preference = preference_of(config) if phase == "finetune" else None
         finished = train_language_model(
             setup,
             config.train,
@@ -64,6 +69,7 @@ def _train_language_model(config: Config, workdir: Path, phase: str, *, chat: bo
             init_from=config.init_from,
             seed=config.seed,
             branch=branch_of(config, phase, workdir),
+            preference=preference,
         )
         summarise(config, workdir, phase)
         return finished
@@ -105,7 +111,7 @@ def summarise(config: Config, workdir: Path, phase: str) -> None:
     numbers = phase_summary(config, workdir, phase)
     write_summary(workdir, {phase: numbers})
     if jax.process_index() == 0 and numbers:
-        outcome = ("validation_lm", "loss_last", "reward_last")
+        outcome = "validation_lm", "validation_rewards/accuracies", "loss_last", "reward_last"
         shown = [f"{name} {numbers[name]:.4g}" for name in outcome if name in numbers][:1]
         steps = f"{numbers['steps']} of {config.train.steps} steps"
         print(f"{workdir}: {', '.join([steps, *shown])}")
@@ -168,6 +174,47 @@ def check_reinforce(config: Config) -> None:
         )
 
 
+def check_finetune(config: Config) -> None:
+    """Raises UserError where the loss of fine-tuning does not fit the rest of a config."""
+    loss, pairs = config.finetune.loss, holds_pairs(config.data)
+    if pairs and not config.finetune.learns_from_pairs:
+        raise UserError(
+            f"finetune.loss = {loss!r}: data.sources has pairs; learn from them by 'dpo', 'orpo' "
+            "or 'simpo', or from one conversation of each, whose field alone is then named"
+        )
+    if not config.finetune.learns_from_pairs:
+        return
+    if not pairs:
+        raise UserError(
+            f"finetune.loss = {loss!r}: learns from pairs, and data.sources = "
+            f"{config.data.sources} has none; name two fields, as jsonl:FILE#chosen,rejected does"
+        )
+    if config.train.stage == "warmup":
+        raise UserError(
+            f"finetune.loss = {loss!r}: train.stage = 'warmup' trains the indexer alone; use "
+            "'dense' or 'sparse'"
+        )
+    if get_preference(loss).needs_reference and config.init_state != "parameters":
+        raise UserError(
+            f"init_state = {config.init_state!r}: finetune.loss = {loss!r} compares with the model "
+            "that a run starts from, and of another's whole state that is not this run's; use "
+            "'parameters'"
+        )
+
+
+def preference_of(config: Config) -> Preference | None:
+    """Returns the loss over pairs of fine-tuning, or None where it has none.
+
+    A line says so where it compares with a model that has learnt nothing.
+    """
+    if not config.finetune.learns_from_pairs:
+        return None
+    preference = get_preference(config.finetune.loss)
+    if preference.needs_reference and not config.init_from and jax.process_index() == 0:
+        print('reference   random parameters, which a run with init_from = "" starts from')
+    return preference
+
+
 def update_rows(config: Config) -> int:
     """Returns how many completions an update of reinforcement learns from."""
     reinforce = config.reinforce
@@ -196,7 +243,9 @@ def evaluate(config: Config, workdir: Path) -> dict:
     files: dict[str, Sequence[Mapping[str, Any]]] = {"samples.jsonl": [], "problems.jsonl": []}
     with jax.set_mesh(setup.mesh):
         variables = run_variables(setup, config.init_from, workdir)
-        if text_batches:
+        if text_batches and trained_by == "finetune" and config.finetune.learns_from_pairs:
+            result |= held_out_pairs(config, setup, variables, workdir)
+        elif text_batches:
             chat = trained_by == "finetune"
             result |= held_out_loss(
                 setup, variables, config.train, config.data, text_batches, chat=chat
@@ -230,6 +279,25 @@ def evaluate(config: Config, workdir: Path) -> dict:
     return result
 
 
+def held_out_pairs(
+    config: Config, setup: Setup, variables: dict, workdir: Path
+) -> dict[str, float]:
+    """Returns the loss over held-out pairs and its metrics.
+
+    Nothing, and a line, where the loss compares with a reference that the run does not keep.
+    """
+    preference = get_preference(config.finetune.loss)
+    place = workdir if (workdir / "checkpoints").exists() else config.init_from
+    reference = recorded_reference(setup, place) if preference.needs_reference else None
+    if preference.needs_reference and reference is None:
+        if jax.process_index() == 0:
+            print(f"{'pairs':<12}left out: {place} keeps no reference to compare with", flush=True)
+        return {}
+    count = config.evaluate.text_batches
+    given = setup, variables, reference, preference, config.train, config.data, count
+    return held_out_preferences(*given)
+
+
 def can_infill(config: Config, setup: Setup) -> bool:
     """Returns whether there is text to infill and a way to write it; says so where there is not."""
     missing = ""
@@ -244,8 +312,10 @@ def can_infill(config: Config, setup: Setup) -> bool:
 
 def print_evaluation(result: dict) -> None:
     """Prints the figures of evaluation.json, a line each, with their 95 % intervals."""
-    if "held_out_loss" in result:
-        print(f"{'held_out_loss':<34} {result['held_out_loss']:.3f}  nats a token")
+    unit = "" if "held_out_preference_loss" in result else "  nats a token"
+    for name, value in result.items():
+        if name.startswith("held_out"):
+            print(f"{name:<34} {value:.3f}{unit}")
     if "problems" in result:
         print_solved(result)
     for name, value in result.items():

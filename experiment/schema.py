@@ -19,7 +19,7 @@ from experiment.renamed import RENAMED_VALUES, new_name
 from model.config import ModelConfig
 from model.mesh import MeshConfig
 from rl.config import EvaluateConfig, ReinforceConfig, SamplingConfig
-from train.config import TrainConfig
+from train.config import FinetuneConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     reinforce: ReinforceConfig = dataclasses.field(default_factory=ReinforceConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)

@@ -35,9 +35,9 @@ def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]
 
     memory_gib is the most that any of the run's processes had of a device, or of the machine where
     devices do not tell.
-    loss is the language model's, in nats per token. Reinforcement learning has its reward, length,
-    entropy and log-prob gap, over the first and last tenth of the steps, its last evaluation,
-    and the tokens that were sampled in the steps that were logged.
+    loss is the language model's, in nats per token; of pairs, what is minimised. Reinforcement
+    learning has its reward, length, entropy and log-prob gap, over the first and last tenth of the
+    steps, its last evaluation, and the tokens that were sampled in the steps that were logged.
 
     Args:
       phase: "pretrain", "finetune" or "reinforce", as metrics.jsonl has it under "stage".
@@ -56,8 +56,8 @@ def phase_summary(config: Config, workdir: Path, phase: str) -> dict[str, float]
     return (
         numbers
         | {
-            "loss_first": trained[0]["lm"],
-            "loss_last": trained[-1]["lm"],
+            "loss_first": trained[0].get("lm", trained[0]["loss"]),
+            "loss_last": trained[-1].get("lm", trained[-1]["loss"]),
             "tokens": trained[-1]["step"] * config.data.batch_size * config.data.seq_len,
         }
         | _validated(lines)

@@ -16,9 +16,9 @@ from kernels.device import compiler_options
 from model.sharding import batch_shards, replicated
 from rl.config import SamplingConfig
 from rl.engines import AnyEngine
-from rl.objective import logprobs_at_tokens
 from rl.request import Prompt, keys_of
 from rl.trajectory import batch_of
+from train.scoring import logprobs_at_tokens
 from train.setup import Setup
 
 TOKENS = 3  # sampled: the first after the pass over the prompt, the others after cached steps

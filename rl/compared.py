@@ -9,9 +9,8 @@ from jax import Array
 from kernels.device import compiler_options
 from model.record import CHOICES
 from rl.clock import Parts
-from rl.objective import logprobs_at_tokens, scores_at_tokens
 from train.objective import Batch
-from train.scoring import in_parts
+from train.scoring import in_parts, logprobs_at_tokens, scores_at_tokens
 from train.setup import Setup
 
 

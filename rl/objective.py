@@ -241,26 +241,3 @@ def fresh(batch: Batch) -> Array:
     """Returns which next tokens were sampled with the weights that the step began with, [B, T]."""
     mask_BT = predicted(batch, "mask")
     return mask_BT & ~predicted(batch, "stale") if "stale" in batch else mask_BT
-
-
-def scores_at_tokens(
-    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: Batch
-) -> tuple[Array, Array]:
-    """Returns the log-prob of each token of the mask and the entropy it was drawn from, [B, T].
-
-    Each is at the token itself, and 0 elsewhere.
-    """
-    found = forward_logprobs(config, stage, temperature, variables, batch)[:2]
-
-    def at_token(x_BT: Array) -> Array:
-        return jnp.where(batch["mask"], jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0))), 0.0)
-
-    logprobs_BT, entropy_BT = map(at_token, found)
-    return logprobs_BT, entropy_BT
-
-
-def logprobs_at_tokens(
-    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: Batch
-) -> Array:
-    """Recomputes what `sampler_logprobs` holds, [B, T]: the first of `scores_at_tokens`."""
-    return scores_at_tokens(config, stage, temperature, variables, batch)[0]

@@ -25,6 +25,7 @@ from train.config import TrainConfig
 from train.loop import compiled_step
 from train.objective import language_objective
 from train.optimizer import make_optimizer
+from train.preference_objective import preference_objective
 from train.setup import Setup
 from train.state import fresh_state
 from train.step import jit_evaluation
@@ -98,8 +99,8 @@ def runs_share_programs():
     optimizer_of = once(make_optimizer, parameters_of)
     compiled = once(
         compiled_step,
-        lambda setup, data, step, optimizer: by_setup(
-            setup, data.batch_size, data.seq_len, optimizer
+        lambda setup, _, data, objective, optimizer: by_setup(
+            setup, data.batch_size, data.seq_len, objective, optimizer
         ),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -115,6 +116,7 @@ def runs_share_programs():
         patch.setattr("rl.loop.Agreement", once(Agreement, by_setup))
         patch.setattr("rl.canary.jit_mean_gap", once(jit_mean_gap, by_setup))
         patch.setattr("train.loop.language_objective", once(language_objective))
+        patch.setattr("train.loop.preference_objective", once(preference_objective))
         patch.setattr("train.loop.jit_evaluation", once(jit_evaluation))
         patch.setattr("train.loop.compiled_step", compiled)
         yield

@@ -11,6 +11,7 @@ OPTIMIZERS = ("adamw", "muon")
 LAYER_LOSSES = ("sum", "mean")
 SINKS = ("wandb", "trackio", "mlflow")  # the classes of train/trackers.py, which brings jax
 LORA_SCALES = ("rank", "sqrt_rank")
+NEXT_TOKEN = "next_token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +111,24 @@ class TrainConfig:
             rows % self.microbatches == 0, "microbatches", f"does not divide {what} = {rows}"
         )
         return rows // self.microbatches
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Chooses what launch.finetune learns of its conversations."""
+
+    # "next_token": what the assistant writes | of pairs of which one answer is preferred, a row of
+    # train/preferences.py with options (docs/preferences.md): "dpo?beta=0.1&label_smoothing=0.0",
+    # "orpo?weight=0.1", "simpo?beta=2.0&gamma=1.0". The sources are then of pairs.
+    loss: str = NEXT_TOKEN
+
+    def __post_init__(self):
+        if self.learns_from_pairs:
+            from train.preferences import get_preference  # brings jax: `--help` must not wait
+
+            get_preference(self.loss)
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether the loss is one over pairs."""
+        return self.loss != NEXT_TOKEN

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -19,6 +19,8 @@ from train.infill import infill_rows, middle_losses, middle_nats
 from train.mean import Mean
 from train.metrics import read_metrics
 from train.objective import language_objective
+from train.preference_objective import preference_objective, scored_by_reference
+from train.preferences import Preference
 from train.setup import Setup, open_batches
 from train.step import jit_evaluation
 
@@ -38,6 +40,7 @@ def validation_means(
     count: int,
     *,
     chat: bool,
+    loss: Callable[[Mapping[str, Mean]], Array] | None = None,
 ) -> dict[str, float]:
     """Returns the mean of every term over the first `count` batches of the held-out documents.
 
@@ -46,6 +49,7 @@ def validation_means(
     Args:
       evaluate_fn: `train.step.jit_evaluation` of the objective.
       chat: whether the documents are conversations.
+      loss: `Objective.loss`, where "validation_loss" is wanted too.
 
     Returns:
       {"validation_lm": nats per token, ...}.
@@ -53,7 +57,8 @@ def validation_means(
     held_out = open_batches(setup, data, "validation", seed=0, chat=chat)
     found = [evaluate_fn(variables, setup.on_devices(next(held_out))) for _ in range(count)]
     sums = {name: functools.reduce(operator.add, [one[name] for one in found]) for name in found[0]}
-    return {f"validation_{name}": jax.tree.map(float, mean).value for name, mean in sums.items()}
+    means = {f"validation_{name}": jax.tree.map(float, mean).value for name, mean in sums.items()}
+    return means if loss is None else means | {"validation_loss": float(loss(sums))}
 
 
 def was_evaluated(path: Path, phase: str, step: int) -> bool:
@@ -78,6 +83,40 @@ def held_out_loss(
     evaluate_fn = jit_evaluation(language_objective(setup.model, without_mtp), setup.mesh)
     found = validation_means(setup, evaluate_fn, variables, data, count, chat=chat)
     return {"held_out_loss": found["validation_lm"]}
+
+
+def held_out_preferences(
+    setup: Setup,
+    variables: dict,
+    reference: dict | None,
+    preference: Preference,
+    train: TrainConfig,
+    data: DataConfig,
+    count: int,
+) -> dict[str, float]:
+    """Returns what a run on pairs logs, over the first `count` batches of held-out pairs.
+
+    Args:
+      reference: that of the run; None where the loss compares with none.
+
+    Returns:
+      {"held_out_loss": ..., "held_out_rewards/accuracies": ..., ...}, each as `validation_...` of
+      the run.
+    """
+    without_mtp = dataclasses.replace(train, mtp_weight=0.0)
+    objective = preference_objective(setup.model, without_mtp, preference)
+    evaluate_fn = jit_evaluation(objective, setup.mesh)
+    scored = scored_by_reference(setup, train, reference)
+    found = validation_means(
+        setup,
+        lambda variables, batch: evaluate_fn(variables, scored(batch)),
+        variables,
+        data,
+        count,
+        chat=True,
+        loss=objective.loss,
+    )
+    return {name.replace("validation_", "held_out_", 1): value for name, value in found.items()}
 
 
 def infilling(

@@ -1,8 +1,9 @@
-"""The training loop of a language model, on text or on conversations.
+"""The training loop of a language model, on text, on conversations or on pairs of them.
 
 It reads from top to bottom: data, objective, state and restore, step, loop.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -22,13 +23,16 @@ from train.interrupt import Interrupt
 from train.lora import learnt_shapes
 from train.metrics import Metrics
 from train.monitor import Due, StepLog
-from train.objective import language_objective
+from train.objective import Objective, language_objective
 from train.optimizer import make_optimizer
+from train.preference_objective import preference_objective, scored_by_reference
+from train.preferences import Preference
 from train.progress import Progress, timed_line
+from train.reference import begun
 from train.rescue import SavedOnError
-from train.restore import Branch, restored_or_new
+from train.restore import Branch
 from train.setup import Setup, open_batches
-from train.step import Step, abstract_batch, jit_evaluation, jit_step, make_step
+from train.step import abstract_batch, jit_evaluation, jit_step, make_step
 
 
 def train_language_model(
@@ -42,6 +46,7 @@ def train_language_model(
     init_from: str,
     seed: int,
     branch: Branch | None = None,
+    preference: Preference | None = None,
 ) -> bool:
     """Trains until `train.steps` steps are done or the process is asked to stop.
 
@@ -54,7 +59,9 @@ def train_language_model(
         targets.
       init_from: where a new run's parameters come from; "" draws them.
       seed: of the parameters and of the order of the data.
-      branch: a new run takes all of the state of `init_from`, not its parameters alone.
+      branch: a new run takes all of the state of `init_from`, not its parameters alone. None where
+        the loss compares with a reference.
+      preference: the loss over the pairs that the conversations are; None predicts the next token.
 
     Returns:
       Whether all steps are done.
@@ -63,9 +70,14 @@ def train_language_model(
       UserError: the data or a checkpoint does not fit, or gradients stay without finite values.
         After the first step this and every other error saves the steps done.
     """
+    if preference:  # MTP modules learn nothing from pairs: frozen, decay does not wear them away
+        train = dataclasses.replace(train, mtp_weight=0.0)
     setup = setup.learning(train)
     stream = open_batches(setup, data, "train", seed=seed, chat=chat)
     objective = language_objective(setup.model, train)
+    if preference:
+        objective = preference_objective(setup.model, train, preference)
+    compares = preference is not None and preference.needs_reference
     optimizer = make_optimizer(train, learnt_shapes(setup.model, setup.lora)["params"])
     with (
         jax.set_mesh(setup.mesh),
@@ -74,18 +86,18 @@ def train_language_model(
     ):
         resumes = checkpoints.latest() is not None
         new = not resumes and not init_from
-        step = make_step(setup.model, train, objective, optimizer)
-        compile_step = functools.partial(compiled_step, setup, data, step, optimizer)
+        compile_step = functools.partial(compiled_step, setup, train, data, objective, optimizer)
         with timed_line("making the state and compiling the step"):
             with ThreadPoolExecutor(max_workers=1) as background:
                 # The step compiles while a new state is made: on two cores the first step comes
                 # seconds sooner.
                 program = background.submit(compile_step) if new else None
-                state = restored_or_new(
+                state, reference = begun(
                     setup,
                     optimizer,
                     checkpoints,
                     stream,
+                    needs_reference=compares,
                     init_from=init_from,
                     seed=seed,
                     branch=branch,
@@ -93,6 +105,7 @@ def train_language_model(
             done = int(state.step)
             if done < train.steps:
                 step_fn = program.result() if program else compile_step()
+        scored = scored_by_reference(setup, train, reference)
         evaluate_fn = jit_evaluation(objective, setup.mesh)
         tokens = data.batch_size * data.seq_len
         due = Due(train)
@@ -107,7 +120,13 @@ def train_language_model(
 
             def evaluate(step: int) -> None:
                 means = validation_means(
-                    setup, evaluate_fn, state.variables, data, train.eval_batches, chat=chat
+                    setup,
+                    lambda variables, batch: evaluate_fn(variables, scored(batch)),
+                    state.variables,
+                    data,
+                    train.eval_batches,
+                    chat=chat,
+                    loss=objective.loss if preference else None,
                 )
                 log.validation(step, means)
 
@@ -119,7 +138,7 @@ def train_language_model(
             unread = None
             for step in range(done + 1, train.steps + 1):
                 try:
-                    batch = setup.on_devices(next(stream))
+                    batch = scored(setup.on_devices(next(stream)))
                 except Exception:  # a bad record, say
                     if unread:
                         log.record(*unread, tokens)
@@ -147,13 +166,18 @@ def train_language_model(
 
 
 def compiled_step(
-    setup: Setup, data: DataConfig, step: Step, optimizer: optax.GradientTransformation
+    setup: Setup,
+    train: TrainConfig,
+    data: DataConfig,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
 ) -> Callable:
     """Compiles the step for this mesh and these shapes, and no others.
 
     The state comes in, and goes out, as `abstract_state` lays it out.
     """
+    step = make_step(setup.model, train, objective, optimizer)
     with jax.set_mesh(setup.mesh):  # a thread does not inherit the mesh
         state = abstract_run_state(setup.model, setup.lora, optimizer, setup.mesh)
-        batch = abstract_batch(data.batch_size, data.seq_len, setup.mesh)
+        batch = abstract_batch(data.batch_size, data.seq_len, setup.mesh, objective.reads)
         return jit_step(step, state, setup.mesh).lower(state, batch).compile()

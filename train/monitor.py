@@ -12,8 +12,16 @@ from train.metrics import Metrics
 from train.progress import Progress
 
 # Metrics that the progress line shows, where the step has them.
-ON_PROGRESS_LINE = ("reward", "lm", "indexer_kl", "completions/mean_length", "entropy")
-OF_VALIDATION = ("validation_lm", "validation_pass_at_1")
+ON_PROGRESS_LINE = (
+    "reward",
+    "lm",
+    "preference_loss",
+    "rewards/accuracies",
+    "indexer_kl",
+    "completions/mean_length",
+    "entropy",
+)
+OF_VALIDATION = ("validation_lm", "validation_rewards/accuracies", "validation_pass_at_1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,11 +84,14 @@ class Objective:
     totals: (variables, batch) -> Totals, with one total for each term.
     signal: batch -> bool scalar, whether a batch has anything to learn from: a step on one that has
       not changes nothing. None where every batch has.
+    reads: names of arrays [B, T], float32, that a batch has beside those of data/packing.py, where
+      it comes from there.
     """
 
     terms: tuple[Term, ...]
     totals: Callable[[dict, Batch], Totals]
     signal: Callable[[Batch], Array] | None = None
+    reads: tuple[str, ...] = ()
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """Returns the weight of each term, over the whole of a batch."""

@@ -6,7 +6,6 @@ file that they were read from. Where adapters learn (train.lora), it is their ba
 in memory and on disk.
 """
 
-import json
 from pathlib import Path
 
 import jax
@@ -14,32 +13,38 @@ import jax.numpy as jnp
 import optax
 
 from checkpoints.cursors import Cursor
-from checkpoints.locations import REFERENCE_RECORD
+from checkpoints.locations import REFERENCE_RECORD, run_directory
+from checkpoints.lora import BASE, recorded_lora
 from checkpoints.training import Checkpoints
 from errors import UserError
-from files import write_json
+from files import read_json, write_json
 from train.base import Origin
-from train.restore import restored_or_new, starting_point
+from train.restore import Branch, load_variables, restored_or_new, starting_point
 from train.setup import Setup
 from train.state import StateOverBase, TrainState, abstract_state, state_from
 
 DIRECTORY = "reference"
 
 
-def begun_with_reference(
+def begun(
     setup: Setup,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
-    workdir: Path,
     cursor: Cursor,
     *,
+    needs_reference: bool,
     init_from: str,
     seed: int,
-) -> tuple[TrainState, dict]:
+    branch: Branch | None,
+) -> tuple[TrainState, dict | None]:
     """Returns the state that a run goes on from, and the model {"params", "router"} it began as.
 
     A run with a checkpoint moves the cursor to the place in it. One without starts from its
     reference, and one that is new makes it first.
+
+    Args:
+      needs_reference: without it the second is None.
+      branch: as of `restored_or_new`; None with a reference.
 
     Raises UserError if a checkpoint does not fit the model, or the reference is gone.
     """
@@ -47,14 +52,16 @@ def begun_with_reference(
 
     def restored() -> TrainState:
         return restored_or_new(
-            setup, optimizer, checkpoints, cursor, init_from=init_from, seed=seed
+            setup, optimizer, checkpoints, cursor, init_from=init_from, seed=seed, branch=branch
         )
 
+    if not needs_reference:
+        return restored(), None
     if setup.lora is not None:
         state = restored()
         assert isinstance(state, StateOverBase)
         return state, state.base
-    with Checkpoints(workdir / DIRECTORY, keep=1) as kept:
+    with Checkpoints(checkpoints.directory.parent / DIRECTORY, keep=1) as kept:
         number = keep_reference(setup, kept, init_from, seed, resumes=resumes)
         if resumes:
             state = restored()
@@ -62,6 +69,22 @@ def begun_with_reference(
             variables = restored_reference(setup, kept, number)
             state = state_from(variables, setup.model, optimizer, setup.mesh)
         return state, restored_reference(setup, kept, number)
+
+
+def recorded_reference(setup: Setup, path: str | Path) -> dict | None:
+    """Reads the reference of a run onto the mesh, from its workdir; None if it keeps none.
+
+    Args:
+      path: a workdir, its directory of checkpoints, or one checkpoint in it.
+    """
+    workdir = run_directory(path)
+    if recorded_lora(workdir) is not None:
+        return load_variables(setup.model, setup.mesh, workdir / BASE)
+    record = workdir / REFERENCE_RECORD
+    if not record.exists():
+        return None
+    with Checkpoints(workdir / DIRECTORY, keep=1) as kept:
+        return restored_reference(setup, kept, int(read_json(record)["step"]))
 
 
 def keep_reference(
@@ -85,7 +108,7 @@ def keep_reference(
     elif kept.latest() is None:
         _keep(kept, workdir, *starting_point(setup, source, seed))
     if record.exists():
-        return int(json.loads(record.read_text())["step"])
+        return int(read_json(record)["step"])
     return kept.latest() or 0
 
 

@@ -53,6 +53,32 @@ def forward_logprobs(
     return logprobs_BT, entropy_BT, output
 
 
+def scores_at_tokens(
+    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: Batch
+) -> tuple[Array, Array]:
+    """Returns the log-prob of each token of the mask and the entropy it was drawn from, [B, T].
+
+    Each is at the token itself, and 0 elsewhere.
+
+    Args:
+      batch: with "mask", bool [B, T].
+    """
+    found = forward_logprobs(config, stage, temperature, variables, batch)[:2]
+
+    def at_token(x_BT: Array) -> Array:
+        return jnp.where(batch["mask"], jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0))), 0.0)
+
+    logprobs_BT, entropy_BT = map(at_token, found)
+    return logprobs_BT, entropy_BT
+
+
+def logprobs_at_tokens(
+    config: ModelConfig, stage: str, temperature: float, variables: dict, batch: Batch
+) -> Array:
+    """Returns the first of `scores_at_tokens`, [B, T]."""
+    return scores_at_tokens(config, stage, temperature, variables, batch)[0]
+
+
 def in_parts(score: Callable[[dict, Batch], Any], parts: int) -> Callable[[dict, Batch], Any]:
     """Makes a function of a batch compute it in so many parts, one after the other.
 

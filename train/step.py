@@ -160,14 +160,20 @@ def expert_load_metrics(config: ModelConfig, counts_LE: Array) -> dict[str, Arra
     return {"expert_load_max": jnp.max(expert_load_LE), "expert_load": expert_load_LE}
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, types and sharding of a training batch (data/packing.py), each [B, T]."""
+def abstract_batch(
+    rows: int, length: int, mesh: Mesh, more: tuple[str, ...] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, types and sharding of a training batch (data/packing.py), each [B, T].
+
+    Args:
+      more: names of further arrays, float32.
+    """
     types = {
         "tokens": jnp.int32,
         "positions": jnp.int32,
         "segments": jnp.int32,
         "weights": jnp.float32,
-    }
+    } | dict.fromkeys(more, jnp.float32)
     return {
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
         for name, dtype in types.items()

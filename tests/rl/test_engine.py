@@ -15,10 +15,10 @@ from rl.coding import CodedSets
 from rl.config import SamplingConfig
 from rl.engine import Engine
 from rl.generate import slots_that_fit
-from rl.objective import logprobs_at_tokens
 from rl.request import Prompt, keys_of
 from rl.trajectory import LENGTH, STOP, Role, Trajectory, batch_of
 from tests import tiny
+from train.scoring import logprobs_at_tokens
 
 NEW, WIDTH, GROUP = 8, 40, 2
 STOPS = (5, 6, 7, 8, 9, 10, 11, 12)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from rl.algorithms.spec import get_algorithm
-from rl.objective import logprobs_at_tokens, policy_objective
+from rl.objective import policy_objective
 from rl.pay import Rewards
 from rl.signals import experience_of, step_signals
 from rl.trajectory import Role, batch_of
 from tests import tiny
 from tests.trajectories import trajectory
+from train.scoring import logprobs_at_tokens
 from train.state import TrainState
 from train.step import loss_and_gradient
 

@@ -13,11 +13,12 @@ from model.record import recorded_forward, routing_layers, selecting_layers
 from rl.algorithms.aggregations import constant, sequence_mean, token_mean
 from rl.algorithms.spec import get_algorithm
 from rl.coding import CodedSets
-from rl.objective import logprobs_at_tokens, policy_objective, sequences_of
+from rl.objective import policy_objective, sequences_of
 from rl.packing import packed_rows
 from rl.trajectory import Role, Trajectory, batch_of
 from tests import tiny
 from tests.trajectories import trajectory
+from train.scoring import logprobs_at_tokens
 from train.state import TrainState
 from train.step import loss_and_gradient
 

@@ -9,8 +9,9 @@ import pytest
 
 from kernels.bitmask import pack_on_host
 from rl.algorithms.spec import get_algorithm
-from rl.objective import logprobs_at_tokens, policy_objective
+from rl.objective import policy_objective
 from tests import tiny
+from train.scoring import logprobs_at_tokens
 from train.state import TrainState
 from train.step import loss_and_gradient
 

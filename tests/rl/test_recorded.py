@@ -13,12 +13,12 @@ from model.record import CHOICES, recorded_forward, routing_layers, selecting_la
 from rl.config import SamplingConfig
 from rl.engine import Engine
 from rl.halting import StopSequences
-from rl.objective import logprobs_at_tokens
 from rl.records import check_fits, experts_of, token_bytes
 from rl.trajectory import Role, Trajectory, batch_of
 from tests import tiny
 from tests.rl.test_engine import MESH, MODELS, assert_same, by_number
 from tests.rl.test_turns import NEW, WIDTH, conversation, prompts_of
+from train.scoring import logprobs_at_tokens
 
 CONFIG = MODELS["mla"]
 

@@ -11,13 +11,13 @@ from rl.compared import compared_logprobs
 from rl.config import ReinforceConfig, SamplingConfig
 from rl.engine import Engine
 from rl.halting import StopSequences
-from rl.objective import logprobs_at_tokens
 from rl.records import kept_records, support_words
 from rl.trajectory import Role, Trajectory, batch_of
 from tests import tiny
 from tests.rl.test_draw import brute_force
 from tests.rl.test_engine import MESH, MODELS, assert_same, by_number
 from tests.rl.test_turns import NEW, WIDTH, conversation, prompts_of
+from train.scoring import logprobs_at_tokens
 
 CONFIG = MODELS["mla"]
 FORBIDDEN = (21, 34)

@@ -13,12 +13,12 @@ from errors import UserError
 from rl.config import SamplingConfig
 from rl.engine import Engine
 from rl.halting import StopSequences, StopTexts, ThinkingBudget
-from rl.objective import logprobs_at_tokens
 from rl.request import Prompt, Turn, keys_of
 from rl.trajectory import LENGTH, STOP, Role, Trajectory, batch_of
 from tests import tiny
 from tests.rl.test_engine import MESH, MODELS, assert_same, by_number
 from tests.trajectories import trajectory
+from train.scoring import logprobs_at_tokens
 
 NEW, WIDTH, TOOL = 120, 40, (50, 51, 52)
 STOPS = tuple(range(5, 13))
