@@ -12,7 +12,7 @@ pretrain.py.
 COMMANDS = {
     "quickstart": "run everything once: pretrain, select keys, fine-tune, reinforce, evaluate",
     "pretrain": "pretrain with fill-in-the-middle, or train the sparse indexer",
-    "finetune": "fine-tune on conversations",
+    "finetune": "fine-tune on conversations, or on pairs of them",
     "reinforce": "reinforcement learning on verifiable tasks",
     "evaluate": "pass@k and cons@k on held-out problems, infilling; compare two runs",
     "fit_scaling": "fit held-out pass rates of runs against their compute",

@@ -5,8 +5,13 @@ r"""Fine-tunes on conversations, of which only what the assistant writes is a ta
     python -m launch.finetune --config=configs/base.py --workdir=runs/chat \
         --config.init_from=runs/mine --config.data.sources="('jsonl:chats.jsonl#messages',)"
 
+    python -m launch.finetune --config=configs/base.py --workdir=runs/preferred \
+        --config.init_from=runs/chat --config.finetune.loss=dpo \
+        --config.data.sources="('jsonl:pairs.jsonl#chosen,rejected',)"
+
 A source's field has a list of messages, [{"role": "user", "content": "..."},
-{"role": "assistant", "content": "..."}]. No conversation sees another.
+{"role": "assistant", "content": "..."}]. No conversation sees another. Two fields have a pair, of
+which one answer is preferred: docs/preferences.md.
 """
 
 from pathlib import Path

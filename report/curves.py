@@ -59,6 +59,31 @@ FINETUNE_LOSS = LOSS._replace(
     caption="How surprised the model is by the answers in the conversations it is shown; lower is "
     "better",
 )
+PAIRS = (
+    chart(
+        "Pairs told apart",
+        "Share of pairs whose better answer the model has come to prefer, by what the loss calls a "
+        "reward; half is chance. Validation is on pairs that it is not trained on",
+        ("rewards/accuracies", "training", "blue"),
+        ("validation_rewards/accuracies", "validation", "orange"),
+        from_zero=True,
+        percent=True,
+    ),
+    chart(
+        "Loss of a pair",
+        "What is minimised of pairs; lower is better",
+        ("preference_loss", "training", "blue"),
+        ("validation_preference_loss", "validation", "orange"),
+    ),
+    chart(
+        "How likely the answers are",
+        "Log-probability of the better and of the worse answer, of an answer or of a token as the "
+        "loss takes it; both may fall",
+        ("logps/chosen", "chosen", "blue"),
+        ("logps/rejected", "rejected", "orange"),
+        ylabel="nats",
+    ),
+)
 VALIDATION = chart(
     "Validation loss",
     "How surprised the model is by text that it is not trained on; lower is better",

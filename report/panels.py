@@ -15,6 +15,7 @@ from report.curves import (
     INDEXER,
     LOSS,
     OPTIMIZATION,
+    PAIRS,
     REINFORCE,
     REWARD,
     VALIDATION,
@@ -54,6 +55,7 @@ def sections(run: Run) -> list[Section]:
             curves_panel(finetune, FINETUNE_LOSS),
             infilling(run.summary),
         ],
+        "Learning from pairs": [curves_panel(finetune, chart) for chart in PAIRS],
         "Sparse attention": [curves_panel(run.phases, chart) for chart in INDEXER],
         "Experts": [expert_load(experts), curves_panel(experts, EXPERT_LOAD_MAX)],
         "Learning from rewards": [

@@ -63,6 +63,8 @@ def _stage(
         first, last = f"{loss[0]:.2f}", f"{loss[-1]:.2f}"
     if held_out := _values(lines, "validation_lm"):
         validation = f"{held_out[-1]:.2f}"
+    elif told_apart := _values(lines, "validation_rewards/accuracies"):
+        validation = f"{told_apart[-1]:.0%} of pairs"
     elif solved := _values(lines, "validation_pass_at_1"):
         validation = f"{solved[-1]:.0%} solved"
     speeds = [speed for speed in _values(lines, "tokens_per_s") if speed > 0]

@@ -16,17 +16,36 @@ CONDITIONS = TINY | {
 }
 
 
-def table() -> dict[str, str]:
-    """Returns each metric of reinforcement -> when it is written."""
+def rows(text: str) -> list[list[str]]:
+    """Returns the cells of the rows about a metric, the first its name alone."""
     cells = [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for line in PAGE.read_text().partition("## Pretraining")[0].splitlines()
+        for line in text.splitlines()
         if line.startswith("| `")
     ]
     assert all(len(row) == 6 for row in cells)
     names = [row[0].strip("`") for row in cells]
     assert len(set(names)) == len(names)
-    return {row[0].strip("`"): row[5] for row in cells}
+    return [[name, *row[1:]] for name, row in zip(names, cells, strict=True)]
+
+
+def table() -> dict[str, str]:
+    """Returns each metric of reinforcement -> when it is written."""
+    return {row[0]: row[5] for row in rows(PAGE.read_text().partition("## Pretraining")[0])}
+
+
+def pair_metrics(*conditions: str) -> set[str]:
+    """Returns the metrics of a run on pairs that has held-out ones, by the page.
+
+    Args:
+      conditions: of its last column that hold, beside those of the tests' tiny model.
+    """
+    found = set()
+    text = PAGE.read_text().partition("## Pairs")[2].partition("\n## ")[0]
+    for name, _, _, _, held_out, when in rows(text):
+        if holds(when, TINY.union(conditions)):
+            found |= {name, f"validation_{name}"} if held_out == "yes" else {name}
+    return found
 
 
 def holds(when: str, conditions: frozenset[str]) -> bool:
