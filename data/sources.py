@@ -49,8 +49,7 @@ def open_source(spec: str, chunk_bytes: int, *, chat: bool = False) -> Source:
     elif kind == "task":
         source = TaskDocuments(spec, chat)
     else:
-        pattern, _, _ = rest.partition("#")
-        fields = fields_of(spec)
+        pattern, fields = rest.partition("#")[0], fields_of(spec)
         if not all(fields) and (fields != WHOLE or kind != "arrayrecord"):
             raise UserError(
                 f'data.sources: "{spec}" does not say which field to read; '

@@ -237,6 +237,8 @@ def evaluate(config: Config, workdir: Path) -> dict:
     # Reinforcement learns from no text: its section `data` says nothing of what it has seen.
     text_batches = 0 if trained_by == "reinforce" else config.evaluate.text_batches
     reads_text = text_batches or config.evaluate.infill_documents
+    if text_batches and trained_by == "finetune":
+        check_finetune(config)  # its sources may be others than those of the run
     rows = {"data.batch_size": config.data.batch_size} if reads_text else {}
     setup = set_up(config, workdir, rows, trains=False)
     result, infills = {}, []

@@ -1,11 +1,12 @@
 r"""Evaluates a run: held-out loss, pass@k on problems, infilling, and the indexer's recall.
 
 The loss is that of the held-out documents of data.sources, whatever they are: text, JSONL, Parquet;
-of a run of launch.finetune, that of the assistant's words; of one of launch.reinforce, which learns
-from no text, there is none. pass@k is unbiased, with bootstrap intervals, of completions whose
-reward `evaluate.reward` is at least `evaluate.success`; infilling compares the loss with the suffix
-shown to that without. A part whose number in the section `evaluate` is 0 is left out. The newest
-checkpoint of a run, and one run with the config of another:
+of a run of launch.finetune, that of the assistant's words, or its loss over pairs with what the run
+logs of them; of one of launch.reinforce, which learns from no text, there is none. pass@k is
+unbiased, with bootstrap intervals, of completions whose reward `evaluate.reward` is at least
+`evaluate.success`; infilling compares the loss with the suffix shown to that without. A part whose
+number in the section `evaluate` is 0 is left out. The newest checkpoint of a run, and one run with
+the config of another:
 
     python -m launch.evaluate --workdir=runs/rl
     python -m launch.evaluate --workdir=runs/rl/eval --config=configs/quickstart.py:reinforce \

@@ -135,6 +135,9 @@ def test_an_evaluation_without_the_reference_says_so(capsys, start):
     Path("run/reference.json").unlink()
     assert evaluate.run(config, Path("run")) == {}
     assert "left out: run keeps no reference to compare with" in capsys.readouterr().out
+    sources = dataclasses.replace(config.data, sources=(SOURCE.partition(",")[0],))
+    with pytest.raises(UserError, match=r"finetune.loss = 'dpo': learns from pairs, and"):
+        evaluate.run(dataclasses.replace(config, data=sources), Path("run"))
 
 
 def test_mtp_modules_learn_nothing_and_do_not_decay():
