@@ -9,10 +9,10 @@ GRPO divides what a completion adds to the loss by its length, so that a long wr
 token (Dr.GRPO, arXiv 2503.20783, section 3.1); Dr.GRPO divides by a constant.
 
 No, or by less than these runs can show (2026-12-01, jax 0.10.2, three minutes a run on a core).
-Means over three seeds, with 95 % intervals, of the length of completions that fail, of the groups
-of a step, and of held-out problems:
+Means over three seeds, with 95 % intervals: the length of completions that fail, in the first and
+the last tenth of the steps, and pass@1 of held-out problems.
 
-                tokens, first step     last step                pass@1
+                tokens, first          last                     pass@1
     grpo        9.55 (9.30 to 9.80)    29.2 (26.9 to 31.4)      0.781 (0.708 to 0.854)
     dr_grpo     9.48 (9.04 to 9.92)    28.6 (25.4 to 31.8)      0.800 (0.718 to 0.882)
 
