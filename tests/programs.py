@@ -35,7 +35,8 @@ _MADE: list[dict] = []
 
 
 def let_go() -> None:
-    """Forgets what `once` has made, so that the programs among it can go."""
+    """Forgets what `once` has made, and engines' programs, so that the programs among it can go."""
+    programs_of.cache_clear()
     for made in _MADE:
         made.clear()
 
