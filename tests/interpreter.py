@@ -18,18 +18,22 @@ from jax.experimental.pallas import tpu as pltpu
 import kernels
 
 # Each copy draws one of so many clocks by chance, and of two copies with the same one none is seen
-# to race. With 16 a wait that is left out was missed in every second run, with 256 in one of ten
-# where only one pair of accesses tells; JAX takes 2 by itself.
+# to race. With 16 a wait that is left out was missed in every second run; JAX takes 2 by itself.
 WATCHFUL: dict[str, Any] = {
     "uninitialized_memory": "nan",
     "detect_races": True,
-    "vector_clock_size": 4096,
+    "vector_clock_size": 256,
 }
 STRICT = pltpu.InterpretParams(**WATCHFUL)
 # Each core has its share of the axes called parallel.
 TWO_CORES = pltpu.InterpretParams(**WATCHFUL, num_cores_or_threads=2)
 # Copies are done when begun, not when waited for.
 EAGER = pltpu.InterpretParams(**WATCHFUL, dma_execution_mode="eager")
+# With 256 clocks a wait that is left out was missed in one run of ten, where only one pair of
+# accesses tells. Every access compares clocks, so more of them take longer.
+EAGER_AND_SURE = pltpu.InterpretParams(
+    **WATCHFUL | {"vector_clock_size": 4096}, dma_execution_mode="eager"
+)
 
 KERNELS = Path(kernels.__file__).parent
 Place = tuple[tuple[str, int | None], ...]  # lines of kernels/, from the caller to the called

@@ -1,4 +1,7 @@
-"""What bench.drift prints: sampler and trainer of one set of weights, apart by rounding alone."""
+"""What bench.drift prints: sampler and trainer of one set of weights, apart by rounding alone.
+
+tests/rl/test_exactness.py has the property itself; these wait for `make test-all`.
+"""
 
 import dataclasses
 import functools
@@ -24,12 +27,12 @@ def lines(dtype: str) -> dict[str, dict]:
         return {line["replay"]: line for line in drift.drift(drift.Case("dsa", dtype), MESH)}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_in_float32_only_rounding_is_between_them():
     assert lines("float32")["both"]["max"] < 1e-5
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_in_bfloat16_a_replay_takes_away_more_than_half_of_the_difference():
     """Where routes and selections do differ; the rest is of the size of the weights' rounding."""
     found = lines("bfloat16")

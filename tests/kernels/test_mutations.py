@@ -12,7 +12,14 @@ import pytest
 
 from kernels import indexer_kl, indexer_kl_calls, indexer_kl_kernel, sparse_attention, sparse_decode
 from kernels.bitmask import nonempty_tiles, pack
-from tests.interpreter import EAGER, STRICT, complaints, untraced, watch_refs, watch_waits
+from tests.interpreter import (
+    EAGER_AND_SURE,
+    STRICT,
+    complaints,
+    untraced,
+    watch_refs,
+    watch_waits,
+)
 from tests.kernels import test_indexer_kl, test_sparse_decode
 from tests.kernels.test_sparse_attention import computed_tiles, made, with_holes
 
@@ -113,23 +120,25 @@ def test_a_copy_that_nobody_waits_for_is_seen(monkeypatch, capfd, caplog, name):
     untraced(monkeypatch, module, kernel)
     with monkeypatch.context() as watching:
         waits = watch_waits(watching)
-        assert "RACE" not in complaints(lambda: compute(EAGER, *given), capfd, caplog)
+        assert "RACE" not in complaints(lambda: compute(EAGER_AND_SURE, *given), capfd, caplog)
     places = list(dict.fromkeys(waits))
     assert len(places) >= count
     for place in places:
         untraced(monkeypatch, module, kernel)
         with monkeypatch.context() as faulty:
             watch_waits(faulty, skipped=place)
-            assert "RACE DETECTED" in complaints(lambda: compute(EAGER, *given), capfd, caplog), (
-                place
-            )
+            assert "RACE DETECTED" in complaints(
+                lambda: compute(EAGER_AND_SURE, *given), capfd, caplog
+            ), place
 
 
 def test_two_slots_for_three_copies_are_seen(monkeypatch, capfd, caplog):
     """A tile of dq that is fetched goes where one is still being put back from."""
     monkeypatch.setattr(sparse_attention, "DQ_TILES", 2)
     untraced(monkeypatch, sparse_attention, sparse_attention._backward_kernel)
-    assert "RACE DETECTED" in complaints(lambda: attention_gradients(EAGER, 384), capfd, caplog)
+    assert "RACE DETECTED" in complaints(
+        lambda: attention_gradients(EAGER_AND_SURE, 384), capfd, caplog
+    )
 
 
 @pytest.mark.parametrize("direction", [0, 1], ids=["forward", "backward"])
