@@ -31,9 +31,8 @@ TWO_CORES = pltpu.InterpretParams(**WATCHFUL, num_cores_or_threads=2)
 EAGER = pltpu.InterpretParams(**WATCHFUL, dma_execution_mode="eager")
 # With 256 clocks a wait that is left out was missed in one run of ten, where only one pair of
 # accesses tells. Every access compares clocks, so more of them take longer.
-EAGER_AND_SURE = pltpu.InterpretParams(
-    **WATCHFUL | {"vector_clock_size": 4096}, dma_execution_mode="eager"
-)
+SURE: dict[str, Any] = WATCHFUL | {"vector_clock_size": 4096}
+EAGER_AND_SURE = pltpu.InterpretParams(**SURE, dma_execution_mode="eager")
 
 KERNELS = Path(kernels.__file__).parent
 Place = tuple[tuple[str, int | None], ...]  # lines of kernels/, from the caller to the called
