@@ -20,7 +20,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from data import jinja_templates
-from data.chat_omissions import calls_of, omission, omitted_tool, squeezed, thought_of
+from data.chat_omissions import (
+    Omitted,
+    calls_of,
+    last_message_with_context,
+    omission,
+    omitted_words,
+    refuse_to_ask,
+    refuse_to_learn,
+    squeezed,
+    thought_of,
+)
 from data.chat_targets import target_tokens
 from data.chat_template import AssistantSpan, ChatTemplate
 from data.documents import Messages, Tools
@@ -35,10 +45,6 @@ R1_PREAMBLE = (
     "<think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process "
     "here </think> <answer> answer here </answer>."
 )
-
-# Takes a line that says what a template leaves out of a conversation. Where it returns, the turn
-# has weight 0, and so has every turn behind a message or a tool that is left out.
-Omitted = Callable[[str], None]
 
 _TAG = re.compile("(" + "|".join(re.escape(tag) for tag in COMPLETION_TAGS) + ")")
 
@@ -92,7 +98,7 @@ class TurnTemplate:
     ) -> list[int]:
         """Encodes a conversation that ends with a user. Raises UserError for any other."""
         _check_turns(messages, last_role="user")
-        return self._encode(messages, tokenizer, tools, _refuse_to_ask, len(messages))[0]
+        return self._encode(messages, tokenizer, tools, refuse_to_ask, len(messages))[0]
 
     def encode_chat(
         self,
@@ -125,7 +131,7 @@ class TurnTemplate:
                 weight = 0.0 if tools or number <= context else 1.0
                 calls, thought = calls_of(message), thought_of(message)
                 if calls is not None:
-                    omitted(_omitted_words(number, len(messages), f'"{calls}"'))
+                    omitted(omitted_words(number, len(messages), f'"{calls}"'))
                     weight = 0.0
                 if thought is not None:
                     content = f"<think>{thought[1]}</think>{content}"
@@ -151,7 +157,7 @@ class CheckpointTemplate:
         """Encodes the rendering with the generation prompt. Raises UserError if it is refused."""
         template = _checkpoint_template(tokenizer)
         text = template.render(messages, add_generation_prompt=True, tools=tools)
-        _last_message_with_context(messages, tools, text, _refuse_to_ask)
+        last_message_with_context(messages, tools, text, refuse_to_ask)
         return tokenizer.encode_rendered(text)
 
     def encode_chat(
@@ -170,7 +176,7 @@ class CheckpointTemplate:
         text, turns = _checkpoint_template(tokenizer).render_with_spans(messages, tools)
         encoding = tokenizer.encode_rendered_with_offsets(text)
         weights = [0.0] * len(encoding.ids)
-        last = _last_message_with_context(messages, tools, text, omitted)
+        last = last_message_with_context(messages, tools, text, omitted)
         for turn in turns:
             if turn.message <= context:
                 continue
@@ -180,48 +186,11 @@ class CheckpointTemplate:
             sampled = _sampled_text(turn, targets, encoding, tokenizer, content)
             left_out = omission(message, squeezed(sampled))
             if left_out is not None:
-                omitted(_omitted_words(turn.message, len(messages), left_out))
+                omitted(omitted_words(turn.message, len(messages), left_out))
             elif turn.message <= last:
                 for index in targets:
                     weights[index] = 1.0
         return encoding.ids, weights
-
-
-def refuse_to_learn(omitted: str) -> None:
-    """Raises UserError for what a template leaves out of a conversation to learn."""
-    raise UserError(
-        f"{omitted}; take another data.chat_template, or give the turn no weight by"
-        ' data.incomplete_turns = "mask"'
-    )
-
-
-def _refuse_to_ask(omitted: str) -> None:
-    """Raises UserError for what a template leaves out of a prompt."""
-    raise UserError(f"{omitted}; take another data.chat_template")
-
-
-def _omitted_words(number: int, count: int, what: str) -> str:
-    return f"message {number} of {count}: the chat template leaves out its {what}"
-
-
-def _last_message_with_context(
-    messages: Messages, tools: Tools | None, text: str, omitted: Omitted
-) -> int:
-    """Returns the number of the last message before which nothing is left out of the context.
-
-    What the assistant says counts where it is learnt, and not here.
-    """
-    written = squeezed(text)
-    tool = omitted_tool(tools, written)
-    if tool is not None:
-        omitted(f'the chat template leaves out the tool "{tool}"')
-        return 0
-    for number, message in enumerate(messages, 1):
-        left_out = None if message["role"] == "assistant" else omission(message, written)
-        if left_out is not None:
-            omitted(_omitted_words(number, len(messages), left_out))
-            return number
-    return len(messages)
 
 
 def _sampled_text(

@@ -8,10 +8,15 @@ not count, nor do the tags around a thought, which templates spell in their own 
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from data.documents import Tools
+from data.documents import Messages, Tools
+from errors import UserError
+
+# Takes a line that says what a template leaves out of a conversation. Where it returns, the turn
+# has weight 0, and so has every turn behind a message or a tool that is left out.
+Omitted = Callable[[str], None]
 
 # The fields in which a message may have the assistant's thought.
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -144,3 +149,41 @@ def _words(field: str, piece: str) -> str:
     text = " ".join(piece.split())
     shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
     return f'"{field}" ({json.dumps(shown, ensure_ascii=False)})'
+
+
+def refuse_to_learn(omitted: str) -> None:
+    """Raises UserError for what a template leaves out of a conversation to learn."""
+    raise UserError(
+        f"{omitted}; take another data.chat_template, or give the turn no weight by"
+        ' data.incomplete_turns = "mask"'
+    )
+
+
+def refuse_to_ask(omitted: str) -> None:
+    """Raises UserError for what a template leaves out of a prompt."""
+    raise UserError(f"{omitted}; take another data.chat_template")
+
+
+def omitted_words(number: int, count: int, what: str) -> str:
+    """Writes what a template leaves out of one of `count` messages."""
+    return f"message {number} of {count}: the chat template leaves out its {what}"
+
+
+def last_message_with_context(
+    messages: Messages, tools: Tools | None, text: str, omitted: Omitted
+) -> int:
+    """Returns the number of the last message before which nothing is left out of the context.
+
+    What the assistant says counts where it is learnt, and not here.
+    """
+    written = squeezed(text)
+    tool = omitted_tool(tools, written)
+    if tool is not None:
+        omitted(f'the chat template leaves out the tool "{tool}"')
+        return 0
+    for number, message in enumerate(messages, 1):
+        left_out = None if message["role"] == "assistant" else omission(message, written)
+        if left_out is not None:
+            omitted(omitted_words(number, len(messages), left_out))
+            return number
+    return len(messages)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.chat import Omitted, encode_chat, refuse_to_learn
+from data.chat import encode_chat
+from data.chat_omissions import Omitted, refuse_to_learn
 from data.config import DataConfig
 from data.copies import copy_exercises
 from data.documents import BadRecord, Document
