@@ -1,11 +1,10 @@
 """Source strings of tasks, "task:NAME?PARAMETERS", and the table of the tasks that they name."""
 
 import dataclasses
-import difflib
 import typing
 from typing import Any
-from urllib.parse import unquote
 
+from data.options import option_value, split_options, unknown
 from data.python_files import errors_in
 from data.tasks.arithmetic import Arithmetic
 from data.tasks.files import FORMATS, ProblemFiles
@@ -21,7 +20,6 @@ TASKS: dict[str, type[Task]] = {
 OWN_TASKS: dict[str, tuple[str, type]] = {}
 
 MOST_DOCUMENTS = 1_000_000  # of one source: they are in memory
-_WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +116,8 @@ def _build(
     task_types = {name: kind for name, kind in task_types.items() if name not in given}
     option_types = _parameter_types(DocumentOptions)
     types = task_types | option_types
-    values = {}
-    for pair in filter(None, query.split("&")):
-        parameter, _, text = pair.partition("=")
-        values[parameter] = _parse_value(spec, parameter, unquote(text), types)
     try:
+        values = {name: _value(name, text, types) for name, text in split_options(query).items()}
         task = cls(**given, **{key: values[key] for key in values if key in task_types})
         options = DocumentOptions(**{key: values[key] for key in values if key in option_types})
     except UserError as error:
@@ -136,20 +131,11 @@ def _parameter_types(parameters: Any) -> dict[str, type]:
     return {field.name: types[field.name] for field in dataclasses.fields(parameters)}
 
 
-def _parse_value(spec: str, parameter: str, text: str, types: dict[str, type]) -> Any:
+def _value(parameter: str, text: str, types: dict[str, type]) -> Any:
     """Returns the value of one parameter. Raises UserError if it is unknown or of another type."""
     if parameter not in types:
-        nearest = difflib.get_close_matches(parameter, types, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(types)}"
-        raise UserError(f'"{spec}": no parameter {parameter}; {hint}')
+        raise UserError(unknown(parameter, types, "parameter"))
     kind = types[parameter]
     if kind not in (int, float, str, bool):
-        raise UserError(
-            f'"{spec}": {parameter} is a {kind}; a parameter is an int, float, str or bool'
-        )
-    try:
-        return _WORDS[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f'"{spec}": {parameter} = {text[:60]} is not of type {kind.__name__}'
-        ) from error
+        raise UserError(f"{parameter} is a {kind}; a parameter is an int, float, str or bool")
+    return option_value(parameter, text, kind)

@@ -152,8 +152,8 @@ def test_direct_is_the_share_without_a_thought():
     "spec, words",
     [
         ("task:arithmetics", "names no task"),
-        ("task:arithmetic?min_op=2", "no parameter min_op; did you mean min_ops?"),
-        ("task:arithmetic?min_ops=two", "min_ops = two is not of type int"),
+        ("task:arithmetic?min_op=2", "no parameter 'min_op'; did you mean min_ops?"),
+        ("task:arithmetic?min_ops=two", "min_ops = two: is not of type int"),
         ("task:arithmetic?min_ops=3&max_ops=2", "must be 1 <= min_ops <= max_ops"),
         ("task:arithmetic?max_value=3", "max_value = 3: must be at least 4"),
         ("task:arithmetic?contexts=99", "contexts = 99"),
