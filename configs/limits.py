@@ -7,8 +7,7 @@ r"""Does reinforcement solve what its base cannot, or only more often? pass@k to
     python -m launch.evaluate --config=configs/limits.py --workdir=runs/limits/rl \
         --config.init_from=runs/sums_rl
     python -m launch.evaluate --compare=runs/limits/base,runs/limits/rl
-    python -m launch.evaluate --config=configs/limits.py --workdir=runs/limits/rl \
-        --config.init_from=runs/sums_rl --perplexity_under=runs/limits/base
+    python -m launch.evaluate --workdir=runs/limits/rl --perplexity_under=runs/limits/base
 
 Yue et al. (arXiv 2504.13837) find that a base model, given enough tries, solves more problems than
 the model that rewards made of it.

@@ -93,6 +93,9 @@ RENAMED_VALUES = {"model.expert_matmul": {"by_size": "bucketed"}}
 # not the default}
 ADDED = {"train": {"layer_losses": "mean"}}
 
+# section -> fields that there are no more: a flag of a command has taken their place
+REMOVED = {"evaluate": frozenset({"perplexity_samples"})}
+
 
 def new_name(name: str) -> str | None:
     """Returns what the dotted name of a field or section is now; None unless it is renamed.
@@ -131,7 +134,9 @@ def new_name_in(section: Iterable[str], name: str) -> str | None:
 
 
 def with_new_names(config: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-    """Returns a section of a recorded config with the present names and values, and with `ADDED`.
+    """Returns a section of a recorded config with the present names and values.
+
+    It has the fields of `ADDED`, and not those of `REMOVED`.
 
     Args:
       config: the section; one that has the present names already comes back as it is.
@@ -140,6 +145,8 @@ def with_new_names(config: Mapping[str, Any], section: str = "") -> dict[str, An
     names = RENAMED.get(section, {})
     translated: dict[str, Any] = dict(ADDED.get(section, {}))
     for name, value in config.items():
+        if name in REMOVED.get(section, ()):
+            continue
         path = f"{section}.{name}" if section else name
         if isinstance(value, Mapping):
             value = with_new_names(value, path)

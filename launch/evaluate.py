@@ -45,37 +45,35 @@ from experiment.flags import TEMPLATE_OPTIONS, Flag
 from experiment.schema import Config, with_template_options
 
 COMPARE = Flag("", "A,B: two evaluated runs that are compared, in place of all else")
-FLAGS = {
-    "template_options": TEMPLATE_OPTIONS,
-    "compare": COMPARE,
-    "perplexity_under": Flag(
-        "", "a run or hf:DIR; measures the completions that --workdir has under its model"
-    ),
-}
+PERPLEXITY = Flag(
+    "", "a run, an evaluation or hf:DIR: how likely its model finds what --workdir's wrote"
+)
+FLAGS = {"template_options": TEMPLATE_OPTIONS, "compare": COMPARE, "perplexity_under": PERPLEXITY}
 OF_COMPARISON = {
     "compare": COMPARE,
     "workdir": Flag("", "where comparison.json is written, in place of A"),
 }
+OF_PERPLEXITY = {
+    "perplexity_under": PERPLEXITY,
+    "perplexity_samples": Flag(16, "completions of a problem that are measured, the first ones"),
+}
 
 
-def run(
-    config: Config,
-    workdir: Path,
-    template_options: str = "",
-    compare: str = "",
-    perplexity_under: str = "",
-) -> dict:
-    """Returns what evaluation.json has, or comparison.json, or perplexity.json."""
-    if compare:
-        return run_comparison(compare, str(workdir))
-    if perplexity_under:
-        return run_perplexity(config, workdir, perplexity_under)
+def run(config: Config, workdir: Path, template_options: str = "", **others: str) -> dict:
+    """Returns what evaluation.json has.
+
+    Args:
+      others: flags by which `main` chooses `run_comparison` or `run_perplexity`: not given here.
+    """
+    del others
     return runs.evaluate(with_template_options(config, template_options), workdir)
 
 
-def run_perplexity(config: Config, workdir: Path, origin: str) -> dict:
+def run_perplexity(workdir: Path, perplexity_under: str, perplexity_samples: int = 16) -> dict:
     """Measures completions under another model, and returns what perplexity.json has."""
-    result = two_runs.perplexity_under(workdir, origin, config.evaluate.perplexity_samples)
+    if perplexity_samples < 1:
+        raise UserError(f"--perplexity_samples={perplexity_samples}: must be at least 1")
+    result = two_runs.perplexity_under(workdir, perplexity_under, perplexity_samples)
     two_runs.print_perplexity(result)
     return result
 
@@ -91,9 +89,12 @@ def run_comparison(compare: str, workdir: str) -> dict:
 
 
 def main() -> None:
-    """Compares two runs where --compare says so, which needs no config, or evaluates one."""
-    if any(word.lstrip("-").partition("=")[0] == "compare" for word in sys.argv[1:]):
+    """Compares two runs, or measures what one wrote, which needs no config; or evaluates one."""
+    given = {word.lstrip("-").partition("=")[0] for word in sys.argv[1:]}
+    if "compare" in given:
         command(run_comparison, config="none", workdir=False, flags=OF_COMPARISON)
+    elif "perplexity_under" in given:
+        command(run_perplexity, config="none", flags=OF_PERPLEXITY)
     else:
         command(run, config="recorded", flags=FLAGS)
 

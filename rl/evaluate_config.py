@@ -34,7 +34,6 @@ class EvaluateConfig:
     thinking: tuple[int, ...] = ()
     thinking_waits: int = 0
     thinking_answer_tokens: int = 64  # that may be sampled behind a forced thought
-    perplexity_samples: int = 16  # completions of a problem that --perplexity_under measures
     # The reward that pass@k counts, named as in reinforce.rewards, and the least of it with which a
     # completion solves its problem.
     reward: str = "answer"
@@ -45,7 +44,7 @@ class EvaluateConfig:
     def __post_init__(self):
         check_weights({self.reward: 1.0}, "evaluate.reward")
         check = FieldChecks(self, "evaluate")
-        check.positive("samples", "bootstrap", "thinking_answer_tokens", "perplexity_samples")
+        check.positive("samples", "bootstrap", "thinking_answer_tokens")
         for k in self.ks:
             fits = 1 <= k <= self.samples
             check.that(fits, "ks", f"must be between 1 and evaluate.samples = {self.samples}")

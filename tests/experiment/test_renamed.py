@@ -31,6 +31,12 @@ def test_a_record_from_before_a_field_was_there_keeps_what_it_meant():
     assert with_new_names(recorded)["train"]["layer_losses"] == "mean"
 
 
+def test_a_record_with_a_field_that_is_no_more_is_read():
+    recorded = default_config().to_dict()
+    before = recorded | {"evaluate": recorded["evaluate"] | {"perplexity_samples": 4}}
+    assert with_new_names(before) == recorded
+
+
 @pytest.mark.parametrize(
     "old, now",
     [

@@ -175,7 +175,7 @@ def test_other_problems_are_one_line():
 
 def test_what_a_run_wrote_is_as_likely_as_its_own_where_it_is_its_own():
     """An evaluation in a workdir of its own, under the model that it names: its own completions."""
-    found = evaluate.run(run_of(), Path("rl"), perplexity_under="one")
+    found = evaluate.run_perplexity(Path("rl"), "one")
     assert found == found_in("rl/perplexity.json")
     assert found["of_a"]["quantiles"] == found["of_b"]["quantiles"]
     assert found["b_is_likelier"] == pytest.approx(0.5)
@@ -186,6 +186,11 @@ def test_what_a_run_wrote_is_as_likely_as_its_own_where_it_is_its_own():
     assert len(read_written(Path("rl"), read_outcomes(Path("rl")))) == 6 * 4
 
 
+def test_a_number_of_completions_is_at_least_one():
+    with pytest.raises(UserError, match="--perplexity_samples=0: must be at least 1"):
+        evaluate.run_perplexity(Path("rl"), "one", 0)
+
+
 def test_ids_of_another_tokenizer_are_refused(place, tmp_path):
     shutil.copytree(place / "rl", tmp_path / "rl", ignore=shutil.ignore_patterns("checkpoints"))
     changed = [line | {"completion": "x" + line["completion"][:-1] + "y"}
@@ -193,7 +198,7 @@ def test_ids_of_another_tokenizer_are_refused(place, tmp_path):
     text = "".join(json.dumps(line) + "\n" for line in changed)
     (tmp_path / "rl" / "samples.jsonl").write_text(text)
     with pytest.raises(UserError, match="--perplexity_under=rl: its tokenizer reads the ids of"):
-        evaluate.run(run_of(), tmp_path / "rl", perplexity_under="rl")
+        evaluate.run_perplexity(tmp_path / "rl", "rl")
 
 
 def test_samples_without_ids_say_how_to_make_them(place, tmp_path):
@@ -201,7 +206,7 @@ def test_samples_without_ids_say_how_to_make_them(place, tmp_path):
     shutil.copy(place / "rl" / "problems.jsonl", tmp_path)
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
     with pytest.raises(UserError, match="its completions have no ids; make it by"):
-        evaluate.run(run_of(), tmp_path, perplexity_under="rl")
+        evaluate.run_perplexity(tmp_path, "rl")
 
 
 def test_what_was_put_into_a_mouth_has_no_perplexity(place, tmp_path):
@@ -209,7 +214,7 @@ def test_what_was_put_into_a_mouth_has_no_perplexity(place, tmp_path):
     shutil.copy(place / "rl" / "problems.jsonl", tmp_path)
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cut))
     with pytest.raises(UserError, match=r"evaluate with --config.sampling.thinking=0"):
-        evaluate.run(run_of(), tmp_path, perplexity_under="rl")
+        evaluate.run_perplexity(tmp_path, "rl")
 
 
 def test_compute_is_counted_in_tokens_and_flops():
