@@ -34,6 +34,7 @@ from plan.programs import (
     with_planned_vocab_size,
 )
 from plan.topology import topology_devices
+from train.preferences import get_preference
 from train.state import count_parameters
 
 PROGRAMS = {"train": ("train",), "rollout": ("rollout",), "both": ("train", "rollout")}
@@ -74,7 +75,8 @@ def run(config: Config, topology: str, what: str, json: str) -> None:
 def program(name: str, config: Config, model: ModelConfig, mesh: Mesh) -> Program:
     """Builds the program "train" or "rollout" of a config, with `model` in place of its own."""
     if name == "train":
-        return train_program(model, config.train, config.data, mesh)
+        preference = get_preference(config.finetune.loss)
+        return train_program(model, config.train, config.data, mesh, preference)
     return rollout_program(model, config.train, config.sampling, config.reinforce, mesh)
 
 

@@ -32,6 +32,8 @@ from train.config import TrainConfig
 from train.lora import learnt_shapes, lora_of
 from train.objective import language_objective, trained_mtp
 from train.optimizer import make_optimizer
+from train.preference_objective import preference_objective
+from train.preferences import Preference
 from train.state import StateOverBase, TrainState
 from train.step import StepOverBase, abstract_batch, jit_step, make_step
 
@@ -77,29 +79,45 @@ def absent_devices(model: ModelConfig) -> AbstractContextManager:
     return tokamax.config.cross_compile(True)
 
 
-def train_program(model: ModelConfig, train: TrainConfig, data: DataConfig, mesh: Mesh) -> Program:
-    """Builds the train step of launch/pretrain.py.
+def train_program(
+    model: ModelConfig,
+    train: TrainConfig,
+    data: DataConfig,
+    mesh: Mesh,
+    preference: Preference | None = None,
+) -> Program:
+    """Builds the train step of launch/pretrain.py, or of launch/finetune.py.
+
+    Args:
+      preference: the loss over pairs; None predicts the next token. A reference that it compares
+        with scores each batch before its step, in a program of its own.
 
     Raises:
       UserError: the rows of a microbatch do not divide over the mesh.
     """
     rows = train.microbatch_rows(data.batch_size, "data.batch_size")
     _require_divisible("data.batch_size / train.microbatches", rows, mesh)
+    if preference:
+        train = dataclasses.replace(train, mtp_weight=0.0)  # as train/loop.py has it
     state, optimizer = _learning(model, train, mesh)
     objective = language_objective(model, train)
+    if preference:
+        objective = preference_objective(model, train, preference)
     step = jit_step(make_step(model, train, objective, optimizer), state, mesh)
-    batch = abstract_batch(data.batch_size, data.seq_len, mesh)
+    batch = abstract_batch(data.batch_size, data.seq_len, mesh, objective.reads)
     with_trained_mtp = dataclasses.replace(
         model, num_nextn_predict_layers=trained_mtp(model, train)
     )
     jitted, arguments = step, (state, batch)
     if isinstance(step, StepOverBase) and isinstance(state, StateOverBase):
         jitted, arguments = step.program, (state.learnt, state.base, batch)
+    argument_bytes = _state_bytes(state) | {"batch": _bytes_per_device(batch)}
+    compares = preference is not None and preference.needs_reference
     return Program(
         jitted=cast(jax.stages.Wrapped, jitted),
         arguments=arguments,
-        argument_bytes=_state_bytes(state) | {"batch": _bytes_per_device(batch)},
-        waiting_bytes={},
+        argument_bytes=argument_bytes,
+        waiting_bytes=_reference_bytes(argument_bytes) if compares and not train.lora else {},
         trip_count=1,
         formula_flops=train_formula(with_trained_mtp, train.stage, data.batch_size, data.seq_len),
     )
@@ -137,9 +155,8 @@ def rollout_program(
     algorithm = get_algorithm(
         reinforce.algorithm, max_completion=sampling.most_sampled, kl_weight=reinforce.kl_weight
     )
-    # With adapters it is the base itself.
     if "reference" in algorithm.needs and not train.lora:
-        waiting_bytes["reference policy (waiting)"] = argument_bytes["parameters"]
+        waiting_bytes |= _reference_bytes(argument_bytes)
     argument_bytes["batch"] = _bytes_per_device((tokens, lengths, keys))
     return Program(
         jitted=jax.jit(functools.partial(_full_slots, model, sampling, devices)),
@@ -158,6 +175,11 @@ def _learning(
     lora = lora_of(model, train)
     optimizer = make_optimizer(train, learnt_shapes(model, lora)["params"])
     return abstract_run_state(model, lora, optimizer, mesh), optimizer
+
+
+def _reference_bytes(argument_bytes: dict[str, int]) -> dict[str, int]:
+    """Returns the bytes of a reference, another model; with adapters it is the base itself."""
+    return {"reference policy (waiting)": argument_bytes["parameters"]}
 
 
 def _variables(state: TrainState) -> dict:

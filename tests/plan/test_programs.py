@@ -19,7 +19,10 @@ from plan.programs import (
 )
 from plan.topology import topology_devices
 from tests.plan.small_config import SMALL, make_config, needs_libtpu
+from train.preferences import get_preference
 from train.state import count_parameters
+
+REFERENCE = "reference policy (waiting)"
 
 
 def test_parameters_shrink_with_the_mesh():
@@ -103,6 +106,27 @@ def test_plans_tokamax_s_grouped_matmul():
     assert grouped("tokamax") == grouped("megablox") * 12 / 9
 
 
+def test_a_loss_over_pairs_keeps_its_reference_and_reads_what_that_says():
+    """Of each token a float32, which a row takes beside its tokens; adapters' base is it itself."""
+    plain, lora = (
+        make_config(*SMALL, "train.stage=dense", f"train.lora={rank}") for rank in (0, 2)
+    )
+    mesh = make_mesh(plain.mesh, jax.devices()[:4])
+
+    def planned(config, loss):
+        preference = get_preference(loss)
+        return train_program(config.model, config.train, config.data, mesh, preference)
+
+    simpo, dpo = planned(plain, "simpo"), planned(plain, "dpo")
+    assert simpo.waiting_bytes == {}
+    assert dpo.waiting_bytes == {REFERENCE: dpo.argument_bytes["parameters"]}
+    rows = plain.data.batch_size // 4
+    more = dpo.argument_bytes["batch"] - simpo.argument_bytes["batch"]
+    assert more == 4 * rows * plain.data.seq_len
+    assert planned(lora, "dpo").waiting_bytes == {}
+    dpo.jitted.lower(*dpo.arguments)
+
+
 def test_adapters_have_moments_and_their_base_has_none():
     """And the reference that waits while a policy samples is the base itself."""
     rl = ("reinforce.algorithm=grpo", "reinforce.kl_weight=0.01", "train.stage=dense")
@@ -117,5 +141,5 @@ def test_adapters_have_moments_and_their_base_has_none():
         rollout_program(one.model, one.train, one.sampling, one.reinforce, mesh).waiting_bytes
         for one in (plain, lora)
     ]
-    name = "reference policy (waiting)"
+    name = REFERENCE
     assert waiting[0][name] == sizes[0]["parameters"] and name not in waiting[1]
