@@ -133,7 +133,7 @@ def run(rows: int) -> None:
     ragged = ratios(
         lambda seed: with_lengths(random_prompts(seed, 8 * rows, model, sampling), seed)
     )
-    about = {"compilations": engine.compilations, "rows": rows} | machine()
+    about = {"rows": rows} | machine()
     figures = {f"equal_{name}": value for name, value in equal.items()}
     figures |= {f"ragged_{name}": value for name, value in ragged.items()}
     print(json.dumps({"bench": "engine"} | figures | about))

@@ -94,11 +94,6 @@ class Engine:
             model, mesh, sampling, self.rows, self.capacity, self._recorder.record
         )
 
-    @property
-    def compilations(self) -> int:
-        """How many programs have been compiled."""
-        return self._programs.compilations
-
     def load(self, variables: dict, version: int = 0, *, read_again: bool = False) -> None:
         """Samples with these variables, {"params", "router"}, from the next token on.
 

@@ -71,11 +71,3 @@ class Programs:
         self.halt = by_row(functools.partial(halt), donate_argnums=0, compiler_options=quick)
         most_passes = -(-MOST_STEPS // W)
         self.advance = with_record(functools.partial(advance, model, sampling, most_passes, record))
-
-    @property
-    def compilations(self) -> int:
-        """How many have been compiled, one for each shape of its arguments."""
-        return sum(
-            program._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
-            for program in vars(self).values()
-        )

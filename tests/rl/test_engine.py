@@ -19,6 +19,7 @@ from rl.generate import slots_that_fit
 from rl.request import Prompt, keys_of
 from rl.trajectory import LENGTH, STOP, Role, Trajectory, batch_of
 from tests import tiny
+from tests.traces import ENGINE, traces_of
 from train.scoring import logprobs_at_tokens
 
 NEW, WIDTH, GROUP = 8, 40, 2
@@ -208,43 +209,21 @@ def test_each_prompt_has_its_own_ends():
 
 
 def test_nothing_is_compiled_again_whatever_the_lengths(monkeypatch):
-    """One program for each width that prompts are read in, and four more, where none goes on.
-
-    What a program is made of is called once for each that is compiled.
-    """
-    traced = []
-
-    def counted(name: str) -> None:
-        real = getattr(programs, name)
-
-        @functools.wraps(real)
-        def function(*args, **options):
-            traced.append(name)
-            return real(*args, **options)
-
-        monkeypatch.setattr(programs, name, function)
-
-    for name in (
-        "decode_weights",
-        "empty_slots",
-        "read_prompts",
-        "place",
-        "extend",
-        "halt",
-        "advance",
-    ):
-        counted(name)
+    """One program for each width that prompts are read in, and four more, where none goes on."""
     monkeypatch.setattr("rl.engine.Programs", programs.Programs)  # none that is shared
-    own = engine.__wrapped__("dense", steps=4)
-    list(own.run(prompts_of()))
+    with traces_of(*ENGINE) as traced:
+        own = engine.__wrapped__("dense", steps=4)
+        list(own.run(prompts_of()))
     assert len(traced) == 4 + 2, traced
     rng = np.random.default_rng(1)
-    for seed in range(3):
-        lengths = rng.integers(1, WIDTH + 1, int(rng.integers(1, 12)))
-        list(own.run(prompts_of(lengths, seed, max_new_tokens=int(rng.integers(1, NEW + 1)))))
-    own.load(tiny.variables(MODELS["mla"]), version=4)
-    list(own.run(prompts_of(group_size=5)))
-    assert len(traced) == 4 + 2, traced
+    with traces_of(*ENGINE) as traced:
+        for seed in range(3):
+            lengths = rng.integers(1, WIDTH + 1, int(rng.integers(1, 12)))
+            new = int(rng.integers(1, NEW + 1))
+            list(own.run(prompts_of(lengths, seed, max_new_tokens=new)))
+        own.load(tiny.variables(MODELS["mla"]), version=4)
+        list(own.run(prompts_of(group_size=5)))
+    assert not traced
 
 
 def test_a_stream_yields_the_tokens_that_are_sampled():
