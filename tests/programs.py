@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from rl.agreement import Agreement
@@ -27,10 +28,11 @@ from train.objective import language_objective
 from train.optimizer import make_optimizer
 from train.preference_objective import preference_objective
 from train.setup import Setup
-from train.state import fresh_state
+from train.state import fresh_state, state_from
 from train.step import jit_evaluation
 
 programs_of = functools.cache(Programs)
+NO_MOMENTS = optax.identity()
 _MADE: list[dict] = []
 
 
@@ -89,13 +91,31 @@ def parameters_of(*args: Any) -> Hashable:
     return train, str(parameters)
 
 
+def by_key(*args: Any) -> Hashable:
+    """The last argument is a random key."""
+    return *args[:-1], str(jax.random.key_data(args[-1]))
+
+
+def copy_of(arrays: Any) -> Any:
+    """The same arrays once more: a step donates those that it gets."""
+    return jax.tree.map(jnp.copy, arrays)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def runs_share_programs():
     """Runs that differ in nothing that is compiled share their programs and first state."""
-    first = once(fresh_state, lambda *args: (*args[:3], str(jax.random.key_data(args[3]))))
+    # Drawing parameters takes seconds to trace and compile, making moments does not.
+    drawn = once(
+        lambda model, mesh, key: fresh_state(model, NO_MOMENTS, mesh, key).variables, by_key
+    )
+
+    def begun(model: Any, optimizer: Any, mesh: Any, key: Any) -> Any:
+        return state_from(copy_of(drawn(model, mesh, key)), model, optimizer, mesh)
+
+    first = once(begun, by_key)
 
     def copy_of_first(*args: Any) -> Any:
-        return jax.tree.map(jnp.copy, first(*args))  # which a step donates
+        return copy_of(first(*args))
 
     optimizer_of = once(make_optimizer, parameters_of)
     compiled = once(
