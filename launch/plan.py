@@ -75,7 +75,8 @@ def run(config: Config, topology: str, what: str, json: str) -> None:
 def program(name: str, config: Config, model: ModelConfig, mesh: Mesh) -> Program:
     """Builds the program "train" or "rollout" of a config, with `model` in place of its own."""
     if name == "train":
-        preference = get_preference(config.finetune.loss)
+        tuned = config.finetune
+        preference = get_preference(tuned.loss) if tuned.learns_from_pairs else None
         return train_program(model, config.train, config.data, mesh, preference)
     return rollout_program(model, config.train, config.sampling, config.reinforce, mesh)
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from errors import UserError
 from launch import plan
 from model.mesh import MESH_AXES
+from model.sharding import make_mesh
 from plan import topology
 from tests.plan.small_config import SMALL, as_flags, make_config, needs_libtpu
 
@@ -47,6 +49,14 @@ def test_plans_the_pretended_devices_of_this_process(tmp_path):
     assert "all-gather" in train["traffic"]["collectives"]
     assert rollout["traffic"]["unknown_loops"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_the_reference_of_a_loss_over_pairs_waits():
+    """And next-token prediction, which has none, is no row of the table of such losses."""
+    for loss, waiting in (("next_token", set()), ("dpo", {"reference policy (waiting)"})):
+        config = make_config(*SMALL, "train.stage=dense", f"finetune.loss={loss}")
+        mesh = make_mesh(config.mesh, jax.devices()[:4])
+        assert plan.program("train", config, config.model, mesh).waiting_bytes.keys() == waiting
 
 
 def refused(*overrides, **flags) -> str:
