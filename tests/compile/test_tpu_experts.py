@@ -17,10 +17,16 @@ pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("little_effort")]
 D, F, EXPERTS, K = 7_168, 2_048, 256, 8
 TOKENS = 8_192  # of all the devices that share the experts
 
+SLOW = pytest.mark.slow
+SELDOM = ("v5p:2x2x1", "tpu7x:2x2x1")  # as v5e and v6e, and take longer: `make test-compile-all`
+
 
 @pytest.mark.parametrize(
     ("topology", "devices"),
-    [*((chip, 8) for chip in CHIPS), pytest.param(CHIPS[1], 32, marks=pytest.mark.slow)],
+    [
+        *(pytest.param(chip, 8, marks=[SLOW] if chip in SELDOM else []) for chip in CHIPS),
+        pytest.param(CHIPS[1], 32, marks=SLOW),
+    ],
 )
 def test_forward_and_backward(topology, devices):
     E, choices = EXPERTS // devices, TOKENS * K

@@ -91,6 +91,7 @@ def test_what_another_model_chose_is_the_same_in_every_form(form):
     assert jnp.max(jnp.abs(expected[0] - own)) > 0.1
 
 
+@pytest.mark.heavy
 def test_tokens_without_a_record_choose_for_themselves():
     variables, batch = tiny.variables(CONFIG), tiny.batch_of()
     _, routes, selected = record(CONFIG, variables, batch)
@@ -99,6 +100,7 @@ def test_tokens_without_a_record_choose_for_themselves():
     tiny.assert_close(found, own, atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_queries_without_a_record_attend_to_the_latest_keys():
     """Those with no more keys than are selected attend to all, as ever: nothing needs recording."""
     variables, batch = tiny.variables(CONFIG), tiny.batch_of()
