@@ -3,10 +3,10 @@
     python -m bench.apart
 
 Both learn two steps late from completions of configs/sums.py's shape, by random weights and a
-reward for the share of letters. Devices are pretended, two of one core each, so that a machine with
-two idle cores shows what two chips would: the apart run's step should take as long as the longer
-half, the other's as long as both. One JSON line has medians over the steps behind the tenth,
-of the step's seconds and of each half's, and the ratio of the first to their sum.
+reward for the share of letters. Devices are pretended, of one core each, so the machine needs two
+idle cores: apart, a step should take as long as the longer half, and in turns as both together. One
+JSON line has medians over the steps behind the tenth, of the step's seconds and of each half's, and
+the ratio of the first to their sum.
 """
 
 import json

@@ -19,7 +19,7 @@ from rl.generate import slots_that_fit
 from rl.request import Prompt, keys_of
 from rl.trajectory import LENGTH, STOP, Role, Trajectory, batch_of
 from tests import tiny
-from tests.traces import ENGINE, traces_of
+from tests.compilations import ENGINE, compilations_of
 from train.scoring import logprobs_at_tokens
 
 NEW, WIDTH, GROUP = 8, 40, 2
@@ -211,19 +211,19 @@ def test_each_prompt_has_its_own_ends():
 def test_nothing_is_compiled_again_whatever_the_lengths(monkeypatch):
     """One program for each width that prompts are read in, and four more, where none goes on."""
     monkeypatch.setattr("rl.engine.Programs", programs.Programs)  # none that is shared
-    with traces_of(*ENGINE) as traced:
+    with compilations_of(*ENGINE) as compiled:
         own = engine.__wrapped__("dense", steps=4)
         list(own.run(prompts_of()))
-    assert len(traced) == 4 + 2, traced
+    assert len(compiled) == 4 + 2, compiled
     rng = np.random.default_rng(1)
-    with traces_of(*ENGINE) as traced:
+    with compilations_of(*ENGINE) as compiled:
         for seed in range(3):
             lengths = rng.integers(1, WIDTH + 1, int(rng.integers(1, 12)))
             new = int(rng.integers(1, NEW + 1))
             list(own.run(prompts_of(lengths, seed, max_new_tokens=new)))
         own.load(tiny.variables(MODELS["mla"]), version=4)
         list(own.run(prompts_of(group_size=5)))
-    assert not traced
+    assert not compiled
 
 
 def test_a_stream_yields_the_tokens_that_are_sampled():

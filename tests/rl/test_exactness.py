@@ -26,9 +26,9 @@ from rl.generate import Generator
 from rl.objective import policy_objective
 from rl.trajectory import batch_of
 from tests import tiny
+from tests.compilations import ENGINE, compilations_of
 from tests.rl.test_engine import MESH
 from tests.rl.test_recorded import CONFIG, NEW, WIDTH, conversations
-from tests.traces import ENGINE, traces_of
 from train.scoring import forward_logprobs
 from train.setup import Setup
 from train.state import first_state
@@ -215,12 +215,12 @@ def test_a_canary_stops_a_sampler_with_other_weights(monkeypatch):
         "params": variables["params"] | {"head": variables["params"]["head"] * 1.01}
     }
     load = own.load
-    with traces_of(*ENGINE) as traced:
+    with compilations_of(*ENGINE) as compiled:
         assert bird.check(2, moved) < 1e-5, "both have the new weights"
         monkeypatch.setattr(own, "load", lambda _, version=0: load(variables, version))
         with pytest.raises(UserError, match="step 3: sampler and trainer do not have the same"):
             bird.check(3, moved)
-    assert not traced and own.counts.sampled == 3 * TOKENS
+    assert not compiled and own.counts.sampled == 3 * TOKENS
 
 
 @pytest.mark.heavy

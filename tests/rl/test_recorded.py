@@ -16,9 +16,9 @@ from rl.halting import StopSequences
 from rl.records import check_fits, experts_of, token_bytes
 from rl.trajectory import Role, Trajectory, batch_of
 from tests import tiny
+from tests.compilations import ENGINE, compilations_of
 from tests.rl.test_engine import MESH, MODELS, assert_same, by_number
 from tests.rl.test_turns import NEW, WIDTH, conversation, prompts_of
-from tests.traces import ENGINE, traces_of
 from train.scoring import logprobs_at_tokens
 
 CONFIG = MODELS["mla"]
@@ -98,11 +98,11 @@ def test_only_what_is_asked_for_is_recorded():
     assert recorded.routes_TLK.dtype == np.uint8
     assert batch_of([recorded], WIDTH + NEW, pad=0).keys() >= {"routes"}
     assert "routes" not in batch_of([recorded], WIDTH + NEW, pad=0, records=["selected"])
-    with traces_of(*ENGINE) as traced, own.loaded(tiny.variables(CONFIG), recording=False):
+    with compilations_of(*ENGINE) as compiled, own.loaded(tiny.variables(CONFIG), recording=False):
         plain = next(own.run(prompts_of(1)))
     assert plain.routes_TLK is None and "routes" not in batch_of([plain], WIDTH + NEW, pad=0)
     np.testing.assert_array_equal(plain.tokens_T, recorded.tokens_T)
-    assert not traced
+    assert not compiled
     with pytest.raises(UserError, match="record = \\['router'\\]: must be of routes, selected, "):
         Engine(CONFIG, MESH, sampling, rows=2, record=["router"])
 

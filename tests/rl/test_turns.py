@@ -16,8 +16,8 @@ from rl.halting import StopSequences, StopTexts, ThinkingBudget
 from rl.request import Prompt, Turn, keys_of
 from rl.trajectory import LENGTH, STOP, Role, Trajectory, batch_of
 from tests import tiny
+from tests.compilations import ENGINE, compilations_of
 from tests.rl.test_engine import MESH, MODELS, assert_same, by_number
-from tests.traces import ENGINE, traces_of
 from tests.trajectories import trajectory
 from train.scoring import logprobs_at_tokens
 
@@ -137,10 +137,10 @@ def test_nothing_is_compiled_again_whatever_is_read():
     own = engine("mla", steps=4)
     list(own.run(prompts_of(reply=conversation(17, turns=1))))
     list(own.run(prompts_of(reply=conversation(1, turns=1))))
-    with traces_of(*ENGINE) as traced:
+    with compilations_of(*ENGINE) as compiled:
         for length in (2, 9, 15, 16, 33):
             list(own.run(prompts_of(reply=conversation(length, turns=2))))
-    assert not traced
+    assert not compiled
 
 
 def test_a_conversation_ends_where_its_slot_is_full():
