@@ -99,10 +99,10 @@ def train_program(
     _require_divisible("data.batch_size / train.microbatches", rows, mesh)
     if preference:
         train = dataclasses.replace(train, mtp_weight=0.0)  # as train/loop.py has it
-    state, optimizer = _learning(model, train, mesh)
-    objective = language_objective(model, train)
-    if preference:
         objective = preference_objective(model, train, preference)
+    else:
+        objective = language_objective(model, train)
+    state, optimizer = _learning(model, train, mesh)
     step = jit_step(make_step(model, train, objective, optimizer), state, mesh)
     batch = abstract_batch(data.batch_size, data.seq_len, mesh, objective.reads)
     with_trained_mtp = dataclasses.replace(

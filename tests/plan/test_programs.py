@@ -141,5 +141,4 @@ def test_adapters_have_moments_and_their_base_has_none():
         rollout_program(one.model, one.train, one.sampling, one.reinforce, mesh).waiting_bytes
         for one in (plain, lora)
     ]
-    name = REFERENCE
-    assert waiting[0][name] == sizes[0]["parameters"] and name not in waiting[1]
+    assert waiting[0][REFERENCE] == sizes[0]["parameters"] and REFERENCE not in waiting[1]
